@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all the set-up by themselves. Everything runs in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= llama
+
+.PHONY: venv demo test check fmt bench tables clean
+
+venv: .venv/installed
+
+.venv/installed: requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# The main job on an embedded trained model: no network, a few minutes on a laptop. DEMO=opt|bloom|falcon|llama|mistral
+demo: venv
+	$(BIN)/python model_quantizer.py --model models/demo/$(DEMO) --dataset demo --eval-datasets demo --seqlen 256 \
+		--wbits 3 --quantization-method rtn,gptq,quantease --nsamples 128 --calib-batch 16 --true-sequential
+
+test: venv
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
+
+fmt: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/python -m benchmarks.solvers
+
+tables: venv
+	$(BIN)/python -m benchmarks.demo_tables
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,285 @@
+"""Quantize the weights of a language model after training, block by block, and measure what it cost.
+
+The command line of QuantEase's users. Every finished block is on disk: the same command continues a run that
+was interrupted, with identical bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  # the embedded demo: no network, a minute on a laptop; one table compares the methods
+  python model_quantizer.py --model models/demo/llama --dataset demo --eval-datasets demo \\
+      --wbits 3 --quantization-method rtn,gptq,quantease --nsamples 64 --seqlen 256
+
+  # as in the QuantEase paper
+  python model_quantizer.py --model facebook/opt-1.3b --dataset c4 --wbits 3 --num-iter 30 \\
+      --quantization-method quantease --nsamples 128 --true-sequential --save out
+
+  # 4 bits, groups of 128, on your own text, no network
+  python model_quantizer.py --model ./my-llama --dataset notes.txt --eval-datasets notes.txt,more.jsonl \\
+      --wbits 4 --group-size 128 --quantization-method gptq --act-order
+
+  # what would it take? nothing is run
+  python model_quantizer.py --model meta-llama/Llama-2-7b-hf --wbits 3 --dry-run
+
+Exit codes: 0 done, 2 bad arguments or unusable input, 1 a failure after work began, 130 interrupted.
+"""
+NOT_BUILT = {"gptq_quantease": "gptq_quantease", "spqr": "spqr"}
+FORMATS = ("dequantized", "gptq", "gptq_v2", "compressed-tensors")
+DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the original keep name, meaning and default (except that calibration on C4 uses its train split)."""
+    from quant.core.cli import Parser
+
+    p = Parser(
+        prog="model_quantizer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    g = p.add_argument_group("what is quantized, and how")
+    g.add_argument("--model", metavar="ID|DIR", help="hub id or local directory; the family comes from its config")
+    g.add_argument("--quantization-method", default="quantease", metavar="NAME[,NAME]",
+                   help="rtn, gptq, quantease, or several with commas (default: quantease; --list shows all)")
+    g.add_argument("--wbits", type=int, default=16, help="bits of a weight, 1 to 8; 16 evaluates the base model (default: 16)")
+    g.add_argument("--groupsize", "--group-size", type=int, default=-1, metavar="N",
+                   help="columns that share a scale; -1: one scale a row (default: -1)")
+    g.add_argument("--sym", action="store_true", help="symmetric grid: zero point fixed at 2^(bits-1)")
+    g.add_argument("--range", choices=("minmax", "mse"), default="minmax",
+                   help="grid range: min-max, or the shrink with the least error weighted by the Gram diagonal")
+    g.add_argument("--num-layers-to-quantize", type=int, default=1000, metavar="N", help="only the first N blocks")
+    g.add_argument("--true-sequential", action="store_true",
+                   help="linears of a block in order of execution, each seeing what is quantized already")
+    g = p.add_argument_group("options of the methods")
+    g.add_argument("--num-iter", type=int, default=30, help="quantease: coordinate-descent sweeps (default: 30)")
+    g.add_argument("--act-order", action="store_true", help="gptq, quantease: columns by decreasing Gram diagonal")
+    g.add_argument("--static-groups", action="store_true", help="group grids from the original weights, before act-order")
+    g.add_argument("--percdamp", type=float, default=0.01, help="gptq: damping, share of the mean Gram diagonal (default: 0.01)")
+    g.add_argument("--auto-damp", action="store_true", help="gptq: raise the damping stepwise where the Gram matrix is singular")
+    g.add_argument("--outlier", type=float, default=0.0, help="quantease: share of weights kept as outliers; spqr: threshold")
+    g.add_argument("--alpha", type=float, default=1.0, help="step multiplier of the outlier step")
+    g.add_argument("--structure-outlier", action="store_true", help="whole columns as outliers")
+    g.add_argument("--solver-option", action="append", default=[], metavar="KEY=VALUE", help="any option of the method (--list)")
+    g = p.add_argument_group("calibration and evaluation data")
+    g.add_argument("--dataset", default="c4", help="wikitext2, ptb, c4, demo, or a .txt/.jsonl/.json.gz/.parquet file (default: c4)")
+    g.add_argument("--nsamples", type=int, default=128, help="calibration windows (default: 128)")
+    g.add_argument("--seqlen", type=int, help="tokens of a window (default: the model's maximum, at most 2048)")
+    g.add_argument("--seed", type=int, default=0, help="of the calibration sampling (default: 0)")
+    g.add_argument("--eval-datasets", default="wikitext2,ptb,c4", metavar="A,B", help="names or files; '' for none (default: wikitext2,ptb,c4)")
+    g.add_argument("--data-dir", type=Path, metavar="DIR", help="local copies laid out as on the hub: no network needed")
+    g.add_argument("--limit", type=int, metavar="N", help="evaluate the first N windows only")
+    g.add_argument("--no-fp-eval", action="store_true", help="skip the full-precision model (no ratio, no KL divergence)")
+    g.add_argument("--tasks", default="", help="lm-eval tasks (not built yet)")
+    g.add_argument("--task-path", help="directory of local lm-eval tasks (not built yet)")
+    g = p.add_argument_group("where it runs")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                   help="of the arithmetic (default: the checkpoint's; float32 on a CPU)")
+    g.add_argument("--calib-batch", type=int, default=4, metavar="N", help="windows that pass a block at a time (default: 4)")
+    g.add_argument("--activation-store", default="cpu", choices=("device", "cpu", "disk"), help="where hidden states wait (default: cpu)")
+    g.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="tokens and converted checkpoints")
+    g.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)")
+    g = p.add_argument_group("results")
+    g.add_argument("--save", type=Path, metavar="DIR", help="write the quantized checkpoint and results.json here")
+    g.add_argument("--format", choices=FORMATS, default="dequantized", help="of the checkpoint (only dequantized is built yet)")
+    g.add_argument("--run-dir", type=Path, metavar="DIR", help="journal, blocks, results (default: a name under runs/)")
+    g.add_argument("--overwrite", action="store_true", help="discard what the run directory holds (default: continue it)")
+    g.add_argument("--compute-quantization-recon-error", action="store_true", help="print the relative error of every linear")
+    g.add_argument("--dry-run", action="store_true", help="plan, memory, time and size; nothing is run")
+    g.add_argument("--list", action="store_true", help="methods with their options, families, formats, data sets")
+    g.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    return p  # fmt: skip
+
+
+def mistakes(args: argparse.Namespace) -> list[str]:
+    """Everything that can be said to be wrong before a file is opened."""
+    from data.calibration import check_source
+
+    from quant.core.errors import InputError
+    from quant.core.registry import get_solver
+
+    found: list[str] = []
+
+    def check(bad: bool, message: str) -> None:
+        if bad:
+            found.append(message)
+
+    check(not args.model, "--model is missing: a hub id or a local directory (models/demo/llama is one)")
+    check(args.wbits not in (*range(1, 9), 16), f"--wbits {args.wbits}: use 1 to 8, or 16 for the base model")
+    check(args.groupsize != -1 and args.groupsize < 1, f"--groupsize {args.groupsize}: use a positive number or -1")
+    check(args.wbits == 1 and args.sym, "--wbits 1 --sym: a symmetric grid of one bit has no positive level; drop --sym")
+    for name in ("nsamples", "num_iter", "num_layers_to_quantize", "calib_batch"):
+        value = getattr(args, name)
+        check(value < 1, f"--{name.replace('_', '-')} {value}: use 1 or more")
+    check(args.seqlen is not None and args.seqlen < 2, f"--seqlen {args.seqlen}: use 2 or more")
+    check(args.limit is not None and args.limit < 1, f"--limit {args.limit}: use 1 or more")
+    check(not 0 < args.percdamp <= 1, f"--percdamp {args.percdamp:g}: use a number above 0, at most 1")
+    check(args.outlier < 0, f"--outlier {args.outlier:g}: use 0 or a positive number")
+    check(args.outlier > 0 or args.structure_outlier, "--outlier: outliers are not built yet")
+    check(bool(args.tasks or args.task_path), "--tasks: zero-shot tasks are not built yet")
+    check(args.format != "dequantized", f"--format {args.format}: not built yet; use dequantized")
+    for method in args.methods:
+        if method in NOT_BUILT:
+            found.append(f"--quantization-method {method}: not built yet; use rtn, gptq or quantease")
+            continue
+        try:
+            get_solver(method)
+        except InputError as error:
+            found.append(f"--quantization-method: {error}")
+    for source in args.corpora + ([args.dataset] if args.wbits != 16 else []):
+        try:
+            check_source(source)
+        except InputError as error:
+            found.append(str(error))
+    check(args.data_dir is not None and not args.data_dir.is_dir(), f"--data-dir {args.data_dir} is not a directory")
+    return found
+
+
+def solver_options_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """The options that the method's function names, from the flags and from --solver-option."""
+    import ast
+
+    from quant.core.errors import InputError
+    from quant.core.registry import get_solver, solver_options
+
+    accepted = solver_options(get_solver(method))
+    options = {name: getattr(args, name) for name in accepted if hasattr(args, name)}
+    for pair in args.solver_option:
+        key, equals, value = pair.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key not in accepted:
+            raise InputError(f"--solver-option {pair}: {method} takes {', '.join(accepted) or 'no options'} as KEY=VALUE")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+        if accepted[key] is not None and not isinstance(options[key], type(accepted[key])):
+            raise InputError(f"--solver-option {pair}: {key} is a {type(accepted[key]).__name__}")
+    return options
+
+
+def run_configs(args: argparse.Namespace) -> list[Any]:
+    """One RunConfig for each method."""
+    from quant.core.run import RunConfig
+
+    several = len(args.methods) > 1
+    return [
+        RunConfig(
+            model=args.model,
+            dataset=args.dataset,
+            seed=args.seed,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+            method=method,
+            wbits=args.wbits,
+            group_size=args.groupsize,
+            symmetric=args.sym,
+            range=args.range,
+            options=solver_options_of(args, method),
+            true_sequential=args.true_sequential,
+            num_layers=args.num_layers_to_quantize,
+            eval_datasets=tuple(args.corpora),
+            limit=args.limit,
+            full_precision_eval=not args.no_fp_eval,
+            data_dir=args.data_dir,
+            cache_dir=args.cache_dir,
+            device=args.device,
+            dtype=args.dtype,
+            activation_store=args.activation_store,
+            calib_batch=args.calib_batch,
+            run_dir=args.run_dir / method if args.run_dir and several else args.run_dir,
+            save=args.save / method if args.save and several else args.save,
+            overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
+        )
+        for method in args.methods
+    ]
+
+
+def show_list() -> None:
+    """Methods with their options, families, formats, data sets."""
+    from data.calibration import KNOWN
+    from rich.console import Console
+
+    from models import FAMILIES
+    from quant.core.registry import solver_options, solvers
+
+    console = Console(highlight=False)
+    console.print("[bold]methods[/]")
+    for name, function in solvers().items():
+        options = ", ".join(f"{k}={v}" for k, v in solver_options(function).items())
+        console.print(f"  {name:12} {(function.__doc__ or '').splitlines()[0]}" + (f"\n{'':15}{options}" if options else ""))
+    console.print("[bold]families[/]  " + ", ".join(t for family in FAMILIES for t in family.model_types))
+    console.print("[bold]formats[/]   dequantized")
+    console.print("[bold]data sets[/] " + ", ".join(KNOWN) + ", or a .txt, .jsonl, .json.gz or .parquet file")
+
+
+def main() -> None:
+    """Parse, check, run."""
+    from quant.core import cli
+    from quant.core.errors import InputError
+
+    args = parser().parse_args()
+    cli.set_logging(args.log_level)
+    if args.list:
+        show_list()
+        return
+    args.methods = [m for m in args.quantization_method.split(",") if m] if args.wbits != 16 else ["quantease"]
+    args.corpora = [d for d in args.eval_datasets.split(",") if d]
+    if found := mistakes(args):
+        raise InputError("\n".join(found))
+    from rich.console import Console
+
+    configs = run_configs(args)
+    console = Console()
+    if args.dry_run:
+        from quant.core.plan import show_plan
+
+        show_plan(configs, console)
+        return
+    from quant.core.run import Session
+
+    session = Session(configs[0])
+    for config in configs:
+        if config.quantizes:
+            session.recipe(config)
+    with cli.ProgressBars(console) as bars:
+        finished = [session.run(config, bars.for_method(config.method)) for config in configs]
+    show_results(args, session, finished, console)
+
+
+def show_results(args: argparse.Namespace, session: Any, finished: list[dict[str, Any]], console: Any) -> None:
+    """One table; with --compute-quantization-recon-error a second one; where everything is."""
+    import json
+
+    from quant.core import cli
+
+    bits = f"{args.wbits} bits" + (f", groups of {args.groupsize}" if args.groupsize > 0 else "")
+    setting = bits if args.wbits != 16 else "base model"
+    title = f"{args.model}: {setting}; calibration {args.dataset}, {args.nsamples} x {session.seqlen} tokens, seed {args.seed}"
+    console.print()
+    console.print(cli.results_table(finished, title))
+    for results in finished:
+        path = Path(results["run_dir"])
+        if args.compute_quantization_recon_error and (path / "journal.jsonl").exists():
+            console.print(cli.linears_table([json.loads(line) for line in (path / "journal.jsonl").open()]))
+        verdicts = results["verdicts"]
+        seconds, peak = results["seconds"], results["peak_bytes"]
+        stages = ", ".join(f"{k} {seconds[k]:.1f}" for k in ("load", "forward", "gram", "solve", "evaluate", "export"))
+        memory = f"{peak['host'] / 1e9:.2f} GB host" + (f", {peak['device'] / 1e9:.2f} GB device" if peak["device"] else "")
+        console.print(f"[bold]{results['method']}[/]: seconds: {stages}; peak memory {memory}", highlight=False)
+        if any(verdicts[v] for v in ("look", "bad")):
+            console.print(f"  linears: {verdicts['ok']} ok, {verdicts['look']} to look at, {verdicts['bad']} bad", highlight=False)
+        console.print(f"  {path / 'results.json'}", highlight=False, soft_wrap=True)
+    if args.save:
+        console.print(f"checkpoint: {args.save}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    from quant.core.cli import guarded
+
+    sys.exit(guarded(main))

@@ -1,0 +1,180 @@
+"""Reading a checkpoint tensor by tensor: single-file or sharded safetensors; `.bin` files are converted once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quant.core.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def resolve(model: str, cache_dir: Path, with_weights: bool = True) -> Path:
+    """The local directory of a model: itself, or the hub's snapshot of it (weights in safetensors only).
+
+    A checkpoint that has `.bin` files only is converted, shard by shard, under ``cache_dir``.
+    Raises InputError where there is no such directory, no configuration, or no way to the hub.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{model} holds no config.json: --model takes a model directory or a hub id")
+    elif path.exists():
+        raise InputError(f"{model} is a file: --model takes a model directory or a hub id")
+    elif path.is_absolute() or model.startswith(".") or model.count("/") != 1 and "/" in model:
+        raise InputError(f"no such model directory: {model}")
+    else:
+        path = _download(model, with_weights)
+    if with_weights and not any((path / name).exists() for name in (SINGLE, INDEX)):
+        if any((path / name).exists() for name in (BIN_SINGLE, BIN_INDEX)):
+            return _convert_bin(path, cache_dir)
+        raise InputError(f"{model} holds no weights: expected {SINGLE} or {INDEX}")
+    return path
+
+
+def _download(model: str, with_weights: bool) -> Path:
+    try:
+        path = Path(snapshot_download(model, allow_patterns=SIDE_FILES))
+        if with_weights:
+            names = set(_remote_files(model))
+            kind = "*.safetensors" if names & {SINGLE, INDEX} else "*.bin"
+            snapshot_download(model, allow_patterns=[kind])
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{model} is neither a local directory nor a model that the hub gives ({type(error).__name__}); "
+            "check the name, log in if it is gated, or pass a local directory"
+        ) from error
+    if not (path / "config.json").is_file():
+        raise InputError(f"{model} holds no config.json")
+    return path
+
+
+def _remote_files(model: str) -> list[str]:
+    from huggingface_hub import list_repo_files
+
+    return list_repo_files(model)
+
+
+class Checkpoint:
+    """Tensors of a safetensors checkpoint by name, read when asked for.
+
+    Raises InputError on opening where a shard is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = [path / name for name in _shards(path, SINGLE, INDEX)]
+        self._where: dict[str, Any] = {}
+        for file in self.files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except FileNotFoundError as error:
+                raise InputError(f"{path}: shard {file.name} is missing; download the checkpoint again") from error
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{file} is truncated or not a safetensors file ({error})") from error
+            self._where.update(dict.fromkeys(handle.keys(), handle))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU, in the checkpoint's own dtype."""
+        tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor
+
+    def sha256(self) -> str:
+        """Hash over the files' own hashes; the hub's cache names its files by theirs, others are read."""
+        return hashlib.sha256("".join(_file_sha256(file) for file in self.files).encode()).hexdigest()
+
+
+def _file_sha256(file: Path) -> str:
+    name = file.resolve().name
+    if SHA256.fullmatch(name):
+        return name
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    """What hashlib.file_digest does, for Python 3.10."""
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _shards(path: Path, single: str, index: str) -> list[str]:
+    if (path / single).exists():
+        return [single]
+    try:
+        return sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path / index} is not a checkpoint index; download it again") from error
+
+
+def _convert_bin(path: Path, cache_dir: Path) -> Path:
+    """Convert `.bin` shards, one in memory at a time, to safetensors under the cache. Returns that directory.
+
+    Only tensors are unpickled (``weights_only=True``). The index is written last and marks a whole conversion.
+    """
+    shards = _shards(path, BIN_SINGLE, BIN_INDEX)
+    stamp = [(name, (path / name).stat().st_size, (path / name).stat().st_mtime_ns) for name in shards]
+    key = hashlib.sha256(json.dumps([str(path.resolve()), stamp]).encode()).hexdigest()[:16]
+    target = cache_dir / "converted" / f"{path.name}-{key}"
+    if (target / INDEX).exists():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    for name in shards:
+        tensors = _read_bin(path / name)
+        file = name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+        if file == SINGLE:
+            file = "model-00001-of-00001.safetensors"
+        seen: dict[int, str] = {}
+        own = {k: v for k, v in tensors.items() if seen.setdefault(v.data_ptr(), k) == k}
+        save_file({k: v.contiguous() for k, v in own.items()}, target / f"{file}.tmp", {"format": "pt"})
+        (target / f"{file}.tmp").replace(target / file)
+        weight_map.update(dict.fromkeys(own, file))
+    for pattern in SIDE_FILES:
+        for side in path.glob(pattern):
+            if side.name != BIN_INDEX:
+                (target / side.name).write_bytes(side.read_bytes())
+    temporary = target / f"{INDEX}.tmp"
+    temporary.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    temporary.replace(target / INDEX)
+    return target
+
+
+def _read_bin(file: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        loaded: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise InputError(f"shard {file} is missing; download the checkpoint again") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(f"{file} is not a readable PyTorch weight file (weights only)") from error
+    return loaded

@@ -1,0 +1,174 @@
+"""What the command lines share: both spellings of flags, all mistakes at once, progress, tables, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from quant.core.errors import InputError, RunError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Accepts --group-size, --group_size and --groupsize alike; a misspelt flag is answered with the nearest one."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse after bringing every flag to its declared spelling."""
+        given = list(sys.argv[1:] if args is None else args)
+        declared = {_letters(flag): flag for flag in self._option_string_actions if flag.startswith("--")}
+        spelt = [_respell(word, declared) for word in given]
+        parsed, unknown = super().parse_known_args(spelt, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        fail(message)
+        raise SystemExit(BAD_INPUT)
+
+
+def _letters(flag: str) -> str:
+    return re.sub("[-_]", "", flag).lower()
+
+
+def _respell(word: str, declared: dict[str, str]) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return declared.get(_letters(flag), flag) + equals + value
+
+
+def fail(message: str) -> None:
+    """One line on standard error for each mistake."""
+    for line in str(message).splitlines():
+        sys.stderr.write(f"error: {line}\n")
+
+
+def guarded(main: Callable[[], None]) -> int:
+    """Run a command; turn the failures that a person can act on into one line and an exit code."""
+    try:
+        main()
+    except InputError as error:
+        fail(str(error))
+        return BAD_INPUT
+    except RunError as error:
+        fail(f"{error}. Finished blocks are kept: the same command continues.")
+        return FAILED
+    except OSError as error:
+        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}. Finished blocks are kept.")
+        return FAILED
+    except KeyboardInterrupt:
+        fail("interrupted; the same command continues after the last finished block")
+        return INTERRUPTED
+    return DONE
+
+
+def set_logging(level: str) -> None:
+    """Log to standard error; libraries stay quiet unless something is wrong."""
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for library in ("transformers", "datasets", "huggingface_hub", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLogger().level))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+class ProgressBars:
+    """A bar for each stage on a terminal; elsewhere one line each time a stage has moved on by a tenth."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description:>24}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.started: dict[str, float] = {}
+
+    def __enter__(self) -> ProgressBars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bars.stop()
+
+    def for_method(self, method: str) -> Callable[[str, int, int, str], None]:
+        """The callback that a run reports to."""
+        return lambda stage, done, total, note: self._update(f"{method} {stage}", done, total, note)
+
+    def _update(self, name: str, done: int, total: int, note: str) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=total, note=note)
+            self.started[name] = time.perf_counter()
+        self.bars.update(self.tasks[name], completed=done, note=note)
+        step = max(1, total // 10)
+        if not self.console.is_terminal and (done % step == 0 or done == total):
+            self.console.print(f"{name}: {done} of {total} {note}".rstrip(), highlight=False)
+
+
+def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
+    """Method, bits per weight, perplexity before and after, KL divergence, mean relative error, seconds."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("method")
+    for column in ("bits/weight", "data", "ppl before", "ppl after", "ratio (95%)", "KL", "top-1", "rel. error", "seconds"):
+        table.add_column(column, justify="right")
+    for results in all_results:
+        corpora = results["perplexity"] or {"-": {}}
+        for row, (name, perplexity) in enumerate(corpora.items()):
+            fidelity, low_high = results["fidelity"].get(name, {}), perplexity.get("ratio_ci95")
+            table.add_row(
+                results["method"] if row == 0 else "",
+                f"{results['bits_per_weight']:.3f}" if row == 0 else "",
+                name,
+                _number(perplexity.get("fp"), 3),
+                _number(perplexity.get("quantized"), 3),
+                f"{low_high[0]:.3f}-{low_high[1]:.3f}" if low_high else "-",
+                _number(fidelity.get("kl_divergence"), 4),
+                _number(fidelity.get("top1_agreement"), 3),
+                f"{results['mean_relative_error']:.4f}" if row == 0 else "",
+                f"{results['seconds']['total']:.1f}" if row == 0 else "",
+            )
+    return table
+
+
+def linears_table(records: Sequence[dict[str, Any]]) -> Table:
+    """Relative error of every linear, for ``--compute-quantization-recon-error``."""
+    table = Table(title="relative error of every linear", title_justify="left", header_style="bold")
+    for column in ("block", "linear", "error", "rtn", "bits/weight", "verdict"):
+        table.add_column(column, justify="left" if column in ("linear", "verdict") else "right")
+    for r in records:
+        error, nearest = f"{r['relative_error']:.5f}", f"{r['relative_error_rtn']:.5f}"
+        table.add_row(str(r["block"]), r["name"], error, nearest, f"{r['bits_per_weight']:.3f}", r["verdict"])
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def existing_path(text: str) -> Path:
+    """argparse type: a directory that is there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
+    return path

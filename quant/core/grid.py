@@ -1,0 +1,82 @@
+"""Fitting a uniform grid to weights: min-max or searched range, symmetric or not, per row or grouped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.core.types import Grid, QuantSpec
+
+SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released code: 1.00, 0.99, ... 0.21
+CHUNK = 1 << 24  # weights searched at a time: bounds the memory of the search on very large layers
+
+
+def fit_scale_zero(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero point over the last dimension.
+
+    weight: float32 [..., n]. importance: [..., n], broadcastable, weights of the squared error for
+    ``range="mse"`` (the Gram diagonal); ignored by min-max. Returns (scale float32 [...], zero int32 [...]).
+    The range always includes 0.
+    """
+    lo, hi = weight.amin(-1).clamp_(max=0), weight.amax(-1).clamp_(min=0)
+    if spec.range == "minmax":
+        return range_to_grid(lo, hi, spec)
+    best_scale, best_zero = range_to_grid(lo, hi, spec)
+    best_error = torch.full_like(lo, torch.inf)
+    for shrink in SHRINKS:
+        scale, zero = range_to_grid(lo * shrink, hi * shrink, spec)
+        s, z = scale.unsqueeze(-1), zero.unsqueeze(-1)
+        residual = weight - ((weight / s).round_() + z).clamp_(0, spec.qmax).sub_(z).mul_(s)
+        squared = residual.square_() if importance is None else residual.square_().mul_(importance)
+        error = squared.sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def range_to_grid(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The grid that covers [lo, hi], lo <= 0 <= hi.
+
+    Asymmetric zero points are kept at 1 or above (GPTQ's v1 format stores zero - 1 and cannot hold 0);
+    the scale then grows so that hi stays covered. All-zero ranges get scale 1.
+    """
+    qmax = spec.qmax
+    middle = (qmax + 1) // 2
+    empty = (lo == 0) & (hi == 0)
+    if spec.symmetric:
+        scale = torch.where(empty, 1.0, round_scale(torch.maximum(-lo, hi) * (2 / qmax)))
+        return scale, torch.full_like(scale, middle, dtype=torch.int32)
+    scale = torch.where(empty, 1.0, round_scale((hi - lo) / qmax))
+    zero = torch.round(-lo / scale).clamp_(0, qmax)
+    if qmax > 1:
+        low = (zero < 1) & ~empty
+        scale = torch.where(low, round_scale(hi / (qmax - 1)), scale)
+        zero = zero.clamp_(min=1)
+    return scale, torch.where(empty, middle, zero).to(torch.int32)
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """The nearest fp16 number where that is within 1/64 (checkpoints store fp16), else the scale itself."""
+    half = scale.half().float()
+    return torch.where((half - scale).abs() <= scale / 64, half, scale)
+
+
+def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, order: Tensor | None = None) -> Grid:
+    """Grid of a whole layer, weight float32 [out, in].
+
+    importance: [in], for ``range="mse"``. order: a permutation of the columns in which groups are formed
+    (act-order without static groups); the returned g_idx refers to the original columns.
+    Raises ValueError if the group size does not divide the inputs.
+    """
+    n_out, n_in = weight.shape
+    n_groups = spec.n_groups(n_in)
+    group = torch.arange(n_in, device=weight.device) // (n_in // n_groups)
+    if order is not None and n_groups > 1:
+        weight, importance = weight[:, order], None if importance is None else importance[order]
+        group = torch.empty_like(group).index_copy_(0, order, group)
+    grouped = weight.reshape(n_out, n_groups, -1)
+    weights_of_error = None if importance is None else importance.view(n_groups, -1)
+    parts = [fit_scale_zero(rows, spec, weights_of_error) for rows in grouped.split(max(1, CHUNK // n_in))]
+    scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Grid(scale, zero, group, spec.qmax)

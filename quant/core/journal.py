@@ -1,0 +1,177 @@
+"""The run directory: what is on disk is whole, or is not there.
+
+manifest.json, journal.jsonl, blocks/NNNNN.safetensors, results.json. Every file is written to a temporary name,
+synced and renamed. A block's file carries its journal lines, so the journal is rebuilt from the blocks when a
+killed run is continued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from quant.core.errors import InputError
+from quant.core.types import Grid, QuantizedWeight, QuantSpec
+
+Record = dict[str, Any]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under its final name only when every byte is on disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, indented for people, written atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """What stays in memory of a finished block: its journal records, seconds by stage, a hash of codes and grids."""
+
+    records: list[Record]
+    seconds: Mapping[str, float]
+    codes_sha256: str
+
+
+class RunDirectory:
+    """One run on disk. ``open`` decides whether there is something to continue."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.blocks = path / "blocks"
+
+    def open(self, manifest: Record, overwrite: bool) -> None:
+        """Start a run, or continue the one that is here if its configuration is the same.
+
+        Raises InputError with the differences if it is another, or if the place cannot be written.
+        """
+        try:
+            if overwrite and (self.path / "manifest.json").exists():
+                shutil.rmtree(self.path)
+            self.blocks.mkdir(parents=True, exist_ok=True)
+        except (OSError, NotADirectoryError) as error:
+            raise InputError(f"cannot write the run directory {self.path}: {error.strerror}; use --run-dir") from error
+        found = self.read("manifest.json")
+        if found is None:
+            others = [p.name for p in self.path.iterdir() if p != self.blocks and not p.name.endswith(".tmp")]
+            if others:
+                raise InputError(f"{self.path} holds other files ({others[0]}, ...); give --run-dir an empty directory")
+            write_json(self.path / "manifest.json", manifest)
+            return
+        old, new = found["configuration"], manifest["configuration"]
+        changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        if changed:
+            raise InputError(
+                f"{self.path} holds a run of another configuration ({'; '.join(changed)}); "
+                "use another --run-dir, or --overwrite to discard it"
+            )
+
+    def read(self, name: str) -> Record | None:
+        """A JSON file of the run, or None if it is not there. Raises InputError if it is damaged."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            content: Record = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is damaged; delete {self.path} or use --overwrite") from error
+        return content
+
+    def block_file(self, index: int) -> Path:
+        """Where block ``index`` is kept."""
+        return self.blocks / f"{index:05d}.safetensors"
+
+    def finished_blocks(self) -> list[BlockSummary]:
+        """The leading blocks that are done; the journal is rewritten to hold exactly their lines."""
+        done: list[BlockSummary] = []
+        while self.block_file(len(done)).exists():
+            done.append(self.read_summary(len(done)))
+        lines = [json.dumps(record) + "\n" for block in done for record in block.records]
+        write_atomically(self.path / "journal.jsonl", "".join(lines).encode())
+        return done
+
+    def write_block(
+        self,
+        index: int,
+        weights: Mapping[str, QuantizedWeight],
+        records: list[Record],
+        seconds: Mapping[str, float],
+    ) -> BlockSummary:
+        """Keep a finished block, then add its lines to the journal."""
+        tensors: dict[str, Tensor] = {}
+        linears: dict[str, Any] = {}
+        for name, weight in weights.items():
+            grid = weight.grid
+            parts = {"codes": weight.codes, "scale": grid.scale, "zero": grid.zero, "g_idx": grid.g_idx}
+            tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
+            linears[name] = {"spec": asdict(weight.spec), "qmax": grid.qmax, "info": dict(weight.info)}
+        summary = BlockSummary(records, dict(seconds), _digest(tensors))
+        metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(asdict(summary))}
+        write_atomically(self.block_file(index), save(tensors, metadata))
+        with (self.path / "journal.jsonl").open("a") as stream:
+            stream.write("".join(json.dumps(record) + "\n" for record in records))
+        return summary
+
+    def read_summary(self, index: int) -> BlockSummary:
+        """Records, seconds and hash of a finished block, without its tensors."""
+        with self._opened(index) as file:
+            return BlockSummary(**json.loads(file.metadata()["summary"]))
+
+    def read_weights(self, index: int) -> dict[str, QuantizedWeight]:
+        """The solved linears of a finished block, by name."""
+        with self._opened(index) as file:
+            return {
+                name: QuantizedWeight(
+                    file.get_tensor(f"{name}.codes"),
+                    Grid(
+                        *(file.get_tensor(f"{name}.{part}") for part in ("scale", "zero", "g_idx")),
+                        entry["qmax"],
+                    ),
+                    QuantSpec(**entry["spec"]),
+                    entry["info"],
+                )
+                for name, entry in json.loads(file.metadata()["linears"]).items()
+            }
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Any]:
+        """A block's file. Raises InputError if it is damaged."""
+        path = self.block_file(index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}); delete it and the later blocks, or use --overwrite"
+            ) from error
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()

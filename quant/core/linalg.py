@@ -1,0 +1,77 @@
+"""Cholesky factor of the inverse Gram matrix, and the layer objective."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.core.errors import RunError
+
+DAMPING_STEP = 10.0
+MAX_DAMPING = 1.0
+
+
+class SingularGramError(RunError):
+    """The damped Gram matrix is not positive definite."""
+
+
+def damped(gram: Tensor, percdamp: float) -> Tensor:
+    """Gram + percdamp * mean(diagonal) * I [in, in]; dead columns (zero diagonal) are decoupled with a 1.
+
+    The mean is over all columns, as in GPTQ's released code.
+    """
+    damped_gram = gram.clone()
+    diagonal = damped_gram.diagonal()
+    dead = diagonal == 0
+    diagonal.add_(percdamp * diagonal.mean())
+    diagonal[dead] = 1.0
+    return damped_gram
+
+
+def inverse_cholesky(gram: Tensor) -> tuple[Tensor, bool]:
+    """Upper U with (gram)⁻¹ = Uᵀ U, and whether it exists.
+
+    With J the reversal of rows and columns and J gram J = L Lᵀ, U = J L⁻¹ J: one Cholesky and one
+    triangular inverse instead of GPTQ's Cholesky, inverse, Cholesky; the inverse itself is never formed.
+    """
+    lower, info = torch.linalg.cholesky_ex(gram.flip(0, 1))
+    if int(info) != 0:
+        return lower, False
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1), bool(torch.isfinite(inverse.diagonal()).all())
+
+
+def damped_inverse_cholesky(gram: Tensor, percdamp: float, auto_damp: bool = False) -> tuple[Tensor, float]:
+    """U of the damped Gram matrix, and the damping that was used.
+
+    Raises SingularGramError, naming the damping that would work, unless ``auto_damp`` allows to use it.
+    """
+    upper, ok = inverse_cholesky(damped(gram, percdamp))
+    if ok:
+        return upper, percdamp
+    trial = max(percdamp, 1e-3)
+    while trial < MAX_DAMPING and not ok:
+        trial = min(trial * DAMPING_STEP, MAX_DAMPING)
+        upper, ok = inverse_cholesky(damped(gram, trial))
+    if not ok:
+        raise SingularGramError(
+            f"the Gram matrix is singular even with percdamp={MAX_DAMPING:g}: the calibration inputs are degenerate"
+        )
+    if not auto_damp:
+        raise SingularGramError(
+            f"the Gram matrix is singular at percdamp={percdamp:g}: use --percdamp {trial:g}, more calibration "
+            "samples, or --auto-damp"
+        )
+    return upper, trial
+
+
+def objective(error: Tensor, gram: Tensor) -> float:
+    """tr(E Σ Eᵀ) = ‖E X‖² for error [out, in]; products in the tensors' dtype, the sum in float64."""
+    return max(0.0, float((error @ gram).double().mul_(error).sum()))
+
+
+def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    """‖(W-Ŵ)X‖² / ‖WX‖²; 0 where both vanish, inf where only the output does."""
+    error, norm = objective(weight - approximation, gram), objective(weight, gram)
+    return error / norm if norm > 0 else (0.0 if error == 0 else float("inf"))

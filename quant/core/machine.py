@@ -1,0 +1,92 @@
+"""The machine a run stands on: device, dtype, memory, versions."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.core.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:i``. Raises InputError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count} CUDA device(s)" if count else "no CUDA device"
+        raise InputError(f"--device {name} is not there: this machine has {found}; use --device cpu or auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The arithmetic's dtype; None is the checkpoint's own. ``auto`` computes in float32 on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else None
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak of device memory seen so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> dict[str, int]:
+    """Peak memory so far: on the device (0 on a CPU, where host and device are one) and of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, "host": host}
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Hardware, for the manifest."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": str(device),
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "platform": platform.system(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can move a number."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def commit() -> str | None:
+    """The project's git commit, with `-dirty` where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

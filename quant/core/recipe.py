@@ -1,0 +1,133 @@
+"""How one block is quantized: statistics group by group, a solver on every linear, the result put in place."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.load import LazyModel, Weights
+from quant.core.errors import InputError, RunError
+from quant.core.journal import Record
+from quant.core.linalg import SingularGramError, relative_error
+from quant.core.machine import peak_bytes
+from quant.core.stats import LayerStats
+from quant.core.stream import BlockStream
+from quant.core.types import QuantizedWeight, QuantSpec
+from quant.rtn import rtn
+
+LOOK_ABOVE = 0.1  # relative error of a linear from which a person should look
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to every block: a solver with its options on a grid.
+
+    true_sequential: every group of linears sees the outputs of those solved before it in the same block.
+    """
+
+    method: str
+    solver: Callable[..., QuantizedWeight]
+    spec: QuantSpec
+    options: Mapping[str, Any] = field(default_factory=dict)
+    true_sequential: bool = False
+
+
+def deployed(quantized: QuantizedWeight, model: LazyModel, device: torch.device) -> Tensor:
+    """The weight [out, in] as a checkpoint holds it (rounded to its dtype), in the arithmetic's dtype."""
+    return quantized.dequantize().to(model.storage_dtype).to(device=device, dtype=model.dtype)
+
+
+def deploy(weights: Weights, solved: Mapping[str, QuantizedWeight], model: LazyModel) -> Weights:
+    """Weights of a block with the solved linears in place."""
+    new = {
+        f"{name}.weight": deployed(
+            _on(quantized, weights[f"{name}.weight"].device), model, weights[f"{name}.weight"].device
+        )
+        for name, quantized in solved.items()
+    }
+    return {**weights, **new}
+
+
+def _on(quantized: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    """The same answer with its tensors on a device."""
+    grid = quantized.grid
+    moved = type(grid)(grid.scale.to(device), grid.zero.to(device), grid.g_idx.to(device), grid.qmax)
+    return type(quantized)(quantized.codes.to(device), moved, quantized.spec, quantized.info)
+
+
+@dataclass(frozen=True)
+class SolvedBlock:
+    """A block after its linears were solved: deployed weights, the answers by name, journal records, solver seconds."""
+
+    weights: Weights
+    solved: Mapping[str, QuantizedWeight]
+    records: list[Record]
+    seconds: float
+
+
+def quantize_block(stream: BlockStream, index: int, weights: Weights, recipe: Recipe) -> SolvedBlock:
+    """Solve every linear of block ``index`` from the inputs that the stream holds; the stream stays in front of it.
+
+    Raises InputError for non-finite inputs and RunError, with the linear's name, where a solver fails.
+    """
+    groups = stream.model.groups
+    stages = [[group] for group in groups] if recipe.true_sequential else [list(groups)]
+    solved: dict[str, QuantizedWeight] = {}
+    records: list[Record] = []
+    solving = 0.0
+    for stage in stages:
+        stats = {g[0]: LayerStats(weights[f"{g[0]}.weight"].shape[1], stream.device) for g in stage}
+        stream.run(index, weights, observe={name: s.update for name, s in stats.items()})
+        for group in stage:
+            for name in group:
+                started = time.perf_counter()
+                solved[name], record = solve_linear(
+                    f"block {index} {name}", weights[f"{name}.weight"], stats[group[0]], recipe
+                )
+                record |= {"seconds": round(time.perf_counter() - started, 4)}
+                peak = peak_bytes(stream.device)
+                records.append({"block": index, "name": name} | record | {"peak_bytes": peak["device"] or peak["host"]})
+                solving += time.perf_counter() - started
+        weights = deploy(weights, {name: solved[name] for group in stage for name in group}, stream.model)
+    return SolvedBlock(weights, solved, records, solving)
+
+
+def solve_linear(where: str, weight: Tensor, stats: LayerStats, recipe: Recipe) -> tuple[QuantizedWeight, Record]:
+    """One linear's answer and its journal record (without position and cost)."""
+    weight = weight.float()
+    stats.check(where)
+    try:
+        quantized = recipe.solver(weight, stats, recipe.spec, **recipe.options).check()
+    except SingularGramError as error:
+        raise RunError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+    error_now = relative_error(weight, quantized.dequantize(), stats.gram)
+    nearest = quantized if recipe.solver is rtn else rtn(weight, stats, recipe.spec)
+    error_rtn = relative_error(weight, nearest.dequantize(), stats.gram)
+    return quantized, {
+        "shape": list(weight.shape),
+        "method": recipe.method,
+        "bits": recipe.spec.bits,
+        "relative_error": error_now,
+        "relative_error_rtn": error_rtn,
+        "bits_per_weight": quantized.bits_per_weight(),
+        "storage_bits": quantized.storage_bits(),
+        "scale_bits": quantized.grid.scale_bits,
+        "n_tokens": stats.n_tokens,
+        "verdict": verdict(error_now, error_rtn),
+        **({"info": dict(quantized.info)} if quantized.info else {}),
+    }
+
+
+def verdict(error: float, error_rtn: float) -> str:
+    """``bad``: not finite, no output left, or worse than round-to-nearest; ``look``: above LOOK_ABOVE; else ``ok``."""
+    if not math.isfinite(error) or error >= 1 or error > error_rtn * 1.05 + 1e-12:
+        return "bad"
+    return "look" if error > LOOK_ABOVE else "ok"

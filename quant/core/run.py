@@ -1,0 +1,327 @@
+"""A run from configuration to results.json: open, quantize block by block, evaluate, save; all of it resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from data.calibration import Tokens, calibration_tokens, evaluation_tokens
+
+from models.load import LazyModel, load_model, load_tokenizer
+from quant.core import machine
+from quant.core.errors import InputError
+from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
+from quant.core.recipe import Recipe, deploy, quantize_block
+from quant.core.registry import get_solver
+from quant.core.stream import BlockStream
+from quant.core.types import QuantSpec
+from quant.evaluate import FULL, evaluate, report
+from quant.export.dequantized import check_target, dtype_name, save_dequantized
+
+FULL_BITS = 16  # --wbits 16: nothing is quantized, the base model is evaluated
+DEFAULT_MAX_SEQLEN = 2048
+Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is told. Paths are as given; ``options`` are the solver's own keyword options."""
+
+    model: str
+    dataset: str = "c4"
+    seed: int = 0
+    nsamples: int = 128
+    seqlen: int | None = None
+    method: str = "quantease"
+    wbits: int = FULL_BITS
+    group_size: int = -1
+    symmetric: bool = False
+    range: str = "minmax"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    true_sequential: bool = False
+    num_layers: int = 1000
+    eval_datasets: tuple[str, ...] = ("wikitext2", "ptb", "c4")
+    limit: int | None = None
+    full_precision_eval: bool = True
+    data_dir: Path | None = None
+    cache_dir: Path = Path.home() / ".cache" / "llm-quantizer"
+    device: str = "auto"
+    dtype: str = "auto"
+    activation_store: str = "cpu"
+    calib_batch: int = 4
+    run_dir: Path | None = None
+    save: Path | None = None
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def quantizes(self) -> bool:
+        """False where only the base model is evaluated."""
+        return self.wbits != FULL_BITS
+
+
+def silent(stage: str, done: int, total: int, note: str) -> None:
+    """Progress that nobody watches."""
+
+
+class Session:
+    """Model, tokenizer and tokens, opened and checked once; ``run`` may then be called for several methods.
+
+    Raises InputError for whatever is wrong with the configuration or the inputs, before any work.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        started = time.perf_counter()
+        self.device = machine.pick_device(config.device)
+        self.model: LazyModel = load_model(
+            config.model,
+            dtype=machine.pick_dtype(config.dtype, self.device),
+            cache_dir=config.cache_dir,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.seqlen = config.seqlen or min(self.model.max_length, DEFAULT_MAX_SEQLEN)
+        if self.seqlen > self.model.max_length:
+            raise InputError(f"--seqlen {self.seqlen}: {config.model} takes at most {self.model.max_length} tokens")
+        self.tokenizer = load_tokenizer(self.model.checkpoint.path, config.trust_remote_code)
+        sources = {
+            "seqlen": self.seqlen,
+            "data_dir": config.data_dir,
+            "cache_dir": config.cache_dir / "tokens",
+        }
+        self.calibration: Tokens | None = None
+        if config.quantizes:
+            self.calibration = calibration_tokens(
+                config.dataset, self.tokenizer, nsamples=config.nsamples, seed=config.seed, **sources
+            )
+        evaluation = [evaluation_tokens(s, self.tokenizer, limit=config.limit, **sources) for s in config.eval_datasets]
+        self.evaluation = {tokens.name: tokens for tokens in evaluation}
+        if len(self.evaluation) < len(evaluation):
+            raise InputError("two --eval-datasets have the same name; rename one of the files")
+        for tokens in (self.calibration, *evaluation):
+            self._check_vocabulary(tokens)
+        self.model_sha256 = self.model.checkpoint.sha256()
+        self.load_seconds = time.perf_counter() - started
+
+    def _check_vocabulary(self, tokens: Tokens | None) -> None:
+        vocabulary = self.model.config.vocab_size
+        if tokens is not None and int(tokens.ids.max()) >= vocabulary:
+            raise InputError(
+                f"the tokenizer gives token {int(tokens.ids.max())}, the model has {vocabulary}: "
+                "tokenizer and model do not belong together"
+            )
+
+    def recipe(self, config: RunConfig) -> Recipe:
+        """The recipe of a configuration, checked against the model's shapes."""
+        try:
+            spec = QuantSpec(config.wbits, config.group_size, config.symmetric, config.range)
+            for name, (_, n_in) in self.model.linear_shapes().items():
+                layer = name
+                spec.n_groups(n_in)
+        except ValueError as error:
+            raise InputError(
+                f"{layer}: {error}" if "group_size=" in str(error) and "divide" in str(error) else str(error)
+            ) from error
+        return Recipe(config.method, get_solver(config.method), spec, config.options, config.true_sequential)
+
+    def configuration(self, config: RunConfig) -> Record:
+        """What decides the codes: two runs with equal configurations on one machine give the same bits."""
+        tokens = self.calibration
+        return {
+            "model_sha256": self.model_sha256,
+            "calibration": None if tokens is None else f"{tokens.name} ({tokens.protocol}) {tokens.sha256[:16]}",
+            "nsamples": config.nsamples,
+            "seqlen": self.seqlen,
+            "seed": config.seed,
+            "method": config.method,
+            "options": dict(config.options),
+            "wbits": config.wbits,
+            "group_size": config.group_size,
+            "symmetric": config.symmetric,
+            "range": config.range,
+            "true_sequential": config.true_sequential,
+            "blocks": min(config.num_layers, len(self.model.blocks)) if config.quantizes else 0,
+            "dtype": dtype_name(self.model.dtype),
+            "device": self.device.type,
+            "calib_batch": config.calib_batch,
+        }
+
+    def run_path(self, config: RunConfig) -> Path:
+        """``--run-dir``, or a name under runs/ that the configuration decides."""
+        if config.run_dir is not None:
+            return config.run_dir
+        digest = hashlib.sha256(json.dumps(self.configuration(config), sort_keys=True).encode()).hexdigest()[:8]
+        bits = f"w{config.wbits}" + (f"g{config.group_size}" if config.group_size > 0 else "")
+        name = Path(config.model).resolve().name if Path(config.model).exists() else config.model.replace("/", "--")
+        return Path("runs") / f"{name}-{config.method if config.quantizes else 'base'}-{bits}-{digest}"
+
+    def run(self, config: RunConfig, progress: Progress = silent) -> Record:
+        """Quantize, evaluate, save; return what results.json holds. Continues a run that was interrupted."""
+        started = time.perf_counter()
+        recipe = self.recipe(config) if config.quantizes else None
+        configuration = self.configuration(config)
+        target = RunDirectory(self.run_path(config))
+        evaluation = self._evaluation_request(config)
+        previous = None if config.overwrite else target.read("results.json")
+        if config.save is not None and (previous is None or not self._saved(config.save, previous)):
+            check_target(config.save, config.overwrite)
+        self._check_space(config, target.path)
+        target.open(self._manifest(config, configuration), config.overwrite)
+        machine.reset_peak(self.device)
+
+        n_blocks = configuration["blocks"]
+        blocks = self._quantize(recipe, n_blocks, config, target, progress) if recipe else []
+        results = previous
+        if results is None or results.get("evaluation") != evaluation:
+            clock = time.perf_counter()
+            scored = self._evaluate(n_blocks, config, target, progress)
+            results = self._results(config, blocks) | scored
+            results |= {"evaluation": evaluation}
+            results["seconds"]["evaluate"] = time.perf_counter() - clock
+        if config.save is not None and not self._saved(config.save, results):
+            clock = time.perf_counter()
+            progress("save", 0, 1, str(config.save))
+            solved = lambda i: target.read_weights(i) if i < n_blocks else {}  # noqa: E731
+            save_dequantized(self.model, self.tokenizer, solved, config.save, results)
+            results["seconds"]["export"] = time.perf_counter() - clock
+            results["checkpoint_bytes"] = sum(f.stat().st_size for f in config.save.iterdir())
+            progress("save", 1, 1, str(config.save))
+        if results is not previous:
+            results["seconds"] |= {"load": self.load_seconds}
+            results["seconds"]["total"] = self.load_seconds + time.perf_counter() - started
+            results["peak_bytes"] = machine.peak_bytes(self.device)
+            write_json(target.path / "results.json", results)
+        return results | {"run_dir": str(target.path)}
+
+    @staticmethod
+    def _saved(save: Path, results: Record) -> bool:
+        """Whether ``save`` holds the checkpoint of these results."""
+        path = save / "results.json"
+        return path.exists() and json.loads(path.read_text()).get("codes_sha256") == results["codes_sha256"]
+
+    def _evaluation_request(self, config: RunConfig) -> Record:
+        """What decides the numbers once the codes are there."""
+        hashes = {name: tokens.sha256 for name, tokens in self.evaluation.items()}
+        return {"token_sha256": hashes, "full_precision": config.full_precision_eval}
+
+    def _manifest(self, config: RunConfig, configuration: Record) -> Record:
+        tokens = {t.name: {"protocol": t.protocol, "sha256": t.sha256, "text_sha256": t.text_sha256,
+                           "shape": list(t.ids.shape)} for t in self.evaluation.values()}  # fmt: skip
+        calibration = self.calibration
+        return {
+            "schema": 1,
+            "command": sys.argv,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "configuration": configuration,
+            "seed": config.seed,
+            "model": {"id": config.model, "sha256": self.model_sha256, "model_type": self.model.config.model_type},
+            "calibration": calibration and {
+                "name": calibration.name, "protocol": calibration.protocol, "sha256": calibration.sha256,
+                "text_sha256": calibration.text_sha256, "shape": list(calibration.ids.shape)},
+            "evaluation": tokens,
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+            "hardware": machine.describe(self.device),
+        }  # fmt: skip
+
+    def _check_space(self, config: RunConfig, path: Path) -> None:
+        """Raise InputError where the blocks, and the checkpoint if asked for, cannot fit on the disk."""
+        per_block = sum(out * n_in for out, n_in in self.model.linear_shapes().values())
+        need = per_block * min(config.num_layers, len(self.model.blocks)) if config.quantizes else 0
+        weights = sum(file.stat().st_size for file in self.model.checkpoint.files)
+        for place, size in ((path, need), (config.save, weights)):
+            if place is None:
+                continue
+            existing = next(p for p in (place, *place.absolute().parents) if p.exists())
+            free = shutil.disk_usage(existing).free
+            if free < size:
+                raise InputError(f"{place} needs about {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+
+    def _quantize(
+        self, recipe: Recipe, n_blocks: int, config: RunConfig, target: RunDirectory, progress: Progress
+    ) -> list[BlockSummary]:
+        """Solve the blocks that are not on disk yet; finished ones only carry the calibration samples forward."""
+        assert self.calibration is not None
+        results = target.finished_blocks()
+        if len(results) == n_blocks:
+            progress("quantize", n_blocks, n_blocks, "finished before")
+            return results
+        stream = BlockStream(
+            self.model,
+            self.calibration.ids,
+            device=self.device,
+            batch=config.calib_batch,
+            store=config.activation_store,
+            directory=target.path,
+        ).capture(self.model.outside_weights(self.device))
+        for index in range(n_blocks):
+            weights = self.model.block_weights(index, self.device)
+            if index < len(results):
+                note = "from disk"
+                stream.run(index, deploy(weights, target.read_weights(index), self.model), advance=True)
+            else:
+                before = dict(stream.seconds)
+                block = quantize_block(stream, index, weights, recipe)
+                if index + 1 < n_blocks:
+                    stream.run(index, block.weights, advance=True)
+                forward, gram = (stream.seconds[k] - before[k] for k in ("forward", "observe"))
+                seconds = {"forward": forward, "gram": gram, "solve": block.seconds}
+                results.append(target.write_block(index, block.solved, block.records, seconds))
+                errors = [record["relative_error"] for record in block.records]
+                note = f"relative error {sum(errors) / len(errors):.4f}"
+            progress("quantize", index + 1, n_blocks, note)
+        return results
+
+    def _evaluate(self, n_blocks: int, config: RunConfig, target: RunDirectory, progress: Progress) -> Record:
+        def deployed(index: int, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return deploy(weights, target.read_weights(index), self.model) if index < n_blocks else weights
+
+        variants = {config.method: deployed} if config.quantizes else {}
+        if not self.evaluation or not (variants or config.full_precision_eval):
+            return {"perplexity": {}, "fidelity": {}}
+        scores = evaluate(
+            self.model,
+            self.evaluation,
+            variants,
+            device=self.device,
+            batch=config.calib_batch,
+            store=config.activation_store,
+            directory=target.path,
+            full_precision=config.full_precision_eval or not variants,
+            progress=lambda done, total: progress("evaluate", done, total, ""),
+        )
+        return report(self.evaluation, scores, config.method if variants else FULL)
+
+    def _results(self, config: RunConfig, blocks: list[BlockSummary]) -> Record:
+        """The entries that come from the codes and the journal."""
+        records = [record for block in blocks for record in block.records]
+        bits, count = (
+            sum(r["storage_bits"] for r in records),
+            sum(r["shape"][0] * r["shape"][1] for r in records),
+        )
+        seconds = {k: sum(block.seconds[k] for block in blocks) for k in ("forward", "gram", "solve")}
+        digest = hashlib.sha256("".join(block.codes_sha256 for block in blocks).encode()).hexdigest()
+        return {
+            "schema": 1,
+            "method": config.method if config.quantizes else "base",
+            "wbits": config.wbits,
+            "abits": 16,
+            "group_size": config.group_size,
+            "symmetric": config.symmetric,
+            "bits_per_weight": bits / count if count else float(torch.finfo(self.model.storage_dtype).bits),
+            "quantized_bytes": (bits + 7) // 8,
+            "checkpoint_bytes": 0,
+            "codes_sha256": digest,
+            "zero_shot": {},
+            "mean_relative_error": sum(r["relative_error"] for r in records) / len(records) if records else 0.0,
+            "verdicts": {v: sum(r["verdict"] == v for r in records) for v in ("ok", "look", "bad")},
+            "seconds": seconds | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0},
+        }

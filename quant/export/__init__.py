@@ -1,0 +1,1 @@
+"""Writing quantized models as checkpoints that other software loads."""

@@ -1,0 +1,1 @@
+"""Inner loops of the solvers over one block of columns."""

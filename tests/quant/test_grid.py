@@ -1,0 +1,168 @@
+import itertools
+
+import pytest
+import torch
+
+from quant.core.grid import fit_grid, fit_scale_zero, range_to_grid
+from quant.core.types import QuantizedWeight, QuantSpec
+from tests.references import weights
+
+SPECS = [
+    QuantSpec(bits, group, symmetric, kind)
+    for bits, group, symmetric, kind in itertools.product((1, 2, 3, 4, 8), (-1, 16), (False, True), ("minmax", "mse"))
+    if not (symmetric and bits == 1)
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_codes_are_the_nearest_on_the_grid(spec: QuantSpec) -> None:
+    weight = weights(12, 48)
+    grid = fit_grid(weight, spec, torch.rand(48) + 0.1)
+    codes = grid.quantize(weight)
+    QuantizedWeight(codes, grid, spec).check()
+    scale, zero = grid.scale.double()[:, grid.g_idx], grid.zero.double()[:, grid.g_idx]
+    every = scale[..., None] * (torch.arange(spec.n_levels, dtype=torch.float64) - zero[..., None])
+    nearest = (every - weight.double()[..., None]).abs().amin(-1)
+    torch.testing.assert_close((grid.dequantize(codes).double() - weight.double()).abs(), nearest, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_minmax_covers_the_range_within_one_step(bits: int) -> None:
+    weight = weights(64, 200)
+    grid = fit_grid(weight, QuantSpec(bits))
+    error = (grid.dequantize(grid.quantize(weight)) - weight).abs()
+    # Half a step inside; up to one step at the ends, since the zero point is rounded to an integer.
+    assert bool((error <= grid.scale * (1.01 if bits > 1 else 2)).all())
+    assert bool((grid.zero >= (1 if bits > 1 else 0)).all())
+
+
+def test_symmetric_zero_point_is_the_middle_code() -> None:
+    for bits in range(2, 9):
+        assert fit_grid(weights(4, 32), QuantSpec(bits, symmetric=True)).zero.unique().tolist() == [2 ** (bits - 1)]
+    assert fit_grid(weights(4, 32), QuantSpec(2, symmetric=True, levels=5)).zero.unique().tolist() == [2]
+
+
+def test_zero_point_is_never_zero_and_the_top_stays_covered() -> None:
+    positive = weights(8, 64).abs() + 0.5
+    for bits in (2, 3, 4, 8):
+        grid = fit_grid(positive, QuantSpec(bits))
+        assert bool((grid.zero == 1).all())
+        top = grid.scale * (grid.qmax - grid.zero)
+        assert bool((top >= positive.amax(1, keepdim=True) * 0.998).all())
+
+
+def test_mse_never_has_more_weighted_error_than_minmax_and_wins_with_an_outlier() -> None:
+    weight, importance = weights(16, 64), torch.rand(64) + 0.01
+    weight[:, 3] *= 6
+    importance[3] = 1e-3
+    for symmetric in (False, True):
+        error = {}
+        for kind in ("minmax", "mse"):
+            grid = fit_grid(weight, QuantSpec(3, symmetric=symmetric, range=kind), importance)
+            error[kind] = ((grid.dequantize(grid.quantize(weight)) - weight).square() * importance).sum(1)
+        assert bool((error["mse"] <= error["minmax"] * (1 + 1e-5)).all())
+        assert float(error["mse"].sum()) < 0.8 * float(error["minmax"].sum())
+
+
+def test_mse_is_the_best_of_all_shrinks_by_brute_force() -> None:
+    weight, importance = weights(5, 24), torch.rand(24)
+    spec = QuantSpec(3, range="mse")
+    scale, zero = fit_scale_zero(weight, spec, importance)
+    lo, hi = weight.amin(1), weight.amax(1)
+    tried = []
+    for i in range(80):
+        s, z = range_to_grid(lo * (1 - 0.01 * i), hi * (1 - 0.01 * i), spec)
+        codes = (torch.round(weight / s[:, None]) + z[:, None]).clamp(0, 7)
+        tried.append(((weight - s[:, None] * (codes - z[:, None])).square() * importance).sum(1))
+    codes = (torch.round(weight / scale[:, None]) + zero[:, None]).clamp(0, 7)
+    found = ((weight - scale[:, None] * (codes - zero[:, None])).square() * importance).sum(1)
+    torch.testing.assert_close(found, torch.stack(tried).amin(0))
+
+
+def test_awkward_rows() -> None:
+    rows = torch.stack([torch.zeros(32), torch.full((32,), 0.7), torch.full((32,), -3.0), torch.linspace(-1, 1, 32)])
+    for spec in (QuantSpec(3), QuantSpec(3, symmetric=True), QuantSpec(4, 8), QuantSpec(2, range="mse")):
+        grid = fit_grid(rows, spec)
+        value = grid.dequantize(grid.quantize(rows))
+        assert torch.equal(value[0], rows[0])
+        if not spec.symmetric and spec.range == "minmax":
+            torch.testing.assert_close(value[1:3], rows[1:3], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e-3, 1e4, 1e12])
+def test_huge_and_tiny_scales(factor: float) -> None:
+    weight = weights(8, 64)
+    plain, scaled = (fit_grid(w, QuantSpec(4)) for w in (weight, weight * factor))
+    value, value_scaled = plain.dequantize(plain.quantize(weight)), scaled.dequantize(scaled.quantize(weight * factor))
+    error, error_scaled = (value - weight).square().sum(), (value_scaled / factor - weight).square().sum()
+    assert abs(float(error_scaled / error) - 1) < 0.02
+    assert plain.scale_bits == 16
+    assert scaled.scale_bits == (16 if 1e-3 <= factor <= 1e4 else 32)
+
+
+def test_groups_in_a_given_order() -> None:
+    weight, order = weights(6, 32), torch.randperm(32)
+    grid = fit_grid(weight, QuantSpec(3, 8), order=order)
+    plain = fit_grid(weight[:, order], QuantSpec(3, 8))
+    assert torch.equal(grid.scale, plain.scale)
+    assert torch.equal(grid.dequantize(grid.quantize(weight))[:, order], plain.dequantize(plain.quantize(weight[:, order])))
+
+
+def test_one_column_and_one_group_of_all() -> None:
+    weight = weights(6, 1)
+    grid = fit_grid(weight, QuantSpec(4))
+    torch.testing.assert_close(grid.dequantize(grid.quantize(weight)), weight, rtol=1e-3, atol=0)
+    row = weights(6, 32)
+    whole, grouped = fit_grid(row, QuantSpec(3)), fit_grid(row, QuantSpec(3, 32))
+    assert torch.equal(whole.scale, grouped.scale) and torch.equal(whole.zero, grouped.zero)
+
+
+def test_bits_per_weight_counts_what_is_stored() -> None:
+    weight = weights(64, 128)
+    whole = fit_grid(weight, QuantSpec(3))
+    assert QuantizedWeight(whole.quantize(weight), whole, QuantSpec(3)).bits_per_weight() == 3 + (16 + 3) / 128
+    spec = QuantSpec(4, 32, symmetric=True)
+    grid = fit_grid(weight, spec)
+    assert QuantizedWeight(grid.quantize(weight), grid, spec).bits_per_weight() == 4 + 16 / 32
+    order = torch.randperm(128)
+    moved = fit_grid(weight, QuantSpec(4, 32), order=order)
+    answer = QuantizedWeight(moved.quantize(weight), moved, QuantSpec(4, 32))
+    assert not answer.has_plain_groups() and answer.storage_bits() == 64 * 128 * 4 + 64 * 4 * (16 + 4) + 128 * 32
+    five = QuantSpec(2, levels=5, symmetric=True)
+    assert five.code_bits == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"bits": 0}, "bits=0"),
+        ({"bits": 9}, "bits=9"),
+        ({"bits": 4, "group_size": 0}, "group_size=0"),
+        ({"bits": 4, "range": "best"}, "best"),
+        ({"bits": 1, "symmetric": True}, "levels=3"),
+        ({"bits": 2, "levels": 1}, "levels=1"),
+    ],
+)
+def test_bad_specs_say_what_is_wrong(arguments: dict, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        QuantSpec(**arguments)
+
+
+def test_group_size_that_does_not_divide_names_ones_that_do() -> None:
+    with pytest.raises(ValueError, match=r"group_size=48 does not divide in_features=128; use one of 32, 64, 128, -1"):
+        fit_grid(weights(4, 128), QuantSpec(4, 48))
+
+
+def test_check_refuses_illegal_answers() -> None:
+    weight, spec = weights(4, 16), QuantSpec(3)
+    grid = fit_grid(weight, spec)
+    good = QuantizedWeight(grid.quantize(weight), grid, spec)
+    good.check()
+    with pytest.raises(ValueError, match="codes"):
+        QuantizedWeight(good.codes + 8, grid, spec).check()
+    with pytest.raises(ValueError, match="scales"):
+        QuantizedWeight(good.codes, type(grid)(grid.scale * torch.nan, grid.zero, grid.g_idx, grid.qmax), spec).check()
+    with pytest.raises(ValueError, match="zero points"):
+        QuantizedWeight(good.codes, type(grid)(grid.scale, grid.zero + 9, grid.g_idx, grid.qmax), spec).check()
+    with pytest.raises(ValueError, match="g_idx"):
+        QuantizedWeight(good.codes, type(grid)(grid.scale, grid.zero, grid.g_idx + 1, grid.qmax), spec).check()

@@ -1,0 +1,123 @@
+import itertools
+
+import pytest
+import torch
+
+from quant.core.grid import fit_grid
+from quant.core.linalg import relative_error
+from quant.core.types import QuantizedWeight, QuantSpec
+from quant.gptq import gptq
+from quant.quantease import quantease, rounds
+from quant.rtn import rtn
+from tests.references import inputs, make_stats, naive_coordinate_descent, objective64, weights
+
+
+def schedule(num_iter: int) -> list[bool]:
+    return [rounds(k, num_iter) for k in range(num_iter)]
+
+
+def test_schedule_is_the_published_one() -> None:
+    assert [k for k in range(30) if not rounds(k, 30)] == [1, 4, 7, 10, 13, 16, 19, 22, 25]
+    assert all(rounds(n - 1, n) for n in range(1, 40)), "the last sweep rounds"
+
+
+@pytest.mark.parametrize("num_iter", [1, 3, 30])
+@pytest.mark.parametrize("block_size", [128, 16, 1])
+@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(2, 16), QuantSpec(4, symmetric=True)], ids=str)
+def test_equals_the_column_loop(num_iter: int, block_size: int, spec: QuantSpec) -> None:
+    weight, stats = weights(10, 80), make_stats(inputs(80, 300))
+    answer = quantease(weight, stats, spec, num_iter=num_iter, block_size=block_size)
+    codes = naive_coordinate_descent(weight, stats.gram, answer.grid, torch.arange(80), schedule(num_iter))
+    reference = answer.grid.dequantize(codes)
+    found, expected = (objective64(weight - v, stats.gram) for v in (answer.dequantize(), reference))
+    if torch.equal(answer.codes, codes):
+        assert abs(found / expected - 1) < 1e-6
+    else:  # a value on the edge between two codes may fall either way in float32, and later columns follow it
+        assert float((answer.codes != codes).float().mean()) < 0.03 and abs(found / expected - 1) < 0.02
+
+
+def test_most_runs_equal_the_column_loop_to_the_last_code() -> None:
+    equal = 0
+    for seed in range(20):
+        weight, stats = weights(6, 48, seed), make_stats(inputs(48, 200, seed))
+        answer = quantease(weight, stats, QuantSpec(3), num_iter=10)
+        codes = naive_coordinate_descent(weight, stats.gram, answer.grid, torch.arange(48), schedule(10))
+        equal += torch.equal(answer.codes, codes)
+    assert equal >= 18
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_act_order_visits_and_groups_by_diagonal(static: bool) -> None:
+    weight, stats = weights(8, 64), make_stats(inputs(64, 256))
+    spec = QuantSpec(3, 16)
+    answer = quantease(weight, stats, spec, num_iter=6, act_order=True, static_groups=static)
+    order = stats.order()
+    grid = fit_grid(weight, spec, stats.diagonal, None if static else order)
+    assert torch.equal(answer.grid.scale, grid.scale) and answer.has_plain_groups() == static
+    codes = naive_coordinate_descent(weight, stats.gram, grid, order, schedule(6))
+    assert float((answer.codes != codes).float().mean()) < 0.02
+
+
+def test_objective_never_rises_in_rounding_sweeps() -> None:
+    for seed in range(5):
+        weight, stats = weights(12, 64, seed), make_stats(inputs(64, 200, seed))
+        start = rtn(weight, stats, QuantSpec(3))
+        last = objective64(weight - start.dequantize(), stats.gram)
+        for sweeps in range(1, 8):
+            answer = quantease(weight, stats, QuantSpec(3), init=start, relax=False, num_iter=sweeps)
+            now = objective64(weight - answer.dequantize(), stats.gram)
+            assert now <= last * (1 + 1e-6)
+            last = now
+        assert last < 0.7 * objective64(weight - start.dequantize(), stats.gram)
+
+
+def test_at_convergence_no_single_code_can_be_improved() -> None:
+    weight, stats = weights(4, 6), make_stats(inputs(6, 60))
+    spec = QuantSpec(2)
+    answer = quantease(weight, stats, spec, init=rtn(weight, stats, spec), relax=False, num_iter=200)
+    best = objective64(weight - answer.dequantize(), stats.gram)
+    for row, column, code in itertools.product(range(4), range(6), range(4)):
+        changed = answer.codes.clone()
+        changed[row, column] = code
+        value = answer.grid.dequantize(changed)
+        assert objective64(weight - value, stats.gram) >= best * (1 - 1e-6)
+
+
+def test_brute_force_optimum_is_a_fixed_point() -> None:
+    weight, stats = weights(1, 4), make_stats(inputs(4, 40))
+    grid = fit_grid(weight, QuantSpec(2))
+    every = torch.tensor(list(itertools.product(range(4), repeat=4)), dtype=torch.uint8)
+    costs = [objective64(weight - grid.dequantize(codes[None]), stats.gram) for codes in every]
+    optimum = every[int(torch.tensor(costs).argmin())][None]
+    init = QuantizedWeight(optimum, grid, QuantSpec(2))
+    answer = quantease(weight, stats, QuantSpec(2), init=init, relax=False, num_iter=5)
+    assert torch.equal(answer.codes, optimum)
+    free = quantease(weight, stats, QuantSpec(2), num_iter=30)
+    assert objective64(weight - free.dequantize(), stats.gram) >= min(costs) * (1 - 1e-9)
+
+
+def test_beats_gptq_which_beats_rtn_on_correlated_inputs() -> None:
+    ratios = []
+    for seed in range(5):
+        weight, stats = weights(32, 128, seed), make_stats(inputs(128, 400, seed))
+        errors = [
+            relative_error(weight, solve(weight, stats, QuantSpec(3)).dequantize(), stats.gram)
+            for solve in (rtn, gptq, quantease)
+        ]
+        assert errors[2] < errors[1] < errors[0]
+        ratios.append(errors[2] / errors[1])
+    assert sum(ratios) / 5 < 0.9
+
+
+def test_starts_from_init_on_its_grid() -> None:
+    weight, stats = weights(8, 64), make_stats(inputs(64, 200))
+    start = gptq(weight, stats, QuantSpec(3, 16))
+    answer = quantease(weight, stats, QuantSpec(3, 16), init=start, relax=False, num_iter=3)
+    assert torch.equal(answer.grid.scale, start.grid.scale)
+    errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (answer, start)]
+    assert errors[0] < errors[1]
+
+
+def test_no_sweeps_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one sweep"):
+        quantease(weights(2, 4), make_stats(inputs(4, 9)), QuantSpec(3), num_iter=0)

@@ -1,0 +1,89 @@
+"""Slow, obvious float64 versions of the solvers, written from the papers' equations: the truth in the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.core.grid import fit_scale_zero
+from quant.core.stats import LayerStats
+from quant.core.types import Grid, QuantSpec
+
+
+def make_stats(x: Tensor) -> LayerStats:
+    """Statistics of inputs x [tokens, in]."""
+    stats = LayerStats(x.shape[1])
+    stats.update(x)
+    return stats
+
+
+def inputs(n_in: int, tokens: int, seed: int = 0, correlation: float = 0.7) -> Tensor:
+    """Correlated inputs with a few loud columns, as layers of language models see them."""
+    g = torch.Generator().manual_seed(seed)
+    mixing = torch.eye(n_in) + correlation * torch.randn(n_in, n_in, generator=g) / n_in**0.5
+    loud = 1 + 9 * (torch.rand(n_in, generator=g) < 0.05)
+    return torch.randn(tokens, n_in, generator=g) @ mixing * loud
+
+
+def weights(n_out: int, n_in: int, seed: int = 1) -> Tensor:
+    """Gaussian weights."""
+    return torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed))
+
+
+def objective64(error: Tensor, gram: Tensor) -> float:
+    """tr(E Σ Eᵀ) in float64 throughout."""
+    e, g = error.double(), gram.double()
+    return float(torch.einsum("oi,ij,oj->", e, g, e))
+
+
+def round_column(u: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
+    """Codes and values of one column."""
+    code = torch.clamp(torch.round(u / scale) + zero, 0, qmax)
+    return code, scale * (code - zero)
+
+
+def naive_coordinate_descent(weight: Tensor, gram: Tensor, grid: Grid, order: Tensor, rounding: list[bool]) -> Tensor:
+    """Codes after len(rounding) sweeps; the minimizer of each coordinate from the full Gram matrix, nothing reused."""
+    w, sigma = weight.double(), gram.double()
+    scale, zero = grid.scale.double()[:, grid.g_idx], grid.zero.double()[:, grid.g_idx]
+    current, codes = w.clone(), torch.zeros_like(w)
+    for rounds_now in rounding:
+        for j in order.tolist():
+            others = current @ sigma[:, j] - current[:, j] * sigma[j, j]
+            u = (w @ sigma[:, j] - others) / sigma[j, j] if sigma[j, j] > 0 else current[:, j]
+            if rounds_now:
+                codes[:, j], current[:, j] = round_column(u, scale[:, j], zero[:, j], grid.qmax)
+            else:
+                current[:, j] = u
+    return codes.to(torch.uint8)
+
+
+def naive_gptq(
+    weight: Tensor, gram: Tensor, spec: QuantSpec, percdamp: float, order: Tensor, grid: Grid | None
+) -> tuple[Tensor, Tensor]:
+    """OBQ in a fixed order: after each column the inverse of the remaining Gram matrix is formed explicitly.
+
+    grid None: group grids are fitted to the compensated weights when their first column is reached.
+    Returns codes and values in the original column order.
+    """
+    n_in = weight.shape[1]
+    h = gram.double().clone()
+    dead = h.diagonal() == 0
+    h += percdamp * h.diagonal().mean() * torch.eye(n_in, dtype=torch.float64)
+    h[dead, dead] = 1.0
+    h, w = h[order][:, order], weight.double()[:, order].clone()
+    importance = gram.diagonal()[order]
+    codes, values = torch.zeros_like(w), torch.zeros_like(w)
+    size = n_in if spec.group_size == -1 else spec.group_size
+    for j in range(n_in):
+        if grid is not None:
+            scale, zero = (t.double()[:, grid.g_idx[order[j]]] for t in (grid.scale, grid.zero))
+        elif j % size == 0:
+            fitted = fit_scale_zero(w[:, j : j + size].float(), spec, importance[j : j + size])
+            scale, zero = (t.double() for t in fitted)
+        codes[:, j], values[:, j] = round_column(w[:, j], scale, zero, spec.qmax)
+        inverse = torch.linalg.inv(h[j:, j:])
+        error = (w[:, j] - values[:, j]) / inverse[0, 0]
+        w[:, j:] -= torch.outer(error, inverse[0])
+    back = torch.argsort(order)
+    return codes[:, back].to(torch.uint8), values[:, back]
