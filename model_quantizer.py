@@ -39,56 +39,122 @@ def parser() -> argparse.ArgumentParser:
     from quant.core.cli import Parser
 
     p = Parser(
-        prog="model_quantizer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="model_quantizer.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     g = p.add_argument_group("what is quantized, and how")
     g.add_argument("--model", metavar="ID|DIR", help="hub id or local directory; the family comes from its config")
-    g.add_argument("--quantization-method", default="quantease", metavar="NAME[,NAME]",
-                   help="rtn, gptq, quantease, or several with commas (default: quantease; --list shows all)")
-    g.add_argument("--wbits", type=int, default=16, help="bits of a weight, 1 to 8; 16 evaluates the base model (default: 16)")
-    g.add_argument("--groupsize", "--group-size", type=int, default=-1, metavar="N",
-                   help="columns that share a scale; -1: one scale a row (default: -1)")
+    g.add_argument(
+        "--quantization-method",
+        default="quantease",
+        metavar="NAME[,NAME]",
+        help="rtn, gptq, quantease, or several with commas (default: quantease; --list shows all)",
+    )
+    g.add_argument(
+        "--wbits", type=int, default=16, help="bits of a weight, 1 to 8; 16 evaluates the base model (default: 16)"
+    )
+    g.add_argument(
+        "--groupsize",
+        "--group-size",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="columns that share a scale; -1: one scale a row (default: -1)",
+    )
     g.add_argument("--sym", action="store_true", help="symmetric grid: zero point fixed at 2^(bits-1)")
-    g.add_argument("--range", choices=("minmax", "mse"), default="minmax",
-                   help="grid range: min-max, or the shrink with the least error weighted by the Gram diagonal")
+    g.add_argument(
+        "--range",
+        choices=("minmax", "mse"),
+        default="minmax",
+        help="grid range: min-max, or the shrink with the least error weighted by the Gram diagonal",
+    )
     g.add_argument("--num-layers-to-quantize", type=int, default=1000, metavar="N", help="only the first N blocks")
-    g.add_argument("--true-sequential", action="store_true",
-                   help="linears of a block in order of execution, each seeing what is quantized already")
+    g.add_argument(
+        "--true-sequential",
+        action="store_true",
+        help="linears of a block in order of execution, each seeing what is quantized already",
+    )
     g = p.add_argument_group("options of the methods")
     g.add_argument("--num-iter", type=int, default=30, help="quantease: coordinate-descent sweeps (default: 30)")
     g.add_argument("--act-order", action="store_true", help="gptq, quantease: columns by decreasing Gram diagonal")
-    g.add_argument("--static-groups", action="store_true", help="group grids from the original weights, before act-order")
-    g.add_argument("--percdamp", type=float, default=0.01, help="gptq: damping, share of the mean Gram diagonal (default: 0.01)")
-    g.add_argument("--auto-damp", action="store_true", help="gptq: raise the damping stepwise where the Gram matrix is singular")
-    g.add_argument("--outlier", type=float, default=0.0, help="quantease: share of weights kept as outliers; spqr: threshold")
+    g.add_argument(
+        "--static-groups", action="store_true", help="group grids from the original weights, before act-order"
+    )
+    g.add_argument(
+        "--percdamp", type=float, default=0.01, help="gptq: damping, share of the mean Gram diagonal (default: 0.01)"
+    )
+    g.add_argument(
+        "--auto-damp", action="store_true", help="gptq: raise the damping stepwise where the Gram matrix is singular"
+    )
+    g.add_argument(
+        "--outlier", type=float, default=0.0, help="quantease: share of weights kept as outliers; spqr: threshold"
+    )
     g.add_argument("--alpha", type=float, default=1.0, help="step multiplier of the outlier step")
     g.add_argument("--structure-outlier", action="store_true", help="whole columns as outliers")
-    g.add_argument("--solver-option", action="append", default=[], metavar="KEY=VALUE", help="any option of the method (--list)")
+    g.add_argument(
+        "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="any option of the method (--list)"
+    )
     g = p.add_argument_group("calibration and evaluation data")
-    g.add_argument("--dataset", default="c4", help="wikitext2, ptb, c4, demo, or a .txt/.jsonl/.json.gz/.parquet file (default: c4)")
+    g.add_argument(
+        "--dataset",
+        default="c4",
+        help="wikitext2, ptb, c4, demo, or a .txt/.jsonl/.json.gz/.parquet file (default: c4)",
+    )
     g.add_argument("--nsamples", type=int, default=128, help="calibration windows (default: 128)")
     g.add_argument("--seqlen", type=int, help="tokens of a window (default: the model's maximum, at most 2048)")
     g.add_argument("--seed", type=int, default=0, help="of the calibration sampling (default: 0)")
-    g.add_argument("--eval-datasets", default="wikitext2,ptb,c4", metavar="A,B", help="names or files; '' for none (default: wikitext2,ptb,c4)")
-    g.add_argument("--data-dir", type=Path, metavar="DIR", help="local copies laid out as on the hub: no network needed")
+    g.add_argument(
+        "--eval-datasets",
+        default="wikitext2,ptb,c4",
+        metavar="A,B",
+        help="names or files; '' for none (default: wikitext2,ptb,c4)",
+    )
+    g.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="local copies laid out as on the hub: no network needed"
+    )
     g.add_argument("--limit", type=int, metavar="N", help="evaluate the first N windows only")
-    g.add_argument("--no-fp-eval", action="store_true", help="skip the full-precision model (no ratio, no KL divergence)")
+    g.add_argument(
+        "--no-fp-eval", action="store_true", help="skip the full-precision model (no ratio, no KL divergence)"
+    )
     g.add_argument("--tasks", default="", help="lm-eval tasks (not built yet)")
     g.add_argument("--task-path", help="directory of local lm-eval tasks (not built yet)")
     g = p.add_argument_group("where it runs")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                   help="of the arithmetic (default: the checkpoint's; float32 on a CPU)")
-    g.add_argument("--calib-batch", type=int, default=4, metavar="N", help="windows that pass a block at a time (default: 4)")
-    g.add_argument("--activation-store", default="cpu", choices=("device", "cpu", "disk"), help="where hidden states wait (default: cpu)")
-    g.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="tokens and converted checkpoints")
-    g.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)")
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the arithmetic (default: the checkpoint's; float32 on a CPU)",
+    )
+    g.add_argument(
+        "--calib-batch", type=int, default=4, metavar="N", help="windows that pass a block at a time (default: 4)"
+    )
+    g.add_argument(
+        "--activation-store",
+        default="cpu",
+        choices=("device", "cpu", "disk"),
+        help="where hidden states wait (default: cpu)",
+    )
+    g.add_argument(
+        "--cache-dir", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="tokens and converted checkpoints"
+    )
+    g.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)"
+    )
     g = p.add_argument_group("results")
     g.add_argument("--save", type=Path, metavar="DIR", help="write the quantized checkpoint and results.json here")
-    g.add_argument("--format", choices=FORMATS, default="dequantized", help="of the checkpoint (only dequantized is built yet)")
+    g.add_argument(
+        "--format", choices=FORMATS, default="dequantized", help="of the checkpoint (only dequantized is built yet)"
+    )
     g.add_argument("--run-dir", type=Path, metavar="DIR", help="journal, blocks, results (default: a name under runs/)")
-    g.add_argument("--overwrite", action="store_true", help="discard what the run directory holds (default: continue it)")
-    g.add_argument("--compute-quantization-recon-error", action="store_true", help="print the relative error of every linear")
+    g.add_argument(
+        "--overwrite", action="store_true", help="discard what the run directory holds (default: continue it)"
+    )
+    g.add_argument(
+        "--compute-quantization-recon-error", action="store_true", help="print the relative error of every linear"
+    )
     g.add_argument("--dry-run", action="store_true", help="plan, memory, time and size; nothing is run")
     g.add_argument("--list", action="store_true", help="methods with their options, families, formats, data sets")
     g.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
@@ -111,7 +177,9 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(not args.model, "--model is missing: a hub id or a local directory (models/demo/llama is one)")
     check(args.wbits not in (*range(1, 9), 16), f"--wbits {args.wbits}: use 1 to 8, or 16 for the base model")
     check(args.groupsize != -1 and args.groupsize < 1, f"--groupsize {args.groupsize}: use a positive number or -1")
-    check(args.wbits == 1 and args.sym, "--wbits 1 --sym: a symmetric grid of one bit has no positive level; drop --sym")
+    check(
+        args.wbits == 1 and args.sym, "--wbits 1 --sym: a symmetric grid of one bit has no positive level; drop --sym"
+    )
     for name in ("nsamples", "num_iter", "num_layers_to_quantize", "calib_batch"):
         value = getattr(args, name)
         check(value < 1, f"--{name.replace('_', '-')} {value}: use 1 or more")
@@ -152,7 +220,9 @@ def solver_options_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         key = key.replace("-", "_")
         if not equals or key not in accepted:
-            raise InputError(f"--solver-option {pair}: {method} takes {', '.join(accepted) or 'no options'} as KEY=VALUE")
+            raise InputError(
+                f"--solver-option {pair}: {method} takes {', '.join(accepted) or 'no options'} as KEY=VALUE"
+            )
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -212,7 +282,9 @@ def show_list() -> None:
     console.print("[bold]methods[/]")
     for name, function in solvers().items():
         options = ", ".join(f"{k}={v}" for k, v in solver_options(function).items())
-        console.print(f"  {name:12} {(function.__doc__ or '').splitlines()[0]}" + (f"\n{'':15}{options}" if options else ""))
+        console.print(
+            f"  {name:12} {(function.__doc__ or '').splitlines()[0]}" + (f"\n{'':15}{options}" if options else "")
+        )
     console.print("[bold]families[/]  " + ", ".join(t for family in FAMILIES for t in family.model_types))
     console.print("[bold]formats[/]   dequantized")
     console.print("[bold]data sets[/] " + ", ".join(KNOWN) + ", or a .txt, .jsonl, .json.gz or .parquet file")
@@ -270,10 +342,14 @@ def show_results(args: argparse.Namespace, session: Any, finished: list[dict[str
         verdicts = results["verdicts"]
         seconds, peak = results["seconds"], results["peak_bytes"]
         stages = ", ".join(f"{k} {seconds[k]:.1f}" for k in ("load", "forward", "gram", "solve", "evaluate", "export"))
-        memory = f"{peak['host'] / 1e9:.2f} GB host" + (f", {peak['device'] / 1e9:.2f} GB device" if peak["device"] else "")
+        memory = f"{peak['host'] / 1e9:.2f} GB host" + (
+            f", {peak['device'] / 1e9:.2f} GB device" if peak["device"] else ""
+        )
         console.print(f"[bold]{results['method']}[/]: seconds: {stages}; peak memory {memory}", highlight=False)
         if any(verdicts[v] for v in ("look", "bad")):
-            console.print(f"  linears: {verdicts['ok']} ok, {verdicts['look']} to look at, {verdicts['bad']} bad", highlight=False)
+            console.print(
+                f"  linears: {verdicts['ok']} ok, {verdicts['look']} to look at, {verdicts['bad']} bad", highlight=False
+            )
         console.print(f"  {path / 'results.json'}", highlight=False, soft_wrap=True)
     if args.save:
         console.print(f"checkpoint: {args.save}", highlight=False, soft_wrap=True)

@@ -37,7 +37,8 @@ def gptq(
     n_out, n_in = weight.shape
     stats.check()
     order = stats.order() if act_order else torch.arange(n_in, device=weight.device)
-    upper, used_damp = damped_inverse_cholesky(stats.gram[order][:, order], percdamp, auto_damp)
+    gram = stats.gram[order][:, order] if act_order else stats.gram
+    upper, used_damp = damped_inverse_cholesky(gram, percdamp, auto_damp)
     dynamic = grid is None and not static_groups and spec.group_size != -1
     if grid is None:
         grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)

@@ -130,7 +130,17 @@ def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
     """Method, bits per weight, perplexity before and after, KL divergence, mean relative error, seconds."""
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("method")
-    for column in ("bits/weight", "data", "ppl before", "ppl after", "ratio (95%)", "KL", "top-1", "rel. error", "seconds"):
+    for column in (
+        "bits/weight",
+        "data",
+        "ppl before",
+        "ppl after",
+        "ratio (95%)",
+        "KL",
+        "top-1",
+        "rel. error",
+        "seconds",
+    ):
         table.add_column(column, justify="right")
     for results in all_results:
         corpora = results["perplexity"] or {"-": {}}

@@ -16,16 +16,16 @@ class SingularGramError(RunError):
 
 
 def damped(gram: Tensor, percdamp: float) -> Tensor:
-    """Gram + percdamp * mean(diagonal) * I [in, in]; dead columns (zero diagonal) are decoupled with a 1.
+    """Gram + percdamp * mean(diagonal) * I [in, in], a copy; dead columns (zero diagonal) are decoupled with a 1.
 
     The mean is over all columns, as in GPTQ's released code.
     """
-    damped_gram = gram.clone()
-    diagonal = damped_gram.diagonal()
+    matrix = gram.clone()
+    diagonal = matrix.diagonal()
     dead = diagonal == 0
     diagonal.add_(percdamp * diagonal.mean())
     diagonal[dead] = 1.0
-    return damped_gram
+    return matrix
 
 
 def inverse_cholesky(gram: Tensor) -> tuple[Tensor, bool]:
@@ -33,12 +33,14 @@ def inverse_cholesky(gram: Tensor) -> tuple[Tensor, bool]:
 
     With J the reversal of rows and columns and J gram J = L Lᵀ, U = J L⁻¹ J: one Cholesky and one
     triangular inverse instead of GPTQ's Cholesky, inverse, Cholesky; the inverse itself is never formed.
+    Holds three matrices of the size of gram at a time, besides gram.
     """
     lower, info = torch.linalg.cholesky_ex(gram.flip(0, 1))
     if int(info) != 0:
         return lower, False
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    inverse = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower, inverse, upper=False)
+    del lower
     return inverse.flip(0, 1), bool(torch.isfinite(inverse.diagonal()).all())
 
 

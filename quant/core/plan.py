@@ -3,7 +3,8 @@
 Memory (bytes)
   block       parameters of a block x bytes of the arithmetic's dtype
   statistics  4·in² for every Gram matrix alive: all groups of a block, or the largest with --true-sequential
-  solver      of the largest linear: 4·(6·out·in + 3·in²): target, residual, work copy, codes and the matrices
+  solver      of the largest linear: 4·6·out·in (target, residual, work copies, codes), and 4·3·in² more for
+              methods that factorize the Gram matrix (those with --percdamp), 4·in² for act-order
   batch       --calib-batch x seqlen x (8·hidden + 3·widest linear) x bytes of the dtype
   device      block + statistics + the larger of solver and batch + embeddings and head while they are in use
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for)
@@ -11,7 +12,7 @@ Time (seconds)
   calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
               --true-sequential one partial pass a group), at the measured matrix-product rate of the dtype;
               Gram 2·in² flops a token and group at the float32 rate
-  solve       the solver itself is timed on a 512 x 512 layer and scaled by out·in²
+  solve       out·(a·in + b·in²), a and b from the solver itself timed on two small layers
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
 """
@@ -37,7 +38,8 @@ from quant.core.stats import LayerStats
 from quant.core.types import QuantSpec
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
-SAMPLE = 512
+SAMPLES = (512, 1024)  # inputs of the two layers that a solver is timed on
+SAMPLE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -74,28 +76,26 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
     return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Measured on this machine: flop/s of matrix products in the arithmetic's dtype and in float32; seconds that
-    the solver takes for out·in² = SAMPLE³."""
-
-    product: float
-    product32: float
-    solve: float
-
-
-def measure(device: torch.device, dtype: torch.dtype, config: RunConfig) -> Rates:
-    """Rates from short runs of the real operations."""
+def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """flop/s of matrix products on this machine, in the arithmetic's dtype and in float32."""
     size = 2048 if device.type == "cuda" else 1024
-    flops = [
-        2 * size**3 / _seconds(lambda a=a: a @ a, device)
-        for a in (torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device))
-    ]
-    stats = LayerStats(SAMPLE, device)
-    stats.update(torch.randn(2 * SAMPLE, SAMPLE, device=device))
-    weight, spec = torch.randn(SAMPLE, SAMPLE, device=device), QuantSpec(config.wbits, -1, config.symmetric)
-    solver = get_solver(config.method)
-    return Rates(*flops, _seconds(lambda: solver(weight, stats, spec, **config.options), device, repeats=1))
+    a = torch.randn(size, size, device=device)
+    fast, plain = (2 * size**3 / _seconds(lambda m=m: m @ m, device) for m in (a.to(dtype), a))
+    return fast, plain
+
+
+def solver_cost(device: torch.device, config: RunConfig) -> tuple[float, float]:
+    """(a, b): the solver takes out·(a·in + b·in²) seconds on this machine."""
+    solver, spec = get_solver(config.method), QuantSpec(config.wbits, -1, config.symmetric, config.range)
+    seconds = []
+    for n_in in SAMPLES:
+        stats = LayerStats(n_in, device)
+        stats.update(torch.randn(2 * n_in, n_in, device=device))
+        weight = torch.randn(SAMPLE_ROWS, n_in, device=device)
+        seconds.append(_seconds(lambda w=weight, s=stats: solver(w, s, spec, **config.options), device, repeats=1))
+    (p, r), (t, u) = SAMPLES, (x / SAMPLE_ROWS for x in seconds)
+    b = max(0.0, (u / r - t / p) / (r - p))
+    return max(0.0, t / p - b * p), b
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
@@ -112,27 +112,33 @@ def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) ->
     return best
 
 
-def estimate(config: RunConfig, shapes: Shapes, itemsize: int, rates: Rates) -> dict[str, float]:
+def estimate(
+    config: RunConfig, shapes: Shapes, itemsize: int, rates: tuple[float, float], cost: tuple[float, float]
+) -> dict[str, float]:
     """Bytes and seconds of a run; see the module's text for the formulas."""
     seqlen = config.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     n_blocks, tokens = min(config.num_layers, shapes.n_blocks), config.nsamples * seqlen
     grams = [4 * group[0][2] ** 2 for group in shapes.groups]
     statistics = max(grams) if config.true_sequential else sum(grams)
-    workspace = max(4 * (6 * out * n_in + 3 * n_in**2) for _, out, n_in in shapes.linears)
+    squares = (3 if "percdamp" in config.options else 0) + (1 if config.options.get("act_order") else 0)
+    workspace = max(4 * (6 * out * n_in + squares * n_in**2) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
     batch = config.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
     spec = QuantSpec(config.wbits, config.group_size, config.symmetric)
-    side = sum(out * spec.n_groups(n_in) * (16 + (0 if spec.symmetric else spec.bits)) for _, out, n_in in shapes.linears)
+    group_bits = 16 + (0 if spec.symmetric else spec.bits)
+    side = sum(out * spec.n_groups(n_in) * group_bits for _, out, n_in in shapes.linears)
 
-    before = [sum(out * n_in for g in shapes.groups[:i] for _, out, n_in in g) / weights for i in range(len(shapes.groups))]
+    sizes = [sum(out * n_in for _, out, n_in in group) for group in shapes.groups]
+    before = [sum(sizes[:i]) / weights for i in range(len(sizes))]  # share of the block in front of each group
     passes = 1 + (sum(before) if config.true_sequential else 1)
-    forward = n_blocks * tokens * 2 * shapes.block * passes / rates.product
-    gram = n_blocks * tokens * sum(2 * group[0][2] ** 2 for group in shapes.groups) / rates.product32
-    solve = n_blocks * sum(out * n_in**2 for _, out, n_in in shapes.linears) / SAMPLE**3 * rates.solve
+    forward = n_blocks * tokens * 2 * shapes.block * passes / rates[0]
+    gram = n_blocks * tokens * sum(2 * group[0][2] ** 2 for group in shapes.groups) / rates[1]
+    solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
     variants = 2 if config.full_precision_eval else 1
     evaluated = EVAL_TOKENS * len(config.eval_datasets) * variants
     total_parameters = shapes.outside + shapes.block * shapes.n_blocks
+    evaluate = evaluated * 2 * total_parameters / rates[0]
     return {
         "device bytes: block": shapes.block * itemsize,
         "device bytes: statistics": statistics,
@@ -149,8 +155,8 @@ def estimate(config: RunConfig, shapes: Shapes, itemsize: int, rates: Rates) -> 
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,
-        "seconds: evaluate": evaluated * 2 * total_parameters / rates.product,
-        "seconds: total": forward + gram + solve + evaluated * 2 * total_parameters / rates.product,
+        "seconds: evaluate": evaluate,
+        "seconds: total": forward + gram + solve + evaluate,
     }
 
 
@@ -161,15 +167,16 @@ def show_plan(configs: Sequence[RunConfig], console: Console) -> None:
     model_config, path = load_config(first.model, first.cache_dir, first.trust_remote_code, with_weights=False)
     dtype = machine.pick_dtype(first.dtype, device) or getattr(model_config, "dtype", None) or torch.float16
     shapes = shapes_of(model_config, first.trust_remote_code)
-    plans = [estimate(c, shapes, dtype.itemsize, measure(device, dtype, c)) for c in configs if c.quantizes]
+    rates = product_rates(device, dtype)
+    plans = [estimate(c, shapes, dtype.itemsize, rates, solver_cost(device, c)) for c in configs if c.quantizes]
     parameters = (shapes.outside + shapes.block * shapes.n_blocks) / 1e9
-    table = Table(
-        title=f"{first.model}: {model_config.model_type}, {parameters:.2f}B parameters, {shapes.n_blocks} blocks, "
+    console.print(
+        f"{first.model}: {model_config.model_type}, {parameters:.2f}B parameters, {shapes.n_blocks} blocks, "
         f"{device} in {str(dtype).removeprefix('torch.')}; {first.nsamples} calibration windows; nothing is run",
-        title_justify="left",
-        header_style="bold",
+        highlight=False,
+        soft_wrap=True,
     )
-    table.add_column("estimate")
+    table = Table("estimate", header_style="bold")
     for config in configs:
         table.add_column(f"{config.method} w{config.wbits}", justify="right")
     for key in plans[0] if plans else ():
@@ -182,5 +189,7 @@ def _readable(key: str, value: float) -> str:
     if "bytes" in key:
         return f"{value / 1e9:.3f} GB"
     if key.startswith("seconds"):
-        return f"{value:.1f} s" if value < 600 else f"{value / 60:.1f} min" if value < 36000 else f"{value / 3600:.1f} h"
+        return (
+            f"{value:.1f} s" if value < 600 else f"{value / 60:.1f} min" if value < 36000 else f"{value / 3600:.1f} h"
+        )
     return f"{value:.3f}"

@@ -1,0 +1,229 @@
+"""Windows of tokens for calibration and for perplexity, by the originals' protocols, each under its name.
+
+wikitext2  train and test joined by blank lines, tokenized whole; calibration windows start anywhere; evaluation
+           cuts windows without overlap and drops the rest. `demo` and files follow this protocol.
+ptb        train and validation, one sentence a document, joined likewise; ptb-new: train and test joined by blanks.
+c4         documents longer than a window are drawn at random, and a window of each. Calibration reads the train
+           shard 0 (QuantEase's released code reads the validation shard: it calibrates on what it evaluates);
+           evaluation draws 256 windows from the validation shard 0 with seed 0. c4-new: evaluation on the first
+           1100 validation documents joined by blanks, 256 windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from data.corpora import check_file, check_name, file_documents, hub_documents, is_file, sha256_of
+from quant.core.errors import InputError
+
+KNOWN = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "demo")
+JOINED = {  # name: (corpus, calibration split, evaluation split, separator)
+    "wikitext2": ("wikitext2", "train", "test", "\n\n"),
+    "ptb": ("ptb", "train", "validation", "\n\n"),
+    "ptb-new": ("ptb", "train", "test", " "),
+}
+C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
+MAX_DRAWS = 1000  # documents drawn for one window before giving up
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Windows of tokens. ids: int64 [n, seqlen] on the CPU. name: as on the command line, a path's without extension.
+
+    text_sha256: hash of the documents; sha256: hash of the ids with their shape.
+    """
+
+    ids: Tensor
+    name: str
+    protocol: str
+    text_sha256: str
+    sha256: str
+
+
+def check_source(source: str) -> None:
+    """Raise InputError for a source that is neither a known name nor a readable kind of file."""
+    if is_file(source):
+        check_file(source)
+    else:
+        check_name(source, KNOWN)
+
+
+def calibration_tokens(
+    source: str,
+    tokenizer: Any,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    data_dir: Path | None = None,
+    cache_dir: Path | None = None,
+) -> Tokens:
+    """Calibration windows [nsamples, seqlen]. Raises InputError for text that is not there or too short."""
+    check_source(source)
+    if source in ("c4", "c4-new"):
+        documents = hub_documents("c4", "train", data_dir)
+        make = lambda: _drawn(source, documents, tokenizer, nsamples, seqlen, seed)  # noqa: E731
+        protocol = "c4/train"
+    else:
+        documents, separator, protocol = _joined(source, "calibration", data_dir)
+        make = lambda: _anywhere(source, _encode(tokenizer, separator.join(documents)), nsamples, seqlen, seed)  # noqa: E731
+    return _cached(source, protocol, documents, tokenizer, [nsamples, seqlen, seed], cache_dir, make)
+
+
+def evaluation_tokens(
+    source: str,
+    tokenizer: Any,
+    *,
+    seqlen: int,
+    data_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    limit: int | None = None,
+) -> Tokens:
+    """Evaluation windows [n, seqlen], the first ``limit`` of them. Raises InputError as calibration_tokens does."""
+    check_source(source)
+    if source == "c4":
+        documents, protocol = hub_documents("c4", "validation", data_dir), "c4/validation"
+        make = lambda: _drawn(source, documents, tokenizer, C4_WINDOWS, seqlen, 0)  # noqa: E731
+    elif source == "c4-new":
+        documents, protocol = hub_documents("c4", "validation", data_dir)[:C4_NEW_DOCUMENTS], "c4-new/validation"
+        make = lambda: _in_order(source, _encode(tokenizer, " ".join(documents)), seqlen)[:C4_WINDOWS]  # noqa: E731
+    else:
+        documents, separator, protocol = _joined(source, "evaluation", data_dir)
+        make = lambda: _in_order(source, _encode(tokenizer, separator.join(documents)), seqlen)  # noqa: E731
+    tokens = _cached(source, protocol, documents, tokenizer, ["evaluation", seqlen], cache_dir, make)
+    if limit is None:
+        return tokens
+    ids = tokens.ids[:limit]
+    return Tokens(ids, tokens.name, tokens.protocol, tokens.text_sha256, _sha256(ids))
+
+
+def _joined(source: str, use: str, data_dir: Path | None) -> tuple[Sequence[str], str, str]:
+    """Documents, separator and protocol of the sources that are tokenized as one text."""
+    if source == "demo":
+        from data import demo
+
+        split = "train" if use == "calibration" else "test"
+        return [demo.text(split)], "\n\n", f"demo/{split}"
+    if source in JOINED:
+        corpus, train, test, separator = JOINED[source]
+        split = train if use == "calibration" else test
+        return hub_documents(corpus, split, data_dir), separator, f"{source}/{split}"
+    return file_documents(check_file(source)), "\n\n", "local/wikitext2"
+
+
+def _encode(tokenizer: Any, text: str) -> Tensor:
+    """Token ids [n] of a text as a whole, with the tokenizer's own special tokens."""
+    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+
+
+def _anywhere(source: str, ids: Tensor, nsamples: int, seqlen: int, seed: int) -> Tensor:
+    """Windows that start at random; they may overlap, as in the originals."""
+    if len(ids) <= seqlen:
+        raise InputError(
+            f"{source} has {len(ids)} tokens, a window of --seqlen {seqlen} needs {seqlen + 1}: "
+            "use a shorter --seqlen or a longer text"
+        )
+    rng = random.Random(seed)
+    starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]
+    return torch.stack([ids[start : start + seqlen] for start in starts])
+
+
+def _in_order(source: str, ids: Tensor, seqlen: int) -> Tensor:
+    """Windows without overlap; the rest of the text is dropped."""
+    if len(ids) < seqlen:
+        raise InputError(f"{source} has {len(ids)} tokens, fewer than one window of --seqlen {seqlen}")
+    return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+
+
+def _drawn(source: str, documents: Sequence[str], tokenizer: Any, n: int, seqlen: int, seed: int) -> Tensor:
+    """A window of each of n documents drawn at random among those longer than a window."""
+    rng, windows, longest = random.Random(seed), [], 0
+    while len(windows) < n:
+        for _ in range(MAX_DRAWS):
+            ids = _encode(tokenizer, documents[rng.randint(0, len(documents) - 1)])
+            longest = max(longest, len(ids))
+            if len(ids) > seqlen:
+                break
+        else:
+            raise InputError(
+                f"{source}: {MAX_DRAWS} documents drawn, none has more than --seqlen {seqlen} tokens "
+                f"(the longest has {longest}): use a shorter --seqlen or another data set"
+            )
+        start = rng.randint(0, len(ids) - seqlen - 1)
+        windows.append(ids[start : start + seqlen])
+    return torch.stack(windows)
+
+
+def _cached(
+    source: str,
+    protocol: str,
+    documents: Sequence[str],
+    tokenizer: Any,
+    request: list[Any],
+    cache_dir: Path | None,
+    make: Callable[[], Tensor],
+) -> Tokens:
+    """The windows from the cache, or made and put there."""
+    name = Path(source).name.split(".")[0] if is_file(source) else source
+    text_sha256 = sha256_of(documents)
+    key = hashlib.sha256(json.dumps([protocol, text_sha256, tokenizer_sha256(tokenizer), request]).encode()).hexdigest()
+    file = None if cache_dir is None else cache_dir / f"{key}.safetensors"
+    ids = _read_cache(file)
+    if ids is None:
+        ids = make().contiguous()
+        if file is not None:
+            _write_cache(file, ids)
+    return Tokens(ids, name, protocol, text_sha256, _sha256(ids))
+
+
+def _read_cache(file: Path | None) -> Tensor | None:
+    if file is None or not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as stored:
+            ids: Tensor = stored.get_tensor("ids")
+            if stored.metadata()["sha256"] == _sha256(ids):
+                return ids
+    except (SafetensorError, KeyError, TypeError):
+        pass
+    log.warning("the token cache %s is damaged and is made again", file)
+    return None
+
+
+def _write_cache(file: Path, ids: Tensor) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_bytes(save({"ids": ids}, {"format": "pt", "sha256": _sha256(ids)}))
+        temporary.replace(file)
+    except OSError as error:
+        raise InputError(f"cannot write the token cache {file.parent}: {error.strerror}; use --cache-dir") from error
+
+
+def _sha256(ids: Tensor) -> str:
+    digest = hashlib.sha256(str(tuple(ids.shape)).encode())
+    digest.update(ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of what decides the ids: the fast tokenizer's whole definition, or a slow one's vocabulary and settings."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        definition = backend.to_str()
+    else:
+        definition = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), repr(tokenizer)])
+    return hashlib.sha256(definition.encode()).hexdigest()

@@ -1,0 +1,105 @@
+"""Tiny models of every family, a tiny tokenizer, and no network."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+VOCABULARY = 160
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = COMMON | {"intermediate_size": 64, "max_position_embeddings": 64}
+GQA = LLAMA | {"num_key_value_heads": 2, "head_dim": 8}
+OPT = COMMON | {"ffn_dim": 64, "max_position_embeddings": 64}
+CONFIGS: dict[str, tuple[str, dict]] = {
+    "opt": ("opt", OPT | {"word_embed_proj_dim": 32}),
+    "opt post-norm, projected": ("opt", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "falcon 7b": ("falcon", COMMON | {"multi_query": True, "parallel_attn": True, "bias": False}),
+    "falcon 40b": ("falcon", COMMON | {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": False}),
+    "falcon 11b": (
+        "falcon",
+        COMMON | {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": False, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon rw": ("falcon", COMMON | {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
+    "llama": ("llama", LLAMA),
+    "llama gqa, tied": ("llama", GQA | {"tie_word_embeddings": True}),
+    "mistral": ("mistral", GQA | {"sliding_window": 8}),
+    "qwen2": ("qwen2", GQA),
+    "qwen3": ("qwen3", GQA),
+    "gemma2": ("gemma2", GQA | {"sliding_window": 8}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that reaches for the network fails at once."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("tests do not use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def build(name: str, dtype: torch.dtype = torch.float32):
+    """A random model of one of CONFIGS; norms and biases are random too, so that none can be forgotten."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, options = CONFIGS[name]
+    torch.manual_seed(len(name))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.3))
+    return model.to(dtype)
+
+
+def save_tokenizer(path: Path) -> None:
+    """A word-level tokenizer over w0, w1, ... that leaves the last ids of the vocabulary unused."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, VOCABULARY - 8)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+
+
+def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
+    """Zipf-like random words."""
+    rng = random.Random(seed)
+    path.write_text(" ".join(f"w{min(VOCABULARY - 9, int(1 + rng.paretovariate(0.7)))}" for _ in range(words)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory):
+    """Directory of a saved tiny model with tokenizer, by name of CONFIGS; built once a session."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("model") / name.replace(" ", "-").replace(",", "")
+            build(name).save_pretrained(made[name])
+            save_tokenizer(made[name])
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file for calibration and evaluation with the tiny tokenizer."""
+    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
