@@ -62,8 +62,9 @@ def gptq(
             gptq_block_(
                 work[part],
                 upper[part, part],
-                scale[group[part]],
-                zero[group[part]],
+                scale,
+                zero,
+                group[part],
                 grid.qmax,
                 codes[part],
                 errors[inside],

@@ -26,11 +26,6 @@ def rounds(sweep: int, num_iter: int) -> bool:
     return sweep % 3 != 1 or sweep == num_iter - 1 or sweep > 25
 
 
-def by_column(values: Tensor, group: Tensor) -> Tensor:
-    """Values [out, G] of the group of every column: [in, out], a view where rows have one group."""
-    return values.T[group] if values.shape[1] > 1 else values.T.expand(len(group), -1)
-
-
 @solver("quantease")
 def quantease(
     weight: Tensor,
@@ -61,7 +56,8 @@ def quantease(
     order = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     target = weight.T[order].contiguous()  # [in, out], in visiting order
     gram = stats.gram[order][:, order] if act_order else stats.gram
-    scale, zero = (by_column(t, grid.g_idx[order]) for t in (grid.scale, grid.zero.float()))
+    group = grid.g_idx[order]
+    scale, zero = grid.scale.T.contiguous(), grid.zero.float().T.contiguous()  # [G, out]
     residual = target - init.dequantize().T[order] if init else torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.uint8)
 
@@ -76,8 +72,9 @@ def quantease(
                 gram[block, known] @ residual[known],
                 target[block],
                 gram[block, block],
-                scale[block],
-                zero[block],
+                scale,
+                zero,
+                group[block],
                 grid.qmax,
                 codes[block] if rounding else None,
             )
