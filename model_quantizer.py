@@ -304,10 +304,8 @@ def main() -> None:
     args.corpora = [d for d in args.eval_datasets.split(",") if d]
     if found := mistakes(args):
         raise InputError("\n".join(found))
-    from rich.console import Console
-
     configs = run_configs(args)
-    console = Console()
+    console = cli.console()
     if args.dry_run:
         from quant.core.plan import show_plan
 

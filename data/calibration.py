@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from data.corpora import check_file, check_name, file_documents, hub_documents, is_file, sha256_of
+from data.corpora import check_file, check_name, file_documents, file_stem, hub_documents, is_file, sha256_of
 from quant.core.errors import InputError
 
 KNOWN = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "demo")
@@ -35,7 +36,7 @@ JOINED = {  # name: (corpus, calibration split, evaluation split, separator)
     "ptb-new": ("ptb", "train", "test", " "),
 }
 C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
-MAX_DRAWS = 1000  # documents drawn for one window before giving up
+MAX_DRAWS = 20_000  # documents drawn for one window before giving up; 1 in 200 of C4 exceeds 4096 tokens
 log = logging.getLogger(__name__)
 
 
@@ -99,6 +100,8 @@ def evaluation_tokens(
         make = lambda: _drawn(source, documents, tokenizer, C4_WINDOWS, seqlen, 0)  # noqa: E731
     elif source == "c4-new":
         documents, protocol = hub_documents("c4", "validation", data_dir)[:C4_NEW_DOCUMENTS], "c4-new/validation"
+        if len(documents) < C4_NEW_DOCUMENTS:
+            log.warning("%s: %d of the protocol's %d documents are there", source, len(documents), C4_NEW_DOCUMENTS)
         make = lambda: _in_order(source, _encode(tokenizer, " ".join(documents)), seqlen)[:C4_WINDOWS]  # noqa: E731
     else:
         documents, separator, protocol = _joined(source, "evaluation", data_dir)
@@ -150,21 +153,34 @@ def _in_order(source: str, ids: Tensor, seqlen: int) -> Tensor:
 
 def _drawn(source: str, documents: Sequence[str], tokenizer: Any, n: int, seqlen: int, seed: int) -> Tensor:
     """A window of each of n documents drawn at random among those longer than a window."""
-    rng, windows, longest = random.Random(seed), [], 0
-    while len(windows) < n:
-        for _ in range(MAX_DRAWS):
-            ids = _encode(tokenizer, documents[rng.randint(0, len(documents) - 1)])
-            longest = max(longest, len(ids))
-            if len(ids) > seqlen:
-                break
-        else:
-            raise InputError(
-                f"{source}: {MAX_DRAWS} documents drawn, none has more than --seqlen {seqlen} tokens "
-                f"(the longest has {longest}): use a shorter --seqlen or another data set"
-            )
+    rng = random.Random(seed)
+    lengths: dict[int, int] = {}  # of the documents found too short: not tokenized again
+    windows = []
+    for _ in range(n):
+        ids = _draw(source, documents, tokenizer, seqlen, rng, lengths)
         start = rng.randint(0, len(ids) - seqlen - 1)
         windows.append(ids[start : start + seqlen])
     return torch.stack(windows)
+
+
+def _draw(
+    source: str, documents: Sequence[str], tokenizer: Any, seqlen: int, rng: random.Random, lengths: dict[int, int]
+) -> Tensor:
+    """Ids of the next random document with more than seqlen tokens. Raises InputError where there is none."""
+    for _ in range(MAX_DRAWS):
+        if len(lengths) == len(documents):
+            break
+        index = rng.randint(0, len(documents) - 1)
+        if index in lengths:
+            continue
+        ids = _encode(tokenizer, documents[index])
+        if len(ids) > seqlen:
+            return ids
+        lengths[index] = len(ids)
+    raise InputError(
+        f"{source}: none of {len(lengths)} documents drawn has more than --seqlen {seqlen} tokens "
+        f"(the longest has {max(lengths.values(), default=0)}): use a shorter --seqlen or another data set"
+    )
 
 
 def _cached(
@@ -177,7 +193,7 @@ def _cached(
     make: Callable[[], Tensor],
 ) -> Tokens:
     """The windows from the cache, or made and put there."""
-    name = Path(source).name.split(".")[0] if is_file(source) else source
+    name = file_stem(source) if is_file(source) else source
     text_sha256 = sha256_of(documents)
     key = hashlib.sha256(json.dumps([protocol, text_sha256, tokenizer_sha256(tokenizer), request]).encode()).hexdigest()
     file = None if cache_dir is None else cache_dir / f"{key}.safetensors"
@@ -197,7 +213,7 @@ def _read_cache(file: Path | None) -> Tensor | None:
             ids: Tensor = stored.get_tensor("ids")
             if stored.metadata()["sha256"] == _sha256(ids):
                 return ids
-    except (SafetensorError, KeyError, TypeError):
+    except (SafetensorError, KeyError, TypeError, OSError):
         pass
     log.warning("the token cache %s is damaged and is made again", file)
     return None
@@ -206,7 +222,7 @@ def _read_cache(file: Path | None) -> Tensor | None:
 def _write_cache(file: Path, ids: Tensor) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # runs may share a cache
         temporary.write_bytes(save({"ids": ids}, {"format": "pt", "sha256": _sha256(ids)}))
         temporary.replace(file)
     except OSError as error:
@@ -220,10 +236,15 @@ def _sha256(ids: Tensor) -> str:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash of what decides the ids: the fast tokenizer's whole definition, or a slow one's vocabulary and settings."""
+    """Hash of what decides the ids: the fast tokenizer's definition, or a slow one's vocabulary, and the settings.
+
+    Truncation and padding are left out: they are state that any call sets anew, and a plain call takes off.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        definition = backend.to_str()
+    if backend is None:
+        definition: Any = [sorted(tokenizer.get_vocab().items()), repr(tokenizer)]
     else:
-        definition = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), repr(tokenizer)])
-    return hashlib.sha256(definition.encode()).hexdigest()
+        definition = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    names = ("add_bos_token", "add_eos_token", "split_special_tokens", "special_tokens_map")
+    settings = [str(getattr(tokenizer, name, None)) for name in names]
+    return hashlib.sha256(json.dumps([type(tokenizer).__name__, settings, definition]).encode()).hexdigest()

@@ -13,7 +13,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-VOCABULARY = 160
+VOCABULARY = 264
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = COMMON | {"intermediate_size": 64, "max_position_embeddings": 64}
 GQA = LLAMA | {"num_key_value_heads": 2, "head_dim": 8}
@@ -42,10 +42,14 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that reaches for the network fails at once."""
 
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise OSError("tests do not use the network")
+    connect = socket.socket.connect
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    def local_only(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX and str(address[0]) not in ("127.0.0.1", "::1", "localhost"):  # type: ignore[index]
+            raise OSError("tests do not use the network")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
 @pytest.fixture(autouse=True)
@@ -67,20 +71,21 @@ def build(name: str, dtype: torch.dtype = torch.float32):
 
 
 def save_tokenizer(path: Path) -> None:
-    """A word-level tokenizer over w0, w1, ... that leaves the last ids of the vocabulary unused."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A token for every byte; the last ids of the vocabulary stay unused."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, VOCABULARY - 8)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
 
 
 def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
     """Zipf-like random words."""
     rng = random.Random(seed)
-    path.write_text(" ".join(f"w{min(VOCABULARY - 9, int(1 + rng.paretovariate(0.7)))}" for _ in range(words)))
+    path.write_text(" ".join(f"{min(999, int(1 + rng.paretovariate(0.7))):x}" for _ in range(words)))
     return path
 
 

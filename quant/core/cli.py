@@ -10,9 +10,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,7 +25,7 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 class Parser(argparse.ArgumentParser):
     """Accepts --group-size, --group_size and --groupsize alike; a misspelt flag is answered with the nearest one."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse after bringing every flag to its declared spelling."""
         given = list(sys.argv[1:] if args is None else args)
         declared = {_letters(flag): flag for flag in self._option_string_actions if flag.startswith("--")}
@@ -86,6 +86,11 @@ def set_logging(level: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
+def console() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
 class ProgressBars:
     """A bar for each stage on a terminal; elsewhere one line each time a stage has moved on by a tenth."""
 
@@ -127,36 +132,27 @@ class ProgressBars:
 
 
 def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
-    """Method, bits per weight, perplexity before and after, KL divergence, mean relative error, seconds."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    """Method, bits per weight, perplexity before and after with their ratio, KL divergence, relative error, seconds."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method")
-    for column in (
-        "bits/weight",
-        "data",
-        "ppl before",
-        "ppl after",
-        "ratio (95%)",
-        "KL",
-        "top-1",
-        "rel. error",
-        "seconds",
-    ):
+    for column in ("bits per\nweight", "data", "perplexity\nbefore", "\nafter", "ratio, 95%\ninterval", "KL diver-\ngence"):
+        table.add_column(column, justify="right")
+    for column in ("relative\nerror", "seconds"):
         table.add_column(column, justify="right")
     for results in all_results:
         corpora = results["perplexity"] or {"-": {}}
         for row, (name, perplexity) in enumerate(corpora.items()):
-            fidelity, low_high = results["fidelity"].get(name, {}), perplexity.get("ratio_ci95")
+            first, bounds = row == 0, perplexity.get("ratio_ci95")
             table.add_row(
-                results["method"] if row == 0 else "",
-                f"{results['bits_per_weight']:.3f}" if row == 0 else "",
+                results["method"] if first else "",
+                f"{results['bits_per_weight']:.3f}" if first else "",
                 name,
                 _number(perplexity.get("fp"), 3),
                 _number(perplexity.get("quantized"), 3),
-                f"{low_high[0]:.3f}-{low_high[1]:.3f}" if low_high else "-",
-                _number(fidelity.get("kl_divergence"), 4),
-                _number(fidelity.get("top1_agreement"), 3),
-                f"{results['mean_relative_error']:.4f}" if row == 0 else "",
-                f"{results['seconds']['total']:.1f}" if row == 0 else "",
+                f"{bounds[0]:.3f}-{bounds[1]:.3f}" if bounds else "-",
+                _number(results["fidelity"].get(name, {}).get("kl_divergence"), 4),
+                f"{results['mean_relative_error']:.4f}" if first else "",
+                f"{results['seconds']['total']:.1f}" if first else "",
             )
     return table
 
@@ -174,11 +170,3 @@ def linears_table(records: Sequence[dict[str, Any]]) -> Table:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def existing_path(text: str) -> Path:
-    """argparse type: a directory that is there."""
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a directory")
-    return path

@@ -1,0 +1,341 @@
+"""Whole runs on tiny models: results, resume after SIGKILL, evaluation against transformers, the saved checkpoint."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.calibration import calibration_tokens, evaluation_tokens
+from quant.core.errors import InputError, RunError
+from quant.core.journal import RunDirectory
+from quant.core.run import RunConfig, Session
+from quant.core.types import QuantSpec
+from quant.evaluate import ratio_interval
+from quant.gptq import gptq
+from tests.conftest import CONFIGS
+from tests.references import make_stats
+
+SEQLEN = 32
+
+
+def config_for(model: Path, text: Path, tmp_path: Path, **options) -> RunConfig:
+    return RunConfig(
+        model=str(model),
+        dataset=str(text),
+        eval_datasets=(str(text),),
+        nsamples=12,
+        seqlen=SEQLEN,
+        limit=12,
+        cache_dir=tmp_path / "cache",
+        **({"wbits": 3, "run_dir": tmp_path / "run", "options": {"num_iter": 4}} | options),
+    )
+
+
+def run(config: RunConfig) -> dict:
+    return Session(config).run(config)
+
+
+def direct_perplexity(model, windows: torch.Tensor) -> float:
+    """The published loop: loss of each window by transformers itself, weighted equally."""
+    with torch.no_grad():
+        losses = [model(window[None], labels=window[None]).loss.double() for window in windows]
+    return float(torch.stack(losses).mean().exp())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_end_to_end(name, model_dir, text, tmp_path):
+    config = config_for(model_dir(name), text, tmp_path, save=tmp_path / "saved", true_sequential=name != "llama")
+    results = run(config)
+    tokens = evaluation_tokens(str(text), AutoTokenizer.from_pretrained(model_dir(name)), seqlen=SEQLEN, limit=12)
+    scores = results["perplexity"]["words"]
+    full = AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=torch.float32).eval()
+    assert scores["fp"] == pytest.approx(direct_perplexity(full, tokens.ids), rel=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert scores["quantized"] == pytest.approx(direct_perplexity(saved, tokens.ids), rel=1e-5)
+    assert scores["token_sha256"] == tokens.sha256 and scores["tokens"] == 12 * SEQLEN
+    low, high = scores["ratio_ci95"]
+    assert low <= scores["quantized"] / scores["fp"] <= high
+    # Every linear of every block is quantized, nothing else is touched.
+    records = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").open()]
+    assert len(records) == 3 * len(Session(config).model.linear_shapes())
+    solved = {f"{r['block']}.{r['name']}" for r in records}
+    for key, value in full.state_dict().items():
+        quantized = any(key.endswith(f".{linear}.weight") for linear in solved)
+        assert torch.equal(value, saved.state_dict()[key]) != quantized, key
+    with torch.no_grad():
+        logits_fp, logits = (m(tokens.ids).logits[:, :-1].double().log_softmax(-1) for m in (full, saved))
+    kl = float((logits_fp.exp() * (logits_fp - logits)).sum(-1).mean())
+    assert results["fidelity"]["words"]["kl_divergence"] == pytest.approx(kl, rel=1e-3)
+    agreement = float((logits_fp.argmax(-1) == logits.argmax(-1)).double().mean())
+    assert results["fidelity"]["words"]["top1_agreement"] == pytest.approx(agreement, abs=0.01)
+
+
+def test_results_follow_the_contract(model_dir, text, tmp_path):
+    results = run(config_for(model_dir("llama"), text, tmp_path, group_size=16))
+    on_disk = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {k: v for k, v in results.items() if k != "run_dir"} == on_disk
+    assert on_disk["schema"] == 1 and on_disk["method"] == "quantease" and on_disk["wbits"] == 3
+    assert {"load", "calibrate", "solve", "evaluate", "export", "total"} <= on_disk["seconds"].keys()
+    assert {"device", "host"} == on_disk["peak_bytes"].keys()
+    records = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").open()]
+    weights = sum(r["shape"][0] * r["shape"][1] for r in records)
+    assert on_disk["quantized_bytes"] * 8 == pytest.approx(on_disk["bits_per_weight"] * weights, abs=8)
+    assert on_disk["bits_per_weight"] == pytest.approx(3 + 19 / 16)
+    assert on_disk["mean_relative_error"] == pytest.approx(sum(r["relative_error"] for r in records) / len(records))
+    for record in records:
+        assert 0 < record["relative_error"] < record["relative_error_rtn"] < 1
+        assert record["verdict"] in ("ok", "look") and record["peak_bytes"] > 0 and record["seconds"] > 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["calibration"]["shape"] == [12, SEQLEN] and manifest["versions"]["torch"] == torch.__version__
+
+
+def test_without_true_sequential_all_linears_see_the_same_pass(model_dir, text, tmp_path):
+    """The first block's answers recomputed from transformers' own activations."""
+    config = config_for(model_dir("opt"), text, tmp_path, method="gptq", options={})
+    run(config)
+    solved = RunDirectory(tmp_path / "run").read_weights(0)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir("opt"))
+    ids = calibration_tokens(str(text), tokenizer, nsamples=12, seqlen=SEQLEN, seed=0).ids
+    model = AutoModelForCausalLM.from_pretrained(model_dir("opt"), dtype=torch.float32).eval()
+    block = model.model.decoder.layers[0]
+    for name in ("self_attn.k_proj", "fc2"):
+        linear, seen = block.get_submodule(name), []
+        handle = linear.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(ids)
+        handle.remove()
+        expected = gptq(linear.weight.detach(), make_stats(seen[0].reshape(-1, linear.in_features)), QuantSpec(3))
+        assert float((solved[name].codes != expected.codes).float().mean()) < 0.01
+
+
+def test_later_blocks_and_stages_see_what_is_quantized(model_dir, text, tmp_path):
+    plain = config_for(model_dir("llama"), text, tmp_path, run_dir=tmp_path / "plain", wbits=2)
+    staged = replace(plain, run_dir=tmp_path / "staged", true_sequential=True)
+    session = Session(plain)
+    session.run(plain), session.run(staged)
+    for index, differ in ((0, ("self_attn.o_proj", "mlp.down_proj")), (1, ("self_attn.q_proj",))):
+        a, b = (RunDirectory(tmp_path / d).read_weights(index) for d in ("plain", "staged"))
+        assert all(not torch.equal(a[name].codes, b[name].codes) for name in differ)
+    a, b = (RunDirectory(tmp_path / d).read_weights(0)["self_attn.q_proj"] for d in ("plain", "staged"))
+    assert torch.equal(a.codes, b.codes), "the first group of the first block sees full precision in both"
+
+
+def test_base_model_is_evaluated_at_16_bits(model_dir, text, tmp_path):
+    results = run(config_for(model_dir("bloom"), text, tmp_path, wbits=16, options={}))
+    assert results["perplexity"]["words"]["fp"] > 1 and results["perplexity"]["words"]["quantized"] is None
+    assert results["bits_per_weight"] == 32 and not list((tmp_path / "run" / "blocks").iterdir())
+
+
+def test_only_the_first_blocks(model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path, num_layers=1, save=tmp_path / "saved")
+    run(config)
+    assert len(list((tmp_path / "run" / "blocks").iterdir())) == 1
+    saved, full = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (tmp_path / "saved", model_dir("llama")))
+    changed = {key for key in full if not torch.equal(full[key], saved[key])}
+    assert changed and all(key.startswith("model.layers.0.") for key in changed)
+
+
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_activation_store_does_not_change_the_bits(store, model_dir, text, tmp_path):
+    config = config_for(model_dir("mistral"), text, tmp_path)
+    other = replace(config, run_dir=tmp_path / "other", activation_store=store)
+    session = Session(config)
+    assert session.run(config)["codes_sha256"] == session.run(other)["codes_sha256"]
+
+
+def test_a_finished_run_is_not_repeated(model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path)
+    first = run(config)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.safetensors")}
+    assert run(config) == first
+    more = run(replace(config, limit=6))  # another evaluation: the codes stay
+    assert more["perplexity"]["words"]["tokens"] == 6 * SEQLEN and more["codes_sha256"] == first["codes_sha256"]
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.safetensors")}
+
+
+def test_another_configuration_in_the_same_place_is_refused(model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path)
+    first = run(config)
+    with pytest.raises(InputError, match=r"another configuration .*seed: 0 -> 1.*--overwrite"):
+        run(replace(config, seed=1))
+    with pytest.raises(InputError, match="wbits: 3 -> 4"):
+        run(replace(config, wbits=4))
+    assert run(replace(config, seed=1, overwrite=True))["codes_sha256"] != first["codes_sha256"]
+
+
+def test_default_run_directories_differ_by_configuration(model_dir, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_for(model_dir("llama"), text, tmp_path, run_dir=None)
+    session = Session(config)
+    paths = {session.run_path(replace(config, **change)) for change in ({}, {"wbits": 4}, {"seed": 2}, {"method": "rtn"})}
+    assert len(paths) == 4 and all(path.parts[0] == "runs" for path in paths)
+    assert session.run_path(config) == session.run_path(replace(config, limit=3)), "evaluation does not move the codes"
+
+
+def _child(config: RunConfig, connection) -> None:
+    """Run in a process of its own and tell the parent of every step."""
+    torch.set_num_threads(1)
+    results = Session(config).run(config, lambda *event: connection.send(event))
+    connection.send(("end", results["codes_sha256"], results["perplexity"], ""))
+
+
+def _finish_or_kill(context, config: RunConfig, kill_at: int | None, delay: float) -> tuple | None:
+    """Start a run; SIGKILL it after its n-th step and a delay. Returns its last message if it ended by itself."""
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(config, sending))
+    process.start()
+    sending.close()
+    steps, last = 0, None
+    while True:
+        try:
+            last = receiving.recv()
+        except EOFError:
+            break
+        steps += 1
+        if steps == kill_at:
+            process.join(delay)
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.join()
+    return last if process.exitcode == 0 else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "falcon 7b", "bloom"])
+def test_killed_runs_continue_bit_identically(name, model_dir, text, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["quant.core.run", "quant.quantease"])
+    rng = random.Random(name)
+    config = config_for(model_dir(name), text, tmp_path, true_sequential=True, save=tmp_path / "saved")
+    whole = replace(config, run_dir=tmp_path / "whole", save=tmp_path / "saved-whole")
+    expected = _finish_or_kill(context, whole, None, 0)
+    kills, finished = 0, None
+    for kill_at in (1, 2, 1, 2, 4):  # 1 to 3: blocks, later ones: evaluation and export
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "blocks").glob("*.safetensors")}
+        finished = _finish_or_kill(context, config, kill_at, rng.random() * 0.05)
+        kills += finished is None
+        after = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "blocks").glob("*.safetensors")}
+        assert before.items() <= after.items(), "a finished block was written again"
+    assert kills >= 4
+    finished = _finish_or_kill(context, config, None, 0)
+    assert finished is not None and finished == expected
+    for index in range(3):
+        a, b = (RunDirectory(tmp_path / d).read_weights(index) for d in ("run", "whole"))
+        assert a.keys() == b.keys()
+        for linear in a:
+            assert torch.equal(a[linear].codes, b[linear].codes) and torch.equal(a[linear].grid.scale, b[linear].grid.scale)
+    same = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("saved", "saved-whole")]
+    assert same[0] == same[1]
+    journals = [(tmp_path / d / "journal.jsonl").read_text().splitlines() for d in ("run", "whole")]
+    names = [[(json.loads(line)["block"], json.loads(line)["name"]) for line in lines] for lines in journals]
+    assert names[0] == names[1], "no line is missing or doubled"
+    assert not list(tmp_path.rglob("*.tmp")) or all(p.is_dir() is False for p in tmp_path.rglob("*.tmp"))
+
+
+def test_a_torn_journal_and_a_leftover_file_are_repaired(model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path)
+    expected = run(config)
+    directory = tmp_path / "run"
+    journal = (directory / "journal.jsonl").read_text()
+    (directory / "journal.jsonl").write_text(journal[: len(journal) // 2])
+    (directory / "results.json").unlink()
+    (directory / "blocks" / "00002.safetensors").unlink()
+    (directory / "blocks" / "00002.safetensors.tmp").write_bytes(b"half")
+    assert run(config)["codes_sha256"] == expected["codes_sha256"]
+    assert len((directory / "journal.jsonl").read_text().splitlines()) == len(journal.splitlines())
+
+
+def test_a_damaged_block_file_is_named(model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path)
+    run(config)
+    (tmp_path / "run" / "results.json").unlink()
+    file = tmp_path / "run" / "blocks" / "00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"00001.safetensors is damaged"):
+        run(config)
+
+
+def test_no_space_is_found_before_work_begins(model_dir, text, tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"needs about .* GB, the disk has 0.00 GB free"):
+        run(config_for(model_dir("llama"), text, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_space_in_the_middle_leaves_nothing_half_written(model_dir, text, tmp_path, monkeypatch):
+    import errno
+
+    real = os.fsync
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 4:  # manifest, journal, first block, second block
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    config = config_for(model_dir("llama"), text, tmp_path)
+    session = Session(config)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        session.run(config)
+    monkeypatch.setattr(os, "fsync", real)
+    assert [p.name for p in (tmp_path / "run" / "blocks").iterdir()] == ["00000.safetensors"]
+    assert run(config)["perplexity"]
+
+
+def test_singular_gram_names_the_linear(model_dir, text, tmp_path, monkeypatch):
+    from quant.core import linalg
+
+    monkeypatch.setattr(linalg, "inverse_cholesky", lambda gram: (gram, False))
+    with pytest.raises(RunError, match="block 0 self_attn.q_proj: the Gram matrix is singular"):
+        run(config_for(model_dir("llama"), text, tmp_path, method="gptq", options={}))
+
+
+def test_overflow_in_half_precision_names_the_block(model_dir, text, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    path = Path(shutil.copytree(model_dir("llama"), tmp_path / "model"))
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e20
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e20
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"block 1.*(not finite|NaN or infinite)"):
+        run(config_for(path, text, tmp_path, options={}, method="rtn"))
+
+
+def test_tokenizer_of_another_model_is_refused(model_dir, text, tmp_path):
+    import shutil
+
+    path = Path(shutil.copytree(model_dir("llama"), tmp_path / "model"))
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {word: i + 1000 for word, i in tokenizer["model"]["vocab"].items()}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="tokenizer and model do not belong together"):
+        run(config_for(path, text, tmp_path))
+
+
+def test_ratio_interval_covers_the_truth():
+    """Bootstrap over windows on simulated losses: about 95% of the intervals hold the true ratio."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(300):
+        base = 3 + torch.randn(60, generator=generator, dtype=torch.float64)
+        change = 0.05 + 0.1 * torch.randn(60, generator=generator, dtype=torch.float64)
+        low, high = ratio_interval(base + change, base)
+        covered += low <= float(torch.tensor(0.05).exp()) <= high
+    assert 0.90 <= covered / 300 <= 0.98
