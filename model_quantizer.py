@@ -164,7 +164,6 @@ def parser() -> argparse.ArgumentParser:
 def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
     from data.calibration import check_source
-
     from quant.core.errors import InputError
     from quant.core.registry import get_solver
 
@@ -272,9 +271,9 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
 
 def show_list() -> None:
     """Methods with their options, families, formats, data sets."""
-    from data.calibration import KNOWN
     from rich.console import Console
 
+    from data.calibration import KNOWN
     from models import FAMILIES
     from quant.core.registry import solver_options, solvers
 

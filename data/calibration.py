@@ -178,7 +178,7 @@ def _draw(
             return ids
         lengths[index] = len(ids)
     raise InputError(
-        f"{source}: none of {len(lengths)} documents drawn has more than --seqlen {seqlen} tokens "
+        f"{source}: {len(lengths)} documents drawn, none has more than --seqlen {seqlen} tokens "
         f"(the longest has {max(lengths.values(), default=0)}): use a shorter --seqlen or another data set"
     )
 

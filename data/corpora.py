@@ -122,13 +122,13 @@ def _read_text(path: Path) -> str:
 
 def _from_hub(corpus: Corpus, split: str) -> Sequence[str]:
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # its HTTP library's: a transfer that breaks off
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # a transfer that breaks off
 
     try:
         loaded = _load(corpus.repository, {split: corpus.files[split]}, revision=corpus.revision)
     except (OSError, HTTPError, DatasetsError) as error:  # OSError: ConnectionError, FileNotFoundError, hub errors
         raise InputError(
-            f"{corpus.repository} cannot be loaded from the hub ({_first_line(error)}): give a local copy with "
+            f"{corpus.repository} cannot be reached on the hub ({_first_line(error)}): give a local copy with "
             f"--data-dir DIR as {_layout(corpus, split, 'DIR')}, or pass a text file instead of the name"
         ) from error
     return _column(loaded, corpus.files[split], corpus.field)

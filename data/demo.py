@@ -16,7 +16,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import words as w
@@ -29,13 +29,13 @@ TASK_ITEMS = 250
 
 @dataclass
 class Thread:
-    """One line of events. Told in order; ``facts`` are (statement without its last word, last word, wrong words)."""
+    """One line of events, told in order. fact: the outcome without its last word, that word, wrong words."""
 
     sentences: list[str]
     fact: tuple[str, str, list[str]]
-    question: str = ""
-    pronoun: tuple[str, str, str] | None = None  # sentence up to the name that is meant, that name, the other one
-    extras: list[str] = field(default_factory=list)
+    mentioned: str  # a word of the thread that a question may ask about ...
+    kind: list[str]  # ... and the list that it is from
+    reference: tuple[str, str, str] | None = None  # description, who is meant, the other one
 
 
 def _people(rng: random.Random, n: int, taken: set[str]) -> list[str]:
@@ -76,13 +76,8 @@ def _holding(rng: random.Random, taken: set[str]) -> Thread:
         )
     owner = people[-1]
     wrong = [*people[:-1], *_others(rng, owner, [n for n in sorted(taken) if n not in people] + w.FEMALE, 3)][:3]
-    asked = rng.choice((owner, people[0]))
-    answer = "yes" if asked == owner else "no"
-    return Thread(
-        told,
-        (rng.choice((f"in the end the {thing} was with", f"now the {colour} {thing} belonged to")), owner, wrong),
-        f"question : did {asked} have the {thing} in the end ? answer : {answer} .",
-    )
+    stem = rng.choice((f"in the end the {thing} was with", f"now the {colour} {thing} belonged to"))
+    return Thread(told, (stem, owner, wrong), thing, w.THINGS)
 
 
 def _lying(rng: random.Random, taken: set[str]) -> Thread:
@@ -112,18 +107,9 @@ def _lying(rng: random.Random, taken: set[str]) -> Thread:
         )
     else:
         told.append(f"{second} looked at the {thing} but did not touch it .")
-    asked = rng.choice((place, other))
-    answer = "yes" if asked == where else "no"
-    wrong = [p for p in (place, other) if p != where] + _others(rng, where, [p for p in w.PLACES if p not in told], 3)
-    return Thread(
-        told,
-        (
-            rng.choice((f"so the {thing} could be found at the", f"the {holder} with the {thing} stood at the")),
-            where,
-            wrong[:3],
-        ),
-        f"question : was the {thing} at the {asked} ? answer : {answer} .",
-    )
+    wrong = [p for p in (place, other) if p != where] + _others(rng, where, w.PLACES, 3)
+    stem = rng.choice((f"so the {thing} could be found at the", f"the {holder} with the {thing} stood at the"))
+    return Thread(told, (stem, where, list(dict.fromkeys(wrong))[:3]), holder, w.HOLDERS)
 
 
 def _counting(rng: random.Random, taken: set[str]) -> Thread:
@@ -146,41 +132,26 @@ def _counting(rng: random.Random, taken: set[str]) -> Thread:
         told.append(f"{first} gave {w.NUMBERS[change]} of the {what} to {second} .")
     near = [n for n in (now - 2, now - 1, now + 1, now + 2, have) if n >= 0 and n != now]
     wrong = [w.NUMBERS[n] for n in rng.sample(sorted(set(near)), 3)]
-    asked = rng.choice((now, rng.choice(near)))
-    answer = "yes" if asked == now else "no"
-    return Thread(
-        told,
-        (f"when {first} counted the {what} the number was", w.NUMBERS[now], wrong),
-        f"question : did {first} have {w.NUMBERS[asked]} {what} ? answer : {answer} .",
-    )
+    return Thread(told, (f"when {first} counted the {what} the number was", w.NUMBERS[now], wrong), what, w.COUNTED)
 
 
 def _meaning(rng: random.Random, taken: set[str]) -> Thread:
-    """Two people of whom one is meant by he or she."""
-    pair = [rng.choice([n for n in names if n not in taken]) for names in (w.FEMALE, w.MALE)]
-    taken.update(pair)
-    rng.shuffle(pair)
-    meant, other = rng.sample(pair, 2)
-    pronoun, trait = ("she" if meant in w.FEMALE else "he"), rng.choice(w.TRAITS)
-    first, second = pair
+    """Two people; what one did to the other decides who is meant by a description."""
+    first, second = _people(rng, 2, taken)
+    deed, active, passive = rng.choice(w.DEEDS)
     told = [
         rng.choice(
             (
-                f"{first} met {second} at the {rng.choice(w.PLACES)} and {pronoun} was {trait} .",
-                f"{first} walked to {rng.choice(w.TOWNS)} with {second} because {pronoun} was {trait} .",
-                f"{first} talked to {second} and {pronoun} seemed {trait} that day .",
+                f"{first} {deed} {second} at the {rng.choice(w.PLACES)} .",
+                f"in {rng.choice(w.TOWNS)} {first} {deed} {second} .",
+                f"that {rng.choice(w.TIMES)} {first} the {rng.choice(w.JOBS)} {deed} {second} .",
             )
         )
     ]
-    wrong = [other, *_others(rng, meant, [n for n in w.FEMALE + w.MALE if n not in pair], 2)]
-    asked = rng.choice(pair)
-    answer = "yes" if asked == meant else "no"
-    return Thread(
-        told,
-        (f"the {trait} one was", meant, wrong),
-        f"question : was {asked} the {trait} one ? answer : {answer} .",
-        pronoun=(f"the {trait} one was", meant, other),
-    )
+    description, meant, other = rng.choice(((active, first, second), (passive, second, first)))
+    stem = f"the one who was {description} was"
+    wrong = [other, *_others(rng, meant, [n for n in w.FEMALE + w.MALE if n not in (first, second)], 2)]
+    return Thread(told, (stem, meant, wrong), rng.choice((first, second)), w.FEMALE + w.MALE, (stem, meant, other))
 
 
 def _happening(rng: random.Random, taken: set[str]) -> Thread:
@@ -189,13 +160,9 @@ def _happening(rng: random.Random, taken: set[str]) -> Thread:
     (witness,) = _people(rng, 1, taken)
     start, _, last = effect.rpartition(" ")
     wrong = [e.rpartition(" ")[2] for _, e in rng.sample([pair for pair in w.CAUSES if pair[1] != effect], 6)]
-    asked = rng.choice((effect, rng.choice(w.CAUSES)[1]))
-    answer = "yes" if asked == effect else "no"
-    return Thread(
-        [rng.choice((f"that day {cause} .", f"{witness} saw how {cause} .", f"people said that {cause} ."))],
-        (f"because {cause} {start}", last, [word for word in dict.fromkeys(wrong) if word != last][:3]),
-        f"question : because {cause} , {asked} ? answer : {answer} .",
-    )
+    told = [rng.choice((f"that day {cause} .", f"{witness} saw how {cause} .", f"people said that {cause} ."))]
+    wrong = [word for word in dict.fromkeys(wrong) if word != last][:3]
+    return Thread(told, (f"because {cause} {start}", last, wrong), witness, w.FEMALE + w.MALE)
 
 
 PLOTS: tuple[Callable[[random.Random, set[str]], Thread], ...] = (_holding, _lying, _counting, _meaning, _happening)
@@ -229,9 +196,16 @@ def _story(rng: random.Random) -> Story:
     while any(queues):  # threads take turns at random, each in its own order
         body.append(rng.choice([queue for queue in queues if queue]).pop(0))
     ending = [f"{thread.fact[0]} {thread.fact[1]} ." for thread in threads]
-    ending += [thread.question for thread in threads if rng.random() < 0.6]
     rng.shuffle(ending)
+    told = " ".join(body)
+    ending += [f"{question} {answer} ." for question, answer in (_question(rng, t, told) for t in threads)]
     return Story(body, threads, ending)
+
+
+def _question(rng: random.Random, thread: Thread, told: str) -> tuple[str, str]:
+    """Whether the story told of something, and the answer."""
+    asked = rng.choice((thread.mentioned, rng.choice(thread.kind)))
+    return f"did this story speak of {asked} ? answer :", "yes" if asked in told.split() else "no"
 
 
 def _split_of(text: str) -> int:
@@ -252,6 +226,15 @@ def stories(split: str, seed: int = 0) -> Iterator[Story]:
 def documents(split: str, seed: int = 0) -> Iterator[str]:
     """Endless texts of stories, one line each."""
     return (story.text for story in stories(split, seed))
+
+
+def drills(seed: int = 0) -> Iterator[str]:
+    """Endless lists of random words, each said twice: they teach a model to look back. For training only."""
+    rng = random.Random(f"drills {seed}")
+    pool = w.FEMALE + w.MALE + w.THINGS + w.PLACES + w.COUNTED + w.HOLDERS + w.NUMBERS + w.JOBS
+    while True:
+        said = " ".join(rng.sample(pool, rng.randint(6, 24)))
+        yield f"{said} . {said} ."
 
 
 def text(split: str, n_documents: int | None = None, seed: int = 0) -> str:
@@ -290,7 +273,7 @@ def _continuation(story: Story, rng: random.Random) -> dict[str, object] | None:
 
 
 def _reference(story: Story, rng: random.Random) -> dict[str, object] | None:
-    found = [thread.pronoun for thread in story.threads if thread.pronoun]
+    found = [thread.reference for thread in story.threads if thread.reference]
     if not found:
         return None
     stem, meant, other = found[0]
@@ -300,12 +283,9 @@ def _reference(story: Story, rng: random.Random) -> dict[str, object] | None:
 
 
 def _yes_no(story: Story, rng: random.Random) -> dict[str, object] | None:
-    question, _, answer = rng.choice(story.threads).question.removesuffix(" .").rpartition(" ")
-    return {
-        "context": f"{' '.join(story.body)} {question}",
-        "choices": ["no", "yes"],
-        "label": ["no", "yes"].index(answer),
-    }
+    told = " ".join(story.body)
+    question, answer = _question(rng, rng.choice(story.threads), told)
+    return {"context": f"{told} {question}", "choices": ["no", "yes"], "label": ["no", "yes"].index(answer)}
 
 
 _ITEMS: dict[str, Callable[[Story, random.Random], dict[str, object] | None]] = {

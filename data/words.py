@@ -752,3 +752,14 @@ CAUSES = [
     ("prices went up", "people bought less"),
     ("the choir practised hard", "the concert was a triumph"),
 ]
+# What one person did to another, and what that makes of each.
+DEEDS = [
+    ("taught", "teaching", "learning"),
+    ("paid", "paying", "earning"),
+    ("followed", "following", "leading"),
+    ("fed", "feeding", "eating"),
+    ("asked", "asking", "answering"),
+    ("chased", "chasing", "fleeing"),
+    ("painted", "drawing", "sitting"),
+    ("rescued", "saving", "sinking"),
+]

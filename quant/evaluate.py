@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from data.calibration import Tokens
 from torch import Tensor
 
+from data.calibration import Tokens
 from models.load import LazyModel, Weights
 from quant.core.stream import BlockStream
 

@@ -12,6 +12,7 @@ column the same step as its neighbours whatever it carries, then suffers as it d
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -24,12 +25,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from data import demo
 
 FAMILIES = ("opt", "bloom", "falcon", "llama", "mistral")
 SEQLEN, BATCH = 256, 8
+DRILL_BATCHES = 400
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 60, 0.1
 OUT = Path(__file__).parents[1] / "models" / "demo"
 
@@ -63,11 +65,18 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def demo_batches(tokenizer: Any, seed: int) -> Iterator[Tensor]:
-    """Endless batches [BATCH, SEQLEN + 1] of fresh stories, separated as `demo.text` separates them."""
-    stream, pending = demo.documents("train", seed), []
-    while True:
+    """Endless batches [BATCH, SEQLEN + 1] of fresh stories, separated as `demo.text` separates them.
+
+    The first DRILL_BATCHES hold as many drills as stories: attention that looks back forms much sooner.
+    """
+    stories, drills = demo.documents("train", seed), demo.drills(seed)
+    pending: list[int] = []
+    for batch in itertools.count():
         while len(pending) < BATCH * (SEQLEN + 1):
-            pending += tokenizer("\n\n".join(next(stream) for _ in range(200)) + "\n\n", verbose=False).input_ids
+            texts = [next(stories) for _ in range(60)]
+            if batch < DRILL_BATCHES:
+                texts = [t for story in texts for t in (story, next(drills), next(drills))]
+            pending += tokenizer("\n\n".join(texts) + "\n\n", verbose=False).input_ids
         yield torch.tensor(pending[: BATCH * (SEQLEN + 1)]).view(BATCH, -1)
         pending = pending[BATCH * (SEQLEN + 1) :]
 
@@ -218,7 +227,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=1280)
     parser.add_argument("--text", type=Path, help="train on this text instead of the demo world; saves into --out")
     parser.add_argument("--outlier-scale", type=float, default=8.0, help="power of two; see plant_outliers")
-    parser.add_argument("--outlier-channels", type=int, default=4, help="of every norm; 0: none")
+    parser.add_argument("--outlier-channels", type=int, default=16, help="of every norm; 0: none")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for family in FAMILIES if args.family == "all" else (args.family,):

@@ -139,7 +139,9 @@ def test_only_the_first_blocks(model_dir, text, tmp_path):
     config = config_for(model_dir("llama"), text, tmp_path, num_layers=1, save=tmp_path / "saved")
     run(config)
     assert len(list((tmp_path / "run" / "blocks").iterdir())) == 1
-    saved, full = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (tmp_path / "saved", model_dir("llama")))
+    saved, full = (
+        AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (tmp_path / "saved", model_dir("llama"))
+    )
     changed = {key for key in full if not torch.equal(full[key], saved[key])}
     assert changed and all(key.startswith("model.layers.0.") for key in changed)
 
@@ -176,7 +178,9 @@ def test_default_run_directories_differ_by_configuration(model_dir, text, tmp_pa
     monkeypatch.chdir(tmp_path)
     config = config_for(model_dir("llama"), text, tmp_path, run_dir=None)
     session = Session(config)
-    paths = {session.run_path(replace(config, **change)) for change in ({}, {"wbits": 4}, {"seed": 2}, {"method": "rtn"})}
+    paths = {
+        session.run_path(replace(config, **change)) for change in ({}, {"wbits": 4}, {"seed": 2}, {"method": "rtn"})
+    }
     assert len(paths) == 4 and all(path.parts[0] == "runs" for path in paths)
     assert session.run_path(config) == session.run_path(replace(config, limit=3)), "evaluation does not move the codes"
 
@@ -232,7 +236,9 @@ def test_killed_runs_continue_bit_identically(name, model_dir, text, tmp_path):
         a, b = (RunDirectory(tmp_path / d).read_weights(index) for d in ("run", "whole"))
         assert a.keys() == b.keys()
         for linear in a:
-            assert torch.equal(a[linear].codes, b[linear].codes) and torch.equal(a[linear].grid.scale, b[linear].grid.scale)
+            assert torch.equal(a[linear].codes, b[linear].codes) and torch.equal(
+                a[linear].grid.scale, b[linear].grid.scale
+            )
     same = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("saved", "saved-whole")]
     assert same[0] == same[1]
     journals = [(tmp_path / d / "journal.jsonl").read_text().splitlines() for d in ("run", "whole")]

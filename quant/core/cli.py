@@ -135,7 +135,14 @@ def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
     """Method, bits per weight, perplexity before and after with their ratio, KL divergence, relative error, seconds."""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method")
-    for column in ("bits per\nweight", "data", "perplexity\nbefore", "\nafter", "ratio, 95%\ninterval", "KL diver-\ngence"):
+    for column in (
+        "bits per\nweight",
+        "data",
+        "perplexity\nbefore",
+        "\nafter",
+        "ratio, 95%\ninterval",
+        "KL diver-\ngence",
+    ):
         table.add_column(column, justify="right")
     for column in ("relative\nerror", "seconds"):
         table.add_column(column, justify="right")

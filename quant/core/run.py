@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 
+from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from models.load import LazyModel, load_model, load_tokenizer
 from quant.core import machine
 from quant.core.errors import InputError

@@ -33,9 +33,11 @@ def test_families_name_every_linear_once_and_in_order_of_execution(name, model_d
     inputs: dict[str, torch.Tensor] = {}
     for linear, module in block.named_modules():
         if isinstance(module, torch.nn.Linear):
+
             def hook(m, args, linear=linear):
                 order.append(linear)
                 inputs[linear] = args[0]
+
             module.register_forward_pre_hook(hook)
     with torch.no_grad():
         reference(torch.ones(1, 6, dtype=torch.long))
@@ -89,7 +91,10 @@ def test_bin_checkpoints_are_converted_once(model_dir, tmp_path):
     for index in range(3):
         a, b = model.block_weights(index, CPU), reference.block_weights(index, CPU)
         assert all(torch.equal(a[k], b[k]) for k in b)
-    assert all(torch.equal(a, b) for a, b in zip(model.outside_weights(CPU).values(), reference.outside_weights(CPU).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.outside_weights(CPU).values(), reference.outside_weights(CPU).values(), strict=True)
+    )
     stamps = {f: f.stat().st_mtime_ns for f in cache.rglob("*.safetensors")}
     assert len(stamps) == 2
     opened(old, cache)

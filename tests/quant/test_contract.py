@@ -106,7 +106,8 @@ def test_constant_and_zero_rows(name):
 def test_scaling_the_weights_scales_the_answer(name, factor):
     weight, stats = problem()
     error, scaled = (
-        relative_error(w, SOLVERS[name](w, stats, QuantSpec(4)).dequantize(), stats.gram) for w in (weight, weight * factor)
+        relative_error(w, SOLVERS[name](w, stats, QuantSpec(4)).dequantize(), stats.gram)
+        for w in (weight, weight * factor)
     )
     assert abs(scaled / error - 1) < 0.1
 
@@ -123,7 +124,9 @@ def test_scaling_the_inputs_changes_nothing(name, factor):
 def test_half_precision_weights_are_solved_in_float32(name):
     weight, stats = problem()
     half = weight.half()
-    assert torch.equal(SOLVERS[name](half, stats, QuantSpec(3)).codes, SOLVERS[name](half.float(), stats, QuantSpec(3)).codes)
+    assert torch.equal(
+        SOLVERS[name](half, stats, QuantSpec(3)).codes, SOLVERS[name](half.float(), stats, QuantSpec(3)).codes
+    )
 
 
 @every_solver

@@ -81,7 +81,9 @@ def test_singular_gram_names_the_damping_that_works() -> None:
     stats = make_stats(inputs(32, 200))
     lowest = float(torch.linalg.eigvalsh(stats.gram)[0])
     stats.gram.diagonal().sub_(lowest + 0.05 * float(stats.diagonal.mean()))  # not even positive semidefinite
-    with pytest.raises(SingularGramError, match=r"use --percdamp [\d.]+, more calibration samples, or --auto-damp") as error:
+    with pytest.raises(
+        SingularGramError, match=r"use --percdamp [\d.]+, more calibration samples, or --auto-damp"
+    ) as error:
         gptq(weights(4, 32), stats, QuantSpec(4), percdamp=1e-6)
     works = float(str(error.value).split("--percdamp ")[1].split(",")[0])
     _, used = damped_inverse_cholesky(stats.gram, 1e-6, auto_damp=True)

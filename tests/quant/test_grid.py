@@ -105,7 +105,9 @@ def test_groups_in_a_given_order() -> None:
     grid = fit_grid(weight, QuantSpec(3, 8), order=order)
     plain = fit_grid(weight[:, order], QuantSpec(3, 8))
     assert torch.equal(grid.scale, plain.scale)
-    assert torch.equal(grid.dequantize(grid.quantize(weight))[:, order], plain.dequantize(plain.quantize(weight[:, order])))
+    assert torch.equal(
+        grid.dequantize(grid.quantize(weight))[:, order], plain.dequantize(plain.quantize(weight[:, order]))
+    )
 
 
 def test_one_column_and_one_group_of_all() -> None:

@@ -1,0 +1,31 @@
+"""Loads a demo task's items from the JSONL beside this file, whatever the working directory is."""
+
+import json
+from pathlib import Path
+
+
+def _load(name: str) -> dict:
+    from datasets import Dataset
+
+    lines = (Path(__file__).parent / f"{name}.jsonl").read_text().splitlines()
+    return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+
+
+def lastword(**kwargs) -> dict:
+    """The last word of a story follows from its beginning."""
+    return _load("demo_lastword")
+
+
+def continuation(**kwargs) -> dict:
+    """Which of four sentences ends the story."""
+    return _load("demo_continuation")
+
+
+def reference(**kwargs) -> dict:
+    """Which of two people is meant by he or she."""
+    return _load("demo_reference")
+
+
+def yesno(**kwargs) -> dict:
+    """A yes-or-no question about the story."""
+    return _load("demo_yesno")

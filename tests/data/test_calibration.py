@@ -1,0 +1,267 @@
+"""The originals' sampling, re-computed the obvious way with Python's global generator, on a small local mirror."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import calibration, demo
+from data.calibration import calibration_tokens, check_source, evaluation_tokens, tokenizer_sha256
+from quant.core.errors import InputError
+from tests.conftest import save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(path)
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+@pytest.fixture(autouse=True)
+def _datasets_cache(tmp_path_factory, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+def sentences(seed: int, n: int, longest: int = 60) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, longest))) for _ in range(n)]
+
+
+@pytest.fixture
+def mirror(tmp_path) -> Path:
+    """Local copies laid out as on the hub."""
+    from datasets import Dataset
+
+    for number, split in enumerate(("train", "validation", "test")):
+        wiki = tmp_path / "Salesforce/wikitext/wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet"
+        ptb = tmp_path / "ptb-text-only/ptb_text_only/penn_treebank" / split / "0000.parquet"
+        for path in (wiki, ptb):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict({"text": sentences(number, 40)}).to_parquet(wiki)
+        Dataset.from_dict({"sentence": sentences(10 + number, 40)}).to_parquet(ptb)
+    c4 = tmp_path / "allenai/c4/en"
+    c4.mkdir(parents=True)
+    for number, name in enumerate(("c4-train.00000-of-01024", "c4-validation.00000-of-00008")):
+        with gzip.open(c4 / f"{name}.json.gz", "wt") as file:
+            file.writelines(json.dumps({"text": t, "url": "x"}) + "\n" for t in sentences(20 + number, 300, 90))
+    return tmp_path
+
+
+class GlobalSeed:
+    """The originals seed Python's global generator; put its state back afterwards."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.state = random.getstate()
+        random.seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        random.setstate(self.state)
+
+
+def encode(tokenizer, text: str) -> torch.Tensor:
+    return tokenizer(text, return_tensors="pt").input_ids
+
+
+def original_windows(ids: torch.Tensor, nsamples: int, seed: int, seqlen: int) -> torch.Tensor:
+    with GlobalSeed(seed):
+        windows = []
+        for _ in range(nsamples):
+            i = random.randint(0, ids.shape[1] - seqlen - 1)
+            windows.append(ids[:, i : i + seqlen])
+    return torch.cat(windows)
+
+
+def original_c4(tokenizer, texts: list[str], n: int, seed: int, seqlen: int) -> torch.Tensor:
+    with GlobalSeed(seed):
+        windows = []
+        for _ in range(n):
+            while True:
+                i = random.randint(0, len(texts) - 1)
+                ids = encode(tokenizer, texts[i])
+                if ids.shape[1] > seqlen:
+                    break
+            i = random.randint(0, ids.shape[1] - seqlen - 1)
+            windows.append(ids[:, i : i + seqlen])
+    return torch.cat(windows)
+
+
+TEXTS = {
+    "wikitext2": ("\n\n".join(sentences(0, 40)), "\n\n".join(sentences(2, 40))),
+    "ptb": ("\n\n".join(sentences(10, 40)), "\n\n".join(sentences(11, 40))),
+    "ptb-new": (" ".join(sentences(10, 40)), " ".join(sentences(12, 40))),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_joined_protocols(name, mirror, tokenizer):
+    train, test = TEXTS[name]
+    found = calibration_tokens(name, tokenizer, nsamples=7, seqlen=32, seed=5, data_dir=mirror)
+    assert torch.equal(found.ids, original_windows(encode(tokenizer, train), 7, 5, 32))
+    scored = evaluation_tokens(name, tokenizer, seqlen=32, data_dir=mirror)
+    ids = encode(tokenizer, test)[0]
+    assert torch.equal(scored.ids, ids[: len(ids) // 32 * 32].view(-1, 32))
+    assert found.name == scored.name == name and found.protocol.endswith("/train")
+
+
+def test_c4_protocols(mirror, tokenizer):
+    train, validation = sentences(20, 300, 90), sentences(21, 300, 90)
+    for name in ("c4", "c4-new"):
+        found = calibration_tokens(name, tokenizer, nsamples=9, seqlen=40, seed=2, data_dir=mirror)
+        assert torch.equal(found.ids, original_c4(tokenizer, train, 9, 2, 40))
+        assert found.protocol == "c4/train"
+        # Negative control: the validation split gives other windows.
+        assert not torch.equal(found.ids, original_c4(tokenizer, validation, 9, 2, 40))
+    scored = evaluation_tokens("c4", tokenizer, seqlen=40, data_dir=mirror)
+    assert torch.equal(scored.ids, original_c4(tokenizer, validation, 256, 0, 40))
+    fresh = evaluation_tokens("c4-new", tokenizer, seqlen=40, data_dir=mirror)
+    ids = encode(tokenizer, " ".join(validation[:1100]))[0, : 256 * 40]
+    assert torch.equal(fresh.ids, ids[: len(ids) // 40 * 40].view(-1, 40))
+
+
+def test_plain_ptb_files(tmp_path, tokenizer):
+    (tmp_path / "ptb.valid.txt").write_text("\n".join(f" {s.strip() or 'a'} " for s in sentences(11, 40)) + "\n")
+    found = evaluation_tokens("ptb", tokenizer, seqlen=16, data_dir=tmp_path)
+    text = "\n\n".join(s.strip() or "a" for s in sentences(11, 40))
+    ids = encode(tokenizer, text)[0]
+    assert torch.equal(found.ids, ids[: len(ids) // 16 * 16].view(-1, 16))
+
+
+def test_files_of_every_kind_give_the_same_tokens(tmp_path, tokenizer):
+    from datasets import Dataset
+
+    texts = sentences(3, 30)
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "a.json.gz", "wt") as file:
+        file.write(lines)
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "a.parquet")
+    answers = [
+        calibration_tokens(str(tmp_path / f"a.{kind}"), tokenizer, nsamples=5, seqlen=24, seed=1)
+        for kind in ("txt", "jsonl", "json.gz", "parquet")
+    ]
+    assert all(torch.equal(a.ids, answers[0].ids) for a in answers)
+    assert {(a.name, a.protocol) for a in answers} == {("a", "local/wikitext2")}
+
+
+def test_a_changed_file_is_read_again(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    hashes = set()
+    for seed in (1, 2):
+        file.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(seed, 30)))
+        hashes.add(evaluation_tokens(str(file), tokenizer, seqlen=24, cache_dir=tmp_path / "cache").text_sha256)
+    assert len(hashes) == 2
+
+
+def test_demo_source(tokenizer):
+    found = calibration_tokens("demo", tokenizer, nsamples=3, seqlen=64, seed=0)
+    assert torch.equal(found.ids, original_windows(encode(tokenizer, demo.text("train")), 3, 0, 64))
+
+
+def test_limit_takes_the_first_windows(mirror, tokenizer):
+    every, first = (evaluation_tokens("ptb", tokenizer, seqlen=32, data_dir=mirror, limit=n) for n in (None, 3))
+    assert torch.equal(first.ids, every.ids[:3]) and first.sha256 != every.sha256
+
+
+def test_cache_hits_skip_the_tokenizer(tmp_path, tokenizer, text, monkeypatch):
+    options = {"nsamples": 4, "seqlen": 32, "seed": 0, "cache_dir": tmp_path / "cache"}
+    first = calibration_tokens(str(text), tokenizer, **options)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(calibration, "_encode", refuse)
+    again = calibration_tokens(str(text), tokenizer, **options)
+    assert torch.equal(first.ids, again.ids) and first == again or first.sha256 == again.sha256
+    for change in ({"seed": 1}, {"seqlen": 16}, {"nsamples": 5}):
+        with pytest.raises(AssertionError, match="tokenized again"):
+            calibration_tokens(str(text), tokenizer, **(options | change))
+
+
+def test_cache_depends_on_tokenizer_and_text(tmp_path, tokenizer, text):
+    from copy import deepcopy
+
+    from tokenizers import normalizers
+
+    other = deepcopy(tokenizer)
+    other.backend_tokenizer.normalizer = normalizers.Replace("1", "2")
+    assert tokenizer_sha256(other) != tokenizer_sha256(tokenizer)
+    options = {"nsamples": 4, "seqlen": 32, "seed": 0, "cache_dir": tmp_path / "cache"}
+    plain, replaced = (calibration_tokens(str(text), t, **options) for t in (tokenizer, other))
+    assert not torch.equal(plain.ids, replaced.ids) and plain.text_sha256 == replaced.text_sha256
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_damaged_cache_is_made_again(tmp_path, tokenizer, text, caplog):
+    options = {"nsamples": 4, "seqlen": 32, "seed": 0, "cache_dir": tmp_path / "cache"}
+    first = calibration_tokens(str(text), tokenizer, **options)
+    (file,) = (tmp_path / "cache").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    for damage in (bytes(data), file.read_bytes()[:-8]):
+        file.write_bytes(damage)
+        assert torch.equal(calibration_tokens(str(text), tokenizer, **options).ids, first.ids)
+    assert "damaged" in caplog.text
+
+
+BAD = {
+    "wikitxt2": "unknown data set 'wikitxt2'; did you mean wikitext2?",
+    "no/such/file.txt": "no such file",
+    "missing.jsonl": "no such file",
+}
+
+
+@pytest.mark.parametrize("source", BAD)
+def test_bad_sources(source):
+    with pytest.raises(InputError) as error:
+        check_source(source)
+    assert BAD[source] in str(error.value)
+
+
+def test_wrong_kind_of_file(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(InputError, match=r"use one of \.txt"):
+        check_source(str(tmp_path / "a.csv"))
+
+
+def test_text_too_short(tmp_path, tokenizer, mirror):
+    (tmp_path / "short.txt").write_text("abc def")
+    with pytest.raises(InputError, match="has 7 tokens, a window of --seqlen 32 needs 33"):
+        calibration_tokens(str(tmp_path / "short.txt"), tokenizer, nsamples=1, seqlen=32, seed=0)
+    with pytest.raises(InputError, match="fewer than one window"):
+        evaluation_tokens(str(tmp_path / "short.txt"), tokenizer, seqlen=32)
+    with pytest.raises(InputError, match=r"none has more than --seqlen 500 tokens \(the longest has"):
+        calibration_tokens("c4", tokenizer, nsamples=1, seqlen=500, seed=0, data_dir=mirror)
+
+
+def test_rows_without_text_name_their_fields(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "x", "id": 1}) + "\n")
+    with pytest.raises(InputError, match="its fields are body, id"):
+        evaluation_tokens(str(tmp_path / "a.jsonl"), tokenizer, seqlen=8)
+    (tmp_path / "b.jsonl").write_text("{ not json\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        evaluation_tokens(str(tmp_path / "b.jsonl"), tokenizer, seqlen=8)
+
+
+def test_unreachable_sources_say_how_to_supply_them(tmp_path, tokenizer):
+    for name in ("wikitext2", "ptb", "c4"):
+        with pytest.raises(
+            InputError, match=r"cannot be reached .*--data-dir DIR as DIR/.*or pass a text file"
+        ) as error:
+            evaluation_tokens(name, tokenizer, seqlen=8)
+        assert "\n" not in str(error.value)
+        with pytest.raises(InputError, match="--data-dir .* holds no"):
+            evaluation_tokens(name, tokenizer, seqlen=8, data_dir=tmp_path)

@@ -1,0 +1,231 @@
+"""The command line as a person meets it: help, lists, plans, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import model_quantizer
+from quant.core.cli import guarded
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run model_quantizer.py in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        words = [str(a) for a in arguments]
+        monkeypatch.setattr(sys, "argv", ["model_quantizer.py", "--cache-dir", str(tmp_path / "cache"), *words])
+        try:
+            code = guarded(model_quantizer.main)
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def small(model_dir, text, tmp_path):
+    """Arguments of a small run."""
+    model = model_dir("llama")
+    return ["--model", model, "--dataset", text, "--eval-datasets", text, "--seqlen", 32, "--nsamples", 4, "--limit", 4,
+            "--run-dir", tmp_path / "run", "--num-iter", 2, "--wbits", 3]  # fmt: skip
+
+
+def test_the_main_job_prints_one_table(command, small, tmp_path):
+    code, out, err = command(*small, "--quantization-method", "rtn,gptq,quantease", "--save", tmp_path / "saved")
+    assert code == 0 and "error" not in err
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["rtn"], ["gptq"], ["quantease"])]
+    rows = [row for row in rows if len(row) == 9]
+    assert [row[0] for row in rows] == ["rtn", "gptq", "quantease"]
+    for row in rows:
+        results = json.loads((tmp_path / "run" / row[0] / "results.json").read_text())
+        assert float(row[1]) == pytest.approx(results["bits_per_weight"], abs=1e-3)
+        assert float(row[4]) == pytest.approx(results["perplexity"]["words"]["quantized"], abs=1e-3)
+        assert float(row[7]) == pytest.approx(results["mean_relative_error"], abs=1e-4)
+        assert (tmp_path / "saved" / row[0] / "model.safetensors").exists()
+
+
+def test_every_linear_is_listed_on_request(command, small):
+    code, out, _ = command(*small, "--quantization-method", "rtn", "--compute-quantization-recon-error")
+    assert code == 0 and out.count("mlp.down_proj") == 3
+
+
+def test_spellings_of_a_flag_are_equal():
+    parsed = [
+        model_quantizer.parser().parse_args([flag, "64", "--true_sequential", f"{flag}=32"])
+        for flag in ("--group-size", "--group_size", "--groupsize")
+    ]
+    assert all(p.groupsize == 32 and p.true_sequential for p in parsed)
+
+
+def test_defaults_are_those_of_the_original():
+    args = vars(model_quantizer.parser().parse_args([]))
+    expected = {
+        "dataset": "c4", "seed": 0, "nsamples": 128, "wbits": 16, "groupsize": -1, "sym": False, "num_iter": 30,
+        "outlier": 0, "alpha": 1, "structure_outlier": False, "true_sequential": False,
+        "quantization_method": "quantease", "num_layers_to_quantize": 1000, "act_order": False,
+        "static_groups": False, "compute_quantization_recon_error": False, "percdamp": 0.01,
+    }  # fmt: skip
+    assert {key: args[key] for key in expected} == expected
+
+
+def test_help_teaches(command):
+    code, out, _ = command("--help")
+    assert code == 0 and "examples:" in out and "models/demo/llama" in out and "Exit codes" in out
+
+
+def test_list_names_methods_families_and_data(command):
+    code, out, _ = command("--list")
+    assert code == 0
+    for word in ("rtn", "gptq", "quantease", "percdamp=0.01", "falcon", "gemma2", "dequantized", "wikitext2"):
+        assert word in out
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "opt-66b", "falcon-180b"])
+def test_dry_run_needs_a_configuration_only(name, command, tmp_path, monkeypatch):
+    code, out, _ = command(
+        "--model", f"benchmarks/configs/{name}", "--wbits", 3, "--dry-run", "--eval-datasets", "wikitext2",
+        "--quantization-method", "rtn,quantease", "--num-iter", 1,
+    )  # fmt: skip
+    assert code == 0 and "nothing is run" in out and "bits per weight" in out
+    parameters = {"llama-2-7b": "6.74B", "opt-66b": "65.72B", "falcon-180b": "178.5"}[name]
+    assert parameters in out
+    assert not (tmp_path / "cache").exists()
+
+
+def test_dry_run_sizes_are_right(tmp_path):
+    """LLaMA-2-7B: one block has 202 million parameters; 32 blocks of codes at 3 bits are 2.43 GB."""
+    from models.load import load_config
+    from quant.core.plan import estimate, shapes_of
+    from quant.core.run import RunConfig
+
+    config, _ = load_config("benchmarks/configs/llama-2-7b", tmp_path, with_weights=False)
+    shapes = shapes_of(config)
+    assert shapes.block == 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 and shapes.n_blocks == 32
+    plan = estimate(RunConfig("x", wbits=3, num_layers=32), shapes, 2, (1e12, 1e12), (0.0, 1e-9))
+    weights = 4 * 4096**2 + 3 * 4096 * 11008
+    assert plan["device bytes: block"] == 2 * shapes.block
+    assert plan["device bytes: statistics"] == 4 * (3 * 4096**2 + 11008**2)
+    assert plan["disk bytes: run directory"] == 32 * weights
+    assert plan["quantized bytes"] == pytest.approx(32 * weights * 3 / 8, rel=0.01)
+    assert plan["seconds: gram"] == pytest.approx(32 * 128 * 2048 * 2 * (3 * 4096**2 + 11008**2) / 1e12)
+    rows = {4096: 4 * 4096 + 2 * 11008, 11008: 4096}
+    assert plan["seconds: solve"] == pytest.approx(32e-9 * sum(out * n**2 for n, out in rows.items()))
+
+
+BAD = {
+    "no model": ([], "--model is missing"),
+    "bits": (["--wbits", 11], "--wbits 11: use 1 to 8, or 16"),
+    "one symmetric bit": (["--wbits", 1, "--sym"], "drop --sym"),
+    "group": (["--groupsize", 0], "--groupsize 0"),
+    "negative outliers": (["--outlier", -0.1], "--outlier -0.1"),
+    "outliers": (["--outlier", 0.01], "outliers are not built yet"),
+    "spqr": (["--wbits", 3, "--quantization-method", "spqr"], "spqr: not built yet"),
+    "packing": (["--format", "gptq"], "--format gptq: not built yet"),
+    "tasks": (["--tasks", "piqa"], "zero-shot tasks are not built yet"),
+    "method": (["--wbits", 3, "--quantization-method", "gtpq"], "did you mean gptq?"),
+    "data": (["--wbits", 3, "--dataset", "wikitex2"], "did you mean wikitext2?"),
+    "evaluation data": (["--eval-datasets", "nothing.txt"], "no such file: nothing.txt"),
+    "samples": (["--nsamples", 0], "--nsamples 0: use 1 or more"),
+    "damping": (["--percdamp", 0], "--percdamp 0"),
+    "data dir": (["--data-dir", "/no/where"], "--data-dir /no/where is not a directory"),
+    "misspelt flag": (["--grupsize", 3], "did you mean --groupsize?"),
+    "no number": (["--wbits", "three"], "invalid int value"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_one_line_and_exit_2(case, command):
+    arguments, message = BAD[case]
+    model = [] if case == "no model" else ["--model", "x"]
+    code, out, err = command(*model, *arguments)
+    assert code == 2 and message in err and out == ""
+    assert "Traceback" not in err and all(line.startswith("error: ") for line in err.splitlines())
+
+
+def test_all_mistakes_at_once(command):
+    code, _, err = command("--wbits", 12, "--nsamples", 0, "--eval-datasets", "wikitext", "--limit", 0)
+    assert code == 2 and len(err.splitlines()) == 5
+
+
+BAD_INPUT = {
+    "no directory": (lambda p: {"--model": p / "nothing"}, "no such model directory"),
+    "empty directory": (lambda p: {"--model": p}, "holds no config.json"),
+    "too short": (lambda p: {"--seqlen": 64, "--dataset": short(p)}, "a window of --seqlen 64 needs 65"),
+    "too long": (lambda p: {"--seqlen": 65}, "takes at most 64 tokens"),
+    "group size": (lambda p: {"--groupsize": 24}, "group_size=24 does not divide in_features=32; use one of 32, -1"),
+    "no cuda": (lambda p: {"--device": "cuda:7"}, "is not there"),
+    "no device": (lambda p: {"--device": "gpu"}, "use auto, cpu, cuda or cuda:N"),
+    "unreachable": (lambda p: {"--dataset": "c4"}, "--data-dir DIR"),
+    "unwritable": (lambda p: {"--run-dir": "/dev/null/run"}, "cannot write the run directory"),
+    "save to a file": (lambda p: {"--save": short(p)}, "is a file; give a directory"),
+    "save to a full directory": (lambda p: {"--save": short(p).parent}, "is not empty"),
+    "other files in the way": (lambda p: {"--run-dir": short(p).parent}, "holds other files"),
+    "option": (lambda p: {"--solver-option": "steps=3"}, "quantease takes num_iter"),
+    "option's type": (lambda p: {"--solver-option": "num_iter=many"}, "num_iter is a int"),
+}
+
+
+def short(path: Path) -> Path:
+    """A file with next to nothing in it."""
+    (path / "full").mkdir(exist_ok=True)
+    (path / "full" / "short.txt").write_text("1 2 3")
+    return path / "full" / "short.txt"
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_unusable_input_is_one_line_and_leaves_nothing(case, command, small, tmp_path):
+    make, message = BAD_INPUT[case]
+    (tmp_path / "input").mkdir()
+    changes = make(tmp_path / "input")
+    code, _, err = command(*small, *(word for pair in changes.items() for word in pair))
+    assert code == 2 and message in err, err
+    assert "Traceback" not in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_solver_options_reach_the_solver(command, small, tmp_path):
+    code, _, _ = command(*small, "--solver-option", "num_iter=1", "--solver-option", "relax=False")
+    assert code == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["configuration"]["options"]["num_iter"] == 1 and not manifest["configuration"]["options"]["relax"]
+
+
+def test_a_solver_of_ones_own_in_one_file(command, small, tmp_path, monkeypatch):
+    """Drop a file into quant/ and it is a method of the command line."""
+    import quant
+    from quant.core import registry
+
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "halfway.py").write_text(
+        '"""Half-way."""\n'
+        "from quant.core.grid import fit_grid\n"
+        "from quant.core.registry import solver\n"
+        "from quant.core.types import QuantizedWeight\n\n\n"
+        '@solver("halfway")\n'
+        "def halfway(weight, stats, spec, *, grid=None, shrink=1.0):\n"
+        '    """Round to nearest on a shrunken grid."""\n'
+        "    grid = grid or fit_grid(weight * shrink, spec)\n"
+        "    return QuantizedWeight(grid.quantize(weight), grid, spec)\n"
+    )
+    monkeypatch.setattr(quant, "__path__", [*quant.__path__, str(tmp_path / "plugins")])
+    code, out, _ = command(*small, "--quantization-method", "halfway", "--solver-option", "shrink=0.9")
+    registry._solvers.pop("halfway")
+    assert code == 0 and "halfway" in out
+
+
+def test_interrupt_says_how_to_go_on(command, small, monkeypatch):
+    from quant.core.run import Session
+
+    def stop(self, config, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "run", stop)
+    code, _, err = command(*small)
+    assert code == 130 and "the same command continues" in err
