@@ -34,7 +34,7 @@ bench: venv
 	$(BIN)/python -m benchmarks.solvers
 
 tables: venv
-	$(BIN)/python -m benchmarks.demo_tables
+	$(BIN)/python -m benchmarks.tables demo
 
 clean:
 	rm -rf .venv runs

@@ -245,7 +245,8 @@ def text(split: str, n_documents: int | None = None, seed: int = 0) -> str:
 
 def task_items(name: str, n: int = TASK_ITEMS) -> list[dict[str, object]]:
     """Items of a zero-shot task, from stories of the test split that ``text("test")`` does not show."""
-    stream, items = stories("test", seed=1), []
+    stream = stories("test", seed=1)
+    items: list[dict[str, object]] = []
     rng = random.Random(name)
     while len(items) < n:
         item = _ITEMS[name](next(stream), rng)

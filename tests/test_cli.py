@@ -18,6 +18,7 @@ def command(monkeypatch, capsys, tmp_path):
 
     def run(*arguments: object) -> tuple[int, str, str]:
         words = [str(a) for a in arguments]
+        capsys.readouterr()  # what fixtures printed
         monkeypatch.setattr(sys, "argv", ["model_quantizer.py", "--cache-dir", str(tmp_path / "cache"), *words])
         try:
             code = guarded(model_quantizer.main)
@@ -163,7 +164,7 @@ BAD_INPUT = {
     "no cuda": (lambda p: {"--device": "cuda:7"}, "is not there"),
     "no device": (lambda p: {"--device": "gpu"}, "use auto, cpu, cuda or cuda:N"),
     "unreachable": (lambda p: {"--dataset": "c4"}, "--data-dir DIR"),
-    "unwritable": (lambda p: {"--run-dir": "/dev/null/run"}, "cannot write the run directory"),
+    "unwritable": (lambda p: {"--run-dir": short(p) / "run"}, "cannot write the run directory"),
     "save to a file": (lambda p: {"--save": short(p)}, "is a file; give a directory"),
     "save to a full directory": (lambda p: {"--save": short(p).parent}, "is not empty"),
     "other files in the way": (lambda p: {"--run-dir": short(p).parent}, "holds other files"),

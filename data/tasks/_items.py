@@ -11,21 +11,21 @@ def _load(name: str) -> dict:
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}
 
 
-def lastword(**kwargs) -> dict:
+def lastword(**kwargs: object) -> dict:
     """The last word of a story follows from its beginning."""
     return _load("demo_lastword")
 
 
-def continuation(**kwargs) -> dict:
+def continuation(**kwargs: object) -> dict:
     """Which of four sentences ends the story."""
     return _load("demo_continuation")
 
 
-def reference(**kwargs) -> dict:
+def reference(**kwargs: object) -> dict:
     """Which of two people is meant by he or she."""
     return _load("demo_reference")
 
 
-def yesno(**kwargs) -> dict:
+def yesno(**kwargs: object) -> dict:
     """A yes-or-no question about the story."""
     return _load("demo_yesno")

@@ -146,7 +146,9 @@ class RunDirectory:
                 name: QuantizedWeight(
                     file.get_tensor(f"{name}.codes"),
                     Grid(
-                        *(file.get_tensor(f"{name}.{part}") for part in ("scale", "zero", "g_idx")),
+                        file.get_tensor(f"{name}.scale"),
+                        file.get_tensor(f"{name}.zero"),
+                        file.get_tensor(f"{name}.g_idx"),
                         entry["qmax"],
                     ),
                     QuantSpec(**entry["spec"]),

@@ -22,6 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,21 +68,20 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
     assert isinstance(blocks, nn.ModuleList)
     found = dict(blocks[0].named_modules())
     groups = [
-        [(name, found[name].out_features, found[name].in_features) for name in group]  # type: ignore[misc]
-        for group in family.groups(config)
+        [(name, found[name].out_features, found[name].in_features) for name in group] for group in family.groups(config)
     ]
     per_block = sum(p.numel() for p in blocks[0].parameters())
     outside = sum(p.numel() for p in module.parameters()) - per_block * len(blocks)
     longest = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQLEN)
-    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups)  # type: ignore[arg-type]
+    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups)
 
 
 def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """flop/s of matrix products on this machine, in the arithmetic's dtype and in float32."""
     size = 2048 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device)
-    fast, plain = (2 * size**3 / _seconds(lambda m=m: m @ m, device) for m in (a.to(dtype), a))
-    return fast, plain
+    half = a.to(dtype)
+    return 2 * size**3 / _seconds(lambda: half @ half, device), 2 * size**3 / _seconds(lambda: a @ a, device)
 
 
 def solver_cost(device: torch.device, config: RunConfig) -> tuple[float, float]:
@@ -92,7 +92,8 @@ def solver_cost(device: torch.device, config: RunConfig) -> tuple[float, float]:
         stats = LayerStats(n_in, device)
         stats.update(torch.randn(2 * n_in, n_in, device=device))
         weight = torch.randn(SAMPLE_ROWS, n_in, device=device)
-        seconds.append(_seconds(lambda w=weight, s=stats: solver(w, s, spec, **config.options), device, repeats=1))
+        work = partial(solver, weight, stats, spec, **config.options)
+        seconds.append(_seconds(work, device, repeats=1))
     (p, r), (t, u) = SAMPLES, (x / SAMPLE_ROWS for x in seconds)
     b = max(0.0, (u / r - t / p) / (r - p))
     return max(0.0, t / p - b * p), b

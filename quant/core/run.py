@@ -92,7 +92,7 @@ class Session:
         if self.seqlen > self.model.max_length:
             raise InputError(f"--seqlen {self.seqlen}: {config.model} takes at most {self.model.max_length} tokens")
         self.tokenizer = load_tokenizer(self.model.checkpoint.path, config.trust_remote_code)
-        sources = {
+        sources: dict[str, Any] = {
             "seqlen": self.seqlen,
             "data_dir": config.data_dir,
             "cache_dir": config.cache_dir / "tokens",

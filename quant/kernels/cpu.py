@@ -57,6 +57,11 @@ def _gptq(weight, upper, scale, zero, group, qmax, codes, errors):  # type: igno
                     weight[k, o] -= factor * errors[j, o]
 
 
+def _share_threads() -> None:
+    """As many threads as torch was given."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
 def coordinate_descent_cpu_(
     residual: Tensor,
     correlation: Tensor,
@@ -71,7 +76,7 @@ def coordinate_descent_cpu_(
     """`blocks.coordinate_descent_torch_` for float32 tensors on the CPU."""
     from quant.kernels.blocks import inverse_diagonal
 
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    _share_threads()
     unused = np.empty((0, 0), np.uint8)
     _coordinate_descent(
         residual.numpy(),
@@ -92,7 +97,7 @@ def gptq_cpu_(
     weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: Tensor, qmax: int, codes: Tensor, errors: Tensor
 ) -> None:
     """`blocks.gptq_torch_` for float32 tensors on the CPU."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    _share_threads()
     _gptq(
         weight.numpy(),
         upper.contiguous().numpy(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from data import calibration, demo
 from data.calibration import calibration_tokens, check_source, evaluation_tokens, tokenizer_sha256
+from data.corpora import CORPORA
 from quant.core.errors import InputError
 from tests.conftest import save_tokenizer
 
@@ -185,7 +187,7 @@ def test_cache_hits_skip_the_tokenizer(tmp_path, tokenizer, text, monkeypatch):
 
     monkeypatch.setattr(calibration, "_encode", refuse)
     again = calibration_tokens(str(text), tokenizer, **options)
-    assert torch.equal(first.ids, again.ids) and first == again or first.sha256 == again.sha256
+    assert torch.equal(first.ids, again.ids) and first.sha256 == again.sha256
     for change in ({"seed": 1}, {"seqlen": 16}, {"nsamples": 5}):
         with pytest.raises(AssertionError, match="tokenized again"):
             calibration_tokens(str(text), tokenizer, **(options | change))
@@ -265,3 +267,144 @@ def test_unreachable_sources_say_how_to_supply_them(tmp_path, tokenizer):
         assert "\n" not in str(error.value)
         with pytest.raises(InputError, match="--data-dir .* holds no"):
             evaluation_tokens(name, tokenizer, seqlen=8, data_dir=tmp_path)
+
+
+class Counting:
+    """A tokenizer that counts its calls."""
+
+    def __init__(self, inner) -> None:
+        self.inner, self.calls = inner, 0
+
+    def __call__(self, *args: object, **options: object) -> object:
+        self.calls += 1
+        return self.inner(*args, **options)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
+def letters(order: str = "\n abcdefgh", **options: object):
+    """A token a letter with <s> in front: ids show every byte and every special token."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    built = Tokenizer(models.WordLevel({t: i for i, t in enumerate(["<unk>", "<s>", *order])}, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    built.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>", bos_token="<s>", **options)
+
+
+def write_c4(root: Path, split: str, texts: list[str]) -> None:
+    path = root / CORPORA["c4"].files[split]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"text": t}) + "\n" for t in texts)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_letter_counts(name, mirror):
+    """Separators, line ends and <s> are tokens here. Negative control: near misses of the protocol differ."""
+    train, _ = TEXTS[name]
+    found = calibration_tokens(name, letters(), nsamples=20, seqlen=32, seed=5, data_dir=mirror).ids
+    assert torch.equal(found, original_windows(encode(letters(), train), 20, 5, 32))
+    assert not torch.equal(found, original_windows(encode(letters(), train), 20, 6, 32))
+    near = train.replace("\n\n", "\n") if "\n\n" in train else train.replace(" ", "\n\n")
+    assert not torch.equal(found, original_windows(encode(letters(), near), 20, 5, 32))
+
+
+def test_text_is_exact_but_for_line_ends(tmp_path):
+    text = "ab \n\n c\n" * 20 + "\n"
+    (tmp_path / "a.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    ids = encode(letters(), text)[0]
+    found = evaluation_tokens(str(tmp_path / "a.txt"), letters(), seqlen=16)
+    assert torch.equal(found.ids, ids[: len(ids) // 16 * 16].view(-1, 16))
+
+
+def test_the_last_token_starts_no_window(tmp_path):
+    """A text of seqlen + 1 tokens has one window, its first: the originals' bounds leave the last token out."""
+    (tmp_path / "a.txt").write_text("abcdefgh")
+    write_c4(tmp_path, "train", ["abcdefgh", "abcdefg", "hh"])
+    for source in (str(tmp_path / "a.txt"), "c4"):
+        found = calibration_tokens(source, letters(), nsamples=9, seqlen=8, seed=0, data_dir=tmp_path)
+        assert torch.equal(found.ids, encode(letters(), "abcdefg").expand(9, -1))
+
+
+def test_c4_new_ends_with_document_1100(tmp_path, caplog):
+    texts = sentences(30, 1200)
+    write_c4(tmp_path, "validation", texts)
+    for seqlen in (16, 499):  # 256 windows and a rest; the whole text, fewer than 256
+        ids = encode(letters(), " ".join(texts[:1100]))[0]
+        found = evaluation_tokens("c4-new", letters(), seqlen=seqlen, data_dir=tmp_path)
+        assert torch.equal(found.ids, ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:256])
+        assert (len(found.ids) == 256) == (seqlen == 16)
+    assert not caplog.records
+    write_c4(tmp_path, "validation", texts[:50])
+    evaluation_tokens("c4-new", letters(), seqlen=16, data_dir=tmp_path)
+    assert [r.getMessage() for r in caplog.records] == ["c4-new: 50 of the protocol's 1100 documents are there"]
+
+
+def test_draws_end(tmp_path, monkeypatch):
+    write_c4(tmp_path, "train", ["abc", "abcdefg", "ab"])
+    counting = Counting(letters())
+    with pytest.raises(InputError, match=r"3 documents drawn, none .* --seqlen 8 tokens \(the longest has 8\)"):
+        calibration_tokens("c4", counting, nsamples=2, seqlen=8, seed=0, data_dir=tmp_path)
+    assert counting.calls == 3  # each document once
+    monkeypatch.setattr(calibration, "MAX_DRAWS", 10)
+    write_c4(tmp_path, "train", ["abc"] * 5000)
+    with pytest.raises(InputError, match="10 documents drawn, none"):
+        calibration_tokens("c4", letters(), nsamples=2, seqlen=8, seed=0, data_dir=tmp_path)
+
+
+def test_evaluation_and_c4_are_cached_too(tmp_path, mirror):
+    counting, files = Counting(letters()), tmp_path / "new/cache"
+    options = {"seqlen": 16, "data_dir": mirror, "cache_dir": files}
+    hashes, calls = [], []
+    for _ in range(2):
+        found = [calibration_tokens(n, counting, nsamples=4, seed=0, **options) for n in ("ptb", "ptb-new", "c4")]
+        found += [evaluation_tokens(n, counting, **options) for n in ("ptb", "c4", "c4-new")]
+        hashes.append([(t.name, t.protocol, t.text_sha256, t.sha256) for t in found])
+        calls.append(counting.calls)
+    assert calls[0] == calls[1] > 0 and hashes[0] == hashes[1]
+    assert found[0].text_sha256 == found[1].text_sha256 and found[0].sha256 != found[1].sha256  # protocols apart
+    assert evaluation_tokens("ptb", counting, limit=2, **options).ids.shape == (2, 16) and counting.calls == calls[0]
+    assert len(list(files.iterdir())) == 6 and {f.suffix for f in files.iterdir()} == {".safetensors"}
+
+
+@pytest.mark.parametrize("damaged", [b"", b"no safetensors file"])
+def test_a_foreign_file_in_the_cache(damaged, tmp_path, text, tokenizer, caplog):
+    first = evaluation_tokens(str(text), tokenizer, seqlen=32, cache_dir=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(damaged)
+    again = evaluation_tokens(str(text), tokenizer, seqlen=32, cache_dir=tmp_path / "cache")
+    assert torch.equal(again.ids, first.ids) and str(file) in caplog.text
+    caplog.clear()
+    evaluation_tokens(str(text), tokenizer, seqlen=32, cache_dir=tmp_path / "cache")
+    assert not caplog.records
+
+
+def test_settings_are_in_the_tokenizer_hash():
+    variants = [
+        letters(),
+        letters("\n bacdefgh"),
+        letters(split_special_tokens=True),
+        letters(add_eos_token=True, eos_token="a"),
+    ]
+    assert len({tokenizer_sha256(t) for t in variants}) == 4
+    used = letters()
+    used("abc abc", truncation=True, max_length=2)
+    assert tokenizer_sha256(used) == tokenizer_sha256(letters())  # what a call sets is no setting
+
+
+def test_long_text_is_no_warning(mirror, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    short = letters(model_max_length=4)
+    calibration_tokens("ptb", short, nsamples=2, seqlen=16, seed=0, data_dir=mirror)
+    assert "longer than" not in caplog.text
+    short("abcdef")  # negative control: it does warn
+    assert "longer than" in caplog.text
+
+
+def test_unwritable_cache(tmp_path, text, tokenizer):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the token cache"):
+        evaluation_tokens(str(text), tokenizer, seqlen=32, cache_dir=tmp_path / "file/cache")
