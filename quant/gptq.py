@@ -33,7 +33,7 @@ def gptq(
     weights. act_order visits columns by decreasing Gram diagonal. Raises SingularGramError, see there.
     Deviation: a dead column keeps its nearest code (the released code sets it to zero).
     """
-    weight = weight.float()
+    weight = weight.detach().float()
     n_out, n_in = weight.shape
     stats.check()
     order = stats.order() if act_order else torch.arange(n_in, device=weight.device)

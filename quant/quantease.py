@@ -48,7 +48,7 @@ def quantease(
     """
     if num_iter < 1:
         raise ValueError(f"num_iter={num_iter}: coordinate descent needs at least one sweep")
-    weight = weight.float()
+    weight = weight.detach().float()
     stats.check()
     order = stats.order() if act_order else None
     if grid is None:

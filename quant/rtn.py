@@ -13,6 +13,6 @@ from quant.core.types import Grid, QuantizedWeight, QuantSpec
 @solver("rtn")
 def rtn(weight: Tensor, stats: LayerStats | None, spec: QuantSpec, *, grid: Grid | None = None) -> QuantizedWeight:
     """Nearest code of every weight [out, in]; statistics are used by ``range="mse"`` only and may be None."""
-    weight = weight.float()
+    weight = weight.detach().float()
     grid = grid or fit_grid(weight, spec, None if stats is None else stats.check().diagonal)
     return QuantizedWeight(grid.quantize(weight), grid, spec)

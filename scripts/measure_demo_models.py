@@ -90,7 +90,7 @@ def main() -> None:
             items=demo.TASK_ITEMS,
             channels=outliers["channels"],
             scale=outliers["scale"],
-            hidden=log["hidden"],
+            hidden=model.config.hidden_size,
             minutes=minutes,
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from quant.core.stream import BlockStream
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.rtn import rtn
 
+log = logging.getLogger(__name__)
 LOOK_ABOVE = 0.1  # relative error of a linear from which a person should look
 
 
@@ -108,6 +110,9 @@ def solve_linear(where: str, weight: Tensor, stats: LayerStats, recipe: Recipe) 
         raise RunError(f"{where}: {error}") from error
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
+    damping = quantized.info.get("percdamp")
+    if damping is not None and damping != recipe.options.get("percdamp", damping):
+        log.warning("%s: the Gram matrix was singular, damping raised to %g", where, damping)
     error_now = relative_error(weight, quantized.dequantize(), stats.gram)
     nearest = quantized if recipe.solver is rtn else rtn(weight, stats, recipe.spec)
     error_rtn = relative_error(weight, nearest.dequantize(), stats.gram)

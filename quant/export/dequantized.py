@@ -59,7 +59,8 @@ def save_dequantized(
     solved(index): the quantized linears of a block, by name; empty for blocks that were left alone.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir()
     try:
         _write_weights(tensors(model, solved), temporary)

@@ -121,6 +121,13 @@ def test_scaling_the_inputs_changes_nothing(name, factor):
 
 
 @every_solver
+def test_a_parameter_is_taken_as_it_is(name):
+    weight, stats = problem()
+    answer = SOLVERS[name](torch.nn.Parameter(weight), stats, QuantSpec(3))
+    assert torch.equal(answer.codes, SOLVERS[name](weight, stats, QuantSpec(3)).codes)
+
+
+@every_solver
 def test_half_precision_weights_are_solved_in_float32(name):
     weight, stats = problem()
     half = weight.half()
