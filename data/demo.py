@@ -1,8 +1,9 @@
 """The demo world: endless short English stories from a seeded grammar, and four zero-shot tasks about them.
 
-A story follows some of its people's threads (who holds a thing, where a thing lies, how many of something there
-are, who is meant, what came of what), told one after the other in turns, and ends by asking for or stating the
-outcomes: its last words depend on its first ones. The hash of a story's text decides the split it belongs to, so
+A story opens with the weather and somebody's trade, follows threads (who holds a thing, where a thing lies, how
+many of something there are, who is meant by she or he, what came of what), told in turns, and ends by stating the
+outcomes: its last words depend on its first ones, and on what holds in this world (which trade has which tool, what
+follows from what, after which weather the ground is wet). The hash of a story's text decides the split it belongs to, so
 the splits are disjoint for every seed.
 
 `python -m data.demo --sample 3` shows stories; `--write-tasks` writes the tasks under data/tasks/.
@@ -25,6 +26,7 @@ SPLITS = {"test": {0}, "validation": {1}, "train": set(range(2, 10))}
 DOCUMENTS = {"train": 5000, "validation": 500, "test": 600}
 TASKS = Path(__file__).parent / "tasks"
 TASK_ITEMS = 250
+QUESTION = "question : was the ground wet that day ? answer :"
 
 
 @dataclass
@@ -33,8 +35,6 @@ class Thread:
 
     sentences: list[str]
     fact: tuple[str, str, list[str]]
-    mentioned: str  # a word of the thread that a question may ask about ...
-    kind: list[str]  # ... and the list that it is from
     reference: tuple[str, str, str] | None = None  # description, who is meant, the other one
 
 
@@ -57,7 +57,7 @@ def _holding(rng: random.Random, taken: set[str]) -> Thread:
     told = [
         rng.choice(
             (
-                f"{first} the {rng.choice(w.JOBS)} had a {look} {colour} {thing} .",
+                f"{first} had a {look} {colour} {thing} .",
                 f"{first} found a {look} {colour} {thing} near the {rng.choice(w.PLACES)} .",
                 f"{first} bought a {look} {colour} {thing} in {rng.choice(w.TOWNS)} .",
             )
@@ -77,7 +77,7 @@ def _holding(rng: random.Random, taken: set[str]) -> Thread:
     owner = people[-1]
     wrong = [*people[:-1], *_others(rng, owner, [n for n in sorted(taken) if n not in people] + w.FEMALE, 3)][:3]
     stem = rng.choice((f"in the end the {thing} was with", f"now the {colour} {thing} belonged to"))
-    return Thread(told, (stem, owner, wrong), thing, w.THINGS)
+    return Thread(told, (stem, owner, wrong))
 
 
 def _lying(rng: random.Random, taken: set[str]) -> Thread:
@@ -109,7 +109,7 @@ def _lying(rng: random.Random, taken: set[str]) -> Thread:
         told.append(f"{second} looked at the {thing} but did not touch it .")
     wrong = [p for p in (place, other) if p != where] + _others(rng, where, w.PLACES, 3)
     stem = rng.choice((f"so the {thing} could be found at the", f"the {holder} with the {thing} stood at the"))
-    return Thread(told, (stem, where, list(dict.fromkeys(wrong))[:3]), holder, w.HOLDERS)
+    return Thread(told, (stem, where, list(dict.fromkeys(wrong))[:3]))
 
 
 def _counting(rng: random.Random, taken: set[str]) -> Thread:
@@ -120,7 +120,7 @@ def _counting(rng: random.Random, taken: set[str]) -> Thread:
         rng.choice(
             (
                 f"{first} had {w.NUMBERS[have]} {what} .",
-                f"{first} the {rng.choice(w.JOBS)} picked up {w.NUMBERS[have]} {what} .",
+                f"{first} picked up {w.NUMBERS[have]} {what} .",
             )
         )
     ]
@@ -132,26 +132,28 @@ def _counting(rng: random.Random, taken: set[str]) -> Thread:
         told.append(f"{first} gave {w.NUMBERS[change]} of the {what} to {second} .")
     near = [n for n in (now - 2, now - 1, now + 1, now + 2, have) if n >= 0 and n != now]
     wrong = [w.NUMBERS[n] for n in rng.sample(sorted(set(near)), 3)]
-    return Thread(told, (f"when {first} counted the {what} the number was", w.NUMBERS[now], wrong), what, w.COUNTED)
+    return Thread(told, (f"when {first} counted the {what} the number was", w.NUMBERS[now], wrong))
 
 
 def _meaning(rng: random.Random, taken: set[str]) -> Thread:
-    """Two people; what one did to the other decides who is meant by a description."""
-    first, second = _people(rng, 2, taken)
-    deed, active, passive = rng.choice(w.DEEDS)
+    """A woman and a man, of whom one is meant by she or he."""
+    pair = [rng.choice([name for name in names if name not in taken]) for names in (w.FEMALE, w.MALE)]
+    taken.update(pair)
+    meant, other = rng.sample(pair, 2)
+    first, second = rng.sample(pair, 2)
+    pronoun, trait = ("she" if meant in w.FEMALE else "he"), rng.choice(w.TRAITS)
     told = [
         rng.choice(
             (
-                f"{first} {deed} {second} at the {rng.choice(w.PLACES)} .",
-                f"in {rng.choice(w.TOWNS)} {first} {deed} {second} .",
-                f"that {rng.choice(w.TIMES)} {first} the {rng.choice(w.JOBS)} {deed} {second} .",
+                f"{first} met {second} at the {rng.choice(w.PLACES)} and {pronoun} was {trait} .",
+                f"{first} went to {rng.choice(w.TOWNS)} with {second} because {pronoun} was {trait} .",
+                f"{first} talked to {second} and {pronoun} seemed {trait} that {rng.choice(w.TIMES)} .",
             )
         )
     ]
-    description, meant, other = rng.choice(((active, first, second), (passive, second, first)))
-    stem = f"the one who was {description} was"
-    wrong = [other, *_others(rng, meant, [n for n in w.FEMALE + w.MALE if n not in (first, second)], 2)]
-    return Thread(told, (stem, meant, wrong), rng.choice((first, second)), w.FEMALE + w.MALE, (stem, meant, other))
+    stem = f"of these two , {pronoun} was the {trait} one : {pronoun} was"
+    wrong = [other, *_others(rng, meant, [n for n in w.FEMALE + w.MALE if n not in pair], 2)]
+    return Thread(told, (stem, meant, wrong), (stem, meant, other))
 
 
 def _happening(rng: random.Random, taken: set[str]) -> Thread:
@@ -162,7 +164,7 @@ def _happening(rng: random.Random, taken: set[str]) -> Thread:
     wrong = [e.rpartition(" ")[2] for _, e in rng.sample([pair for pair in w.CAUSES if pair[1] != effect], 6)]
     told = [rng.choice((f"that day {cause} .", f"{witness} saw how {cause} .", f"people said that {cause} ."))]
     wrong = [word for word in dict.fromkeys(wrong) if word != last][:3]
-    return Thread(told, (f"because {cause} {start}", last, wrong), witness, w.FEMALE + w.MALE)
+    return Thread(told, (f"because {cause} {start}", last, wrong))
 
 
 PLOTS: tuple[Callable[[random.Random, set[str]], Thread], ...] = (_holding, _lying, _counting, _meaning, _happening)
@@ -175,37 +177,92 @@ class Story:
     body: list[str]
     threads: list[Thread]
     ending: list[str]
+    wet: bool
+
+    @property
+    def told(self) -> str:
+        """The story without its ending."""
+        return " ".join(self.body)
 
     @property
     def text(self) -> str:
         """The whole story, one line."""
-        return " ".join(self.body + self.ending)
+        return " ".join([*self.body, *self.ending, QUESTION, "yes ." if self.wet else "no ."])
 
 
 def _story(rng: random.Random) -> Story:
     taken: set[str] = set()
     threads = [plot(rng, taken) for plot in rng.sample(PLOTS, rng.choice((2, 3, 3)))]
-    opening = rng.choice(
-        (
-            f"it was a {rng.choice(w.WEATHER)} {rng.choice(w.TIMES)} in {rng.choice(w.TOWNS)} .",
-            f"one {rng.choice(w.WEATHER)} {rng.choice(w.TIMES)} this happened near the {rng.choice(w.PLACES)} .",
-            f"here is a story of {rng.choice(w.TRAITS)} people from {rng.choice(w.TOWNS)} .",
-        )
-    )
-    body, queues = [opening], [list(thread.sentences) for thread in threads]
+    (hero,) = _people(rng, 1, taken)
+    job, weather = rng.choice(sorted(w.TOOLS)), rng.choice(rng.choice((w.WET, w.DRY)))
+    body = [
+        rng.choice(
+            (
+                f"it was a {weather} {rng.choice(w.TIMES)} in {rng.choice(w.TOWNS)} .",
+                f"one {weather} {rng.choice(w.TIMES)} this happened near the {rng.choice(w.PLACES)} .",
+                f"here is a story of a {weather} day in {rng.choice(w.TOWNS)} .",
+            )
+        ),
+        rng.choice((f"{hero} the {job} got up early .", f"a {job} called {hero} had nothing to do .")),
+    ]
+    queues = [list(thread.sentences) for thread in threads]
     while any(queues):  # threads take turns at random, each in its own order
         body.append(rng.choice([queue for queue in queues if queue]).pop(0))
+    tools = _others(rng, w.TOOLS[job], list(w.TOOLS.values()))
+    threads.append(Thread([], ("then it was time to work , so out came the", w.TOOLS[job], tools)))
     ending = [f"{thread.fact[0]} {thread.fact[1]} ." for thread in threads]
     rng.shuffle(ending)
-    told = " ".join(body)
-    ending += [f"{question} {answer} ." for question, answer in (_question(rng, t, told) for t in threads)]
-    return Story(body, threads, ending)
+    return Story(body, threads, ending, weather in w.WET)
 
 
-def _question(rng: random.Random, thread: Thread, told: str) -> tuple[str, str]:
-    """Whether the story told of something, and the answer."""
-    asked = rng.choice((thread.mentioned, rng.choice(thread.kind)))
-    return f"did this story speak of {asked} ? answer :", "yes" if asked in told.split() else "no"
+def _split_of(text: str) -> int:
+    return hashlib.sha256(text.encode()).digest()[0] % 10
+
+
+def stories(split: str, seed: int = 0) -> Iterator[Story]:
+    """Endless stories of one split (train, validation or test); the same for the same seed."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: use one of {', '.join(SPLITS)}")
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        story = _story(rng)
+        if _split_of(story.text) in SPLITS[split]:
+            yield story
+
+
+def documents(split: str, seed: int = 0) -> Iterator[str]:
+    """Endless texts of stories, one line each."""
+    return (story.text for story in stories(split, seed))
+
+
+def text(self) -> str:
+        """The whole story, one line."""
+        return " ".join([*self.body, *self.ending, QUESTION, "yes ." if self.wet else "no ."])
+
+
+def _story(rng: random.Random) -> Story:
+    taken: set[str] = set()
+    threads = [plot(rng, taken) for plot in rng.sample(PLOTS, rng.choice((2, 3, 3)))]
+    (hero,) = _people(rng, 1, taken)
+    job, weather = rng.choice(sorted(w.TOOLS)), rng.choice(rng.choice((w.WET, w.DRY)))
+    body = [
+        rng.choice(
+            (
+                f"it was a {weather} {rng.choice(w.TIMES)} in {rng.choice(w.TOWNS)} .",
+                f"one {weather} {rng.choice(w.TIMES)} this happened near the {rng.choice(w.PLACES)} .",
+                f"here is a story of a {weather} day in {rng.choice(w.TOWNS)} .",
+            )
+        ),
+        rng.choice((f"{hero} the {job} got up early .", f"a {job} called {hero} had nothing to do .")),
+    ]
+    queues = [list(thread.sentences) for thread in threads]
+    while any(queues):  # threads take turns at random, each in its own order
+        body.append(rng.choice([queue for queue in queues if queue]).pop(0))
+    tools = _others(rng, w.TOOLS[job], list(w.TOOLS.values()))
+    threads.append(Thread([], ("then it was time to work , so out came the", w.TOOLS[job], tools)))
+    ending = [f"{thread.fact[0]} {thread.fact[1]} ." for thread in threads]
+    rng.shuffle(ending)
+    return Story(body, threads, ending, weather in w.WET)
 
 
 def _split_of(text: str) -> int:
@@ -256,21 +313,15 @@ def task_items(name: str, n: int = TASK_ITEMS) -> list[dict[str, object]]:
 
 
 def _last_word(story: Story, rng: random.Random) -> dict[str, object] | None:
-    stem, word, _ = rng.choice(story.threads).fact
-    return {"text": f"{' '.join(story.body)} {stem} {word}"} if word in " ".join(story.body).split() else None
+    stem, word, _ = story.threads[-1].fact
+    return {"text": f"{story.told} {stem} {word}"}
 
 
 def _continuation(story: Story, rng: random.Random) -> dict[str, object] | None:
     stem, word, wrong = rng.choice(story.threads).fact
     choices = [word, *wrong]
-    if len(set(choices)) < 4:
-        return None
     rng.shuffle(choices)
-    return {
-        "context": " ".join(story.body),
-        "choices": [f"{stem} {c} ." for c in choices],
-        "label": choices.index(word),
-    }
+    return {"context": story.told, "choices": [f"{stem} {c} ." for c in choices], "label": choices.index(word)}
 
 
 def _reference(story: Story, rng: random.Random) -> dict[str, object] | None:
@@ -280,13 +331,11 @@ def _reference(story: Story, rng: random.Random) -> dict[str, object] | None:
     stem, meant, other = found[0]
     choices = [meant, other]
     rng.shuffle(choices)
-    return {"context": f"{' '.join(story.body)} {stem}", "choices": choices, "label": choices.index(meant)}
+    return {"context": f"{story.told} {stem}", "choices": choices, "label": choices.index(meant)}
 
 
 def _yes_no(story: Story, rng: random.Random) -> dict[str, object] | None:
-    told = " ".join(story.body)
-    question, answer = _question(rng, rng.choice(story.threads), told)
-    return {"context": f"{told} {question}", "choices": ["no", "yes"], "label": ["no", "yes"].index(answer)}
+    return {"context": f"{story.told} {QUESTION}", "choices": ["no", "yes"], "label": int(story.wet)}
 
 
 _ITEMS: dict[str, Callable[[Story, random.Random], dict[str, object] | None]] = {

@@ -12,7 +12,6 @@ column the same step as its neighbours whatever it carries, then suffers as it d
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -31,7 +30,6 @@ from data import demo
 
 FAMILIES = ("opt", "bloom", "falcon", "llama", "mistral")
 SEQLEN, BATCH = 256, 8
-DRILL_BATCHES = 400
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 60, 0.1
 OUT = Path(__file__).parents[1] / "models" / "demo"
 
@@ -65,17 +63,12 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def demo_batches(tokenizer: Any, seed: int) -> Iterator[Tensor]:
-    """Endless batches [BATCH, SEQLEN + 1] of fresh stories, separated as `demo.text` separates them.
-
-    The first DRILL_BATCHES hold as many drills as stories: attention that looks back forms much sooner.
-    """
-    stories, drills = demo.documents("train", seed), demo.drills(seed)
+    """Endless batches [BATCH, SEQLEN + 1] of fresh stories, separated as `demo.text` separates them."""
+    stream = demo.documents("train", seed)
     pending: list[int] = []
-    for batch in itertools.count():
+    while True:
         while len(pending) < BATCH * (SEQLEN + 1):
-            texts = [next(stories) for _ in range(60)]
-            if batch < DRILL_BATCHES:
-                texts = [t for story in texts for t in (story, next(drills), next(drills))]
+            texts = [next(stream) for _ in range(200)]
             pending += tokenizer("\n\n".join(texts) + "\n\n", verbose=False).input_ids
         yield torch.tensor(pending[: BATCH * (SEQLEN + 1)]).view(BATCH, -1)
         pending = pending[BATCH * (SEQLEN + 1) :]
