@@ -235,65 +235,6 @@ def documents(split: str, seed: int = 0) -> Iterator[str]:
     return (story.text for story in stories(split, seed))
 
 
-def text(self) -> str:
-        """The whole story, one line."""
-        return " ".join([*self.body, *self.ending, QUESTION, "yes ." if self.wet else "no ."])
-
-
-def _story(rng: random.Random) -> Story:
-    taken: set[str] = set()
-    threads = [plot(rng, taken) for plot in rng.sample(PLOTS, rng.choice((2, 3, 3)))]
-    (hero,) = _people(rng, 1, taken)
-    job, weather = rng.choice(sorted(w.TOOLS)), rng.choice(rng.choice((w.WET, w.DRY)))
-    body = [
-        rng.choice(
-            (
-                f"it was a {weather} {rng.choice(w.TIMES)} in {rng.choice(w.TOWNS)} .",
-                f"one {weather} {rng.choice(w.TIMES)} this happened near the {rng.choice(w.PLACES)} .",
-                f"here is a story of a {weather} day in {rng.choice(w.TOWNS)} .",
-            )
-        ),
-        rng.choice((f"{hero} the {job} got up early .", f"a {job} called {hero} had nothing to do .")),
-    ]
-    queues = [list(thread.sentences) for thread in threads]
-    while any(queues):  # threads take turns at random, each in its own order
-        body.append(rng.choice([queue for queue in queues if queue]).pop(0))
-    tools = _others(rng, w.TOOLS[job], list(w.TOOLS.values()))
-    threads.append(Thread([], ("then it was time to work , so out came the", w.TOOLS[job], tools)))
-    ending = [f"{thread.fact[0]} {thread.fact[1]} ." for thread in threads]
-    rng.shuffle(ending)
-    return Story(body, threads, ending, weather in w.WET)
-
-
-def _split_of(text: str) -> int:
-    return hashlib.sha256(text.encode()).digest()[0] % 10
-
-
-def stories(split: str, seed: int = 0) -> Iterator[Story]:
-    """Endless stories of one split (train, validation or test); the same for the same seed."""
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: use one of {', '.join(SPLITS)}")
-    rng = random.Random(f"{split} {seed}")
-    while True:
-        story = _story(rng)
-        if _split_of(story.text) in SPLITS[split]:
-            yield story
-
-
-def documents(split: str, seed: int = 0) -> Iterator[str]:
-    """Endless texts of stories, one line each."""
-    return (story.text for story in stories(split, seed))
-
-
-def drills(seed: int = 0) -> Iterator[str]:
-    """Endless lists of random words, each said twice: they teach a model to look back. For training only."""
-    rng = random.Random(f"drills {seed}")
-    pool = w.FEMALE + w.MALE + w.THINGS + w.PLACES + w.COUNTED + w.HOLDERS + w.NUMBERS + w.JOBS
-    while True:
-        said = " ".join(rng.sample(pool, rng.randint(6, 24)))
-        yield f"{said} . {said} ."
-
-
 def text(split: str, n_documents: int | None = None, seed: int = 0) -> str:
     """The first n stories of a split, joined by blank lines."""
     stream = documents(split, seed)

@@ -62,9 +62,7 @@ LOOKS = (
     "lovely narrow new odd painted plain polished pretty round rusty shiny short simple small smooth soft solid "
     "square strange striped strong thick thin tiny useful wide wooden worn"
 ).split()
-TIMES = (
-    "afternoon autumn dawn evening holiday midnight monday morning night noon spring summer sunday winter"
-).split()
+TIMES = ("afternoon autumn dawn evening holiday midnight monday morning night noon spring summer sunday winter").split()
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty"

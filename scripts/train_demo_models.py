@@ -185,7 +185,9 @@ def make(family: str, args: argparse.Namespace) -> None:
     ids = {split: torch.tensor(tokenizer(text, verbose=False).input_ids) for split, text in corpora.items()}
     model = AutoModelForCausalLM.from_config(configuration(family, len(tokenizer), args.hidden, args.layers))
     batches = demo_batches(tokenizer, args.seed) if args.text is None else text_batches(ids["train"], args.seed)
-    log = {"family": family, "seed": args.seed, "threads": torch.get_num_threads()} | train(model, batches, args.minutes)
+    log = {"family": family, "seed": args.seed, "threads": torch.get_num_threads()} | train(
+        model, batches, args.minutes
+    )
     log["perplexity before planting"] = perplexity(model, ids["validation"])
     if args.outlier_channels:
         blocks = family_of(family).blocks

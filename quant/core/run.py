@@ -121,15 +121,14 @@ class Session:
 
     def recipe(self, config: RunConfig) -> Recipe:
         """The recipe of a configuration, checked against the model's shapes."""
+        where = "the grid"
         try:
             spec = QuantSpec(config.wbits, config.group_size, config.symmetric, config.range)
             for name, (_, n_in) in self.model.linear_shapes().items():
-                layer = name
+                where = name
                 spec.n_groups(n_in)
         except ValueError as error:
-            raise InputError(
-                f"{layer}: {error}" if "group_size=" in str(error) and "divide" in str(error) else str(error)
-            ) from error
+            raise InputError(f"{where}: {error}") from error
         return Recipe(config.method, get_solver(config.method), spec, config.options, config.true_sequential)
 
     def configuration(self, config: RunConfig) -> Record:
@@ -158,7 +157,7 @@ class Session:
         """``--run-dir``, or a name under runs/ that the configuration decides."""
         if config.run_dir is not None:
             return config.run_dir
-        digest = hashlib.sha256(json.dumps(self.configuration(config), sort_keys=True).encode()).hexdigest()[:8]
+        digest = _sha256_of(self.configuration(config))[:8]
         bits = f"w{config.wbits}" + (f"g{config.group_size}" if config.group_size > 0 else "")
         name = Path(config.model).resolve().name if Path(config.model).exists() else config.model.replace("/", "--")
         return Path("runs") / f"{name}-{config.method if config.quantizes else 'base'}-{bits}-{digest}"
@@ -171,7 +170,8 @@ class Session:
         target = RunDirectory(self.run_path(config))
         evaluation = self._evaluation_request(config)
         previous = None if config.overwrite else target.read("results.json")
-        if config.save is not None and (previous is None or not self._saved(config.save, previous)):
+        digest = _sha256_of(configuration)
+        if config.save is not None and not _saved(config.save, digest):
             check_target(config.save, config.overwrite)
         self._check_space(config, target.path)
         target.open(self._manifest(config, configuration), config.overwrite)
@@ -184,9 +184,9 @@ class Session:
             clock = time.perf_counter()
             scored = self._evaluate(n_blocks, config, target, progress)
             results = self._results(config, blocks) | scored
-            results |= {"evaluation": evaluation}
+            results |= {"configuration_sha256": digest, "evaluation": evaluation}
             results["seconds"]["evaluate"] = time.perf_counter() - clock
-        if config.save is not None and not self._saved(config.save, results):
+        if config.save is not None and not _saved(config.save, digest):
             clock = time.perf_counter()
             progress("save", 0, 1, str(config.save))
             solved = lambda i: target.read_weights(i) if i < n_blocks else {}  # noqa: E731
@@ -200,12 +200,6 @@ class Session:
             results["peak_bytes"] = machine.peak_bytes(self.device)
             write_json(target.path / "results.json", results)
         return results | {"run_dir": str(target.path)}
-
-    @staticmethod
-    def _saved(save: Path, results: Record) -> bool:
-        """Whether ``save`` holds the checkpoint of these results."""
-        path = save / "results.json"
-        return path.exists() and json.loads(path.read_text()).get("codes_sha256") == results["codes_sha256"]
 
     def _evaluation_request(self, config: RunConfig) -> Record:
         """What decides the numbers once the codes are there."""
@@ -325,3 +319,13 @@ class Session:
             "verdicts": {v: sum(r["verdict"] == v for r in records) for v in ("ok", "look", "bad")},
             "seconds": seconds | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0},
         }
+
+
+def _sha256_of(configuration: Record) -> str:
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+
+
+def _saved(save: Path, digest: str) -> bool:
+    """Whether ``save`` holds the checkpoint of the configuration with this hash."""
+    path = save / "results.json"
+    return path.exists() and json.loads(path.read_text()).get("configuration_sha256") == digest
