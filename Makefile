@@ -17,14 +17,15 @@ demo: venv
 	$(BIN)/python model_quantizer.py --model models/demo/$(DEMO) --dataset demo --eval-datasets demo --seqlen 256 \
 		--wbits 3 --quantization-method rtn,gptq,quantease --nsamples 128 --calib-batch 16 --true-sequential
 
+# One thread a worker: two workers fill a small machine
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 fmt: venv
 	$(BIN)/ruff check --fix .

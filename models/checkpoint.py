@@ -48,12 +48,11 @@ def resolve(model: str, cache_dir: Path, with_weights: bool = True) -> Path:
 
 
 def _download(model: str, with_weights: bool) -> Path:
+    """The hub's snapshot of a model (from the hub's own cache where it is there): safetensors if it has them."""
     try:
-        path = Path(snapshot_download(model, allow_patterns=SIDE_FILES))
-        if with_weights:
-            names = set(_remote_files(model))
-            kind = "*.safetensors" if names & {SINGLE, INDEX} else "*.bin"
-            snapshot_download(model, allow_patterns=[kind])
+        path = Path(snapshot_download(model, allow_patterns=SIDE_FILES + ["model*.safetensors"] * with_weights))
+        if with_weights and not any((path / name).exists() for name in (SINGLE, INDEX)):
+            snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{model} is neither a local directory nor a model that the hub gives ({type(error).__name__}); "
@@ -62,12 +61,6 @@ def _download(model: str, with_weights: bool) -> Path:
     if not (path / "config.json").is_file():
         raise InputError(f"{model} holds no config.json")
     return path
-
-
-def _remote_files(model: str) -> list[str]:
-    from huggingface_hub import list_repo_files
-
-    return list_repo_files(model)
 
 
 class Checkpoint:

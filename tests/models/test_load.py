@@ -208,6 +208,40 @@ def test_models_that_are_not_there(model, message, tmp_path):
         resolve(model, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_hub_ids_take_safetensors_and_fall_back_to_bin(kind, model_dir, tmp_path, monkeypatch):
+    """The hub's client is replaced by one that copies the files a pattern asks for."""
+    from fnmatch import fnmatch
+
+    from models import checkpoint
+
+    remote, local = tmp_path / "remote", tmp_path / "snapshot"
+    remote.mkdir(), local.mkdir()
+    for file in model_dir("opt").iterdir():
+        shutil.copy(file, remote)
+    if kind == "bin":
+        torch.save(load_file(remote / "model.safetensors"), remote / "pytorch_model.bin")
+        (remote / "model.safetensors").unlink()
+    asked: list[str] = []
+
+    def download(model: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        for file in remote.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, local)
+        return str(local)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    model = load_model("facebook/opt-tiny", dtype=torch.float32, cache_dir=tmp_path / "cache")
+    reference = opened(model_dir("opt"), tmp_path)
+    a, b = model.block_weights(2, CPU), reference.block_weights(2, CPU)
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    assert ("pytorch_model*.bin" in asked) == (kind == "bin")
+    asked.clear()
+    load_config("facebook/opt-tiny", tmp_path / "cache", with_weights=False)
+    assert not any("safetensors" in pattern or "bin" in pattern for pattern in asked)
+
+
 def test_a_missing_tokenizer_is_named(model_dir, tmp_path):
     path = copy(model_dir("llama"), tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
