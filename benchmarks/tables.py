@@ -34,6 +34,7 @@ def configs(args: argparse.Namespace, model: str) -> list[RunConfig]:
             eval_datasets=tuple(args.evaluation),
             nsamples=args.nsamples,
             seqlen=args.seqlen,
+            limit=args.limit,
             method=method,
             wbits=bits,
             options=solver_options(get_solver(method)),
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--evaluation", action="append")
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--limit", type=int, help="evaluate the first N windows of each text")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     args = parser.parse_args()
     args.evaluation = args.evaluation or ["demo"]
@@ -121,11 +123,13 @@ def main() -> None:
         errors += error_rows(model, finished)
     versions = ", ".join(f"{k} {v}" for k, v in machine.versions().items())
     shown = [Path(source).name for source in (args.calibration, *args.evaluation)]
+    windows = f"the first {args.limit}" if args.limit else "all"
     text = [
         f"# {args.name}: rtn, gptq, quantease at {', '.join(map(str, args.bits))} bits",
         "",
         f"Per row, asymmetric min-max grids, true-sequential. Calibration {shown[0]}, {args.nsamples} windows of "
-        f"{args.seqlen} tokens, seed 0. Perplexity: windows of {args.seqlen} tokens without overlap, on {', '.join(shown[1:])}. "
+        f"{args.seqlen} tokens, seed 0. Perplexity: {windows} windows of {args.seqlen} tokens without overlap, on "
+        f"{', '.join(shown[1:])}. "
         f"{session.device.type}, {machine.describe(session.device)['threads']} threads, float32 arithmetic. {versions}.",
         "",
         "| model | bits | method | bits per weight | data | ppl before | ppl after | ratio, 95% interval | KL divergence "

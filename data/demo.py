@@ -26,7 +26,6 @@ SPLITS = {"test": {0}, "validation": {1}, "train": set(range(2, 10))}
 DOCUMENTS = {"train": 5000, "validation": 500, "test": 600}
 TASKS = Path(__file__).parent / "tasks"
 TASK_ITEMS = 250
-QUESTION = "question : was the ground wet that day ? answer :"
 
 
 @dataclass
@@ -36,6 +35,7 @@ class Thread:
     sentences: list[str]
     fact: tuple[str, str, list[str]]
     reference: tuple[str, str, str] | None = None  # description, who is meant, the other one
+    known: bool = False  # whether the outcome follows from what holds in the world
 
 
 def _people(rng: random.Random, n: int, taken: set[str]) -> list[str]:
@@ -164,7 +164,7 @@ def _happening(rng: random.Random, taken: set[str]) -> Thread:
     wrong = [e.rpartition(" ")[2] for _, e in rng.sample([pair for pair in w.CAUSES if pair[1] != effect], 6)]
     told = [rng.choice((f"that day {cause} .", f"{witness} saw how {cause} .", f"people said that {cause} ."))]
     wrong = [word for word in dict.fromkeys(wrong) if word != last][:3]
-    return Thread(told, (f"because {cause} {start}", last, wrong))
+    return Thread(told, (f"because {cause} {start}", last, wrong), known=True)
 
 
 PLOTS: tuple[Callable[[random.Random, set[str]], Thread], ...] = (_holding, _lying, _counting, _meaning, _happening)
@@ -177,7 +177,7 @@ class Story:
     body: list[str]
     threads: list[Thread]
     ending: list[str]
-    wet: bool
+    weather: str
 
     @property
     def told(self) -> str:
@@ -187,7 +187,17 @@ class Story:
     @property
     def text(self) -> str:
         """The whole story, one line."""
-        return " ".join([*self.body, *self.ending, QUESTION, "yes ." if self.wet else "no ."])
+        return " ".join([*self.body, *self.ending, self.question, "yes ." if self.wet else "no ."])
+
+    @property
+    def question(self) -> str:
+        """The yes-or-no question at the end."""
+        return f"question : on such a {self.weather} day , was the ground wet ? answer :"
+
+    @property
+    def wet(self) -> bool:
+        """The answer."""
+        return self.weather in w.WET
 
 
 def _story(rng: random.Random) -> Story:
@@ -209,10 +219,10 @@ def _story(rng: random.Random) -> Story:
     while any(queues):  # threads take turns at random, each in its own order
         body.append(rng.choice([queue for queue in queues if queue]).pop(0))
     tools = _others(rng, w.TOOLS[job], list(w.TOOLS.values()))
-    threads.append(Thread([], ("then it was time to work , so out came the", w.TOOLS[job], tools)))
+    threads.append(Thread([], (f"then the {job} went to work with the", w.TOOLS[job], tools), known=True))
     ending = [f"{thread.fact[0]} {thread.fact[1]} ." for thread in threads]
     rng.shuffle(ending)
-    return Story(body, threads, ending, weather in w.WET)
+    return Story(body, threads, ending, weather)
 
 
 def _split_of(text: str) -> int:
@@ -259,7 +269,8 @@ def _last_word(story: Story, rng: random.Random) -> dict[str, object] | None:
 
 
 def _continuation(story: Story, rng: random.Random) -> dict[str, object] | None:
-    stem, word, wrong = rng.choice(story.threads).fact
+    known = [thread for thread in story.threads if thread.known]
+    stem, word, wrong = rng.choice(known).fact
     choices = [word, *wrong]
     rng.shuffle(choices)
     return {"context": story.told, "choices": [f"{stem} {c} ." for c in choices], "label": choices.index(word)}
@@ -276,7 +287,7 @@ def _reference(story: Story, rng: random.Random) -> dict[str, object] | None:
 
 
 def _yes_no(story: Story, rng: random.Random) -> dict[str, object] | None:
-    return {"context": f"{story.told} {QUESTION}", "choices": ["no", "yes"], "label": int(story.wet)}
+    return {"context": f"{story.told} {story.question}", "choices": ["no", "yes"], "label": int(story.wet)}
 
 
 _ITEMS: dict[str, Callable[[Story, random.Random], dict[str, object] | None]] = {

@@ -29,8 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from data import demo
 
 FAMILIES = ("opt", "bloom", "falcon", "llama", "mistral")
-SEQLEN, BATCH = 256, 8
-LEARNING_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 60, 0.1
+SEQLEN, BATCH = 256, 4
+LEARNING_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 100, 0.02
 OUT = Path(__file__).parents[1] / "models" / "demo"
 
 
@@ -50,13 +50,20 @@ def configuration(family: str, vocabulary: int, hidden: int, layers: int) -> Any
     return AutoConfig.for_model(family, **options[family])
 
 
-def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """BPE over words that carry their leading blank."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
+def train_tokenizer(texts: Iterator[str], vocabulary: int | None) -> PreTrainedTokenizerFast:
+    """BPE over words that carry their leading blank; with no size given, a token for every word."""
     special = ["<s>", "</s>", "<pad>", "<unk>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special))
+    if vocabulary is None:
+        words = sorted({word for text in texts for word in text.split()})
+        ids = {token: i for i, token in enumerate([*special, "▁", "▁\n\n", *(f"▁{word}" for word in words)])}
+        tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    paragraphs = pre_tokenizers.Split("\n\n", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([paragraphs, pre_tokenizers.Metaspace(prepend_scheme="always")])
+    tokenizer.decoder = decoders.Metaspace()
+    if vocabulary is not None:
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
@@ -217,7 +224,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab-size", type=int, default=1280)
+    parser.add_argument("--vocab-size", type=int, help="BPE tokens (default: a token for every word)")
     parser.add_argument("--text", type=Path, help="train on this text instead of the demo world; saves into --out")
     parser.add_argument("--outlier-scale", type=float, default=8.0, help="power of two; see plant_outliers")
     parser.add_argument("--outlier-channels", type=int, default=16, help="of every norm; 0: none")
