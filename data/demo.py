@@ -192,7 +192,7 @@ class Story:
     @property
     def question(self) -> str:
         """The yes-or-no question at the end."""
-        return f"question : on such a {self.weather} day , was the ground wet ? answer :"
+        return f"was the ground wet on that {self.weather} day ?"
 
     @property
     def wet(self) -> bool:

@@ -45,7 +45,7 @@ def configuration(family: str, vocabulary: int, hidden: int, layers: int) -> Any
         "bloom": {k: v for k, v in common.items() if k[:3] != "num"} | {"n_layer": layers, "n_head": 4},
         "falcon": common | {"multi_query": True, "parallel_attn": True, "bias": False, "max_position_embeddings": 512},
         "llama": gated,
-        "mistral": gated | {"sliding_window": 128, "tie_word_embeddings": True},
+        "mistral": gated | {"sliding_window": 128},
     }
     return AutoConfig.for_model(family, **options[family])
 
