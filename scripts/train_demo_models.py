@@ -173,6 +173,20 @@ def plant_outliers(model: nn.Module, blocks: str, scale: float, channels: int, s
                 linear.weight[:, chosen] /= scale
 
 
+def replant(directory: Path, scale: float, channels: int) -> None:
+    """Take the planted outliers of a saved model out again (exactly) and plant others."""
+    from models import family_of
+
+    log_file = directory / "training_log.json"
+    log = json.loads(log_file.read_text())
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    blocks, old = family_of(model.config.model_type).blocks, log["outliers"]
+    plant_outliers(model, blocks, 1 / old["scale"], old["channels"], log["seed"])
+    plant_outliers(model, blocks, scale, channels, log["seed"])
+    model.half().save_pretrained(directory)
+    log_file.write_text(json.dumps(log | {"outliers": {"scale": scale, "channels": channels}}, indent=1) + "\n")
+
+
 def make(family: str, args: argparse.Namespace) -> None:
     """Train one family and save it with tokenizer and log."""
     from models import family_of
@@ -219,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="all", choices=("all", *FAMILIES))
     parser.add_argument("--out", type=Path, default=OUT, help="a folder for each family is made below it")
+    parser.add_argument("--replant", type=Path, metavar="DIR", help="only change the planted outliers of a saved model")
     parser.add_argument("--minutes", type=float, default=11, help="CPU minutes of training (process time)")
     parser.add_argument("--threads", type=int, default=1, help="CPU minutes are the sum over threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -230,6 +245,9 @@ def main() -> None:
     parser.add_argument("--outlier-channels", type=int, default=16, help="of every norm; 0: none")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.replant:
+        replant(args.replant, args.outlier_scale, args.outlier_channels)
+        return
     for family in FAMILIES if args.family == "all" else (args.family,):
         make(family, args)
 
