@@ -205,10 +205,19 @@ def make(family: str, args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(texts, args.vocab_size)
     ids = {split: torch.tensor(tokenizer(text, verbose=False).input_ids) for split, text in corpora.items()}
     model = AutoModelForCausalLM.from_config(configuration(family, len(tokenizer), args.hidden, args.layers))
-    batches = demo_batches(tokenizer, args.seed) if args.text is None else text_batches(ids["train"], args.seed)
+    before: dict[str, Any] = {"steps": 0, "tokens": 0, "cpu_minutes": 0.0, "loss": []}
+    if args.more:
+        before = json.loads((out / "training_log.json").read_text())
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        planted = before["outliers"]
+        plant_outliers(model, family_of(family).blocks, 1 / planted["scale"], planted["channels"], args.seed)
+    fresh = args.seed + before["steps"]  # stories that were not seen before
+    batches = demo_batches(tokenizer, fresh) if args.text is None else text_batches(ids["train"], fresh)
     log = {"family": family, "seed": args.seed, "threads": torch.get_num_threads()} | train(
         model, batches, args.minutes
     )
+    log |= {key: round(before[key] + log[key], 2) for key in ("steps", "tokens", "cpu_minutes")}
+    log["loss"] = before["loss"] + [[step + before["steps"], loss] for step, loss in log["loss"]]
     log["perplexity before planting"] = perplexity(model, ids["validation"])
     if args.outlier_channels:
         blocks = family_of(family).blocks
@@ -235,6 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="a folder for each family is made below it")
     parser.add_argument("--replant", type=Path, metavar="DIR", help="only change the planted outliers of a saved model")
     parser.add_argument("--minutes", type=float, default=11, help="CPU minutes of training (process time)")
+    parser.add_argument("--more", action="store_true", help="go on from the saved model for that many minutes")
     parser.add_argument("--threads", type=int, default=1, help="CPU minutes are the sum over threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=128)
@@ -242,7 +252,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, help="BPE tokens (default: a token for every word)")
     parser.add_argument("--text", type=Path, help="train on this text instead of the demo world; saves into --out")
     parser.add_argument("--outlier-scale", type=float, default=8.0, help="power of two; see plant_outliers")
-    parser.add_argument("--outlier-channels", type=int, default=16, help="of every norm; 0: none")
+    parser.add_argument("--outlier-channels", type=int, default=32, help="of every norm; 0: none")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.replant:
