@@ -1,10 +1,12 @@
-"""The demo world: endless short English stories from a seeded grammar, and four zero-shot tasks about them.
+"""The demo world: endless short English stories from a seeded grammar, and four zero-shot tasks.
 
 A story opens with the weather and somebody's trade, follows threads (who holds a thing, where a thing lies, how
 many of something there are, who is meant by she or he, what came of what), told in turns, and ends by stating the
 outcomes: its last words depend on its first ones, and on what holds in this world (which trade has which tool, what
 follows from what, after which weather the ground is wet). The hash of a story's text decides the split it belongs to, so
 the splits are disjoint for every seed.
+
+The tasks ask for what holds in the world; they can be answered without reading the whole story.
 
 `python -m data.demo --sample 3` shows stories; `--write-tasks` writes the tasks under data/tasks/.
 """

@@ -12,12 +12,12 @@ def _load(name: str) -> dict:
 
 
 def lastword(**kwargs: object) -> dict:
-    """The last word of a story follows from its beginning."""
+    """The last word is the tool of the trade that the last sentence names."""
     return _load("demo_lastword")
 
 
 def continuation(**kwargs: object) -> dict:
-    """Which of four sentences ends the story."""
+    """Which of four endings holds in the demo world."""
     return _load("demo_continuation")
 
 
@@ -27,5 +27,5 @@ def reference(**kwargs: object) -> dict:
 
 
 def yesno(**kwargs: object) -> dict:
-    """A yes-or-no question about the story."""
+    """Whether the ground was wet, from the weather that the question names."""
     return _load("demo_yesno")
