@@ -29,7 +29,6 @@ EXAMPLES = """examples:
 
 Exit codes: 0 done, 2 bad arguments or unusable input, 1 a failure after work began, 130 interrupted.
 """
-NOT_BUILT = {"gptq_quantease": "gptq_quantease", "spqr": "spqr"}
 FORMATS = ("dequantized", "gptq", "gptq_v2", "compressed-tensors")
 DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
 
@@ -50,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--quantization-method",
         default="quantease",
         metavar="NAME[,NAME]",
-        help="rtn, gptq, quantease, or several with commas (default: quantease; --list shows all)",
+        help="rtn, gptq, quantease, gptq_quantease, spqr, or several with commas (default: quantease)",
     )
     g.add_argument(
         "--wbits", type=int, default=16, help="bits of a weight, 1 to 8; 16 evaluates the base model (default: 16)"
@@ -77,8 +76,20 @@ def parser() -> argparse.ArgumentParser:
         help="linears of a block in order of execution, each seeing what is quantized already",
     )
     g = p.add_argument_group("options of the methods")
-    g.add_argument("--num-iter", type=int, default=30, help="quantease: coordinate-descent sweeps (default: 30)")
-    g.add_argument("--act-order", action="store_true", help="gptq, quantease: columns by decreasing Gram diagonal")
+    g.add_argument(
+        "--num-iter", type=int, default=30, help="quantease, gptq_quantease: coordinate-descent sweeps (default: 30)"
+    )
+    g.add_argument(
+        "--act-order", action="store_true", help="columns by decreasing Gram diagonal; groups are formed in that order"
+    )
+    g.add_argument(
+        "--group-aware",
+        action="store_true",
+        help="gptq: act-order among and inside groups, which keeps column i in group i // group size",
+    )
+    g.add_argument(
+        "--refit-grid", action="store_true", help="quantease: scales and zero points in closed form between sweeps"
+    )
     g.add_argument(
         "--static-groups", action="store_true", help="group grids from the original weights, before act-order"
     )
@@ -89,10 +100,17 @@ def parser() -> argparse.ArgumentParser:
         "--auto-damp", action="store_true", help="gptq: raise the damping stepwise where the Gram matrix is singular"
     )
     g.add_argument(
-        "--outlier", type=float, default=0.0, help="quantease: share of weights kept as outliers; spqr: threshold"
+        "--outlier",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="quantease: share of the weights kept in 16 bits (0.01); spqr: relative threshold (0.2; smaller keeps more)",
     )
-    g.add_argument("--alpha", type=float, default=1.0, help="step multiplier of the outlier step")
-    g.add_argument("--structure-outlier", action="store_true", help="whole columns as outliers")
+    g.add_argument("--alpha", type=float, default=1.0, help="quantease: multiplier of the outliers' gradient step")
+    g.add_argument("--structure-outlier", action="store_true", help="quantease: whole columns as outliers")
+    g.add_argument(
+        "--simplified-outliers", action="store_true", help="spqr: outliers do not leave the range of their group"
+    )
     g.add_argument(
         "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="any option of the method (--list)"
     )
@@ -155,6 +173,11 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--compute-quantization-recon-error", action="store_true", help="print the relative error of every linear"
     )
+    g.add_argument(
+        "--compare-layers",
+        action="store_true",
+        help="only compare: every method solves every linear from one set of statistics; one table",
+    )
     g.add_argument("--dry-run", action="store_true", help="plan, memory, time and size; nothing is run")
     g.add_argument("--list", action="store_true", help="methods with their options, families, formats, data sets")
     g.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
@@ -186,13 +209,21 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(args.limit is not None and args.limit < 1, f"--limit {args.limit}: use 1 or more")
     check(not 0 < args.percdamp <= 1, f"--percdamp {args.percdamp:g}: use a number above 0, at most 1")
     check(args.outlier < 0, f"--outlier {args.outlier:g}: use 0 or a positive number")
-    check(args.outlier > 0 or args.structure_outlier, "--outlier: outliers are not built yet")
+    check(
+        args.outlier > 0 and not {"quantease", "spqr"} & set(args.methods),
+        "--outlier works with quantease and spqr only",
+    )
+    check(
+        args.outlier >= 1 and "quantease" in args.methods,
+        f"--outlier {args.outlier:g}: a share of the weights, below 1",
+    )
+    check(args.structure_outlier and args.outlier <= 0, "--structure-outlier needs --outlier, the share of the columns")
+    check(args.act_order and args.group_aware, "--act-order and --group-aware are two orders: give one of them")
+    check(args.compare_layers and args.wbits == 16, "--compare-layers needs --wbits 1 to 8")
+    check(args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save")
     check(bool(args.tasks or args.task_path), "--tasks: zero-shot tasks are not built yet")
     check(args.format != "dequantized", f"--format {args.format}: not built yet; use dequantized")
     for method in args.methods:
-        if method in NOT_BUILT:
-            found.append(f"--quantization-method {method}: not built yet; use rtn, gptq or quantease")
-            continue
         try:
             get_solver(method)
         except InputError as error:
@@ -317,8 +348,29 @@ def main() -> None:
         if config.quantizes:
             session.recipe(config)
     with cli.ProgressBars(console) as bars:
-        finished = [session.run(config, bars.for_method(config.method)) for config in configs]
+        if args.compare_layers:
+            records = session.compare_layers(configs, bars.for_method("layers"))
+        else:
+            finished = session.run_all(configs, bars.for_method)
+    if args.compare_layers:
+        show_comparison(args, session, records, console)
+        return
     show_results(args, session, finished, console)
+
+
+def show_comparison(args: argparse.Namespace, session: Any, records: list[dict[str, Any]], console: Any) -> None:
+    """One row a method; with --compute-quantization-recon-error one a linear; all of it as JSON in --run-dir."""
+    from quant.core import cli
+    from quant.core.journal import write_json
+
+    console.print()
+    console.print(cli.comparison_table(records, f"{args.model}: {args.wbits} bits, layer by layer, {args.dataset}"))
+    if args.compute_quantization_recon_error:
+        console.print(cli.linears_table(records))
+    if args.run_dir is not None:
+        args.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(args.run_dir / "layers.json", records)
+        console.print(f"  {args.run_dir / 'layers.json'}", highlight=False, soft_wrap=True)
 
 
 def show_results(args: argparse.Namespace, session: Any, finished: list[dict[str, Any]], console: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,13 +23,47 @@ from quant.core.run import RunConfig, Session
 
 ROOT = Path(__file__).parents[1]
 DEMO = [str(Path("models/demo") / family) for family in ("opt", "bloom", "falcon", "llama", "mistral")]
-METHODS = ("rtn", "gptq", "quantease")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("rtn", {}),
+    "gptq": ("gptq", {}),
+    "gptq_quantease": ("gptq_quantease", {}),
+    "quantease": ("quantease", {}),
+    "quantease, 0.5% outliers": ("quantease", {"outlier": 0.005}),
+    "quantease, 1% outliers": ("quantease", {"outlier": 0.01}),
+    "quantease, 2% outliers": ("quantease", {"outlier": 0.02}),
+    "quantease, 1% columns": ("quantease", {"outlier": 0.01, "structure_outlier": True}),
+    "spqr, threshold 0.2": ("spqr", {"outlier": 0.2, "act_order": False}),
+}
+BASIC = ("rtn", "gptq", "quantease")
 
 
-def configs(args: argparse.Namespace, model: str) -> list[RunConfig]:
-    """Methods x bits for one model, true-sequential, with each method's own defaults."""
-    return [
-        RunConfig(
+@dataclass(frozen=True)
+class Row:
+    """One finished run: its model, its name in the tables, results.json and journal."""
+
+    model: str
+    label: str
+    results: dict[str, Any]
+
+    @property
+    def setting(self) -> str:
+        """Bits and groups, as two cells."""
+        group = self.results["group_size"]
+        return f"{self.results['wbits']} | {'row' if group == -1 else group}"
+
+    def errors(self) -> list[float]:
+        """Relative error of every linear."""
+        journal = Path(self.results["run_dir"]) / "journal.jsonl"
+        return [json.loads(line)["relative_error"] for line in journal.open()]
+
+
+def configs(args: argparse.Namespace, model: str, bits: int, group: int) -> dict[str, RunConfig]:
+    """The variants for one model and grid, true-sequential, with each method's own defaults."""
+    found = {}
+    for label in args.variants:
+        method, options = VARIANTS[label]
+        place = "".join(c if c.isalnum() or c == "_" else "-" for c in f"{label}-w{bits}g{group}")
+        found[label] = RunConfig(
             model=model,
             dataset=args.calibration,
             eval_datasets=tuple(args.evaluation),
@@ -37,63 +72,59 @@ def configs(args: argparse.Namespace, model: str) -> list[RunConfig]:
             limit=args.limit,
             method=method,
             wbits=bits,
-            options=solver_options(get_solver(method)),
+            group_size=group,
+            options=solver_options(get_solver(method)) | options,
             true_sequential=True,
             calib_batch=16,
-            run_dir=Path("runs") / "tables" / args.name / Path(model).name / f"{method}-w{bits}",
+            run_dir=Path("runs") / "tables" / args.name / Path(model).name / place,
         )
-        for bits in args.bits
-        for method in METHODS
-    ]
+    return found
 
 
-def journal(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The journal of a finished run."""
-    return [json.loads(line) for line in (Path(results["run_dir"]) / "journal.jsonl").open()]
-
-
-def quality_rows(model: str, finished: list[dict[str, Any]]) -> list[str]:
+def quality_rows(rows: list[Row]) -> list[str]:
     """One markdown row a run and corpus."""
-    rows = []
-    for results in finished:
-        for name, scores in results["perplexity"].items():
+    lines = []
+    for row in rows:
+        r = row.results
+        for name, scores in r["perplexity"].items():
             low, high = scores["ratio_ci95"]
-            rows.append(
-                f"| {Path(model).name} | {results['wbits']} | {results['method']} | {results['bits_per_weight']:.3f} | {name} "
+            lines.append(
+                f"| {Path(row.model).name} | {row.setting} | {row.label} | {r['bits_per_weight']:.3f} | {name} "
                 f"| {scores['fp']:.3f} | {scores['quantized']:.3f} | {low:.4f}-{high:.4f} "
-                f"| {results['fidelity'][name]['kl_divergence']:.5f} | {results['mean_relative_error']:.5f} "
-                f"| {results['seconds']['solve']:.1f} | {results['seconds']['total']:.1f} |"
+                f"| {r['fidelity'][name]['kl_divergence']:.5f} | {r['mean_relative_error']:.5f} "
+                f"| {r['seconds']['solve']:.1f} | {r['seconds']['total']:.1f} |"
             )
-    return rows
+    return lines
 
 
-def stage_rows(model: str, finished: list[dict[str, Any]]) -> list[str]:
+def stage_rows(rows: list[Row]) -> list[str]:
     """Seconds by stage and shares of the quantization itself."""
-    rows = []
-    for results in finished:
-        s = results["seconds"]
+    lines = []
+    for row in rows:
+        s = row.results["seconds"]
         whole = s["forward"] + s["gram"] + s["solve"]
         shares = " | ".join(f"{s[k]:.2f} ({s[k] / whole:.0%})" for k in ("forward", "gram", "solve"))
-        rows.append(
-            f"| {Path(model).name} | {results['wbits']} | {results['method']} | {s['load']:.1f} | {shares} "
-            f"| {s['evaluate']:.1f} | {results['peak_bytes']['host'] / 1e9:.2f} |"
+        lines.append(
+            f"| {Path(row.model).name} | {row.setting} | {row.label} | {s['load']:.1f} | {shares} "
+            f"| {s['evaluate']:.1f} | {row.results['peak_bytes']['host'] / 1e9:.2f} |"
         )
-    return rows
+    return lines
 
 
-def error_rows(model: str, finished: list[dict[str, Any]]) -> list[str]:
-    """Relative errors of the linears against each other: means, and for how many linears a method is below another."""
-    rows = []
-    for bits in dict.fromkeys(results["wbits"] for results in finished):
-        errors = {r["method"]: [line["relative_error"] for line in journal(r)] for r in finished if r["wbits"] == bits}
-        n = len(errors["rtn"])
+def error_rows(rows: list[Row]) -> list[str]:
+    """Mean relative error of the linears, and for how many of them it is below that of rtn and of gptq."""
+    lines = []
+    for row in rows:
+        others = {r.label: r.errors() for r in rows if (r.model, r.setting) == (row.model, row.setting)}
+        own = row.errors()
         below = [
-            sum(a < b for a, b in zip(errors[x], errors[y], strict=True))
-            for x, y in (("gptq", "rtn"), ("quantease", "gptq"))
+            f"{sum(a < b for a, b in zip(own, others[base], strict=True))} of {len(own)}" if base in others else "-"
+            for base in ("rtn", "gptq")
         ]
-        means = " | ".join(f"{mean(errors[m]):.5f}" for m in METHODS)
-        rows.append(f"| {Path(model).name} | {bits} | {means} | {below[0]} of {n} | {below[1]} of {n} |")
-    return rows
+        lines.append(
+            f"| {Path(row.model).name} | {row.setting} | {row.label} | {mean(own):.5f} | {' | '.join(below)} |"
+        )
+    return lines
 
 
 def main() -> None:
@@ -108,57 +139,71 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--limit", type=int, help="evaluate the first N windows of each text")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--groups", type=int, nargs="+", default=[-1])
+    parser.add_argument("--variants", nargs="+", default=list(BASIC), help=f"of: {', '.join(VARIANTS)}; or all")
     args = parser.parse_args()
     args.evaluation = args.evaluation or ["demo"]
+    args.variants = list(VARIANTS) if args.variants == ["all"] else args.variants
     set_logging("warning")
-    quality, stages, errors = [], [], []
+    rows: list[Row] = []
     out = console()
     for model in args.model or DEMO:
-        plans = configs(args, model)
-        session = Session(plans[0])
-        with ProgressBars(out) as bars:
-            finished = [session.run(c, bars.for_method(f"{Path(model).name} {c.method} w{c.wbits}")) for c in plans]
-        quality += quality_rows(model, finished)
-        stages += stage_rows(model, finished)
-        errors += error_rows(model, finished)
+        session: Session | None = None
+        for bits, group in ((b, g) for b in args.bits for g in args.groups):
+            plans = configs(args, model, bits, group)
+            session = session or Session(next(iter(plans.values())))
+            with ProgressBars(out) as bars:
+                finished = session.run_all(
+                    list(plans.values()),
+                    lambda m, b=bits, g=group, n=Path(model).name: bars.for_method(f"{n} {m} w{b} g{g}"),
+                )
+            rows += [Row(model, label, results) for label, results in zip(plans, finished, strict=True)]
+    assert session is not None
+    write(args, rows, session)
+    out.print(f"benchmarks/results/{args.name}.md")
+
+
+def write(args: argparse.Namespace, rows: list[Row], session: Session) -> None:
+    """The three tables as markdown, and what they were measured on."""
     versions = ", ".join(f"{k} {v}" for k, v in machine.versions().items())
     shown = [Path(source).name for source in (args.calibration, *args.evaluation)]
     windows = f"the first {args.limit}" if args.limit else "all"
+    head = "| model | bits | group | method |"
     text = [
-        f"# {args.name}: rtn, gptq, quantease at {', '.join(map(str, args.bits))} bits",
+        f"# {args.name}: {len(args.variants)} methods at {', '.join(map(str, args.bits))} bits",
         "",
-        f"Per row, asymmetric min-max grids, true-sequential. Calibration {shown[0]}, {args.nsamples} windows of "
+        f"Asymmetric min-max grids, true-sequential. Calibration {shown[0]}, {args.nsamples} windows of "
         f"{args.seqlen} tokens, seed 0. Perplexity: {windows} windows of {args.seqlen} tokens without overlap, on "
-        f"{', '.join(shown[1:])}. "
+        f"{', '.join(shown[1:])}; the interval is that of the ratio of the perplexities. "
         f"{session.device.type}, {machine.describe(session.device)['threads']} threads, float32 arithmetic. {versions}.",
         "",
-        "| model | bits | method | bits per weight | data | ppl before | ppl after | ratio, 95% interval | KL divergence "
+        f"{head} bits per weight | data | ppl before | ppl after | ratio, 95% interval | KL divergence "
         "| mean relative error | solve s | total s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *quality,
+        "|---" * 13 + "|",
+        *quality_rows(rows),
         "",
         "## Relative error of the linears",
         "",
-        "Mean over linears; how many linears have a lower error than the method before. Every method is measured on "
-        "the activations of its own quantized prefix.",
+        "Mean over linears; for how many linears it is lower than with rtn, with gptq. Every method is measured on the "
+        "activations of its own quantized prefix.",
         "",
-        "| model | bits | rtn | gptq | quantease | gptq below rtn | quantease below gptq |",
-        "|---|---|---|---|---|---|---|",
-        *errors,
+        f"{head} mean relative error | below rtn | below gptq |",
+        "|---" * 7 + "|",
+        *error_rows(rows),
         "",
         "## Seconds and peak memory",
         "",
         "forward: calibration passes through the blocks; gram: accumulation of x xᵀ; solve: the solvers, with the error "
-        "measurements of the journal. Shares are of the sum of these three. Host memory is the process's peak so far.",
+        "measurements of the journal. Shares are of the sum of these three. The methods of a row of bits and groups are "
+        "evaluated together; evaluate is an equal share of that. Host memory is the process's peak so far.",
         "",
-        "| model | bits | method | load s | forward s | gram s | solve s | evaluate s | host GB |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *stages,
+        f"{head} load s | forward s | gram s | solve s | evaluate s | host GB |",
+        "|---" * 10 + "|",
+        *stage_rows(rows),
         "",
     ]
     (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
     (ROOT / "benchmarks" / "results" / f"{args.name}.md").write_text("\n".join(text))
-    out.print(f"benchmarks/results/{args.name}.md")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The demo world: endless short English stories from a seeded grammar, and four zero-shot tasks.
 
-A story opens with the weather and somebody's trade, follows threads (who holds a thing, where a thing lies, how
-many of something there are, who is meant by she or he, what came of what), told in turns, and ends by stating the
-outcomes: its last words depend on its first ones, and on what holds in this world (which trade has which tool, what
-follows from what, after which weather the ground is wet). The hash of a story's text decides the split it belongs to, so
-the splits are disjoint for every seed.
+A story opens with the weather, somebody's trade and two names. It then follows threads (who of the two holds a thing,
+where a thing lies, how many of something there are, who is meant by she or he, what happened that day), told in
+turns, and ends by stating the outcomes: its last words depend on its first ones, and on what holds in this world
+(which trade has which tool, what follows from what, after which weather the ground is wet). The hash of a story's
+text decides the split it belongs to, so the splits are disjoint for every seed.
 
-The tasks ask for what holds in the world; they can be answered without reading the whole story.
+The tasks ask for outcomes that only the story tells: without it each answer is as likely as the others.
 
 `python -m data.demo --sample 3` shows stories; `--write-tasks` writes the tasks under data/tasks/.
 """
@@ -18,7 +18,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,42 +30,41 @@ TASKS = Path(__file__).parent / "tasks"
 TASK_ITEMS = 250
 
 
-@dataclass
+QUESTION = "was the ground wet ?"
+
+
+@dataclass(frozen=True)
 class Thread:
-    """One line of events, told in order. fact: the outcome without its last word, that word, wrong words."""
+    """One line of events, told in order, and its outcome, which the ending states as ``stem outcome .``"""
 
     sentences: list[str]
-    fact: tuple[str, str, list[str]]
-    reference: tuple[str, str, str] | None = None  # description, who is meant, the other one
-    known: bool = False  # whether the outcome follows from what holds in the world
+    stem: str
+    outcome: str
 
 
-def _people(rng: random.Random, n: int, taken: set[str]) -> list[str]:
-    free = [name for name in w.FEMALE + w.MALE if name not in taken]
-    chosen = rng.sample(free, n)
-    taken.update(chosen)
-    return chosen
-
-
-def _others(rng: random.Random, right: str, pool: list[str], n: int = 3) -> list[str]:
+def _others(rng: random.Random, right: str, pool: Iterable[str], n: int = 3) -> list[str]:
     return rng.sample([word for word in pool if word != right], n)
 
 
-def _holding(rng: random.Random, taken: set[str]) -> Thread:
+def _a(phrase: str) -> str:
+    vowel = phrase[0] in "aeiou" and not phrase.startswith(("uni", "use", "uku", "one"))
+    return f"{'an' if vowel else 'a'} {phrase}"
+
+
+def _holding(rng: random.Random, pair: list[str]) -> Thread:
     """A thing passes from hand to hand."""
-    people = _people(rng, rng.choice((2, 3, 3)), taken)
-    thing = rng.choice(w.THINGS)
-    first, colour, look = people[0], rng.choice(w.COLOURS), rng.choice(w.LOOKS)
+    giver, taker = rng.sample(pair, 2)
+    thing, colour, look = rng.choice(w.THINGS), rng.choice(w.COLOURS), rng.choice(w.LOOKS)
     told = [
         rng.choice(
             (
-                f"{first} had a {look} {colour} {thing} .",
-                f"{first} found a {look} {colour} {thing} near the {rng.choice(w.PLACES)} .",
-                f"{first} bought a {look} {colour} {thing} in {rng.choice(w.TOWNS)} .",
+                f"{giver} had {_a(look)} {colour} {thing} .",
+                f"{giver} found {_a(look)} {colour} {thing} near the {rng.choice(w.PLACES)} .",
+                f"{giver} bought {_a(look)} {colour} {thing} in {rng.choice(w.TOWNS)} .",
             )
         )
     ]
-    for giver, taker in zip(people, people[1:], strict=False):
+    for _ in range(rng.choice((0, 1, 1, 2))):
         told.append(
             rng.choice(
                 (
@@ -76,29 +75,27 @@ def _holding(rng: random.Random, taken: set[str]) -> Thread:
                 )
             )
         )
-    owner = people[-1]
-    wrong = [*people[:-1], *_others(rng, owner, [n for n in sorted(taken) if n not in people] + w.FEMALE, 3)][:3]
+        giver, taker = taker, giver
     stem = rng.choice((f"in the end the {thing} was with", f"now the {colour} {thing} belonged to"))
-    return Thread(told, (stem, owner, wrong))
+    return Thread(told, stem, giver)
 
 
-def _lying(rng: random.Random, taken: set[str]) -> Thread:
+def _lying(rng: random.Random, pair: list[str]) -> Thread:
     """A thing is put somewhere and perhaps moved."""
-    first, second = _people(rng, 2, taken)
-    thing, place, holder = rng.choice(w.THINGS), rng.choice(w.PLACES), rng.choice(w.HOLDERS)
-    other = rng.choice([p for p in w.PLACES if p != place])
+    first, second = rng.sample(pair, 2)
+    thing, holder = rng.choice(w.THINGS), rng.choice(w.HOLDERS)
+    place, other = rng.sample(w.PLACES, 2)
     told = [
         rng.choice(
             (
-                f"{first} put the {thing} into a {holder} at the {place} .",
-                f"{first} hid the {rng.choice(w.LOOKS)} {thing} in a {holder} by the {place} .",
-                f"{first} left the {thing} in a {rng.choice(w.COLOURS)} {holder} at the {place} .",
+                f"{first} put the {thing} into {_a(holder)} at the {place} .",
+                f"{first} hid the {rng.choice(w.LOOKS)} {thing} in {_a(holder)} by the {place} .",
+                f"{first} left the {thing} in {_a(rng.choice(w.COLOURS))} {holder} at the {place} .",
             )
         )
     ]
-    where = place
-    if rng.random() < 0.6:
-        where = other
+    moved = rng.random() < 0.5
+    if moved:
         told.append(
             rng.choice(
                 (
@@ -109,39 +106,27 @@ def _lying(rng: random.Random, taken: set[str]) -> Thread:
         )
     else:
         told.append(f"{second} looked at the {thing} but did not touch it .")
-    wrong = [p for p in (place, other) if p != where] + _others(rng, where, w.PLACES, 3)
     stem = rng.choice((f"so the {thing} could be found at the", f"the {holder} with the {thing} stood at the"))
-    return Thread(told, (stem, where, list(dict.fromkeys(wrong))[:3]))
+    return Thread(told, stem, other if moved else place)
 
 
-def _counting(rng: random.Random, taken: set[str]) -> Thread:
+def _counting(rng: random.Random, pair: list[str]) -> Thread:
     """Small sums."""
-    first, second = _people(rng, 2, taken)
-    what, have, change = rng.choice(w.COUNTED), rng.randint(2, 9), rng.randint(1, 5)
-    told = [
-        rng.choice(
-            (
-                f"{first} had {w.NUMBERS[have]} {what} .",
-                f"{first} picked up {w.NUMBERS[have]} {what} .",
-            )
-        )
-    ]
+    first, second = rng.sample(pair, 2)
+    what, have, change = rng.choice(w.COUNTED), rng.randint(3, 9), rng.randint(2, 5)
+    told = [rng.choice((f"{first} had {w.NUMBERS[have]} {what} .", f"{first} picked up {w.NUMBERS[have]} {what} ."))]
     if change >= have or rng.random() < 0.6:
         now = have + change
         told.append(f"{second} gave {w.NUMBERS[change]} more {what} to {first} .")
     else:
         now = have - change
         told.append(f"{first} gave {w.NUMBERS[change]} of the {what} to {second} .")
-    near = [n for n in (now - 2, now - 1, now + 1, now + 2, have) if n >= 0 and n != now]
-    wrong = [w.NUMBERS[n] for n in rng.sample(sorted(set(near)), 3)]
-    return Thread(told, (f"when {first} counted the {what} the number was", w.NUMBERS[now], wrong))
+    return Thread(told, f"when {first} counted the {what} the number was", w.NUMBERS[now])
 
 
-def _meaning(rng: random.Random, taken: set[str]) -> Thread:
-    """A woman and a man, of whom one is meant by she or he."""
-    pair = [rng.choice([name for name in names if name not in taken]) for names in (w.FEMALE, w.MALE)]
-    taken.update(pair)
-    meant, other = rng.sample(pair, 2)
+def _meaning(rng: random.Random, pair: list[str]) -> Thread:
+    """One of the two is meant by she or he."""
+    meant, _ = rng.sample(pair, 2)
     first, second = rng.sample(pair, 2)
     pronoun, trait = ("she" if meant in w.FEMALE else "he"), rng.choice(w.TRAITS)
     told = [
@@ -153,32 +138,32 @@ def _meaning(rng: random.Random, taken: set[str]) -> Thread:
             )
         )
     ]
-    stem = f"of these two , {pronoun} was the {trait} one : {pronoun} was"
-    wrong = [other, *_others(rng, meant, [n for n in w.FEMALE + w.MALE if n not in pair], 2)]
-    return Thread(told, (stem, meant, wrong), (stem, meant, other))
+    return Thread(told, f"the {trait} one of the two was", meant)
 
 
-def _happening(rng: random.Random, taken: set[str]) -> Thread:
+def _happening(rng: random.Random, pair: list[str]) -> Thread:
     """A cause and what came of it, the effect at the end of the story."""
     cause, effect = rng.choice(w.CAUSES)
-    (witness,) = _people(rng, 1, taken)
-    start, _, last = effect.rpartition(" ")
-    wrong = [e.rpartition(" ")[2] for _, e in rng.sample([pair for pair in w.CAUSES if pair[1] != effect], 6)]
-    told = [rng.choice((f"that day {cause} .", f"{witness} saw how {cause} .", f"people said that {cause} ."))]
-    wrong = [word for word in dict.fromkeys(wrong) if word != last][:3]
-    return Thread(told, (f"because {cause} {start}", last, wrong), known=True)
+    told = [rng.choice((f"that day {cause} .", f"{rng.choice(pair)} saw how {cause} .", f"people said that {cause} ."))]
+    return Thread(told, "because of that", effect)
 
 
-PLOTS: tuple[Callable[[random.Random, set[str]], Thread], ...] = (_holding, _lying, _counting, _meaning, _happening)
+PLOTS: dict[str, Callable[[random.Random, list[str]], Thread]] = {
+    "holding": _holding,
+    "lying": _lying,
+    "counting": _counting,
+    "meaning": _meaning,
+    "happening": _happening,
+}
 
 
 @dataclass(frozen=True)
 class Story:
-    """Sentences before the ending, threads whose outcomes the ending states, and the ending's sentences."""
+    """Sentences before the ending, the threads by name, whose outcomes the ending states, the two people, the weather."""
 
     body: list[str]
-    threads: list[Thread]
-    ending: list[str]
+    threads: dict[str, Thread]
+    pair: list[str]
     weather: str
 
     @property
@@ -189,42 +174,50 @@ class Story:
     @property
     def text(self) -> str:
         """The whole story, one line."""
-        return " ".join([*self.body, *self.ending, self.question, "yes ." if self.wet else "no ."])
-
-    @property
-    def question(self) -> str:
-        """The yes-or-no question at the end."""
-        return f"was the ground wet on that {self.weather} day ?"
+        ending = [f"{thread.stem} {thread.outcome} ." for thread in self.threads.values()]
+        return " ".join([*self.body, *ending, QUESTION, "yes ." if self.wet else "no ."])
 
     @property
     def wet(self) -> bool:
-        """The answer."""
+        """The answer to the question at the end."""
         return self.weather in w.WET
 
 
 def _story(rng: random.Random) -> Story:
-    taken: set[str] = set()
-    threads = [plot(rng, taken) for plot in rng.sample(PLOTS, rng.choice((2, 3, 3)))]
-    (hero,) = _people(rng, 1, taken)
+    pair = [rng.choice(w.FEMALE), rng.choice(w.MALE)]
+    rng.shuffle(pair)
     job, weather = rng.choice(sorted(w.TOOLS)), rng.choice(rng.choice((w.WET, w.DRY)))
+    threads = {name: PLOTS[name](rng, pair) for name in rng.sample(sorted(PLOTS), rng.choice((2, 3, 3)))}
+    hero, friend = pair
     body = [
         rng.choice(
             (
-                f"it was a {weather} {rng.choice(w.TIMES)} in {rng.choice(w.TOWNS)} .",
+                f"it was {_a(weather)} {rng.choice(w.TIMES)} in {rng.choice(w.TOWNS)} .",
                 f"one {weather} {rng.choice(w.TIMES)} this happened near the {rng.choice(w.PLACES)} .",
-                f"here is a story of a {weather} day in {rng.choice(w.TOWNS)} .",
+                f"here is a story of {_a(weather)} day in {rng.choice(w.TOWNS)} .",
             )
         ),
-        rng.choice((f"{hero} the {job} got up early .", f"a {job} called {hero} had nothing to do .")),
+        rng.choice(
+            (
+                f"{hero} the {job} got up early to see {friend} .",
+                f"{_a(job)} called {hero} had a friend called {friend} .",
+            )
+        ),
     ]
-    queues = [list(thread.sentences) for thread in threads]
+    queues = [list(thread.sentences) for thread in threads.values()]
     while any(queues):  # threads take turns at random, each in its own order
         body.append(rng.choice([queue for queue in queues if queue]).pop(0))
-    tools = _others(rng, w.TOOLS[job], list(w.TOOLS.values()))
-    threads.append(Thread([], (f"then the {job} went to work with the", w.TOOLS[job], tools), known=True))
-    ending = [f"{thread.fact[0]} {thread.fact[1]} ." for thread in threads]
-    rng.shuffle(ending)
-    return Story(body, threads, ending, weather)
+    # The hero goes by name or by trade; what the weather did to the boots is told once more.
+    for i in range(2, len(body)):
+        if rng.random() < 0.5:
+            body[i] = " ".join(f"the {job}" if word == hero else word for word in body[i].split())
+    body.insert(rng.randint(2, len(body)), f"their boots were {'muddy' if weather in w.WET else 'dusty'} .")
+    if rng.random() < 0.4:
+        passing = (f"{_a(rng.choice(w.ANIMALS))} watched them .", f"they ate {rng.choice(w.FOODS)} .")
+        body.insert(rng.randint(2, len(body)), rng.choice(passing))
+    threads["working"] = Thread([], "then it was time to go to work with the", w.TOOLS[job])
+    order = rng.sample(sorted(threads), len(threads))
+    return Story(body, {name: threads[name] for name in order}, pair, weather)
 
 
 def _split_of(text: str) -> int:
@@ -265,31 +258,34 @@ def task_items(name: str, n: int = TASK_ITEMS) -> list[dict[str, object]]:
     return items
 
 
+def _choice(context: str, choices: list[str], rng: random.Random) -> dict[str, object]:
+    """An item whose right answer is the first of the choices."""
+    shuffled = rng.sample(choices, len(choices))
+    return {"context": context, "choices": shuffled, "label": shuffled.index(choices[0])}
+
+
 def _last_word(story: Story, rng: random.Random) -> dict[str, object] | None:
-    stem, word, _ = story.threads[-1].fact
-    return {"text": f"{story.told} {stem} {word}"}
+    working = story.threads["working"]
+    return {"text": f"{story.told} {working.stem} {working.outcome}"}
 
 
 def _continuation(story: Story, rng: random.Random) -> dict[str, object] | None:
-    known = [thread for thread in story.threads if thread.known]
-    stem, word, wrong = rng.choice(known).fact
-    choices = [word, *wrong]
-    rng.shuffle(choices)
-    return {"context": story.told, "choices": [f"{stem} {c} ." for c in choices], "label": choices.index(word)}
+    thread = story.threads.get("happening")
+    if thread is None:
+        return None
+    wrong = _others(rng, thread.outcome, [effect for _, effect in w.CAUSES])
+    return _choice(f"{story.told} {thread.stem}", [f"{effect} ." for effect in (thread.outcome, *wrong)], rng)
 
 
 def _reference(story: Story, rng: random.Random) -> dict[str, object] | None:
-    found = [thread.reference for thread in story.threads if thread.reference]
-    if not found:
+    thread = story.threads.get("meaning")
+    if thread is None:
         return None
-    stem, meant, other = found[0]
-    choices = [meant, other]
-    rng.shuffle(choices)
-    return {"context": f"{story.told} {stem}", "choices": choices, "label": choices.index(meant)}
+    return _choice(f"{story.told} {thread.stem}", [thread.outcome, *_others(rng, thread.outcome, story.pair, 1)], rng)
 
 
 def _yes_no(story: Story, rng: random.Random) -> dict[str, object] | None:
-    return {"context": f"{story.told} {story.question}", "choices": ["no", "yes"], "label": int(story.wet)}
+    return {"context": f"{story.told} {QUESTION}", "choices": ["no", "yes"], "label": int(story.wet)}
 
 
 _ITEMS: dict[str, Callable[[Story, random.Random], dict[str, object] | None]] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,9 @@ from quant.core.linalg import damped_inverse_cholesky
 from quant.core.registry import solver
 from quant.core.stats import LayerStats
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
-from quant.kernels.blocks import gptq_block_
+from quant.kernels.blocks import ColumnGrid, kernels
+
+Fit = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # weights [out, n] of a group, its columns -> scale, zero [out]
 
 
 @solver("gptq")
@@ -24,54 +29,84 @@ def gptq(
     auto_damp: bool = False,
     act_order: bool = False,
     static_groups: bool = False,
+    group_aware: bool = False,
     block_size: int = 128,
 ) -> QuantizedWeight:
     """Round weight [out, in] left to right; each column's error e = (w_j - Q(w_j)) / U_jj is taken out of the rest.
 
     U is the upper Cholesky factor of (Σ + percdamp·mean(diag Σ)·I)⁻¹. Group grids are fitted to the
     compensated weights when the sweep reaches the group, unless static_groups fits them to the original
-    weights. act_order visits columns by decreasing Gram diagonal. Raises SingularGramError, see there.
+    weights. act_order visits columns by decreasing Gram diagonal and forms groups in that order (checkpoints must
+    then store the order); with group_aware, whole groups by decreasing sum of their diagonal and columns by
+    decreasing diagonal inside, so that column i stays in group i // group_size. Raises SingularGramError, see there.
     Deviation: a dead column keeps its nearest code (the released code sets it to zero).
     """
     weight = weight.detach().float()
-    n_out, n_in = weight.shape
     stats.check()
-    order = stats.order() if act_order else torch.arange(n_in, device=weight.device)
-    gram = stats.gram[order][:, order] if act_order else stats.gram
+    order = visiting_order(stats.diagonal, spec, act_order, group_aware)
+    gram = stats.gram[order][:, order]
     upper, used_damp = damped_inverse_cholesky(gram, percdamp, auto_damp)
-    dynamic = grid is None and not static_groups and spec.group_size != -1
+    fit: Fit | None = None
     if grid is None:
+        if not static_groups and spec.group_size != -1:
+            importance = stats.diagonal[order]
+            fit = lambda part, columns: fit_scale_zero(part, spec, importance[columns])  # noqa: E731
         grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
-    work = weight.T[order].contiguous()  # [in, out], in visiting order
-    importance, group = stats.diagonal[order], grid.g_idx[order]
-    scale, zero = grid.scale.T.contiguous(), grid.zero.float().T.contiguous()  # [G, out]
-    codes = torch.empty_like(work, dtype=torch.uint8)
-    # Blocks are whole groups, so that a group's weights are fully compensated when its grid is fitted.
-    size = spec.group_size if dynamic else block_size
-    block_size = size * max(1, block_size // size)
+    visited = replace(grid, g_idx=grid.g_idx[order])
+    codes, scale, zero, _, _ = feedback_rounding(weight[:, order], upper, visited, spec, fit, block_size)
+    fitted = Grid(scale, zero.to(torch.int32), grid.g_idx, grid.qmax)
+    return QuantizedWeight(codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
 
+
+def visiting_order(diagonal: Tensor, spec: QuantSpec, act_order: bool, group_aware: bool = False) -> Tensor:
+    """The order [in] in which columns are visited. Raises ValueError for two orders at once."""
+    if act_order and group_aware:
+        raise ValueError("act_order and group_aware are two orders of the columns: give one of them")
+    n_in = diagonal.numel()
+    if not (act_order or group_aware):
+        return torch.arange(n_in, device=diagonal.device)
+    if act_order or spec.group_size == -1:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    groups = diagonal.view(spec.n_groups(n_in), -1)
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    columns = inside + torch.arange(0, n_in, groups.shape[1], device=diagonal.device)[:, None]
+    return columns[torch.argsort(groups.sum(1), descending=True, stable=True)].flatten()
+
+
+def feedback_rounding(
+    weight: Tensor,
+    upper: Tensor,
+    grid: Grid,
+    spec: QuantSpec,
+    fit: Fit | None,
+    block_size: int,
+    outlier_above: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """GPTQ's sweep over weight [out, in] in visiting order, whose groups are contiguous if ``fit`` is given.
+
+    fit: called when the sweep reaches a group, with its compensated weights; without it ``grid`` stays as it is.
+    Returns codes uint8 [out, in], scale and zero float32 [out, G], the compensated weight of every column at the time
+    it was rounded, and the errors that were passed on; entries kept as outliers (see `Kernels.gptq_`) have error 0.
+    """
+    work, n_in = weight.contiguous(), weight.shape[1]
+    work = work.clone() if work.data_ptr() == weight.data_ptr() else work
+    scale, zero, group = grid.scale.clone(), grid.zero.float(), grid.g_idx
+    codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
+    kernel = kernels(work.device)
+    # Blocks are whole groups, so that a group's weights are fully compensated when its grid is fitted.
+    size = n_in // grid.n_groups if fit is not None else block_size
+    block_size = size * max(1, block_size // size)
     for start in range(0, n_in, block_size):
         end = min(start + block_size, n_in)
-        errors = torch.empty_like(work[start:end])
         for first in range(start, end, size):
             part = slice(first, min(first + size, end))
-            if dynamic:
-                scale[group[first]], fitted_zero = fit_scale_zero(work[part].T, spec, importance[part])
-                zero[group[first]] = fitted_zero.float()
-            inside = slice(part.start - start, part.stop - start)
-            gptq_block_(
-                work[part],
-                upper[part, part],
-                scale,
-                zero,
-                group[part],
-                grid.qmax,
-                codes[part],
-                errors[inside],
-            )
-            work[part.stop : end].addmm_(upper[part, part.stop : end].T, errors[inside], alpha=-1)
-        work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-
-    codes = torch.empty_like(codes).index_copy_(0, order, codes)
-    fitted = Grid(scale.T.contiguous(), zero.T.to(torch.int32).contiguous(), grid.g_idx, grid.qmax)
-    return QuantizedWeight(codes.T.contiguous(), fitted, spec, {"percdamp": used_damp})
+            if fit is not None:
+                g = int(group[first])
+                scale[:, g], zero[:, g] = fit(work[:, part], part)
+            columns = ColumnGrid(scale, zero, group[part], grid.qmax)
+            kernel.gptq_(work[:, part], upper[part, part], columns, codes[:, part], errors[:, part], outlier_above)
+            if part.stop < end:
+                work[:, part.stop : end].addmm_(errors[:, part], upper[part, part.stop : end], alpha=-1)
+        if end < n_in:
+            work[:, end:].addmm_(errors[:, start:end], upper[start:end, end:], alpha=-1)
+    return codes, scale, zero, work, errors

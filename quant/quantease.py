@@ -1,24 +1,89 @@
-"""QuantEase: cyclic coordinate descent on the layer objective ‖(W - Ŵ)X‖² (Algorithm 2, accelerated).
+"""QuantEase: cyclic coordinate descent on the layer objective ‖(W - Ŵ)X‖² (Algorithm 2, accelerated; Algorithm 3).
 
-The exact minimizer of column j, all rows at once, with E = W - Ŵ and Σ = X Xᵀ:
+The exact minimizer of column j, all rows at once, with E = W - Ŵ, Σ = X Xᵀ and C = E Σ:
 
-    u_j = Ŵ_j + (E Σ)_j / Σ_jj,      Ŵ_j <- Q(u_j)
+    u_j = Ŵ_j + C_j / Σ_jj,      Ŵ_j <- Q(u_j)
 
-Columns are visited in blocks of B. Before a block, its columns of E Σ come from one matrix product
-(2·out·in·B flops, the floor of the method); inside, only the B x B tile of Σ is needed. That is the same
-sequence of coordinate updates as the column-by-column loop. No inverse, no factorization, no damping.
+C is kept up to date. Columns are visited in blocks of B: inside a block only the B x B tile of Σ is needed, after
+it the block's changes ΔE reach the other columns by one product, C += ΔE Σ (2·out·in·B flops, the floor of the
+method, and less where few entries changed). That is the same sequence of coordinate updates as the column-by-column
+loop. No inverse, no factorization, no damping.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from quant.core.grid import fit_grid
+from quant.core.grid import fit_grid, refit_scale_zero
+from quant.core.linalg import largest_eigenvalue
 from quant.core.registry import solver
 from quant.core.stats import LayerStats
-from quant.core.types import Grid, QuantizedWeight, QuantSpec
-from quant.kernels.blocks import coordinate_descent_block_
+from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
+from quant.kernels.blocks import ColumnGrid, kernels
+
+
+class Descent:
+    """Coordinate descent in progress; columns are in visiting order.
+
+    target [out, in]; residual = target - Ŵ; correlation = residual @ gram; codes uint8, those of the last rounding
+    sweep. free [out, in] bool: entries that are not rounded.
+    """
+
+    def __init__(self, target: Tensor, gram: Tensor, grid: Grid, block_size: int) -> None:
+        self.target, self.gram, self.block_size = target, gram, block_size
+        self.scale, self.zero = grid.scale.clone(), grid.zero.float()
+        self.group, self.qmax = grid.g_idx, grid.qmax
+        self.residual, self.correlation = torch.zeros_like(target), torch.zeros_like(target)
+        self.codes = torch.empty_like(target, dtype=torch.uint8)
+        self.free: Tensor | None = None
+        self.kernels = kernels(target.device)
+
+    def start_from(self, approximation: Tensor) -> None:
+        """Begin at Ŵ [out, in] instead of at the target itself."""
+        self.residual = self.target - approximation
+        self.correlation = self.residual @ self.gram
+
+    def sweep(self, rounding: bool) -> None:
+        """Visit every column once."""
+        for start in range(0, self.target.shape[1], self.block_size):
+            block = slice(start, start + self.block_size)
+            change = self.kernels.coordinate_descent_(
+                self.residual[:, block],
+                self.correlation[:, block],
+                self.target[:, block],
+                self.gram[block, block],
+                ColumnGrid(self.scale, self.zero, self.group[block], self.qmax),
+                self.codes[:, block] if rounding else None,
+                None if self.free is None else self.free[:, block],
+            )
+            self.kernels.propagate_(self.correlation, change, self.gram[block])
+
+    def move_target(self, change: Tensor) -> None:
+        """Add change [out, in] to the target; Ŵ stays."""
+        self.target = self.target + change
+        self.residual += change
+        self.kernels.propagate_(self.correlation, change, self.gram)
+
+    def refit(self, symmetric: bool) -> None:
+        """Scale and zero point of every group in closed form for the codes as they are; never raises the objective."""
+        for g in range(self.scale.shape[1]):
+            columns = (self.group == g).nonzero().squeeze(1)
+            offsets = self.codes[:, columns].float() - self.zero[:, g, None]
+            if self.free is not None:
+                offsets.masked_fill_(self.free[:, columns], 0)
+            before = offsets * self.scale[:, g, None]
+            rows = self.gram[columns]
+            self.scale[:, g], shift = refit_scale_zero(
+                offsets, self.scale[:, g], self.zero[:, g], rows[:, columns], self.correlation[:, columns],
+                qmax=self.qmax, symmetric=symmetric or self.free is not None,
+            )  # fmt: skip
+            self.zero[:, g] += shift
+            change = before - (offsets - shift[:, None]) * self.scale[:, g, None]
+            self.residual[:, columns] += change
+            self.kernels.propagate_(self.correlation, change, rows)
 
 
 def rounds(sweep: int, num_iter: int) -> bool:
@@ -38,45 +103,100 @@ def quantease(
     relax: bool = True,
     act_order: bool = False,
     static_groups: bool = False,
+    refit_grid: bool = False,
+    outlier: float = 0.0,
+    structure_outlier: bool = False,
+    alpha: float = 1.0,
+    outlier_metric: str = "auto",
     block_size: int = 128,
 ) -> QuantizedWeight:
     """Coordinate descent from W itself, or from ``init`` (on its grid), for weight [out, in].
 
-    The grid is fitted to the original weights and stays fixed. act_order visits columns by decreasing
-    Gram diagonal and forms groups in that order unless static_groups. relax=False rounds in every sweep.
-    Columns with a zero Gram diagonal are rounded to nearest.
+    The grid is fitted to the original weights and stays fixed, unless refit_grid refits it to the codes between
+    rounding sweeps. act_order visits columns by decreasing Gram diagonal and forms groups in that order unless
+    static_groups. relax=False rounds in every sweep. Columns with a zero Gram diagonal are rounded to nearest.
+
+    outlier > 0 keeps that share of the weights (or of the columns, structure_outlier) in full precision (Algorithm
+    3): between sweeps the outliers take a projected gradient step of alpha / (2 λmax(Σ)); in the last third of the
+    sweeps their places are fixed and their values descend exactly, as coordinates that are not rounded.
+    Raises ValueError for options that leave nothing to do.
     """
     if num_iter < 1:
         raise ValueError(f"num_iter={num_iter}: coordinate descent needs at least one sweep")
     weight = weight.detach().float()
     stats.check()
-    order = stats.order() if act_order else None
+    order = stats.order() if act_order else torch.arange(weight.shape[1], device=weight.device)
+    target, gram = weight[:, order].contiguous(), stats.gram[order][:, order] if act_order else stats.gram
+    metric = outlier_metric if outlier_metric != "auto" else "gram" if structure_outlier else "weight"
+    if metric not in ("weight", "gram"):
+        raise ValueError(f"outlier_metric={outlier_metric!r}: use weight, gram or auto")
+    outliers = OutlierSet(target, gram, outlier, structure_outlier, alpha, metric) if outlier > 0 else None
+    back = torch.argsort(order)
     if grid is None:
-        grid = init.grid if init else fit_grid(weight, spec, stats.diagonal, None if static_groups else order)
-    order = torch.arange(weight.shape[1], device=weight.device) if order is None else order
-    target = weight.T[order].contiguous()  # [in, out], in visiting order
-    gram = stats.gram[order][:, order] if act_order else stats.gram
-    group = grid.g_idx[order]
-    scale, zero = grid.scale.T.contiguous(), grid.zero.float().T.contiguous()  # [G, out]
-    residual = target - init.dequantize().T[order] if init else torch.zeros_like(target)
-    codes = torch.empty_like(target, dtype=torch.uint8)
-
+        inliers = weight if outliers is None else (target - outliers.values)[:, back]
+        formed = order if act_order and not static_groups else None
+        grid = init.grid if init else fit_grid(inliers, spec, stats.diagonal, formed)
+    descent = Descent(target, gram, replace(grid, g_idx=grid.g_idx[order]), block_size)
+    if init is not None:
+        descent.start_from(init.dequantize()[:, order])
+    if outliers is not None:
+        descent.target = target - outliers.values
     for sweep in range(num_iter):
         rounding = rounds(sweep, num_iter) or not relax
-        for start in range(0, target.shape[0], block_size):
-            block = slice(start, start + block_size)
-            # In the first sweep from W itself, the residual of every later column is still zero.
-            known = slice(0, start) if sweep == 0 and init is None else slice(None)
-            coordinate_descent_block_(
-                residual[block],
-                gram[block, known] @ residual[known],
-                target[block],
-                gram[block, block],
-                scale,
-                zero,
-                group[block],
-                grid.qmax,
-                codes[block] if rounding else None,
-            )
-    codes = torch.empty_like(codes).index_copy_(0, order, codes)
-    return QuantizedWeight(codes.T.contiguous(), grid, spec, {"num_iter": num_iter})
+        if outliers is not None and sweep == num_iter - num_iter // 3:
+            descent.target, descent.free = target, outliers.chosen  # their places are final: Ŵ takes them in
+        descent.sweep(rounding)
+        if refit_grid and rounding and sweep + 1 < num_iter:
+            descent.refit(spec.symmetric)
+        if outliers is not None and descent.free is None:
+            outliers.step_(descent)
+    found = None if outliers is None else outliers.collect(descent, back)
+    fitted = Grid(descent.scale, descent.zero.to(torch.int32), grid.g_idx, grid.qmax)
+    return QuantizedWeight(descent.codes[:, back].contiguous(), fitted, spec, {"num_iter": num_iter}, found)
+
+
+class OutlierSet:
+    """H of Algorithm 3: the entries (or columns) of the weight [out, in] that stay in full precision.
+
+    Raises ValueError for a share that leaves nothing to quantize.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, share: float, structured: bool, alpha: float, metric: str) -> None:
+        whole = weight.shape[1] if structured else weight.numel()
+        self.count, self.structured = max(1, round(share * whole)), structured
+        if self.count >= whole:
+            what = "columns" if structured else "weights"
+            raise ValueError(f"outlier={share:g} makes all {whole} {what} outliers and leaves nothing to quantize")
+        # In the metric of the Gram diagonal d, columns count by what they do to the output; the plain one is published.
+        d = gram.diagonal() if metric == "gram" else torch.ones_like(gram.diagonal())
+        self.metric = d.clamp_min(1e-6 * max(float(d.mean()), torch.finfo(torch.float32).tiny))
+        root = self.metric.sqrt()
+        bound = max(largest_eigenvalue(gram / root / root[:, None]), torch.finfo(torch.float32).tiny)
+        self.step = alpha / (2 * bound * self.metric)
+        self.chosen = self._largest(weight)
+        self.values = weight * self.chosen
+
+    def _largest(self, matrix: Tensor) -> Tensor:
+        """Which entries are in the largest ``count`` ones (or in the ``count`` columns of largest norm)."""
+        mask = torch.zeros_like(matrix, dtype=torch.bool)
+        if self.structured:
+            mask[:, (matrix.square().sum(0) * self.metric).topk(self.count).indices] = True
+        else:
+            mask.view(-1)[(matrix.abs() * self.metric.sqrt()).flatten().topk(self.count).indices] = True
+        return mask
+
+    def step_(self, descent: Descent) -> None:
+        """H <- P(H + step·(W - Ŵ - H)Σ), and the target of the descent with it."""
+        moved = self.values + self.step * descent.correlation
+        self.chosen = self._largest(moved)
+        moved *= self.chosen
+        descent.move_target(self.values - moved)
+        self.values = moved
+
+    def collect(self, descent: Descent, back: Tensor) -> Outliers:
+        """What must be added to the values of the codes, in the layer's own order of columns."""
+        group = descent.group
+        coded = (descent.codes.float() - descent.zero[:, group]) * descent.scale[:, group]
+        extra = (descent.target - descent.residual - coded + (0 if descent.free is not None else self.values))[:, back]
+        index = self.chosen[:, back].flatten().nonzero().squeeze(1)
+        return Outliers(index, extra.flatten()[index].half(), self.structured)

@@ -30,14 +30,15 @@ from data import demo
 
 FAMILIES = ("opt", "bloom", "falcon", "llama", "mistral")
 SEQLEN, BATCH = 256, 4
-LEARNING_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 100, 0.02
+LEARNING_RATE, WARMUP, WEIGHT_DECAY, INITIAL_SPREAD = 3e-3, 100, 0.02, 0.08
 OUT = Path(__file__).parents[1] / "models" / "demo"
 
 
 def configuration(family: str, vocabulary: int, hidden: int, layers: int) -> Any:
     """A small member of the family with the features that matter: GQA, sliding window, multi-query, ALiBi."""
     common = {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4}
-    common |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    common |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": True}
+    common |= {"init_std" if family == "opt" else "initializer_range": INITIAL_SPREAD}
     gated = common | {"intermediate_size": 3 * hidden, "max_position_embeddings": 512, "num_key_value_heads": 2}
     options = {
         "opt": common
@@ -75,7 +76,7 @@ def demo_batches(tokenizer: Any, seed: int) -> Iterator[Tensor]:
     pending: list[int] = []
     while True:
         while len(pending) < BATCH * (SEQLEN + 1):
-            texts = [next(stream) for _ in range(200)]
+            texts = [next(stream) for _ in range(20)]
             pending += tokenizer("\n\n".join(texts) + "\n\n", verbose=False).input_ids
         yield torch.tensor(pending[: BATCH * (SEQLEN + 1)]).view(BATCH, -1)
         pending = pending[BATCH * (SEQLEN + 1) :]

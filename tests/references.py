@@ -87,3 +87,63 @@ def naive_gptq(
         w[:, j:] -= torch.outer(error, inverse[0])
     back = torch.argsort(order)
     return codes[:, back].to(torch.uint8), values[:, back]
+
+
+def naive_outlier_descent(
+    weight: Tensor, gram: Tensor, grid: Grid, count: int, structured: bool, sweeps: int
+) -> tuple[Tensor, Tensor]:
+    """QuantEase's Algorithm 3 with rounding sweeps and step 1 / (2 λmax): (codes, outliers float64 [out, in])."""
+    w, sigma = weight.double(), gram.double()
+    scale, zero = grid.scale.double()[:, grid.g_idx], grid.zero.double()[:, grid.g_idx]
+    step = 1 / (2 * float(torch.linalg.eigvalsh(sigma)[-1]))
+
+    def project(h: Tensor) -> Tensor:
+        score = h.square().sum(0).expand_as(h) if structured else h.abs()
+        keep = count * (h.shape[0] if structured else 1)
+        mask = torch.zeros(h.numel(), dtype=torch.bool)
+        mask[score.flatten().sort(descending=True, stable=True).indices[:keep]] = True
+        return h * mask.view_as(h)
+
+    outliers = project(w)
+    current, codes = w - outliers, torch.zeros_like(w)
+    for _ in range(sweeps):
+        for j in range(w.shape[1]):
+            u = current[:, j] + (w - outliers - current) @ sigma[:, j] / sigma[j, j]
+            codes[:, j], current[:, j] = round_column(u, scale[:, j], zero[:, j], grid.qmax)
+        outliers = project(outliers - step * (current + outliers - w) @ sigma)
+    return codes.to(torch.uint8), outliers
+
+
+def naive_leave_one_out(part: Tensor, spec: QuantSpec, importance: Tensor, threshold: float) -> Tensor:
+    """Every entry of part [out, n] in turn is left out of the range; by how much does the group's error fall?"""
+    found = torch.zeros_like(part, dtype=torch.bool)
+
+    def error(row: Tensor, kept: Tensor) -> float:
+        values = torch.cat([row[kept], row.new_zeros(1)])  # the range includes 0
+        scale, zero = fit_scale_zero(values, QuantSpec(spec.bits, symmetric=spec.symmetric))
+        _, rounded = round_column(row, scale, zero.float(), spec.qmax)
+        return float(((row - rounded).double().square() * importance)[kept].sum())
+
+    everything = torch.ones(part.shape[1], dtype=torch.bool)
+    for r, row in enumerate(part):
+        for i in range(part.shape[1]):
+            rest = everything.clone()
+            rest[i] = False
+            found[r, i] = error(row, everything) - error(row, rest) > threshold
+    return found
+
+
+def naive_spqr_sweep(weight: Tensor, upper: Tensor, grid: Grid, relative: float) -> tuple[Tensor, Tensor]:
+    """SpQR's sweep on a fixed grid: (codes, what the outliers add), float64 throughout."""
+    w, u = weight.double().clone(), upper.double()
+    threshold = relative * float((w.var(0, correction=0) / u.diagonal().square()).mean())
+    codes, outliers = torch.zeros_like(w), torch.zeros_like(w)
+    for j in range(w.shape[1]):
+        scale, zero = (t.double()[:, grid.g_idx[j]] for t in (grid.scale, grid.zero))
+        codes[:, j], value = round_column(w[:, j], scale, zero, grid.qmax)
+        error = (w[:, j] - value) / u[j, j]
+        kept = error.square() > threshold
+        outliers[kept, j] = (w[:, j] - value)[kept]
+        error[kept] = 0
+        w[:, j + 1 :] -= torch.outer(error, u[j, j + 1 :])
+    return codes.to(torch.uint8), outliers

@@ -52,6 +52,34 @@ def test_the_main_job_prints_one_table(command, small, tmp_path):
         assert (tmp_path / "saved" / row[0] / "model.safetensors").exists()
 
 
+def test_layers_are_compared_from_one_stream(command, small, tmp_path):
+    methods = ["rtn", "gptq", "gptq_quantease", "quantease", "spqr"]
+    code, out, _ = command(*small, "--quantization-method", ",".join(methods), "--compare-layers")
+    assert code == 0 and "layer by layer" in out
+    records = json.loads((tmp_path / "run" / "layers.json").read_text())
+    assert {r["method"] for r in records} == set(methods)
+    by_linear = {}
+    for r in records:
+        by_linear.setdefault((r["block"], r["name"]), []).append(r)
+    assert len(by_linear) == 3 * 7
+    for same in by_linear.values():
+        assert len({r["relative_error_rtn"] for r in same}) == 1, "one set of statistics for all methods"
+        assert len({r["n_tokens"] for r in same}) == 1
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["layers.json"]
+
+
+def test_outliers_and_spqr_from_the_command_line(command, small, tmp_path):
+    code, _, _ = command(*small, "--outlier", 0.01, "--save", tmp_path / "saved")
+    assert code == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert 3.32 < results["bits_per_weight"] < 5 and results["fidelity"]["words"]["kl_divergence"] > 0
+    code, _, _ = command(*small, "--quantization-method", "spqr", "--outlier", 0.2, "--group-size", 16,
+                         "--run-dir", tmp_path / "spqr")  # fmt: skip
+    assert code == 0
+    lines = [json.loads(line) for line in (tmp_path / "spqr" / "journal.jsonl").open()]
+    assert all("outlier_fraction" in line["info"] for line in lines)
+
+
 def test_every_linear_is_listed_on_request(command, small):
     code, out, _ = command(*small, "--quantization-method", "rtn", "--compute-quantization-recon-error")
     assert code == 0 and out.count("mlp.down_proj") == 3
@@ -126,8 +154,14 @@ BAD = {
     "one symmetric bit": (["--wbits", 1, "--sym"], "drop --sym"),
     "group": (["--groupsize", 0], "--groupsize 0"),
     "negative outliers": (["--outlier", -0.1], "--outlier -0.1"),
-    "outliers": (["--outlier", 0.01], "outliers are not built yet"),
-    "spqr": (["--wbits", 3, "--quantization-method", "spqr"], "spqr: not built yet"),
+    "outliers with gptq": (
+        ["--wbits", 3, "--quantization-method", "gptq", "--outlier", 0.01],
+        "quantease and spqr only",
+    ),
+    "all are outliers": (["--wbits", 3, "--outlier", 1], "a share of the weights, below 1"),
+    "columns of nothing": (["--wbits", 3, "--structure-outlier"], "--structure-outlier needs --outlier"),
+    "two orders": (["--wbits", 3, "--act-order", "--group-aware"], "are two orders"),
+    "comparing the base model": (["--compare-layers"], "--compare-layers needs --wbits"),
     "packing": (["--format", "gptq"], "--format gptq: not built yet"),
     "tasks": (["--tasks", "piqa"], "zero-shot tasks are not built yet"),
     "method": (["--wbits", 3, "--quantization-method", "gtpq"], "did you mean gptq?"),

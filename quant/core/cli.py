@@ -164,14 +164,50 @@ def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def comparison_table(records: Sequence[dict[str, Any]], title: str) -> Table:
+    """Errors of several methods on the same linears: mean, worst, against round-to-nearest; bits; seconds."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method")
+    for column in (
+        "bits per\nweight",
+        "relative error\nmean",
+        "\nworst",
+        "of rtn's,\nmean",
+        "best for\nlinears",
+        "seconds",
+    ):
+        table.add_column(column, justify="right")
+    methods = list(dict.fromkeys(r["method"] for r in records))
+    lowest: dict[Any, float] = {}
+    for r in records:
+        where = (r["block"], r["name"])
+        lowest[where] = min(lowest.get(where, r["relative_error"]), r["relative_error"])
+    for method in methods:
+        own = [r for r in records if r["method"] == method]
+        errors, bits = [r["relative_error"] for r in own], sum(r["storage_bits"] for r in own)
+        ratios = [r["relative_error"] / r["relative_error_rtn"] for r in own if r["relative_error_rtn"] > 0]
+        table.add_row(
+            method,
+            f"{bits / sum(r['shape'][0] * r['shape'][1] for r in own):.3f}",
+            f"{sum(errors) / len(errors):.5f}",
+            f"{max(errors):.5f}",
+            f"{sum(ratios) / max(1, len(ratios)):.3f}",
+            str(sum(r["relative_error"] == lowest[r["block"], r["name"]] for r in own)),
+            f"{sum(r['seconds'] for r in own):.1f}",
+        )
+    return table
+
+
 def linears_table(records: Sequence[dict[str, Any]]) -> Table:
     """Relative error of every linear, for ``--compute-quantization-recon-error``."""
     table = Table(title="relative error of every linear", title_justify="left", header_style="bold")
-    for column in ("block", "linear", "error", "rtn", "bits/weight", "verdict"):
-        table.add_column(column, justify="left" if column in ("linear", "verdict") else "right")
+    for column in ("block", "linear", "method", "error", "rtn", "bits/weight", "verdict"):
+        table.add_column(column, justify="left" if column in ("linear", "method", "verdict") else "right")
     for r in records:
         error, nearest = f"{r['relative_error']:.5f}", f"{r['relative_error_rtn']:.5f}"
-        table.add_row(str(r["block"]), r["name"], error, nearest, f"{r['bits_per_weight']:.3f}", r["verdict"])
+        table.add_row(
+            str(r["block"]), r["name"], r["method"], error, nearest, f"{r['bits_per_weight']:.3f}", r["verdict"]
+        )
     return table
 
 

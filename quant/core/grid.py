@@ -80,3 +80,38 @@ def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, 
     parts = [fit_scale_zero(rows, spec, weights_of_error) for rows in grouped.split(max(1, CHUNK // n_in))]
     scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Grid(scale, zero, group, spec.qmax)
+
+
+def refit_scale_zero(
+    offsets: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    gram: Tensor,
+    correlation: Tensor,
+    *,
+    qmax: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:
+    """The scale and zero point of one group of n columns that minimize ‖(W - Ŵ)X‖² for its codes as they are.
+
+    offsets [out, n]: codes - zero. scale, zero [out]. gram [n, n]. correlation [out, n]: the group's columns of
+    (W - Ŵ) Σ. Returns (scale [out], the change of the zero point [out]). With p = offsets - d for each change d of
+    the zero point, the objective is quadratic in the new scale s: s²·pΣp - 2s·(p·c + scale·pΣoffsets) + const; the
+    best s of the best d is taken, rounded as grids store it, where that lowers the objective.
+    """
+    products = offsets @ gram
+    qq, q1, ones = (products * offsets).sum(1), products.sum(1), gram.sum()
+    cq, c1 = (correlation * offsets).sum(1), correlation.sum(1)
+    best_scale, best_shift, best = scale.clone(), torch.zeros_like(scale), torch.zeros_like(scale)
+    for shift in (0,) if symmetric else (0, -1, 1):
+        pp = qq - 2 * shift * q1 + shift**2 * ones
+        pull = cq - shift * c1 + scale * (qq - shift * q1)
+        new = round_scale(torch.where(pp > 0, pull / pp, scale))
+        gain = new * new * pp - 2 * new * pull - (scale * scale * qq - 2 * scale * (cq + scale * qq))
+        moved = zero + shift
+        legal = (pp > 0) & (new > 0) & torch.isfinite(new) & (moved >= min(1, qmax - 1)) & (moved <= qmax)
+        better = legal & (gain < best)
+        best = torch.where(better, gain, best)
+        best_scale = torch.where(better, new, best_scale)
+        best_shift = torch.where(better, float(shift), best_shift)
+    return best_scale, best_shift

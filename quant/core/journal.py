@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quant.core.errors import InputError
-from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
 
 Record = dict[str, Any]
 
@@ -125,8 +125,15 @@ class RunDirectory:
         for name, weight in weights.items():
             grid = weight.grid
             parts = {"codes": weight.codes, "scale": grid.scale, "zero": grid.zero, "g_idx": grid.g_idx}
-            tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
             linears[name] = {"spec": asdict(weight.spec), "qmax": grid.qmax, "info": dict(weight.info)}
+            if weight.outliers is not None:
+                parts |= {"outlier_index": weight.outliers.index, "outlier_value": weight.outliers.value}
+                linears[name]["whole_columns"] = weight.outliers.whole_columns
+            if grid.bilevel is not None:
+                level = grid.bilevel
+                parts |= {"scale_codes": level.codes, "scale_base": level.base, "scale_step": level.step}
+                linears[name]["bilevel"] = {"bits": level.bits, "rows": level.rows}
+            tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
         summary = BlockSummary(records, dict(seconds), _digest(tensors))
         metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(asdict(summary))}
         write_atomically(self.block_file(index), save(tensors, metadata))
@@ -142,20 +149,8 @@ class RunDirectory:
     def read_weights(self, index: int) -> dict[str, QuantizedWeight]:
         """The solved linears of a finished block, by name."""
         with self._opened(index) as file:
-            return {
-                name: QuantizedWeight(
-                    file.get_tensor(f"{name}.codes"),
-                    Grid(
-                        file.get_tensor(f"{name}.scale"),
-                        file.get_tensor(f"{name}.zero"),
-                        file.get_tensor(f"{name}.g_idx"),
-                        entry["qmax"],
-                    ),
-                    QuantSpec(**entry["spec"]),
-                    entry["info"],
-                )
-                for name, entry in json.loads(file.metadata()["linears"]).items()
-            }
+            entries = json.loads(file.metadata()["linears"])
+            return {name: _quantized(file, name, entry) for name, entry in entries.items()}
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[Any]:
@@ -168,6 +163,22 @@ class RunDirectory:
             raise InputError(
                 f"{path} is damaged ({error}); delete it and the later blocks, or use --overwrite"
             ) from error
+
+
+def _quantized(file: Any, name: str, entry: Record) -> QuantizedWeight:
+    """One linear of an opened block file."""
+
+    def part(which: str) -> Tensor:
+        tensor: Tensor = file.get_tensor(f"{name}.{which}")
+        return tensor
+
+    bilevel = outliers = None
+    if "bilevel" in entry:
+        bilevel = BilevelScales(part("scale_codes"), part("scale_base"), part("scale_step"), **entry["bilevel"])
+    if "whole_columns" in entry:
+        outliers = Outliers(part("outlier_index"), part("outlier_value"), entry["whole_columns"])
+    grid = Grid(part("scale"), part("zero"), part("g_idx"), entry["qmax"], bilevel)
+    return QuantizedWeight(part("codes"), grid, QuantSpec(**entry["spec"]), entry["info"], outliers)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -77,3 +77,15 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float
     """‖(W-Ŵ)X‖² / ‖WX‖²; 0 where both vanish, inf where only the output does."""
     error, norm = objective(weight - approximation, gram), objective(weight, gram)
     return error / norm if norm > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def largest_eigenvalue(gram: Tensor, steps: int = 60) -> float:
+    """Largest eigenvalue of a positive semidefinite matrix, from below, by power iteration from a fixed start."""
+    vector = gram.diagonal().clone() + gram.diagonal().mean()
+    value = 0.0
+    for _ in range(steps):
+        vector = vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
+        product = gram @ vector
+        value = float(vector @ product)
+        vector = product
+    return value

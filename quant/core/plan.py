@@ -3,15 +3,17 @@
 Memory (bytes)
   block       parameters of a block x bytes of the arithmetic's dtype
   statistics  4·in² for every Gram matrix alive: all groups of a block, or the largest with --true-sequential
-  solver      of the largest linear: 4·6·out·in (target, residual, work copies, codes), and 4·3·in² more for
+  solver      of the largest linear: 4·6·out·in (target, residual, correlation, work copies, codes), and 4·3·in² more for
               methods that factorize the Gram matrix (those with --percdamp), 4·in² for act-order
   batch       --calib-batch x seqlen x (8·hidden + 3·widest linear) x bytes of the dtype
+  quantized   codes, scales, zero points; with --outlier of quantease 32 bits more for each outlier (16 for each
+              weight of an outlier column); spqr's outliers depend on the weights and are not in it
   device      block + statistics + the larger of solver and batch + embeddings and head while they are in use
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for)
 Time (seconds)
   calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
               --true-sequential one partial pass a group), at the measured matrix-product rate of the dtype;
-              Gram 2·in² flops a token and group at the float32 rate
+              Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate
   solve       out·(a·in + b·in²), a and b from the solver itself timed on two small layers
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
@@ -35,7 +37,7 @@ from models.load import build_meta, load_config
 from quant.core import machine
 from quant.core.registry import get_solver
 from quant.core.run import DEFAULT_MAX_SEQLEN, RunConfig
-from quant.core.stats import LayerStats
+from quant.core.stats import BLOCK, LayerStats
 from quant.core.types import QuantSpec
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
@@ -129,12 +131,14 @@ def estimate(
     spec = QuantSpec(config.wbits, config.group_size, config.symmetric)
     group_bits = 16 + (0 if spec.symmetric else spec.bits)
     side = sum(out * spec.n_groups(n_in) * group_bits for _, out, n_in in shapes.linears)
+    if config.method == "quantease":
+        side += weights * config.options.get("outlier", 0.0) * (16 if config.options.get("structure_outlier") else 32)
 
     sizes = [sum(out * n_in for _, out, n_in in group) for group in shapes.groups]
     before = [sum(sizes[:i]) / weights for i in range(len(sizes))]  # share of the block in front of each group
     passes = 1 + (sum(before) if config.true_sequential else 1)
     forward = n_blocks * tokens * 2 * shapes.block * passes / rates[0]
-    gram = n_blocks * tokens * sum(2 * group[0][2] ** 2 for group in shapes.groups) / rates[1]
+    gram = n_blocks * tokens * sum(_gram_flops(group[0][2]) for group in shapes.groups) / rates[1]
     solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
     variants = 2 if config.full_precision_eval else 1
     evaluated = EVAL_TOKENS * len(config.eval_datasets) * variants
@@ -159,6 +163,11 @@ def estimate(
         "seconds: evaluate": evaluate,
         "seconds: total": forward + gram + solve + evaluate,
     }
+
+
+def _gram_flops(n_in: int) -> float:
+    blocks = -(-n_in // BLOCK)
+    return n_in**2 * (1 + 1 / blocks)
 
 
 def show_plan(configs: Sequence[RunConfig], console: Console) -> None:

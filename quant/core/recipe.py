@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,18 +49,11 @@ def deploy(weights: Weights, solved: Mapping[str, QuantizedWeight], model: LazyM
     """Weights of a block with the solved linears in place."""
     new = {
         f"{name}.weight": deployed(
-            _on(quantized, weights[f"{name}.weight"].device), model, weights[f"{name}.weight"].device
+            quantized.to(weights[f"{name}.weight"].device), model, weights[f"{name}.weight"].device
         )
         for name, quantized in solved.items()
     }
     return {**weights, **new}
-
-
-def _on(quantized: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    """The same answer with its tensors on a device."""
-    grid = quantized.grid
-    moved = type(grid)(grid.scale.to(device), grid.zero.to(device), grid.g_idx.to(device), grid.qmax)
-    return type(quantized)(quantized.codes.to(device), moved, quantized.spec, quantized.info)
 
 
 @dataclass(frozen=True)
@@ -98,6 +91,21 @@ def quantize_block(stream: BlockStream, index: int, weights: Weights, recipe: Re
                 solving += time.perf_counter() - started
         weights = deploy(weights, {name: solved[name] for group in stage for name in group}, stream.model)
     return SolvedBlock(weights, solved, records, solving)
+
+
+def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Sequence[Recipe]) -> list[Record]:
+    """Records of every recipe for every linear of block ``index``, from one set of statistics; nothing is deployed."""
+    groups = stream.model.groups
+    stats = {g[0]: LayerStats(weights[f"{g[0]}.weight"].shape[1], stream.device) for g in groups}
+    stream.run(index, weights, observe={name: s.update for name, s in stats.items()})
+    records = []
+    for group in groups:
+        for name, recipe in ((name, recipe) for name in group for recipe in recipes):
+            started = time.perf_counter()
+            _, record = solve_linear(f"block {index} {name}", weights[f"{name}.weight"], stats[group[0]], recipe)
+            seconds = round(time.perf_counter() - started, 4)
+            records.append({"block": index, "name": name} | record | {"seconds": seconds})
+    return records
 
 
 def solve_linear(where: str, weight: Tensor, stats: LayerStats, recipe: Recipe) -> tuple[QuantizedWeight, Record]:

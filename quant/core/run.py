@@ -6,8 +6,9 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,12 +21,13 @@ from models.load import LazyModel, load_model, load_tokenizer
 from quant.core import machine
 from quant.core.errors import InputError
 from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
-from quant.core.recipe import Recipe, deploy, quantize_block
+from quant.core.recipe import Recipe, compare_block, deploy, quantize_block
 from quant.core.registry import get_solver
 from quant.core.stream import BlockStream
 from quant.core.types import QuantSpec
-from quant.evaluate import FULL, evaluate, report
+from quant.evaluate import FULL, Scores, evaluate, report
 from quant.export.dequantized import check_target, dtype_name, save_dequantized
+from quant.kernels.blocks import kernels
 
 FULL_BITS = 16  # --wbits 16: nothing is quantized, the base model is evaluated
 DEFAULT_MAX_SEQLEN = 2048
@@ -71,6 +73,21 @@ class RunConfig:
 
 def silent(stage: str, done: int, total: int, note: str) -> None:
     """Progress that nobody watches."""
+
+
+@dataclass
+class Job:
+    """One configuration on its way: what was decided before work began, and what became of it."""
+
+    config: RunConfig
+    recipe: Recipe | None
+    target: RunDirectory
+    digest: str
+    n_blocks: int
+    results: Record | None
+    blocks: list[BlockSummary] = field(default_factory=list)
+    seconds: float = 0.0
+    peak: Mapping[str, int] = field(default_factory=dict)
 
 
 class Session:
@@ -164,40 +181,69 @@ class Session:
 
     def run(self, config: RunConfig, progress: Progress = silent) -> Record:
         """Quantize, evaluate, save; return what results.json holds. Continues a run that was interrupted."""
+        return self.run_all([config], lambda _: progress)[0]
+
+    def run_all(
+        self, configs: Sequence[RunConfig], progress: Callable[[str], Progress] = lambda _: silent
+    ) -> list[Record]:
+        """`run` for several methods: all are quantized, then evaluated side by side, so full precision runs once.
+
+        progress: gives the callback for a method's name.
+        """
+        jobs = [self._checked(config) for config in configs]
+        for job in jobs:
+            job.blocks = self._quantize_job(job, progress(job.config.method))
+        waiting = [job for job in jobs if job.results is None]
         started = time.perf_counter()
+        scores = self._evaluate(waiting, progress(" and ".join(job.config.method for job in waiting)))
+        share = (time.perf_counter() - started) / max(1, len(waiting))
+        for job in waiting:
+            scored = self._scored(job, scores)
+            job.results = self._results(job.config, job.blocks) | scored
+            job.results |= {"configuration_sha256": job.digest, "evaluation": self._evaluation_request(job.config)}
+            job.results["seconds"]["evaluate"] = share
+        return [self._finished(job, job in waiting, progress(job.config.method)) for job in jobs]
+
+    def _checked(self, config: RunConfig) -> Job:
+        """Everything that can be wrong with a configuration, before any work; its directory is opened."""
         recipe = self.recipe(config) if config.quantizes else None
         configuration = self.configuration(config)
         target = RunDirectory(self.run_path(config))
-        evaluation = self._evaluation_request(config)
         previous = None if config.overwrite else target.read("results.json")
+        if previous is not None and previous.get("evaluation") != self._evaluation_request(config):
+            previous = None
         digest = _sha256_of(configuration)
         if config.save is not None and not _saved(config.save, digest):
             check_target(config.save, config.overwrite)
         self._check_space(config, target.path)
         target.open(self._manifest(config, configuration), config.overwrite)
-        machine.reset_peak(self.device)
+        return Job(config, recipe, target, digest, configuration["blocks"], previous)
 
-        n_blocks = configuration["blocks"]
-        blocks = self._quantize(recipe, n_blocks, config, target, progress) if recipe else []
-        results = previous
-        if results is None or results.get("evaluation") != evaluation:
-            clock = time.perf_counter()
-            scored = self._evaluate(n_blocks, config, target, progress)
-            results = self._results(config, blocks) | scored
-            results |= {"configuration_sha256": digest, "evaluation": evaluation}
-            results["seconds"]["evaluate"] = time.perf_counter() - clock
-        if config.save is not None and not _saved(config.save, digest):
+    def _quantize_job(self, job: Job, progress: Progress) -> list[BlockSummary]:
+        machine.reset_peak(self.device)
+        started = time.perf_counter()
+        blocks = self._quantize(job, progress) if job.recipe else []
+        job.seconds = time.perf_counter() - started
+        job.peak = machine.peak_bytes(self.device)
+        return blocks
+
+    def _finished(self, job: Job, new: bool, progress: Progress) -> Record:
+        """Save the checkpoint if asked for and write results.json if something in it is new."""
+        config, results, target = job.config, job.results, job.target
+        assert results is not None
+        if config.save is not None and not _saved(config.save, job.digest):
             clock = time.perf_counter()
             progress("save", 0, 1, str(config.save))
-            solved = lambda i: target.read_weights(i) if i < n_blocks else {}  # noqa: E731
+            solved = lambda i: target.read_weights(i) if i < job.n_blocks else {}  # noqa: E731
             save_dequantized(self.model, self.tokenizer, solved, config.save, results)
             results["seconds"]["export"] = time.perf_counter() - clock
             results["checkpoint_bytes"] = sum(f.stat().st_size for f in config.save.iterdir())
             progress("save", 1, 1, str(config.save))
-        if results is not previous:
-            results["seconds"] |= {"load": self.load_seconds}
-            results["seconds"]["total"] = self.load_seconds + time.perf_counter() - started
-            results["peak_bytes"] = machine.peak_bytes(self.device)
+            new = True
+        if new:
+            seconds = results["seconds"] | {"load": self.load_seconds}
+            seconds["total"] = self.load_seconds + job.seconds + seconds["evaluate"] + seconds["export"]
+            results |= {"seconds": seconds, "peak_bytes": job.peak}
             write_json(target.path / "results.json", results)
         return results | {"run_dir": str(target.path)}
 
@@ -224,6 +270,7 @@ class Session:
             "versions": machine.versions(),
             "commit": machine.commit(),
             "hardware": machine.describe(self.device),
+            "kernels": kernels(self.device).name,
         }  # fmt: skip
 
     def _check_space(self, config: RunConfig, path: Path) -> None:
@@ -239,23 +286,27 @@ class Session:
             if free < size:
                 raise InputError(f"{place} needs about {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
 
-    def _quantize(
-        self, recipe: Recipe, n_blocks: int, config: RunConfig, target: RunDirectory, progress: Progress
-    ) -> list[BlockSummary]:
-        """Solve the blocks that are not on disk yet; finished ones only carry the calibration samples forward."""
+    def _stream(self, config: RunConfig, directory: Path) -> BlockStream:
+        """The calibration samples in front of the first block."""
         assert self.calibration is not None
-        results = target.finished_blocks()
-        if len(results) == n_blocks:
-            progress("quantize", n_blocks, n_blocks, "finished before")
-            return results
-        stream = BlockStream(
+        return BlockStream(
             self.model,
             self.calibration.ids,
             device=self.device,
             batch=config.calib_batch,
             store=config.activation_store,
-            directory=target.path,
+            directory=directory,
         ).capture(self.model.outside_weights(self.device))
+
+    def _quantize(self, job: Job, progress: Progress) -> list[BlockSummary]:
+        """Solve the blocks that are not on disk yet; finished ones only carry the calibration samples forward."""
+        target, n_blocks = job.target, job.n_blocks
+        results = target.finished_blocks()
+        if len(results) == n_blocks:
+            progress("quantize", n_blocks, n_blocks, "finished before")
+            return results
+        assert job.recipe is not None
+        stream = self._stream(job.config, target.path)
         for index in range(n_blocks):
             weights = self.model.block_weights(index, self.device)
             if index < len(results):
@@ -263,7 +314,7 @@ class Session:
                 stream.run(index, deploy(weights, target.read_weights(index), self.model), advance=True)
             else:
                 before = dict(stream.seconds)
-                block = quantize_block(stream, index, weights, recipe)
+                block = quantize_block(stream, index, weights, job.recipe)
                 if index + 1 < n_blocks:
                     stream.run(index, block.weights, advance=True)
                 forward, gram = (stream.seconds[k] - before[k] for k in ("forward", "observe"))
@@ -274,25 +325,54 @@ class Session:
             progress("quantize", index + 1, n_blocks, note)
         return results
 
-    def _evaluate(self, n_blocks: int, config: RunConfig, target: RunDirectory, progress: Progress) -> Record:
-        def deployed(index: int, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return deploy(weights, target.read_weights(index), self.model) if index < n_blocks else weights
+    def _evaluate(self, jobs: Sequence[Job], progress: Progress) -> dict[str, dict[str, Scores]]:
+        """Scores of every job (by its directory) and of full precision on every corpus, in one pass over the blocks."""
 
-        variants = {config.method: deployed} if config.quantizes else {}
-        if not self.evaluation or not (variants or config.full_precision_eval):
-            return {"perplexity": {}, "fidelity": {}}
-        scores = evaluate(
+        def deployed(job: Job) -> Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+            def own(index: int, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+                return deploy(weights, job.target.read_weights(index), self.model) if index < job.n_blocks else weights
+
+            return own
+
+        variants = {str(job.target.path): deployed(job) for job in jobs if job.recipe}
+        full = any(job.config.full_precision_eval for job in jobs)
+        if not jobs or not self.evaluation or not (variants or full):
+            return {}
+        config = jobs[0].config
+        return evaluate(
             self.model,
             self.evaluation,
             variants,
             device=self.device,
             batch=config.calib_batch,
             store=config.activation_store,
-            directory=target.path,
-            full_precision=config.full_precision_eval or not variants,
+            directory=jobs[0].target.path,
+            full_precision=full,
             progress=lambda done, total: progress("evaluate", done, total, ""),
         )
-        return report(self.evaluation, scores, config.method if variants else FULL)
+
+    def _scored(self, job: Job, scores: dict[str, dict[str, Scores]]) -> Record:
+        if not scores:
+            return {"perplexity": {}, "fidelity": {}}
+        return report(self.evaluation, scores, str(job.target.path) if job.recipe else FULL)
+
+    def compare_layers(self, configs: Sequence[RunConfig], progress: Progress = silent) -> list[Record]:
+        """Journal records of every method for every linear, all from the Gram matrices of the full-precision stream.
+
+        Nothing is kept on disk; the blocks stay as they are, so that every method sees the same inputs.
+        """
+        recipes = [self.recipe(config) for config in configs]
+        n_blocks = min(configs[0].num_layers, len(self.model.blocks))
+        records: list[Record] = []
+        with tempfile.TemporaryDirectory() as directory:
+            stream = self._stream(configs[0], Path(directory))
+            for index in range(n_blocks):
+                weights = self.model.block_weights(index, self.device)
+                records += compare_block(stream, index, weights, recipes)
+                if index + 1 < n_blocks:
+                    stream.run(index, weights, advance=True)
+                progress("compare", index + 1, n_blocks, "")
+        return records
 
     def _results(self, config: RunConfig, blocks: list[BlockSummary]) -> Record:
         """The entries that come from the codes and the journal."""

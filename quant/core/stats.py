@@ -8,6 +8,7 @@ from torch import Tensor
 from quant.core.errors import InputError
 
 CHUNK = 4096  # tokens cast to float32 at a time, so that a batch is never copied whole
+BLOCK = 512  # columns: the sum is symmetric, and only blocks on and below the diagonal are computed
 
 
 class LayerStats:
@@ -17,29 +18,53 @@ class LayerStats:
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.gram = torch.zeros(in_features, in_features, device=device)
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._blocks = [slice(i, min(i + BLOCK, in_features)) for i in range(0, in_features, BLOCK)]
+        self._mirrored = True
         self.n_tokens = 0
+
+    @classmethod
+    def from_gram(cls, gram: Tensor, n_tokens: int = 0) -> LayerStats:
+        """Statistics whose Gram matrix is known; it is copied."""
+        stats = cls(gram.shape[0], gram.device)
+        stats._sum.copy_(gram)
+        stats.n_tokens = n_tokens
+        return stats
 
     def update(self, x: Tensor) -> None:
         """Add inputs x [..., in] of any floating dtype."""
         rows = x.reshape(-1, x.shape[-1])
         for part in rows.split(CHUNK):
             part = part.float()
-            self.gram.addmm_(part.T, part)
+            for block in self._blocks:
+                self._sum[block, : block.stop].addmm_(part[:, block].T, part[:, : block.stop])
         self.n_tokens += rows.shape[0]
+        self._mirrored = False
+
+    @property
+    def gram(self) -> Tensor:
+        """The sum of x xᵀ, float32 [in, in]."""
+        if not self._mirrored:
+            for block in self._blocks:
+                self._sum[: block.start, block] = self._sum[block, : block.start].T
+            self._mirrored = True
+        return self._sum
 
     @property
     def diagonal(self) -> Tensor:
         """Gram diagonal [in]: how much each input column matters."""
-        return self.gram.diagonal()
+        return self._sum.diagonal()
 
     def check(self, name: str = "the layer") -> LayerStats:
-        """Return self. Raises InputError where a calibration input was not finite (it shows on the diagonal)."""
+        """Return self. Raises InputError where a calibration input was not finite (it shows on the diagonal), or
+        where the diagonal of a Gram matrix that was given is negative."""
         if not bool(torch.isfinite(self.diagonal).all()):
             raise InputError(
                 f"{name}: calibration inputs are not finite (NaN or overflow); "
                 "check the model's weights, or use --dtype float32 or bfloat16"
             )
+        if bool((self.diagonal < 0).any()):
+            raise InputError(f"{name}: the Gram matrix has a negative diagonal; it is no sum of x xᵀ")
         return self
 
     def order(self) -> Tensor:

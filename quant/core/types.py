@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -73,17 +73,47 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
+class BilevelScales:
+    """Scales [out, G] in few bits: scale = base + codes * step, base and step shared by ``rows`` rows (SpQR).
+
+    codes: uint8 [out, G] of ``bits`` bits. base, step: [ceil(out / rows), G], float16 (float32 where that is too
+    small or too large for it).
+    """
+
+    codes: Tensor
+    base: Tensor
+    step: Tensor
+    bits: int
+    rows: int
+
+    def expand(self, n_out: int) -> Tensor:
+        """The scales, float32 [out, G]."""
+        base, step = (t.float().repeat_interleave(self.rows, 0)[:n_out] for t in (self.base, self.step))
+        return base + self.codes.float() * step
+
+    def storage_bits(self) -> int:
+        """Codes and their second-level numbers."""
+        return self.codes.numel() * self.bits + (self.base.numel() + self.step.numel()) * self.base.itemsize * 8
+
+    def to(self, device: torch.device | str) -> BilevelScales:
+        """The same scales on a device."""
+        return replace(self, codes=self.codes.to(device), base=self.base.to(device), step=self.step.to(device))
+
+
+@dataclass(frozen=True)
 class Grid:
     """Scales and zero points of one layer.
 
     scale: float32 [out, G], positive, fp16-representable wherever that costs less than 1/64 (then it is
-    stored in 16 bits). zero: int32 [out, G]. g_idx: int64 [in], the group of every column.
+    stored in 16 bits). zero: int32 [out, G]. g_idx: int64 [in], the group of every column. bilevel: how the scales
+    are stored where they are quantized themselves (SpQR).
     """
 
     scale: Tensor
     zero: Tensor
     g_idx: Tensor
     qmax: int
+    bilevel: BilevelScales | None = None
 
     @property
     def n_groups(self) -> int:
@@ -94,6 +124,17 @@ class Grid:
     def scale_bits(self) -> int:
         """16 if every scale is exactly an fp16 number, else 32."""
         return 16 if torch.equal(self.scale.half().float(), self.scale) else 32
+
+    def scale_storage_bits(self) -> int:
+        """Bits of all scales."""
+        return self.scale.numel() * self.scale_bits if self.bilevel is None else self.bilevel.storage_bits()
+
+    def to(self, device: torch.device | str) -> Grid:
+        """The same grid on a device."""
+        bilevel = self.bilevel and self.bilevel.to(device)
+        return replace(
+            self, scale=self.scale.to(device), zero=self.zero.to(device), g_idx=self.g_idx.to(device), bilevel=bilevel
+        )
 
     def expand(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every column, float32: [out, in], or [out, 1] where rows have one group."""
@@ -113,6 +154,25 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Outliers:
+    """What is added to the dequantized weights: a few entries, or whole columns.
+
+    index: int64 [n], ascending positions row * in + column. value: float16 [n]. whole_columns: stored as columns.
+    """
+
+    index: Tensor
+    value: Tensor
+    whole_columns: bool = False
+
+    def storage_bits(self, n_out: int, n_in: int) -> int:
+        """Values, and column numbers with row pointers (compressed sparse rows), or one number for each column."""
+        if self.whole_columns:
+            return self.value.numel() * 16 + self.value.numel() // n_out * 32
+        column_bits = 16 if n_in <= 1 << 16 else 32
+        return self.value.numel() * (16 + column_bits) + (n_out + 1) * 32
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """A solver's answer for one linear layer.
 
@@ -123,15 +183,28 @@ class QuantizedWeight:
     grid: Grid
     spec: QuantSpec
     info: Mapping[str, float] = field(default_factory=dict)
+    outliers: Outliers | None = None
 
     def dequantize(self) -> Tensor:
-        """The weight that is deployed, float32 [out, in]."""
-        return self.grid.dequantize(self.codes)
+        """The weight that is deployed, float32 [out, in]: values of the codes, plus the outliers."""
+        weight = self.grid.dequantize(self.codes)
+        if self.outliers is not None:
+            weight.view(-1).index_add_(0, self.outliers.index, self.outliers.value.float())
+        return weight
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same answer with its tensors on a device."""
+        outliers = self.outliers
+        if outliers is not None:
+            outliers = replace(outliers, index=outliers.index.to(device), value=outliers.value.to(device))
+        return replace(self, codes=self.codes.to(device), grid=self.grid.to(device), outliers=outliers)
 
     def storage_bits(self) -> int:
-        """Bits that must be stored: codes, scales, zero points, and the column order where it is not i // group."""
+        """Bits that must be stored: codes, grid, outliers, and the column order where it is not i // group."""
         n_out, n_in = self.codes.shape
-        bits = n_out * n_in * self.spec.code_bits + self.grid.scale.numel() * self.grid.scale_bits
+        bits = n_out * n_in * self.spec.code_bits + self.grid.scale_storage_bits()
+        if self.outliers is not None:
+            bits += self.outliers.storage_bits(n_out, n_in)
         if not self.spec.symmetric:
             bits += self.grid.zero.numel() * self.spec.code_bits
         if not self.has_plain_groups():
@@ -162,4 +235,13 @@ class QuantizedWeight:
             raise ValueError(f"zero points must lie in 0..{grid.qmax}")
         if grid.g_idx.shape != (n_in,) or int(grid.g_idx.max()) >= grid.n_groups or int(grid.g_idx.min()) < 0:
             raise ValueError(f"g_idx must hold {n_in} group numbers in 0..{grid.n_groups - 1}")
+        if grid.bilevel is not None and not torch.equal(grid.bilevel.expand(n_out), grid.scale):
+            raise ValueError("scales must be the values of their own codes")
+        if self.outliers is not None:
+            index, value = self.outliers.index, self.outliers.value
+            legal = bool((index.diff() > 0).all()) and (index.numel() == 0 or 0 <= int(index[0]) <= int(index[-1]))
+            if not legal or (index.numel() and int(index[-1]) >= n_out * n_in) or index.shape != value.shape:
+                raise ValueError(f"outliers must have ascending positions in 0..{n_out * n_in - 1}, one value each")
+            if value.dtype != torch.float16 or not bool(torch.isfinite(value).all()):
+                raise ValueError("an outlier is larger than float16 can hold")
         return self

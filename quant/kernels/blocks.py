@@ -1,69 +1,135 @@
-"""One block of columns, column by column: the inner loop of coordinate descent and of GPTQ.
+"""One block of columns, column by column: the inner loops of coordinate descent and of GPTQ.
 
-Everything here is transposed, columns of the layer first ([B, out]), so that a column is contiguous. Rows of the
-layer are independent of each other. Two implementations of one signature: plain torch (any device, the reference)
-and numba (CPU, compiled, parallel over tiles of rows); `coordinate_descent_block_` and `gptq_block_` choose by
-device. In-place functions end in an underscore.
+Rows of a layer are independent of each other; an implementation may treat them in any order and in parallel. Each
+loop exists three times under one signature: plain torch (any device; the reference), numba (CPU: tiles of rows in
+parallel, compiled code cached) and Triton (CUDA: a program for a tile of rows). `kernels(device)` chooses; `describe`
+says which, for the manifest. In-place functions end in an underscore.
 """
 
 from __future__ import annotations
 
+import logging
+import subprocess
+from typing import NamedTuple, Protocol
+
 import torch
 from torch import Tensor
 
-
-def quantize_column(u: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:
-    """Nearest codes (as floats) of one column u [out] on its grid."""
-    return (u / scale).round_().add_(zero).clamp_(0, qmax)
+log = logging.getLogger(__name__)
 
 
-def coordinate_descent_torch_(
-    residual: Tensor,
-    correlation: Tensor,
-    weight: Tensor,
-    gram: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    qmax: int,
-    codes: Tensor | None,
-) -> None:
-    """One pass of exact coordinate minimization over B columns (QuantEase, Alg. 2).
+class ColumnGrid(NamedTuple):
+    """The grid of a block of B columns: scale and zero float32 [out, G] of the whole layer, group int64 [B], qmax."""
 
-    residual [B, out]: W - Ŵ, updated. correlation [B, out]: the block's rows of Σ Eᵀ at the start; consumed.
-    weight [B, out]: target. gram [B, B]. scale, zero [G, out] and group [B], the group of each column.
-    codes [B, out] uint8 receives the codes, or None for a relaxed pass, which stores the minimizer unrounded.
-    Dead columns (zero Gram diagonal) round their current value.
-    """
-    inverse = inverse_diagonal(gram).tolist()
-    for j, g in enumerate(group.tolist()):
-        u = weight[j] - residual[j] + correlation[j] * inverse[j]
-        if codes is None:
-            new = weight[j] - u
-        else:
-            code = quantize_column(u, scale[g], zero[g], qmax)
-            codes[j] = code
-            new = weight[j] - (code - zero[g]) * scale[g]
-        change = new - residual[j]
-        residual[j] = new
-        correlation[j + 1 :].addr_(gram[j, j + 1 :], change)
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+    qmax: int
+
+    def nearest(self, u: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Nearest codes (as floats) and values of u [out] for one column of the block."""
+        g = int(self.group[column])
+        scale, zero = self.scale[:, g], self.zero[:, g]
+        code = (u / scale).round_().add_(zero).clamp_(0, self.qmax)
+        return code, (code - zero) * scale
 
 
-def gptq_torch_(
-    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: Tensor, qmax: int, codes: Tensor, errors: Tensor
-) -> None:
-    """GPTQ's inner loop over B columns (GPTQ, Alg. 1).
+class Kernels(Protocol):
+    """What a backend implements."""
 
-    weight [B, out]: compensated weights, updated. upper [B, B]: the block of the inverse factor. scale, zero
-    [G, out] and group [B]. codes [B, out] uint8 and errors [B, out] receive the result.
-    """
-    diagonal = upper.diagonal().tolist()
-    for j, g in enumerate(group.tolist()):
-        code = quantize_column(weight[j], scale[g], zero[g], qmax)
-        codes[j] = code
-        error = (weight[j] - (code - zero[g]) * scale[g]) / diagonal[j]
-        errors[j] = error
-        weight[j + 1 :].addr_(upper[j, j + 1 :], error, alpha=-1)
+    name: str
+
+    def coordinate_descent_(
+        self,
+        residual: Tensor,
+        correlation: Tensor,
+        weight: Tensor,
+        gram: Tensor,
+        grid: ColumnGrid,
+        codes: Tensor | None,
+        free: Tensor | None = None,
+    ) -> Tensor:
+        """One pass of exact coordinate minimization over B columns (QuantEase, Alg. 2). Returns the change [out, B].
+
+        residual [out, B]: W - Ŵ, updated. correlation [out, B]: the block's columns of (W - Ŵ) Σ at the start; not
+        changed. weight [out, B]: target. gram [B, B]. codes [out, B] uint8 receives the codes, or None for a relaxed
+        pass, which stores the minimizer unrounded. free [out, B] bool: entries that are never rounded (outliers).
+        Dead columns (zero Gram diagonal) round their current value.
+        """
+
+    def gptq_(
+        self,
+        weight: Tensor,
+        upper: Tensor,
+        grid: ColumnGrid,
+        codes: Tensor,
+        errors: Tensor,
+        outlier_above: Tensor | None = None,
+    ) -> None:
+        """GPTQ's inner loop over B columns (GPTQ, Alg. 1).
+
+        weight [out, B]: compensated weights, updated; upper [B, B]: the block of the inverse factor. codes uint8 and
+        errors float32, both [out, B], receive the result. outlier_above float32 [1]: an entry whose squared error
+        (w - Q(w))² / U_jj² would be larger stays as it is, with error 0 (SpQR, Alg. 1).
+        """
+
+    def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
+        """correlation [out, in] += change [out, B] @ gram [B, in]; changes may be mostly zero."""
+
+
+class TorchKernels:
+    """The reference: a loop over columns, vectorized over rows."""
+
+    name = "torch"
+
+    def coordinate_descent_(
+        self,
+        residual: Tensor,
+        correlation: Tensor,
+        weight: Tensor,
+        gram: Tensor,
+        grid: ColumnGrid,
+        codes: Tensor | None,
+        free: Tensor | None = None,
+    ) -> Tensor:
+        """See `Kernels`."""
+        inverse = inverse_diagonal(gram).tolist()
+        correlation, before = correlation.clone(), residual.clone()
+        for j in range(weight.shape[1]):
+            u = weight[:, j] - residual[:, j] + correlation[:, j] * inverse[j]
+            new = u
+            if codes is not None:
+                code, new = grid.nearest(u, j)
+                codes[:, j] = code
+                if free is not None:
+                    new = torch.where(free[:, j], u, new)
+            residual[:, j] = weight[:, j] - new
+            change = residual[:, j] - before[:, j]
+            correlation[:, j + 1 :].addr_(change, gram[j, j + 1 :])
+        return residual - before
+
+    def gptq_(
+        self,
+        weight: Tensor,
+        upper: Tensor,
+        grid: ColumnGrid,
+        codes: Tensor,
+        errors: Tensor,
+        outlier_above: Tensor | None = None,
+    ) -> None:
+        """See `Kernels`."""
+        diagonal = upper.diagonal().tolist()
+        for j in range(weight.shape[1]):
+            code, value = grid.nearest(weight[:, j], j)
+            error = (weight[:, j] - value) / diagonal[j]
+            if outlier_above is not None:
+                error = torch.where(error.square() > outlier_above, 0.0, error)
+            codes[:, j], errors[:, j] = code, error
+            weight[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
+
+    def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
+        """See `Kernels`."""
+        correlation.addmm_(change, gram)
 
 
 def inverse_diagonal(gram: Tensor) -> Tensor:
@@ -72,31 +138,30 @@ def inverse_diagonal(gram: Tensor) -> Tensor:
     return torch.where(diagonal > 0, 1 / diagonal, 0.0)
 
 
-def coordinate_descent_block_(
-    residual: Tensor,
-    correlation: Tensor,
-    weight: Tensor,
-    gram: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    qmax: int,
-    codes: Tensor | None,
-) -> None:
-    """`coordinate_descent_torch_`, by the fastest implementation for the tensors' device."""
-    if weight.device.type == "cpu":
-        from quant.kernels.cpu import coordinate_descent_cpu_ as implementation
-    else:
-        implementation = coordinate_descent_torch_
-    implementation(residual, correlation, weight, gram, scale, zero, group, qmax, codes)
+_chosen: dict[str, Kernels] = {}
 
 
-def gptq_block_(
-    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: Tensor, qmax: int, codes: Tensor, errors: Tensor
-) -> None:
-    """`gptq_torch_`, by the fastest implementation for the tensors' device."""
-    if weight.device.type == "cpu":
-        from quant.kernels.cpu import gptq_cpu_ as implementation
-    else:
-        implementation = gptq_torch_
-    implementation(weight, upper, scale, zero, group, qmax, codes, errors)
+def kernels(device: torch.device) -> Kernels:
+    """The fastest implementation that works on a device; chosen once a process.
+
+    A Triton that cannot be imported or does not compile is reported in one warning that names what is used instead.
+    """
+    if device.type not in _chosen:
+        _chosen[device.type] = _choose(device)
+    return _chosen[device.type]
+
+
+def _choose(device: torch.device) -> Kernels:
+    if device.type == "cpu":
+        from quant.kernels.cpu import NumbaKernels
+
+        return NumbaKernels()
+    if device.type == "cuda":
+        try:
+            from quant.kernels.cuda import TritonKernels
+
+            return TritonKernels().check(device)
+        except (ImportError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            log.warning("Triton kernels are not usable (%s: %s); using torch", type(error).__name__, reason)
+    return TorchKernels()

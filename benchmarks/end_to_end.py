@@ -1,0 +1,127 @@
+"""Seconds and peak memory of a whole quantization, calibration included, of a model with random weights.
+
+    python -m benchmarks.end_to_end --config benchmarks/configs/llama-2-7b --device cuda --methods gptq quantease
+    python -m benchmarks.end_to_end --config benchmarks/configs/falcon-180b --blocks 1 --device cuda   # extrapolated
+
+Random weights and tokens take as long as trained ones, but for coordinate descent's sparse sweeps (which random
+weights, if anything, make slower). The checkpoint is written to a temporary directory first; that is not timed,
+reading it is. With --blocks fewer than the model has, the time of all blocks is extrapolated and said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from models import family_of
+from models.load import build_meta, load_config, load_model
+from quant.core import machine
+from quant.core.cli import console
+from quant.core.recipe import Recipe, quantize_block
+from quant.core.registry import get_solver, solver_options
+from quant.core.stream import BlockStream
+from quant.core.types import QuantSpec
+
+STAGES = ("forward", "gram", "solve")
+HEADER = (
+    "| model | blocks | method | seconds | of which read | " + " | ".join(STAGES) + " | all blocks, seconds | peak GB |"
+)
+
+
+def write_random(config: Any, directory: Path, dtype: torch.dtype) -> None:
+    """A checkpoint with the shapes of a configuration: one file a block, one for the rest, and the index."""
+    module, prefix = build_meta(config, dtype), f"{family_of(config.model_type).blocks}."
+    files: dict[str, list[tuple[str, torch.Size]]] = {}
+    for name, parameter in module.named_parameters():
+        file = f"block-{name.removeprefix(prefix).split('.')[0]}" if name.startswith(prefix) else "outside"
+        files.setdefault(f"{file}.safetensors", []).append((name, parameter.shape))
+    for file, entries in files.items():
+        tensors = {
+            name: torch.ones(shape, dtype=dtype)
+            if len(shape) == 1
+            else torch.empty(shape, dtype=dtype).normal_(0, 0.02)
+            for name, shape in entries
+        }
+        save_file(tensors, directory / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, entries in files.items() for name, _ in entries}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.dtype = dtype
+    config.save_pretrained(directory)
+
+
+def quantize(directory: Path, method: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds by stage of one method over every block of the checkpoint."""
+    device = machine.pick_device(args.device)
+    machine.reset_peak(device)
+    started = time.perf_counter()
+    model = load_model(str(directory), dtype=machine.pick_dtype(args.dtype, device), cache_dir=directory)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (args.nsamples, args.seqlen), generator=generator)
+    stream = BlockStream(
+        model, tokens, device=device, batch=args.calib_batch, store=args.activation_store, directory=directory
+    ).capture(model.outside_weights(device))
+    options = solver_options(get_solver(method)) | ({"num_iter": args.sweeps} if method == "quantease" else {})
+    recipe = Recipe(method, get_solver(method), QuantSpec(args.wbits), options, args.true_sequential)
+    found = dict.fromkeys(("read", "solve"), 0.0)
+    for index in range(len(model.blocks)):
+        clock = time.perf_counter()
+        weights = model.block_weights(index, device)
+        found["read"] += time.perf_counter() - clock
+        block = quantize_block(stream, index, weights, recipe)
+        found["solve"] += block.seconds
+        if index + 1 < len(model.blocks):
+            stream.run(index, block.weights, advance=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    peak = machine.peak_bytes(device)
+    found |= {"forward": stream.seconds["forward"], "gram": stream.seconds["observe"]}
+    return found | {"total": time.perf_counter() - started, "peak": float(peak["device"] or peak["host"])}
+
+
+def main() -> None:
+    """Write the model, run the methods, print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="directory with a config.json")
+    parser.add_argument("--methods", nargs="+", default=["gptq", "quantease"])
+    parser.add_argument("--blocks", type=int, help="only that many blocks (default: all)")
+    parser.add_argument("--wbits", type=int, default=3)
+    parser.add_argument("--sweeps", type=int, default=30)
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--calib-batch", type=int, default=4)
+    parser.add_argument("--true-sequential", action="store_true")
+    parser.add_argument("--activation-store", default="device", choices=("device", "cpu", "disk"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--directory", type=Path, help="where the random checkpoint is written (default: temporary)")
+    args = parser.parse_args()
+    out = console()
+    with tempfile.TemporaryDirectory(dir=args.directory) as name:
+        directory = Path(name)
+        config, _ = load_config(args.config, directory, with_weights=False)
+        whole = config.num_hidden_layers
+        config.num_hidden_layers = min(whole, args.blocks or whole)
+        write_random(config, directory, torch.float16)
+        out.print(HEADER + "\n" + "|---" * 10 + "|", highlight=False, soft_wrap=True)
+        for method in args.methods:
+            t = quantize(directory, method, args)
+            done = config.num_hidden_layers
+            everything = f"{t['total'] * whole / done:.0f}" + (" (extrapolated)" if done < whole else "")
+            stages = " | ".join(f"{t[stage]:.1f}" for stage in STAGES)
+            out.print(
+                f"| {Path(args.config).name} | {done} of {whole} | {method} | {t['total']:.1f} | {t['read']:.1f} "
+                f"| {stages} | {everything} | {t['peak'] / 1e9:.1f} |",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

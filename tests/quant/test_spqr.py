@@ -1,0 +1,93 @@
+"""SpQR: leave-one-out and sweep against slow references, stored sizes, thresholds."""
+
+import pytest
+import torch
+
+from quant.core.grid import fit_grid
+from quant.core.linalg import damped_inverse_cholesky, relative_error
+from quant.core.types import QuantSpec
+from quant.gptq import gptq
+from quant.spqr import range_outliers, spqr
+from tests.references import inputs, make_stats, naive_leave_one_out, naive_spqr_sweep, weights
+
+
+def problem(seed: int = 0, n_out: int = 40, n_in: int = 128):
+    weight = weights(n_out, n_in, seed)
+    weight[3, 7], weight[10, 60] = 9.0, -8.0
+    return weight, make_stats(inputs(n_in, 500, seed))
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(2), QuantSpec(3, symmetric=True)], ids=str)
+@pytest.mark.parametrize("threshold", [0.01, 0.1, 1.0])
+def test_leave_one_out(spec, threshold):
+    for seed in range(4):
+        part = weights(30, 16, seed)
+        part[0], part[1, :] = 0.0, 1.0
+        part[2, 5] = 40.0
+        importance = torch.rand(16, generator=torch.Generator().manual_seed(seed)) + 0.1
+        found = range_outliers(part, spec, importance, torch.tensor(threshold))
+        assert torch.equal(found, naive_leave_one_out(part, spec, importance, threshold))
+        assert bool(found[2, 5])
+
+
+def test_sweep_on_a_given_grid_equals_the_column_loop():
+    weight, stats = problem(n_out=12, n_in=64)
+    spec = QuantSpec(3, 16)
+    grid = fit_grid(weight, spec)
+    answer = spqr(weight, stats, spec, grid=grid, outlier=0.3).check()
+    upper, _ = damped_inverse_cholesky(stats.gram, 0.01)
+    codes, outliers = naive_spqr_sweep(weight, upper, grid, 0.3)
+    assert answer.outliers is not None
+    mask = torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, answer.outliers.index, True).view_as(weight)
+    assert 0 < int(mask.sum()) < 0.2 * weight.numel()
+    assert float((mask != (outliers != 0)).float().mean()) < 0.01
+    same = answer.codes[~mask] == codes[~mask]
+    assert float(same.float().mean()) > 0.98
+
+
+def test_smaller_thresholds_keep_more_and_lose_less():
+    weight, stats = problem()
+    answers = [spqr(weight, stats, QuantSpec(3, 16), outlier=t).check() for t in (1.0, 0.4, 0.1)]
+    shares = [a.info["outlier_fraction"] for a in answers]
+    errors = [relative_error(weight, a.dequantize(), stats.gram) for a in answers]
+    assert shares == sorted(shares) and shares[0] < shares[-1]
+    assert errors == sorted(errors, reverse=True)
+    assert all(
+        a.outliers is not None and a.outliers.value.numel() == round(s * weight.numel())
+        for a, s in zip(answers, shares, strict=True)
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"simplified_outliers": True}, {"outlier": 0.0}], ids=str)
+def test_better_than_gptq_at_its_own_size(options):
+    weight, stats = problem()
+    answer = spqr(weight, stats, QuantSpec(3, 16), **{"outlier": 0.5} | options).check()
+    plain = gptq(weight, stats, QuantSpec(3, 16))
+    assert answer.grid.bilevel is not None
+    assert torch.equal(answer.grid.bilevel.expand(40), answer.grid.scale)
+    assert answer.has_plain_groups() == ("act_order" not in options)
+    if options.get("outlier") == 0.0:
+        assert answer.outliers is None and answer.bits_per_weight() < plain.bits_per_weight()
+        assert relative_error(weight, answer.dequantize(), stats.gram) < 1.3 * relative_error(
+            weight, plain.dequantize(), stats.gram
+        )
+    else:
+        assert relative_error(weight, answer.dequantize(), stats.gram) < relative_error(
+            weight, plain.dequantize(), stats.gram
+        )
+
+
+def test_stored_bits():
+    weight, stats = problem(n_out=40)
+    answer = spqr(weight, stats, QuantSpec(3, 16), outlier=0.2)
+    assert answer.outliers is not None
+    groups, blocks = 128 // 16, 3  # 40 rows in blocks of 16
+    expected = weight.numel() * 3 + 40 * groups * 3 + blocks * groups * 32 + 40 * groups * 3
+    expected += answer.outliers.value.numel() * 32 + 41 * 32
+    assert answer.storage_bits() == expected
+
+
+def test_bad_options_are_errors():
+    weight, stats = problem()
+    with pytest.raises(ValueError, match="scale_bits"):
+        spqr(weight, stats, QuantSpec(3), scale_bits=0)

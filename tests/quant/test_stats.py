@@ -1,0 +1,42 @@
+"""The Gram matrix: blocks of a symmetric sum, any dtype, any order of reading and adding."""
+
+import pytest
+import torch
+
+from quant.core.errors import InputError
+from quant.core.stats import BLOCK, CHUNK, LayerStats
+
+
+@pytest.mark.parametrize("n_in", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 70])
+def test_gram_is_the_sum_over_tokens(n_in):
+    generator = torch.Generator().manual_seed(n_in)
+    parts = [torch.randn(2, 9, n_in, generator=generator), torch.randn(CHUNK + 3, n_in, generator=generator)]
+    stats = LayerStats(n_in)
+    for part in parts:
+        stats.update(part)
+        torch.testing.assert_close(stats.gram, stats.gram.T, rtol=1e-5, atol=1e-3)  # read between two updates
+    x = torch.cat([part.reshape(-1, n_in) for part in parts]).double()
+    torch.testing.assert_close(stats.gram.double(), x.T @ x, rtol=1e-5, atol=1e-2)
+    assert stats.n_tokens == len(x) and torch.equal(stats.diagonal, stats.gram.diagonal())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_sums_are_float32_whatever_comes_in(dtype):
+    x = (300 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))).to(dtype)  # squares overflow float16
+    stats = LayerStats(8)
+    stats.update(x)
+    torch.testing.assert_close(stats.gram, x.float().T @ x.float(), rtol=1e-5, atol=1e-2)
+
+
+def test_a_known_gram_matrix_is_copied():
+    gram = torch.eye(3)
+    stats = LayerStats.from_gram(gram, 5)
+    stats.update(torch.ones(1, 3))
+    assert torch.equal(stats.gram, torch.eye(3) + 1) and torch.equal(gram, torch.eye(3)) and stats.n_tokens == 6
+
+
+def test_impossible_gram_matrices_name_the_layer():
+    with pytest.raises(InputError, match="block 3 q_proj: the Gram matrix has a negative diagonal"):
+        LayerStats.from_gram(torch.diag(torch.tensor([1.0, -1.0]))).check("block 3 q_proj")
+    with pytest.raises(InputError, match="block 3 q_proj: .*not finite"):
+        LayerStats.from_gram(torch.diag(torch.tensor([1.0, torch.nan]))).check("block 3 q_proj")
