@@ -69,6 +69,11 @@ def parser() -> argparse.ArgumentParser:
         default="minmax",
         help="grid range: min-max, or the shrink with the least error weighted by the Gram diagonal",
     )
+    g.add_argument(
+        "--preset",
+        choices=("best",),
+        help="best: --range mse --search-grid --refit-grid, what measured best with quantease at 2 to 4 bits",
+    )
     g.add_argument("--num-layers-to-quantize", type=int, default=1000, metavar="N", help="only the first N blocks")
     g.add_argument(
         "--true-sequential",
@@ -86,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
         "--group-aware",
         action="store_true",
         help="gptq: act-order among and inside groups, which keeps column i in group i // group size",
+    )
+    g.add_argument(
+        "--search-grid", action="store_true", help="quantease: scales by the lowest end of short descents, row by row"
     )
     g.add_argument(
         "--refit-grid", action="store_true", help="quantease: scales and zero points in closed form between sweeps"
@@ -145,6 +153,12 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the arithmetic (default: the checkpoint's; float32 on a CPU)",
+    )
+    g.add_argument(
+        "--solver-precision",
+        default="highest",
+        choices=("highest", "high", "medium"),
+        help="of float32 products inside the methods; high: TF32 on a GPU; errors are always measured in full float32",
     )
     g.add_argument(
         "--calib-batch", type=int, default=4, metavar="N", help="windows that pass a block at a time (default: 4)"
@@ -289,6 +303,7 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
             cache_dir=args.cache_dir,
             device=args.device,
             dtype=args.dtype,
+            solver_precision=args.solver_precision,
             activation_store=args.activation_store,
             calib_batch=args.calib_batch,
             run_dir=args.run_dir / method if args.run_dir and several else args.run_dir,
@@ -330,6 +345,8 @@ def main() -> None:
     if args.list:
         show_list()
         return
+    if args.preset == "best":
+        args.range, args.search_grid, args.refit_grid = "mse", True, True
     args.methods = [m for m in args.quantization_method.split(",") if m] if args.wbits != 16 else ["quantease"]
     args.corpora = [d for d in args.eval_datasets.split(",") if d]
     if found := mistakes(args):

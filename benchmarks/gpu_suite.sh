@@ -12,7 +12,7 @@ echo "== kernels against torch, compiled"
 "$python" -m pytest -q -p no:cacheprovider tests/quant/test_kernels.py tests/quant/test_quantease.py
 
 echo "== solvers against their floors"
-"$python" -m benchmarks.solvers --device cuda --shapes 768x768 2048x2048 4096x4096 --reference --out "$table"
+"$python" -m benchmarks.solvers --device cuda --shapes 768x768 2048x2048 4096x4096 --reference --precision high --out "$table"
 
 echo "== whole models with random weights"
 {

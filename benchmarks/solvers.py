@@ -23,6 +23,7 @@ from quant.core import machine
 from quant.core.cli import console
 from quant.core.grid import fit_grid
 from quant.core.linalg import relative_error
+from quant.core.recipe import products_in
 from quant.core.stats import LayerStats
 from quant.core.types import Grid, QuantSpec
 from quant.gptq import gptq
@@ -93,7 +94,7 @@ def problem(n_out: int, n_in: int, device: str) -> tuple[Tensor, Tensor]:
     return torch.randn(n_out, n_in, generator=generator).to(device), x.to(device)
 
 
-def measured(n_out: int, n_in: int, device: str, sweeps: int, backends: list[Kernels]) -> list[str]:
+def measured(n_out: int, n_in: int, device: str, sweeps: int, backends: list[Kernels], precision: str) -> list[str]:
     """The rows of one shape."""
     weight, x = problem(n_out, n_in, device)
     stats, spec = LayerStats(n_in, device), QuantSpec(3)
@@ -122,6 +123,17 @@ def measured(n_out: int, n_in: int, device: str, sweeps: int, backends: list[Ker
         row("gptq", backend.name, seconds(partial(gptq, weight, stats, spec)))
         ours = seconds(partial(quantease, weight, stats, spec, num_iter=sweeps), repeats=2)
         row("quantease", backend.name, ours, f"{loop / ours:.1f}")
+    if precision != "highest":
+        with products_in(precision):
+            ours = seconds(partial(quantease, weight, stats, spec, num_iter=sweeps), repeats=2)
+            lower = quantease(weight, stats, spec, num_iter=sweeps).dequantize()
+        full = quantease(weight, stats, spec, num_iter=sweeps).dequantize()
+        errors = [relative_error(weight, w, gram) for w in (full, lower)]
+        row("quantease", f"{backends[0].name}, products {precision}", ours, f"{loop / ours:.1f}")
+        rows.append(
+            f"| {shape} | objective: float32 {errors[0]:.7f}, products {precision} {errors[1]:.7f} "
+            f"| | | | {errors[1] / errors[0] - 1:.1e} relative | | |"
+        )
     published, blocked = (f(weight, gram, grid, schedule[:6]) for f in (column_loop, descend))
     errors = [relative_error(weight, w, gram) for w in (published, blocked)]
     same = f"objective after 6 sweeps: column loop {errors[0]:.7f}, ours {errors[1]:.7f}"
@@ -137,6 +149,9 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=30)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--reference", action="store_true", help="also time the plain torch loops")
+    parser.add_argument(
+        "--precision", default="highest", choices=("highest", "high", "medium"), help="also measure this"
+    )
     parser.add_argument("--out", type=Path, help="write the table here as well")
     args = parser.parse_args()
     fastest = kernels(torch.device(args.device))
@@ -155,7 +170,7 @@ def main() -> None:
         out.print(line, highlight=False, soft_wrap=True)
     for shape in args.shapes:
         n_out, n_in = map(int, shape.split("x"))
-        for line in measured(n_out, n_in, args.device, args.sweeps, backends):
+        for line in measured(n_out, n_in, args.device, args.sweeps, backends, args.precision):
             lines.append(line)
             out.print(line, highlight=False, soft_wrap=True)
     if args.out:

@@ -128,7 +128,8 @@ def _meaning(rng: random.Random, pair: list[str]) -> Thread:
     """One of the two is meant by she or he."""
     meant, _ = rng.sample(pair, 2)
     first, second = rng.sample(pair, 2)
-    pronoun, trait = ("she" if meant in w.FEMALE else "he"), rng.choice(w.TRAITS)
+    trait = rng.choice(w.TRAITS)
+    pronoun, object_, kind = ("she", "her", "woman") if meant in w.FEMALE else ("he", "him", "man")
     told = [
         rng.choice(
             (
@@ -138,7 +139,8 @@ def _meaning(rng: random.Random, pair: list[str]) -> Thread:
             )
         )
     ]
-    return Thread(told, f"the {trait} one of the two was", meant)
+    told.append(f"everybody {rng.choice(('liked', 'thanked', 'praised', 'noticed'))} {object_} for it .")
+    return Thread(told, f"the {trait} one of the two was the", f"{kind} , {meant}")
 
 
 def _happening(rng: random.Random, pair: list[str]) -> Thread:
@@ -187,7 +189,8 @@ def _story(rng: random.Random) -> Story:
     pair = [rng.choice(w.FEMALE), rng.choice(w.MALE)]
     rng.shuffle(pair)
     job, weather = rng.choice(sorted(w.TOOLS)), rng.choice(rng.choice((w.WET, w.DRY)))
-    threads = {name: PLOTS[name](rng, pair) for name in rng.sample(sorted(PLOTS), rng.choice((2, 3, 3)))}
+    plots = ["meaning", *rng.sample([name for name in sorted(PLOTS) if name != "meaning"], rng.choice((1, 2)))]
+    threads = {name: PLOTS[name](rng, pair) for name in plots}
     hero, friend = pair
     body = [
         rng.choice(
@@ -278,10 +281,10 @@ def _continuation(story: Story, rng: random.Random) -> dict[str, object] | None:
 
 
 def _reference(story: Story, rng: random.Random) -> dict[str, object] | None:
-    thread = story.threads.get("meaning")
-    if thread is None:
-        return None
-    return _choice(f"{story.told} {thread.stem}", [thread.outcome, *_others(rng, thread.outcome, story.pair, 1)], rng)
+    thread = story.threads["meaning"]
+    woman, man = sorted(story.pair, key=lambda name: name in w.MALE)
+    both = [f"woman , {woman}", f"man , {man}"]
+    return _choice(f"{story.told} {thread.stem}", [thread.outcome, *_others(rng, thread.outcome, both, 1)], rng)
 
 
 def _yes_no(story: Story, rng: random.Random) -> dict[str, object] | None:

@@ -52,28 +52,26 @@ NUMBERS = (
 ).split()
 # What is told in passing and never asked for.
 FOODS = (
-    "asparagus bacon bananas beans beef beetroot biryani bread broth butter cabbage cauliflower celery cheese chicken "
+    "almonds apricots asparagus bacon bananas beans beef beetroot biryani bread broth butter cabbage cauliflower celery cheese chicken "
     "chocolate cider cocoa cream crumpets cucumber curry custard dates dumplings fudge garlic ginger gravy ham herring "
     "honeycomb jam jelly lamb lasagne leeks lentils lettuce liquorice lobster macaroni marmalade milkshake mustard "
     "mutton noodles nougat oatmeal omelettes pancakes parsley parsnips pasta pastries peas pepper pickles pies "
-    "porridge pudding pumpkin rhubarb rice salad salmon sausages soup spinach stew syrup toast trout waffles"
+    "porridge pretzels pudding pumpkin rhubarb rice salad salmon sausages soup spinach stew strudel syrup tarts toast trout waffles"
 ).split()
 ANIMALS = (
-    "badger bat bear beaver beetle blackbird bull butterfly calf camel canary cow cricket crow cuckoo deer donkey duck "
-    "eagle elk falcon ferret finch fox frog gander gull hare hawk hedgehog hen heron hornet jackdaw kitten lark lizard "
+    "antelope badger bat bear beaver beetle blackbird bull butterfly calf camel canary cow cricket crow cuckoo deer donkey duck "
+    "eagle eel elk falcon ferret finch fox frog gander gull hare hawk hedgehog hen heron hornet jackdaw kitten lark leopard lizard lynx "
     "magpie mole moth newt otter owl ox parrot peacock pelican pheasant pig pigeon pony puppy quail rabbit ram rat "
     "raven robin rook salamander seal sheep skunk snail sparrow spider squirrel starling stork swallow thrush tiger "
-    "toad turkey turtle wasp weasel wolf woodpecker wren"
+    "toad turkey turtle walrus wasp weasel wolf woodpecker wren"
 ).split()
 # Weather that leaves the ground wet, and weather that does not.
 WET = "damp foggy icy misty rainy snowy stormy wet".split()
 DRY = "bright clear dry dusty hot mild sunny warm".split()
 # What each trade works with.
 _TRADES = (
-    "baker:flour barber:comb builder:bricks butcher:cleaver captain:map carpenter:nails clerk:pen cook:pan "
-    "dentist:drill doctor:thermometer farmer:plough fisher:net florist:ribbon gardener:rake judge:gavel "
-    "lawyer:papers miner:torch nurse:bandage painter:brush pilot:radio plumber:pipe poet:pencil printer:ink "
-    "sailor:rope shepherd:staff smith:anvil soldier:shield tailor:needle teacher:chalk writer:typewriter"
+    "baker:flour builder:bricks captain:map carpenter:nails dentist:drill doctor:thermometer farmer:plough fisher:net "
+    "gardener:rake judge:gavel miner:torch nurse:bandage painter:brush soldier:shield tailor:needle writer:typewriter"
 ).split()
 TOOLS = dict(pair.split(":") for pair in _TRADES)
 # What happened, and what came of it.

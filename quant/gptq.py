@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quant.core.grid import fit_grid, fit_scale_zero
-from quant.core.linalg import damped_inverse_cholesky
+from quant.core.linalg import damped_factor
 from quant.core.registry import solver
 from quant.core.stats import LayerStats
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
@@ -32,9 +32,11 @@ def gptq(
     group_aware: bool = False,
     block_size: int = 128,
 ) -> QuantizedWeight:
-    """Round weight [out, in] left to right; each column's error e = (w_j - Q(w_j)) / U_jj is taken out of the rest.
+    """Round weight [out, in] left to right; the errors of the columns so far are taken up by the next ones.
 
-    U is the upper Cholesky factor of (Σ + percdamp·mean(diag Σ)·I)⁻¹. Group grids are fitted to the
+    With Σ + percdamp·mean(diag Σ)·I = V Vᵀ, V upper triangular, column k is rounded at w_k + Σ_{j<k} (w_j - ŵ_j)
+    V_jk / V_kk. That is GPTQ's answer (there w_k -= e_j U_jk with the factor U of the inverse) from one factorization
+    and no inverse (QuIP, Theorem 6). Group grids are fitted to the
     compensated weights when the sweep reaches the group, unless static_groups fits them to the original
     weights. act_order visits columns by decreasing Gram diagonal and forms groups in that order (checkpoints must
     then store the order); with group_aware, whole groups by decreasing sum of their diagonal and columns by
@@ -45,7 +47,7 @@ def gptq(
     stats.check()
     order = visiting_order(stats.diagonal, spec, act_order, group_aware)
     gram = stats.gram[order][:, order]
-    upper, used_damp = damped_inverse_cholesky(gram, percdamp, auto_damp)
+    upper, used_damp = damped_factor(gram, percdamp, auto_damp)
     fit: Fit | None = None
     if grid is None:
         if not static_groups and spec.group_size != -1:
@@ -53,7 +55,7 @@ def gptq(
             fit = lambda part, columns: fit_scale_zero(part, spec, importance[columns])  # noqa: E731
         grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
     visited = replace(grid, g_idx=grid.g_idx[order])
-    codes, scale, zero, _, _ = feedback_rounding(weight[:, order], upper, visited, spec, fit, block_size)
+    codes, scale, zero, _, _ = feedback_rounding(weight[:, order].contiguous(), upper, visited, spec, fit, block_size)
     fitted = Grid(scale, zero.to(torch.int32), grid.g_idx, grid.qmax)
     return QuantizedWeight(codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
 
@@ -84,12 +86,13 @@ def feedback_rounding(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """GPTQ's sweep over weight [out, in] in visiting order, whose groups are contiguous if ``fit`` is given.
 
-    fit: called when the sweep reaches a group, with its compensated weights; without it ``grid`` stays as it is.
-    Returns codes uint8 [out, in], scale and zero float32 [out, G], the compensated weight of every column at the time
-    it was rounded, and the errors that were passed on; entries kept as outliers (see `Kernels.gptq_`) have error 0.
+    upper: V of the damped Gram matrix. fit: called when the sweep reaches a group, with its compensated weights;
+    without it ``grid`` stays as it is. outlier_above float32 [in]: see `Kernels.gptq_`. Returns codes uint8 [out, in],
+    scale and zero float32 [out, G], the compensated weights at which columns were rounded, and the errors
+    (weight minus what is kept) [out, in].
     """
-    work, n_in = weight.contiguous(), weight.shape[1]
-    work = work.clone() if work.data_ptr() == weight.data_ptr() else work
+    work, n_in = weight.clone(memory_format=torch.contiguous_format), weight.shape[1]
+    feedback = upper / upper.diagonal()
     scale, zero, group = grid.scale.clone(), grid.zero.float(), grid.g_idx
     codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     kernel = kernels(work.device)
@@ -102,11 +105,24 @@ def feedback_rounding(
             part = slice(first, min(first + size, end))
             if fit is not None:
                 g = int(group[first])
-                scale[:, g], zero[:, g] = fit(work[:, part], part)
+                scale[:, g], zero[:, g] = fit(compensated(weight[:, part], work[:, part], feedback[part, part]), part)
             columns = ColumnGrid(scale, zero, group[part], grid.qmax)
-            kernel.gptq_(work[:, part], upper[part, part], columns, codes[:, part], errors[:, part], outlier_above)
+            limit = None if outlier_above is None else outlier_above[part]
+            kernel.gptq_(
+                work[:, part], weight[:, part], feedback[part, part], columns, codes[:, part], errors[:, part], limit
+            )
             if part.stop < end:
-                work[:, part.stop : end].addmm_(errors[:, part], upper[part, part.stop : end], alpha=-1)
+                work[:, part.stop : end].addmm_(errors[:, part], feedback[part, part.stop : end])
         if end < n_in:
-            work[:, end:].addmm_(errors[:, start:end], upper[start:end, end:], alpha=-1)
+            work[:, end:].addmm_(errors[:, start:end], feedback[start:end, end:])
     return codes, scale, zero, work, errors
+
+
+def compensated(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:
+    """The best values [out, n] of a group's columns given the rounded columns before it, none of the group's rounded.
+
+    ``work`` holds the weights plus the feedback of earlier columns alone; a column also takes up what the columns
+    between change, and does so here as if they were not rounded: weight + (work - weight) · feedback⁻¹.
+    """
+    pushed = torch.linalg.solve_triangular(feedback, work - weight, upper=True, left=False, unitriangular=True)
+    return weight + pushed

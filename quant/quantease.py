@@ -17,12 +17,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.core.grid import fit_grid, refit_scale_zero
+from quant.core.grid import fit_grid, refit_scale_zero, round_scale
 from quant.core.linalg import largest_eigenvalue
 from quant.core.registry import solver
 from quant.core.stats import LayerStats
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.blocks import ColumnGrid, kernels
+
+FACTORS, SEARCH_SWEEPS = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15), 3
 
 
 class Descent:
@@ -91,6 +93,22 @@ def rounds(sweep: int, num_iter: int) -> bool:
     return sweep % 3 != 1 or sweep == num_iter - 1 or sweep > 25
 
 
+def searched(target: Tensor, gram: Tensor, grid: Grid, block_size: int) -> Grid:
+    """The grid with each row's scales times the factor whose descent of SEARCH_SWEEPS sweeps ends lowest."""
+    best = torch.full_like(target[:, 0], torch.inf)
+    scale = grid.scale
+    for factor in FACTORS:
+        trial = replace(grid, scale=round_scale(grid.scale * factor))
+        descent = Descent(target, gram, trial, block_size)
+        for sweep in range(SEARCH_SWEEPS):
+            descent.sweep(rounds(sweep, SEARCH_SWEEPS))
+        objective = (descent.residual * descent.correlation).sum(1)
+        better = objective < best
+        best = torch.where(better, objective, best)
+        scale = torch.where(better[:, None], trial.scale, scale)
+    return replace(grid, scale=scale)
+
+
 @solver("quantease")
 def quantease(
     weight: Tensor,
@@ -103,6 +121,7 @@ def quantease(
     relax: bool = True,
     act_order: bool = False,
     static_groups: bool = False,
+    search_grid: bool = False,
     refit_grid: bool = False,
     outlier: float = 0.0,
     structure_outlier: bool = False,
@@ -113,7 +132,8 @@ def quantease(
     """Coordinate descent from W itself, or from ``init`` (on its grid), for weight [out, in].
 
     The grid is fitted to the original weights and stays fixed, unless refit_grid refits it to the codes between
-    rounding sweeps. act_order visits columns by decreasing Gram diagonal and forms groups in that order unless
+    rounding sweeps. search_grid multiplies the scales of each row by the factor of FACTORS under which a short descent
+    ends lowest. act_order visits columns by decreasing Gram diagonal and forms groups in that order unless
     static_groups. relax=False rounds in every sweep. Columns with a zero Gram diagonal are rounded to nearest.
 
     outlier > 0 keeps that share of the weights (or of the columns, structure_outlier) in full precision (Algorithm
@@ -136,7 +156,10 @@ def quantease(
         inliers = weight if outliers is None else (target - outliers.values)[:, back]
         formed = order if act_order and not static_groups else None
         grid = init.grid if init else fit_grid(inliers, spec, stats.diagonal, formed)
-    descent = Descent(target, gram, replace(grid, g_idx=grid.g_idx[order]), block_size)
+    visited = replace(grid, g_idx=grid.g_idx[order])
+    if search_grid and init is None:
+        visited = searched(target if outliers is None else target - outliers.values, gram, visited, block_size)
+    descent = Descent(target, gram, visited, block_size)
     if init is not None:
         descent.start_from(init.dequantize()[:, order])
     if outliers is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant.core.grid import fit_grid, fit_scale_zero, range_to_grid
-from quant.core.linalg import damped_inverse_cholesky
+from quant.core.linalg import damped_factor
 from quant.core.registry import solver
 from quant.core.stats import LayerStats
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
@@ -45,16 +45,16 @@ def spqr(
     weight = weight.detach().float()
     stats.check()
     order = visiting_order(stats.diagonal, spec, act_order)
-    upper, used_damp = damped_inverse_cholesky(stats.gram[order][:, order], percdamp, auto_damp)
-    diagonal = upper.diagonal()
+    upper, used_damp = damped_factor(stats.gram[order][:, order], percdamp, auto_damp)
+    sensitivity = upper.diagonal().square()  # 1 / U_jj² of the inverse's factor
     given = grid is not None
     grid = grid or fit_grid(weight, replace(spec, range="minmax"), None, order if act_order else None)
-    spread = weight.var(0, correction=0)[order] / diagonal.square()
+    spread = weight.var(0, correction=0)[order] * sensitivity
     threshold = outlier * spread.mean() if outlier > 0 else torch.full((), torch.inf, device=weight.device)
     levels: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def fit(part: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        importance = diagonal[columns].reciprocal().square()
+        importance = sensitivity[columns]
         keep = torch.ones_like(part, dtype=torch.bool)
         if outlier > 0 and not simplified_outliers:
             keep = ~range_outliers(part, spec, importance, threshold)
@@ -67,13 +67,15 @@ def spqr(
         return scale, zero_point(lo, hi, scale, spec)
 
     visited = replace(grid, g_idx=grid.g_idx[order])
+    target = weight[:, order].contiguous()
     codes, scale, zero, work, errors = feedback_rounding(
-        weight[:, order], upper, visited, spec, None if given else fit, block_size, threshold
+        target, upper, visited, spec, None if given else fit, block_size, threshold / sensitivity
     )
     back = torch.argsort(order)
     columns = visited.g_idx
-    extra = (work - (codes.float() - zero[:, columns]) * scale[:, columns])[:, back]
-    index = ((errors[:, back] == 0) & (extra != 0)).flatten().nonzero().squeeze(1)
+    extra = work - (codes.float() - zero[:, columns]) * scale[:, columns]
+    kept = (errors == target - work) & (extra != 0)
+    extra, index = extra[:, back], kept[:, back].flatten().nonzero().squeeze(1)
     outliers = Outliers(index, extra.flatten()[index].half()) if outlier > 0 else None
     fitted = grid
     if not given:

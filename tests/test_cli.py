@@ -143,7 +143,9 @@ def test_dry_run_sizes_are_right(tmp_path):
     assert plan["device bytes: statistics"] == 4 * (3 * 4096**2 + 11008**2)
     assert plan["disk bytes: run directory"] == 32 * weights
     assert plan["quantized bytes"] == pytest.approx(32 * weights * 3 / 8, rel=0.01)
-    assert plan["seconds: gram"] == pytest.approx(32 * 128 * 2048 * 2 * (3 * 4096**2 + 11008**2) / 1e12)
+    assert plan["seconds: gram"] == pytest.approx(
+        32 * 128 * 2048 * (3 * 4096**2 * (1 + 1 / 8) + 11008**2 * (1 + 1 / 22)) / 1e12
+    )
     rows = {4096: 4 * 4096 + 2 * 11008, 11008: 4096}
     assert plan["seconds: solve"] == pytest.approx(32e-9 * sum(out * n**2 for n, out in rows.items()))
 
@@ -261,6 +263,6 @@ def test_interrupt_says_how_to_go_on(command, small, monkeypatch):
     def stop(self, config, progress):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Session, "run", stop)
+    monkeypatch.setattr(Session, "run_all", stop)
     code, _, err = command(*small)
     assert code == 130 and "the same command continues" in err

@@ -129,6 +129,59 @@ def test_later_blocks_and_stages_see_what_is_quantized(model_dir, text, tmp_path
     assert torch.equal(a.codes, b.codes), "the first group of the first block sees full precision in both"
 
 
+def test_methods_together_equal_methods_alone(model_dir, text, tmp_path):
+    base = config_for(model_dir("llama"), text, tmp_path)
+    methods = {"rtn": {}, "gptq": {}, "quantease": {"num_iter": 3}}
+    configs = [replace(base, method=m, options=o, run_dir=tmp_path / "all" / m) for m, o in methods.items()]
+    together = Session(configs[0]).run_all(configs)
+    for config, found in zip(configs, together, strict=True):
+        alone = run(replace(config, run_dir=tmp_path / "alone" / config.method))
+        assert found["codes_sha256"] == alone["codes_sha256"] and found["method"] == config.method
+        assert found["perplexity"] == alone["perplexity"] and found["fidelity"] == alone["fidelity"]
+    again = Session(configs[0]).run_all(configs)
+    assert [r["codes_sha256"] for r in again] == [r["codes_sha256"] for r in together]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("quantease", {"num_iter": 3, "outlier": 0.02}), ("quantease", {"num_iter": 3, "outlier": 0.05, "structure_outlier": True}),
+     ("spqr", {"outlier": 0.2})], ids=["entries", "columns", "spqr"],
+)  # fmt: skip
+def test_outliers_survive_the_disk_and_the_checkpoint(method, options, model_dir, text, tmp_path):
+    config = config_for(
+        model_dir("llama"), text, tmp_path, method=method, options=options, group_size=16, save=tmp_path / "saved"
+    )
+    results = run(config)
+    weights = RunDirectory(tmp_path / "run").read_weights(0)
+    assert all(w.check().outliers is not None for w in weights.values())
+    assert any(w.outliers.value.numel() > 0 for w in weights.values())
+    assert (weights["mlp.up_proj"].grid.bilevel is not None) == (method == "spqr")
+    tokens = evaluation_tokens(str(text), AutoTokenizer.from_pretrained(model_dir("llama")), seqlen=SEQLEN, limit=12)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert results["perplexity"]["words"]["quantized"] == pytest.approx(direct_perplexity(saved, tokens.ids), rel=1e-5)
+    (tmp_path / "run" / "results.json").unlink()
+    again = run(replace(config, save=None))
+    assert again["perplexity"] == results["perplexity"] and again["codes_sha256"] == results["codes_sha256"]
+
+
+def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monkeypatch):
+    import quant.core.recipe as recipe
+
+    seen = []
+    monkeypatch.setattr(recipe, "relative_error", lambda *a: seen.append(torch.get_float32_matmul_precision()) or 0.1)
+    config = replace(config_for(model_dir("llama"), text, tmp_path, solver_precision="high"), eval_datasets=())
+    inside = []
+    session = Session(config)
+    solver = session.recipe(config).solver
+    monkeypatch.setattr(
+        "quant.core.run.get_solver",
+        lambda name: lambda *a, **k: inside.append(torch.get_float32_matmul_precision()) or solver(*a, **k),
+    )
+    session.run(config)
+    assert set(inside) == {"high"} and set(seen) == {"highest"}
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["solver_precision"] == "high"
+
+
 def test_base_model_is_evaluated_at_16_bits(model_dir, text, tmp_path):
     results = run(config_for(model_dir("bloom"), text, tmp_path, wbits=16, options={}))
     assert results["perplexity"]["words"]["fp"] > 1 and results["perplexity"]["words"]["quantized"] is None
@@ -305,7 +358,7 @@ def test_no_space_in_the_middle_leaves_nothing_half_written(model_dir, text, tmp
 def test_singular_gram_names_the_linear(model_dir, text, tmp_path, monkeypatch):
     from quant.core import linalg
 
-    monkeypatch.setattr(linalg, "inverse_cholesky", lambda gram: (gram, False))
+    monkeypatch.setattr(linalg, "upper_factor", lambda gram: (gram, False))
     with pytest.raises(RunError, match="block 0 self_attn.q_proj: the Gram matrix is singular"):
         run(config_for(model_dir("llama"), text, tmp_path, method="gptq", options={}))
 

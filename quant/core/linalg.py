@@ -1,4 +1,4 @@
-"""Cholesky factor of the inverse Gram matrix, and the layer objective."""
+"""The factor of the damped Gram matrix, and the layer objective."""
 
 from __future__ import annotations
 
@@ -28,34 +28,24 @@ def damped(gram: Tensor, percdamp: float) -> Tensor:
     return matrix
 
 
-def inverse_cholesky(gram: Tensor) -> tuple[Tensor, bool]:
-    """Upper U with (gram)⁻¹ = Uᵀ U, and whether it exists.
-
-    With J the reversal of rows and columns and J gram J = L Lᵀ, U = J L⁻¹ J: one Cholesky and one
-    triangular inverse instead of GPTQ's Cholesky, inverse, Cholesky; the inverse itself is never formed.
-    Holds three matrices of the size of gram at a time, besides gram.
-    """
+def upper_factor(gram: Tensor) -> tuple[Tensor, bool]:
+    """Upper V with gram = V Vᵀ, and whether it exists: a Cholesky factorization from the last column to the first."""
     lower, info = torch.linalg.cholesky_ex(gram.flip(0, 1))
-    if int(info) != 0:
-        return lower, False
-    inverse = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower, inverse, upper=False)
-    del lower
-    return inverse.flip(0, 1), bool(torch.isfinite(inverse.diagonal()).all())
+    return lower.flip(0, 1), int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all())
 
 
-def damped_inverse_cholesky(gram: Tensor, percdamp: float, auto_damp: bool = False) -> tuple[Tensor, float]:
-    """U of the damped Gram matrix, and the damping that was used.
+def damped_factor(gram: Tensor, percdamp: float, auto_damp: bool = False) -> tuple[Tensor, float]:
+    """V of the damped Gram matrix, and the damping that was used.
 
     Raises SingularGramError, naming the damping that would work, unless ``auto_damp`` allows to use it.
     """
-    upper, ok = inverse_cholesky(damped(gram, percdamp))
+    upper, ok = upper_factor(damped(gram, percdamp))
     if ok:
         return upper, percdamp
     trial = max(percdamp, 1e-3)
     while trial < MAX_DAMPING and not ok:
         trial = min(trial * DAMPING_STEP, MAX_DAMPING)
-        upper, ok = inverse_cholesky(damped(gram, trial))
+        upper, ok = upper_factor(damped(gram, trial))
     if not ok:
         raise SingularGramError(
             f"the Gram matrix is singular even with percdamp={MAX_DAMPING:g}: the calibration inputs are degenerate"

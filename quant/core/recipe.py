@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ class Recipe:
     """What is done to every block: a solver with its options on a grid.
 
     true_sequential: every group of linears sees the outputs of those solved before it in the same block.
+    precision: of float32 matrix products inside the solver (torch.set_float32_matmul_precision): ``highest``, or
+    ``high`` (TF32, or bfloat16 in three parts) and ``medium``, which errors and objectives are never measured in.
     """
 
     method: str
@@ -38,6 +41,7 @@ class Recipe:
     spec: QuantSpec
     options: Mapping[str, Any] = field(default_factory=dict)
     true_sequential: bool = False
+    precision: str = "highest"
 
 
 def deployed(quantized: QuantizedWeight, model: LazyModel, device: torch.device) -> Tensor:
@@ -113,7 +117,8 @@ def solve_linear(where: str, weight: Tensor, stats: LayerStats, recipe: Recipe) 
     weight = weight.float()
     stats.check(where)
     try:
-        quantized = recipe.solver(weight, stats, recipe.spec, **recipe.options).check()
+        with products_in(recipe.precision):
+            quantized = recipe.solver(weight, stats, recipe.spec, **recipe.options).check()
     except SingularGramError as error:
         raise RunError(f"{where}: {error}") from error
     except ValueError as error:
@@ -137,6 +142,17 @@ def solve_linear(where: str, weight: Tensor, stats: LayerStats, recipe: Recipe) 
         "verdict": verdict(error_now, error_rtn),
         **({"info": dict(quantized.info)} if quantized.info else {}),
     }
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Float32 matrix products in that precision, for the length of the context."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def verdict(error: float, error_rtn: float) -> str:

@@ -58,6 +58,7 @@ class RunConfig:
     cache_dir: Path = Path.home() / ".cache" / "llm-quantizer"
     device: str = "auto"
     dtype: str = "auto"
+    solver_precision: str = "highest"
     activation_store: str = "cpu"
     calib_batch: int = 4
     run_dir: Path | None = None
@@ -146,7 +147,8 @@ class Session:
                 spec.n_groups(n_in)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
-        return Recipe(config.method, get_solver(config.method), spec, config.options, config.true_sequential)
+        solver = get_solver(config.method)
+        return Recipe(config.method, solver, spec, config.options, config.true_sequential, config.solver_precision)
 
     def configuration(self, config: RunConfig) -> Record:
         """What decides the codes: two runs with equal configurations on one machine give the same bits."""
@@ -166,6 +168,7 @@ class Session:
             "true_sequential": config.true_sequential,
             "blocks": min(config.num_layers, len(self.model.blocks)) if config.quantizes else 0,
             "dtype": dtype_name(self.model.dtype),
+            "solver_precision": config.solver_precision,
             "device": self.device.type,
             "calib_batch": config.calib_batch,
         }
@@ -195,7 +198,7 @@ class Session:
             job.blocks = self._quantize_job(job, progress(job.config.method))
         waiting = [job for job in jobs if job.results is None]
         started = time.perf_counter()
-        scores = self._evaluate(waiting, progress(" and ".join(job.config.method for job in waiting)))
+        scores = self._evaluate(waiting, progress(waiting[0].config.method if len(waiting) == 1 else "all"))
         share = (time.perf_counter() - started) / max(1, len(waiting))
         for job in waiting:
             scored = self._scored(job, scores)

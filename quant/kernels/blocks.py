@@ -60,17 +60,19 @@ class Kernels(Protocol):
     def gptq_(
         self,
         weight: Tensor,
-        upper: Tensor,
+        target: Tensor,
+        feedback: Tensor,
         grid: ColumnGrid,
         codes: Tensor,
         errors: Tensor,
         outlier_above: Tensor | None = None,
     ) -> None:
-        """GPTQ's inner loop over B columns (GPTQ, Alg. 1).
+        """GPTQ's inner loop over B columns, in the form of QuIP's LDLQ (Chee et al., Theorem 6: the same answer).
 
-        weight [out, B]: compensated weights, updated; upper [B, B]: the block of the inverse factor. codes uint8 and
-        errors float32, both [out, B], receive the result. outlier_above float32 [1]: an entry whose squared error
-        (w - Q(w))² / U_jj² would be larger stays as it is, with error 0 (SpQR, Alg. 1).
+        weight [out, B]: target plus the feedback of earlier columns; updated. target [out, B]: the original weights.
+        feedback [B, B]: unit upper triangular; column k takes up errors_j · feedback_jk for every j < k. codes uint8
+        and errors = target - what is kept, float32, both [out, B], receive the result. outlier_above float32 [B]: an
+        entry is kept as it is (in ``weight``) where (weight - Q(weight))² is larger (SpQR, Alg. 1).
         """
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
@@ -111,21 +113,20 @@ class TorchKernels:
     def gptq_(
         self,
         weight: Tensor,
-        upper: Tensor,
+        target: Tensor,
+        feedback: Tensor,
         grid: ColumnGrid,
         codes: Tensor,
         errors: Tensor,
         outlier_above: Tensor | None = None,
     ) -> None:
         """See `Kernels`."""
-        diagonal = upper.diagonal().tolist()
         for j in range(weight.shape[1]):
-            code, value = grid.nearest(weight[:, j], j)
-            error = (weight[:, j] - value) / diagonal[j]
+            code, kept = grid.nearest(weight[:, j], j)
             if outlier_above is not None:
-                error = torch.where(error.square() > outlier_above, 0.0, error)
-            codes[:, j], errors[:, j] = code, error
-            weight[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
+                kept = torch.where((weight[:, j] - kept).square() > outlier_above[j], weight[:, j], kept)
+            codes[:, j], errors[:, j] = code, target[:, j] - kept
+            weight[:, j + 1 :].addr_(errors[:, j], feedback[j, j + 1 :])
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
         """See `Kernels`."""

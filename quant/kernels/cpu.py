@@ -23,7 +23,7 @@ NO_CODES, NO_FLAGS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_)
 
 # Blocks are slices of larger matrices: any row stride, one compiled version. Only the B x B matrix is contiguous.
 _CD = "i8(f4[:,:],f4[:,:],f4[:,:],f4[:,::1],f4[::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],b1[:,:],f4[:,::1])"
-_GPTQ = "void(f4[:,:],f4[:,::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],f4[:,:],f4[::1])"
+_GPTQ = "void(f4[:,:],f4[:,:],f4[:,::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],f4[:,:],f4[::1])"
 _PROPAGATE = "void(f4[:,::1],f4[:,::1],f4[:,::1])"
 _OPTIONS: dict[str, Any] = {"parallel": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 
@@ -78,7 +78,7 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
 
 
 @njit(_GPTQ, **_OPTIONS)
-def _gptq(weight, upper, scale, zero, group, qmax, codes, errors, outlier_above):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _gptq(weight, target, feedback, scale, zero, group, qmax, codes, errors, outlier_above):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, E501
     n_rows, n_columns = weight.shape
     for tile in prange((n_rows + TILE - 1) // TILE):
         first, last = tile * TILE, min(n_rows, (tile + 1) * TILE)
@@ -88,22 +88,23 @@ def _gptq(weight, upper, scale, zero, group, qmax, codes, errors, outlier_above)
             for j in range(n_columns):
                 w[j, o] = weight[first + o, j]
         for j in range(n_columns):
-            g, diagonal = group[j], upper[j, j]
+            g = group[j]
             for o in range(n):
-                row = first + o
-                code = np.rint(w[j, o] / scale[row, g]) + zero[row, g]
+                row, kept = first + o, w[j, o]
+                code = np.rint(kept / scale[row, g]) + zero[row, g]
                 code = min(max(code, np.float32(0)), qmax)
+                value = (code - zero[row, g]) * scale[row, g]
+                off = kept - value
+                if not (outlier_above.size and off * off > outlier_above[j]):
+                    kept = value
                 codes[row, j] = np.uint8(code)
-                error = (w[j, o] - (code - zero[row, g]) * scale[row, g]) / diagonal
-                if outlier_above.size and error * error > outlier_above[0]:
-                    error = np.float32(0)
-                step[o] = error
-                errors[row, j] = error
                 weight[row, j] = w[j, o]
+                step[o] = target[row, j] - kept
+                errors[row, j] = step[o]
             for k in range(j + 1, n_columns):
-                factor = upper[j, k]
+                factor = feedback[j, k]
                 for o in range(TILE):
-                    w[k, o] -= factor * step[o]
+                    w[k, o] += factor * step[o]
 
 
 @njit(_PROPAGATE, **_OPTIONS)
@@ -151,7 +152,8 @@ class NumbaKernels:
     def gptq_(
         self,
         weight: Tensor,
-        upper: Tensor,
+        target: Tensor,
+        feedback: Tensor,
         grid: ColumnGrid,
         codes: Tensor,
         errors: Tensor,
@@ -159,14 +161,15 @@ class NumbaKernels:
     ) -> None:
         """See `Kernels`."""
         _share_threads()
-        threshold = torch.empty(0) if outlier_above is None else outlier_above.view(1)
+        threshold = torch.empty(0) if outlier_above is None else outlier_above
         _gptq(
             weight.numpy(),
-            upper.contiguous().numpy(),
+            target.numpy(),
+            feedback.contiguous().numpy(),
             *_arrays(grid),
             codes.numpy(),
             errors.numpy(),
-            threshold.numpy(),
+            threshold.contiguous().numpy(),
         )
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:

@@ -67,8 +67,8 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gptq(  # type: ignore[no-untyped-def]
-    weight, upper, scale, zero, group, codes, errors, outlier_above,  # noqa: ANN001
-    n_rows, n_columns, n_groups, qmax, weight_stride, upper_stride, codes_stride, errors_stride,  # noqa: ANN001
+    weight, target, feedback, scale, zero, group, codes, errors, outlier_above,  # noqa: ANN001
+    n_rows, n_columns, n_groups, qmax, weight_stride, target_stride, codes_stride, errors_stride,  # noqa: ANN001
     has_outliers: tl.constexpr, rows_tile: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
     row = tl.program_id(0) * rows_tile + tl.arange(0, rows_tile)
@@ -78,20 +78,22 @@ def _gptq(  # type: ignore[no-untyped-def]
     tile = weight + row[:, None] * weight_stride + column[None, :]
     w = tl.load(tile, mask=inside, other=0.0)
     for j in range(n_columns):
-        value = tl.sum(tl.where(column[None, :] == j, w, 0.0), axis=1)
+        kept = tl.sum(tl.where(column[None, :] == j, w, 0.0), axis=1)
         g = tl.load(group + j)
         s = tl.load(scale + row * n_groups + g, mask=inside_row, other=1.0)
         z = tl.load(zero + row * n_groups + g, mask=inside_row, other=0.0)
-        q = tl.math.div_rn(value, s)
+        q = tl.math.div_rn(kept, s)
         q = _round_half_even(tl.minimum(tl.maximum(q, -4096.0), 4096.0)) + z
         q = tl.minimum(tl.maximum(q, 0.0), qmax)
-        error = tl.math.div_rn(value - (q - z) * s, tl.load(upper + j * upper_stride + j))
+        value = (q - z) * s
         if has_outliers:
-            error = tl.where(error * error > tl.load(outlier_above), 0.0, error)
+            off = kept - value
+            value = tl.where(off * off > tl.load(outlier_above + j), kept, value)
+        error = tl.load(target + row * target_stride + j, mask=inside_row, other=0.0) - value
         tl.store(codes + row * codes_stride + j, q.to(tl.uint8), mask=inside_row)
         tl.store(errors + row * errors_stride + j, error, mask=inside_row)
-        factor = tl.load(upper + j * upper_stride + column, mask=inside_column & (column > j), other=0.0)
-        w -= error[:, None] * factor[None, :]
+        factor = tl.load(feedback + j * n_columns + column, mask=inside_column & (column > j), other=0.0)
+        w += error[:, None] * factor[None, :]
     tl.store(tile, w, mask=inside)
 
 
@@ -150,7 +152,8 @@ class TritonKernels:
     def gptq_(
         self,
         weight: Tensor,
-        upper: Tensor,
+        target: Tensor,
+        feedback: Tensor,
         grid: ColumnGrid,
         codes: Tensor,
         errors: Tensor,
@@ -159,10 +162,10 @@ class TritonKernels:
         """See `Kernels`."""
         n_rows, n_columns = weight.shape
         _gptq[(triton.cdiv(n_rows, ROWS),)](
-            weight, upper.contiguous(), grid.scale, grid.zero, grid.group, codes, errors,
-            weight if outlier_above is None else outlier_above,
+            weight, target, feedback.contiguous(), grid.scale, grid.zero, grid.group, codes, errors,
+            weight if outlier_above is None else outlier_above.contiguous(),
             n_rows, n_columns, grid.scale.shape[1], float(grid.qmax),
-            weight.stride(0), n_columns, codes.stride(0), errors.stride(0),
+            weight.stride(0), target.stride(0), codes.stride(0), errors.stride(0),
             has_outliers=outlier_above is not None, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
         )  # fmt: skip
 

@@ -61,7 +61,8 @@ def test_endings_follow_from_beginnings():
                 expected = where[-1]
             elif name == "meaning":
                 (pronoun,) = {"she", "he"} & set(events[0])
-                expected = next(p for p in (hero, friend) if (p in demo.w.FEMALE) == (pronoun == "she"))
+                meant = next(p for p in (hero, friend) if (p in demo.w.FEMALE) == (pronoun == "she"))
+                expected = f"{'woman' if pronoun == 'she' else 'man'} , {meant}"
             else:
                 expected = next(effect for cause, effect in demo.w.CAUSES if f"{cause} ." in " ".join(thread.sentences))
             assert thread.outcome == expected, (name, thread)

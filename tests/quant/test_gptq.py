@@ -6,10 +6,10 @@ from quant.core.grid import fit_grid
 from quant.core.linalg import (
     SingularGramError,
     damped,
-    damped_inverse_cholesky,
-    inverse_cholesky,
+    damped_factor,
     objective,
     relative_error,
+    upper_factor,
 )
 from quant.core.stats import LayerStats
 from quant.core.types import QuantSpec
@@ -70,11 +70,15 @@ def test_groups_larger_than_a_block() -> None:
     assert float((answer.codes != codes).float().mean()) < 0.002 and abs(found / expected - 1) < 2e-3
 
 
-def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
+def test_factor_gives_the_feedback_of_the_published_one() -> None:
+    """GPTQ feeds back (w - ŵ)/U_jj · U_jk with the factor U of the inverse; here U is not needed (U = V⁻¹)."""
     gram = damped(make_stats(inputs(50, 200)).gram, 0.01).double()
-    upper, ok = inverse_cholesky(gram)
+    upper, ok = upper_factor(gram)
     assert ok and torch.equal(upper, upper.triu())
-    torch.testing.assert_close(upper, torch.linalg.cholesky(torch.linalg.inv(gram), upper=True), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(upper @ upper.T, gram, rtol=1e-12, atol=1e-9)
+    published = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
+    torch.testing.assert_close(torch.linalg.inv(upper), published, rtol=1e-9, atol=1e-12)
+    assert not upper_factor(-gram)[1]
 
 
 def test_singular_gram_names_the_damping_that_works() -> None:
@@ -86,7 +90,7 @@ def test_singular_gram_names_the_damping_that_works() -> None:
     ) as error:
         gptq(weights(4, 32), stats, QuantSpec(4), percdamp=1e-6)
     works = float(str(error.value).split("--percdamp ")[1].split(",")[0])
-    _, used = damped_inverse_cholesky(stats.gram, 1e-6, auto_damp=True)
+    _, used = damped_factor(stats.gram, 1e-6, auto_damp=True)
     assert used == pytest.approx(works) and works > 1e-6
     answer = gptq(weights(4, 32), stats, QuantSpec(4), percdamp=1e-6, auto_damp=True).check()
     assert answer.info["percdamp"] == used

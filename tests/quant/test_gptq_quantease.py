@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from quant.core.grid import refit_scale_zero
+from quant.core.grid import fit_grid, refit_scale_zero
 from quant.core.types import QuantSpec
 from quant.gptq import gptq, visiting_order
 from quant.gptq_quantease import gptq_quantease
-from quant.quantease import quantease
+from quant.quantease import SEARCH_SWEEPS, quantease, searched
 from tests.references import inputs, make_stats, naive_gptq, objective64, weights
 
 
@@ -69,6 +69,21 @@ def test_refitted_grids_lower_the_objective_and_stay_legal(spec):
         if spec.symmetric:
             assert torch.equal(refitted.grid.zero, kept.grid.zero)
     assert sum(ratios) / 4 < 0.95
+
+
+def test_searched_scales_lower_the_objective_of_every_row():
+    weight, stats = weights(24, 64), make_stats(inputs(64, 300))
+    spec = QuantSpec(2, range="mse")
+    grid = fit_grid(weight, spec, stats.diagonal)
+    found = searched(weight, stats.gram, grid, 16)
+    ratio = found.scale / grid.scale
+    assert 0.84 < float(ratio.min()) < float(ratio.max()) < 1.16
+    ends = [quantease(weight, stats, spec, grid=g, num_iter=SEARCH_SWEEPS).dequantize() for g in (grid, found)]
+    for row in range(24):
+        before, after = (objective64((weight - e)[row : row + 1], stats.gram) for e in ends)
+        assert after <= before * (1 + 1e-5)
+    whole = [quantease(weight, stats, spec, search_grid=s, refit_grid=s).check().dequantize() for s in (False, True)]
+    assert objective64(weight - whole[1], stats.gram) < 0.97 * objective64(weight - whole[0], stats.gram)
 
 
 def test_group_aware_order_keeps_groups_whole():
