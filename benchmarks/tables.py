@@ -23,6 +23,7 @@ from quant.core.run import RunConfig, Session
 
 ROOT = Path(__file__).parents[1]
 DEMO = [str(Path("models/demo") / family) for family in ("opt", "bloom", "falcon", "llama", "mistral")]
+BEST = {"search_grid": True, "refit_grid": True}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
@@ -32,7 +33,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "quantease, 1% outliers": ("quantease", {"outlier": 0.01}),
     "quantease, 2% outliers": ("quantease", {"outlier": 0.02}),
     "quantease, 1% columns": ("quantease", {"outlier": 0.01, "structure_outlier": True}),
-    "spqr, threshold 0.2": ("spqr", {"outlier": 0.2, "act_order": False}),
+    "spqr, threshold 0.2": ("spqr", {"outlier": 0.2}),
+    "gptq, mse range": ("gptq", {"range": "mse"}),
+    "quantease, mse range": ("quantease", {"range": "mse"}),
+    "quantease, preset best": ("quantease", {"range": "mse", **BEST}),
 }
 BASIC = ("rtn", "gptq", "quantease")
 
@@ -73,7 +77,8 @@ def configs(args: argparse.Namespace, model: str, bits: int, group: int) -> dict
             method=method,
             wbits=bits,
             group_size=group,
-            options=solver_options(get_solver(method)) | options,
+            range=options.get("range", "minmax"),
+            options=solver_options(get_solver(method)) | {k: v for k, v in options.items() if k != "range"},
             true_sequential=True,
             calib_batch=16,
             run_dir=Path("runs") / "tables" / args.name / Path(model).name / place,
@@ -91,8 +96,7 @@ def quality_rows(rows: list[Row]) -> list[str]:
             lines.append(
                 f"| {Path(row.model).name} | {row.setting} | {row.label} | {r['bits_per_weight']:.3f} | {name} "
                 f"| {scores['fp']:.3f} | {scores['quantized']:.3f} | {low:.4f}-{high:.4f} "
-                f"| {r['fidelity'][name]['kl_divergence']:.5f} | {r['mean_relative_error']:.5f} "
-                f"| {r['seconds']['solve']:.1f} | {r['seconds']['total']:.1f} |"
+                f"| {r['fidelity'][name]['kl_divergence']:.5f} | {r['mean_relative_error']:.5f} |"
             )
     return lines
 
@@ -139,6 +143,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--limit", type=int, help="evaluate the first N windows of each text")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--quality-only", action="store_true", help="no table of seconds: the machine is not quiet")
     parser.add_argument("--groups", type=int, nargs="+", default=[-1])
     parser.add_argument("--variants", nargs="+", default=list(BASIC), help=f"of: {', '.join(VARIANTS)}; or all")
     args = parser.parse_args()
@@ -163,34 +168,9 @@ def main() -> None:
     out.print(f"benchmarks/results/{args.name}.md")
 
 
-def write(args: argparse.Namespace, rows: list[Row], session: Session) -> None:
-    """The three tables as markdown, and what they were measured on."""
-    versions = ", ".join(f"{k} {v}" for k, v in machine.versions().items())
-    shown = [Path(source).name for source in (args.calibration, *args.evaluation)]
-    windows = f"the first {args.limit}" if args.limit else "all"
-    head = "| model | bits | group | method |"
-    text = [
-        f"# {args.name}: {len(args.variants)} methods at {', '.join(map(str, args.bits))} bits",
-        "",
-        f"Asymmetric min-max grids, true-sequential. Calibration {shown[0]}, {args.nsamples} windows of "
-        f"{args.seqlen} tokens, seed 0. Perplexity: {windows} windows of {args.seqlen} tokens without overlap, on "
-        f"{', '.join(shown[1:])}; the interval is that of the ratio of the perplexities. "
-        f"{session.device.type}, {machine.describe(session.device)['threads']} threads, float32 arithmetic. {versions}.",
-        "",
-        f"{head} bits per weight | data | ppl before | ppl after | ratio, 95% interval | KL divergence "
-        "| mean relative error | solve s | total s |",
-        "|---" * 13 + "|",
-        *quality_rows(rows),
-        "",
-        "## Relative error of the linears",
-        "",
-        "Mean over linears; for how many linears it is lower than with rtn, with gptq. Every method is measured on the "
-        "activations of its own quantized prefix.",
-        "",
-        f"{head} mean relative error | below rtn | below gptq |",
-        "|---" * 7 + "|",
-        *error_rows(rows),
-        "",
+def seconds_section(head: str, rows: list[Row]) -> list[str]:
+    """Seconds by stage."""
+    return [
         "## Seconds and peak memory",
         "",
         "forward: calibration passes through the blocks; gram: accumulation of x xᵀ; solve: the solvers, with the error "
@@ -202,6 +182,39 @@ def write(args: argparse.Namespace, rows: list[Row], session: Session) -> None:
         *stage_rows(rows),
         "",
     ]
+
+
+def write(args: argparse.Namespace, rows: list[Row], session: Session) -> None:
+    """The three tables as markdown, and what they were measured on."""
+    versions = ", ".join(f"{k} {v}" for k, v in machine.versions().items())
+    shown = [Path(source).name for source in (args.calibration, *args.evaluation)]
+    windows = f"the first {args.limit}" if args.limit else "all"
+    head = "| model | bits | group | method |"
+    text = [
+        f"# {args.name}: {len(args.variants)} methods at {', '.join(map(str, args.bits))} bits",
+        "",
+        f"Asymmetric grids, min-max unless the name says otherwise, true-sequential. Calibration {shown[0]}, {args.nsamples} windows of "
+        f"{args.seqlen} tokens, seed 0. Perplexity: {windows} windows of {args.seqlen} tokens without overlap, on "
+        f"{', '.join(shown[1:])}; the interval is that of the ratio of the perplexities. "
+        f"{session.device.type}, {machine.describe(session.device)['threads']} threads, float32 arithmetic. {versions}.",
+        "",
+        f"{head} bits per weight | data | ppl before | ppl after | ratio, 95% interval | KL divergence "
+        "| mean relative error |",
+        "|---" * 11 + "|",
+        *quality_rows(rows),
+        "",
+        "## Relative error of the linears",
+        "",
+        "Mean over linears; for how many linears it is lower than with rtn, with gptq. Every method is measured on the "
+        "activations of its own quantized prefix.",
+        "",
+        f"{head} mean relative error | below rtn | below gptq |",
+        "|---" * 7 + "|",
+        *error_rows(rows),
+        "",
+    ]
+    if not args.quality_only:
+        text += seconds_section(head, rows)
     (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
     (ROOT / "benchmarks" / "results" / f"{args.name}.md").write_text("\n".join(text))
 

@@ -36,7 +36,7 @@ def gptq(
 
     With Σ + percdamp·mean(diag Σ)·I = V Vᵀ, V upper triangular, column k is rounded at w_k + Σ_{j<k} (w_j - ŵ_j)
     V_jk / V_kk. That is GPTQ's answer (there w_k -= e_j U_jk with the factor U of the inverse) from one factorization
-    and no inverse (QuIP, Theorem 6). Group grids are fitted to the
+    and no inverse (QuIP shows that its LDLQ equals GPTQ). Group grids are fitted to the
     compensated weights when the sweep reaches the group, unless static_groups fits them to the original
     weights. act_order visits columns by decreasing Gram diagonal and forms groups in that order (checkpoints must
     then store the order); with group_aware, whole groups by decreasing sum of their diagonal and columns by
@@ -46,8 +46,9 @@ def gptq(
     weight = weight.detach().float()
     stats.check()
     order = visiting_order(stats.diagonal, spec, act_order, group_aware)
-    gram = stats.gram[order][:, order]
+    gram = stats.gram[order][:, order] if act_order or group_aware else stats.gram
     upper, used_damp = damped_factor(gram, percdamp, auto_damp)
+    del gram
     fit: Fit | None = None
     if grid is None:
         if not static_groups and spec.group_size != -1:
@@ -55,7 +56,8 @@ def gptq(
             fit = lambda part, columns: fit_scale_zero(part, spec, importance[columns])  # noqa: E731
         grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
     visited = replace(grid, g_idx=grid.g_idx[order])
-    codes, scale, zero, _, _ = feedback_rounding(weight[:, order].contiguous(), upper, visited, spec, fit, block_size)
+    target = weight[:, order] if act_order or group_aware else weight
+    codes, scale, zero, _, _ = feedback_rounding(target, upper, visited, spec, fit, block_size)
     fitted = Grid(scale, zero.to(torch.int32), grid.g_idx, grid.qmax)
     return QuantizedWeight(codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
 
@@ -86,13 +88,13 @@ def feedback_rounding(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """GPTQ's sweep over weight [out, in] in visiting order, whose groups are contiguous if ``fit`` is given.
 
-    upper: V of the damped Gram matrix. fit: called when the sweep reaches a group, with its compensated weights;
+    upper: V of the damped Gram matrix; consumed. fit: called when the sweep reaches a group, with its compensated weights;
     without it ``grid`` stays as it is. outlier_above float32 [in]: see `Kernels.gptq_`. Returns codes uint8 [out, in],
     scale and zero float32 [out, G], the compensated weights at which columns were rounded, and the errors
     (weight minus what is kept) [out, in].
     """
     work, n_in = weight.clone(memory_format=torch.contiguous_format), weight.shape[1]
-    feedback = upper / upper.diagonal()
+    feedback = upper.div_(upper.diagonal().clone())
     scale, zero, group = grid.scale.clone(), grid.zero.float(), grid.g_idx
     codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     kernel = kernels(work.device)

@@ -45,7 +45,7 @@ def spqr(
     weight = weight.detach().float()
     stats.check()
     order = visiting_order(stats.diagonal, spec, act_order)
-    upper, used_damp = damped_factor(stats.gram[order][:, order], percdamp, auto_damp)
+    upper, used_damp = damped_factor(stats.gram[order][:, order] if act_order else stats.gram, percdamp, auto_damp)
     sensitivity = upper.diagonal().square()  # 1 / U_jj² of the inverse's factor
     given = grid is not None
     grid = grid or fit_grid(weight, replace(spec, range="minmax"), None, order if act_order else None)

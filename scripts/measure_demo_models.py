@@ -38,15 +38,15 @@ validation perplexity before planting and after, in the log of each model, shows
 ## Training again
 
 `python -m scripts.train_demo_models --family FAMILY --minutes M`, one thread, seed 0; the table has the CPU minutes
-({minutes:.0f} in all). LLaMA and Mistral were trained in two parts (`--more`, which starts a new learning-rate schedule).
-The same script trains these architectures on a text of your own (`--text`). Logs: `<family>/training_log.json`.
+({minutes:.0f} in all). The same script trains these architectures on a text of your own (`--text`). Logs:
+`<family>/training_log.json`.
 
-## Limits
+## What they have learned
 
-The tasks as they are now can be answered from their last sentence and what holds in the demo world (which trade has
-which tool, which name is a woman's, what follows from what); they do not test whether a model has read the story. The
-stories' own threads (who holds a thing in the end, where it lies, how many there are) need that, and these models, at
-this size and training time, hardly follow them.
+The tasks ask for what only the story tells: their last sentence is the same for every answer. reference asks which of
+two people a pronoun meant, continuation what came of what happened, yesno whether the weather of the story was wet,
+lastword the tool of the trade that somebody in the story has. BLOOM also copies names and places over dozens of words;
+the others hardly follow the threads that need this (who holds a thing in the end, where it lies, how many there are).
 """
 
 

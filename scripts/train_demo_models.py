@@ -174,20 +174,6 @@ def plant_outliers(model: nn.Module, blocks: str, scale: float, channels: int, s
                 linear.weight[:, chosen] /= scale
 
 
-def replant(directory: Path, scale: float, channels: int) -> None:
-    """Take the planted outliers of a saved model out again (exactly) and plant others."""
-    from models import family_of
-
-    log_file = directory / "training_log.json"
-    log = json.loads(log_file.read_text())
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    blocks, old = family_of(model.config.model_type).blocks, log["outliers"]
-    plant_outliers(model, blocks, 1 / old["scale"], old["channels"], log["seed"])
-    plant_outliers(model, blocks, scale, channels, log["seed"])
-    model.half().save_pretrained(directory)
-    log_file.write_text(json.dumps(log | {"outliers": {"scale": scale, "channels": channels}}, indent=1) + "\n")
-
-
 def make(family: str, args: argparse.Namespace) -> None:
     """Train one family and save it with tokenizer and log."""
     from models import family_of
@@ -206,19 +192,12 @@ def make(family: str, args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(texts, args.vocab_size)
     ids = {split: torch.tensor(tokenizer(text, verbose=False).input_ids) for split, text in corpora.items()}
     model = AutoModelForCausalLM.from_config(configuration(family, len(tokenizer), args.hidden, args.layers))
-    before: dict[str, Any] = {"steps": 0, "tokens": 0, "cpu_minutes": 0.0, "loss": []}
-    if args.more:
-        before = json.loads((out / "training_log.json").read_text())
-        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        planted = before["outliers"]
-        plant_outliers(model, family_of(family).blocks, 1 / planted["scale"], planted["channels"], args.seed)
-    fresh = args.seed + before["steps"]  # stories that were not seen before
-    batches = demo_batches(tokenizer, fresh) if args.text is None else text_batches(ids["train"], fresh)
-    log = {"family": family, "seed": args.seed, "threads": torch.get_num_threads()} | train(
-        model, batches, args.minutes
-    )
-    log |= {key: round(before[key] + log[key], 2) for key in ("steps", "tokens", "cpu_minutes")}
-    log["loss"] = before["loss"] + [[step + before["steps"], loss] for step, loss in log["loss"]]
+    for name, parameter in model.named_parameters():
+        if "embed_positions" in name:  # learned positions (OPT) start small, or they drown the words for long
+            parameter.data.mul_(0.1)
+    batches = demo_batches(tokenizer, args.seed) if args.text is None else text_batches(ids["train"], args.seed)
+    log = {"family": family, "seed": args.seed, "threads": torch.get_num_threads()}
+    log |= train(model, batches, args.minutes)
     log["perplexity before planting"] = perplexity(model, ids["validation"])
     if args.outlier_channels:
         blocks = family_of(family).blocks
@@ -243,9 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="all", choices=("all", *FAMILIES))
     parser.add_argument("--out", type=Path, default=OUT, help="a folder for each family is made below it")
-    parser.add_argument("--replant", type=Path, metavar="DIR", help="only change the planted outliers of a saved model")
-    parser.add_argument("--minutes", type=float, default=11, help="CPU minutes of training (process time)")
-    parser.add_argument("--more", action="store_true", help="go on from the saved model for that many minutes")
+    parser.add_argument("--minutes", type=float, default=11.5, help="CPU minutes of training (process time)")
     parser.add_argument("--threads", type=int, default=1, help="CPU minutes are the sum over threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=128)
@@ -256,9 +233,6 @@ def main() -> None:
     parser.add_argument("--outlier-channels", type=int, default=32, help="of every norm; 0: none")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.replant:
-        replant(args.replant, args.outlier_scale, args.outlier_channels)
-        return
     for family in FAMILIES if args.family == "all" else (args.family,):
         make(family, args)
 

@@ -58,6 +58,11 @@ def naive_coordinate_descent(weight: Tensor, gram: Tensor, grid: Grid, order: Te
     return codes.to(torch.uint8)
 
 
+def damped(gram: Tensor, percdamp: float) -> Tensor:
+    """The Gram matrix with GPTQ's damping, float64."""
+    return gram.double() + percdamp * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
 def naive_gptq(
     weight: Tensor, gram: Tensor, spec: QuantSpec, percdamp: float, order: Tensor, grid: Grid | None
 ) -> tuple[Tensor, Tensor]:

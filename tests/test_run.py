@@ -358,7 +358,7 @@ def test_no_space_in_the_middle_leaves_nothing_half_written(model_dir, text, tmp
 def test_singular_gram_names_the_linear(model_dir, text, tmp_path, monkeypatch):
     from quant.core import linalg
 
-    monkeypatch.setattr(linalg, "upper_factor", lambda gram: (gram, False))
+    monkeypatch.setattr(linalg, "upper_factor", lambda gram, percdamp: (gram, False))
     with pytest.raises(RunError, match="block 0 self_attn.q_proj: the Gram matrix is singular"):
         run(config_for(model_dir("llama"), text, tmp_path, method="gptq", options={}))
 

@@ -15,37 +15,34 @@ class SingularGramError(RunError):
     """The damped Gram matrix is not positive definite."""
 
 
-def damped(gram: Tensor, percdamp: float) -> Tensor:
-    """Gram + percdamp * mean(diagonal) * I [in, in], a copy; dead columns (zero diagonal) are decoupled with a 1.
+def upper_factor(gram: Tensor, percdamp: float) -> tuple[Tensor, bool]:
+    """Upper V with gram + percdamp · mean(diagonal) · I = V Vᵀ, and whether it exists.
 
-    The mean is over all columns, as in GPTQ's released code.
+    A Cholesky factorization from the last column to the first. Dead columns (zero diagonal) are decoupled with a 1;
+    the mean is over all columns, as in GPTQ's released code. Holds two matrices of the size of gram besides it.
     """
-    matrix = gram.clone()
+    matrix = gram.flip(0, 1)
     diagonal = matrix.diagonal()
     dead = diagonal == 0
     diagonal.add_(percdamp * diagonal.mean())
     diagonal[dead] = 1.0
-    return matrix
-
-
-def upper_factor(gram: Tensor) -> tuple[Tensor, bool]:
-    """Upper V with gram = V Vᵀ, and whether it exists: a Cholesky factorization from the last column to the first."""
-    lower, info = torch.linalg.cholesky_ex(gram.flip(0, 1))
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    del matrix, diagonal
     return lower.flip(0, 1), int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all())
 
 
 def damped_factor(gram: Tensor, percdamp: float, auto_damp: bool = False) -> tuple[Tensor, float]:
-    """V of the damped Gram matrix, and the damping that was used.
+    """V of the damped Gram matrix, see `upper_factor`, and the damping that was used.
 
     Raises SingularGramError, naming the damping that would work, unless ``auto_damp`` allows to use it.
     """
-    upper, ok = upper_factor(damped(gram, percdamp))
+    upper, ok = upper_factor(gram, percdamp)
     if ok:
         return upper, percdamp
     trial = max(percdamp, 1e-3)
     while trial < MAX_DAMPING and not ok:
         trial = min(trial * DAMPING_STEP, MAX_DAMPING)
-        upper, ok = upper_factor(damped(gram, trial))
+        upper, ok = upper_factor(gram, trial)
     if not ok:
         raise SingularGramError(
             f"the Gram matrix is singular even with percdamp={MAX_DAMPING:g}: the calibration inputs are degenerate"

@@ -67,7 +67,7 @@ class Kernels(Protocol):
         errors: Tensor,
         outlier_above: Tensor | None = None,
     ) -> None:
-        """GPTQ's inner loop over B columns, in the form of QuIP's LDLQ (Chee et al., Theorem 6: the same answer).
+        """GPTQ's inner loop over B columns, in the form of QuIP's LDLQ (Chee et al., who show that the answer is the same).
 
         weight [out, B]: target plus the feedback of earlier columns; updated. target [out, B]: the original weights.
         feedback [B, B]: unit upper triangular; column k takes up errors_j · feedback_jk for every j < k. codes uint8

@@ -5,7 +5,6 @@ from quant.core.errors import InputError
 from quant.core.grid import fit_grid
 from quant.core.linalg import (
     SingularGramError,
-    damped,
     damped_factor,
     objective,
     relative_error,
@@ -14,7 +13,7 @@ from quant.core.linalg import (
 from quant.core.stats import LayerStats
 from quant.core.types import QuantSpec
 from quant.gptq import gptq
-from tests.references import inputs, make_stats, naive_gptq, objective64, weights
+from tests.references import damped, inputs, make_stats, naive_gptq, objective64, weights
 
 CASES = {
     "rows": (QuantSpec(3), {}),
@@ -72,13 +71,14 @@ def test_groups_larger_than_a_block() -> None:
 
 def test_factor_gives_the_feedback_of_the_published_one() -> None:
     """GPTQ feeds back (w - ŵ)/U_jj · U_jk with the factor U of the inverse; here U is not needed (U = V⁻¹)."""
-    gram = damped(make_stats(inputs(50, 200)).gram, 0.01).double()
-    upper, ok = upper_factor(gram)
+    undamped = make_stats(inputs(50, 200)).gram.double()
+    gram = damped(undamped, 0.01)
+    upper, ok = upper_factor(undamped, 0.01)
     assert ok and torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper @ upper.T, gram, rtol=1e-12, atol=1e-9)
     published = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
     torch.testing.assert_close(torch.linalg.inv(upper), published, rtol=1e-9, atol=1e-12)
-    assert not upper_factor(-gram)[1]
+    assert not upper_factor(-gram, 0.01)[1]
 
 
 def test_singular_gram_names_the_damping_that_works() -> None:

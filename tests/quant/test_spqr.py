@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from quant.core.grid import fit_grid
-from quant.core.linalg import damped, relative_error
+from quant.core.linalg import relative_error
 from quant.core.types import QuantSpec
 from quant.gptq import gptq
 from quant.spqr import range_outliers, spqr
-from tests.references import inputs, make_stats, naive_leave_one_out, naive_spqr_sweep, weights
+from tests.references import damped, inputs, make_stats, naive_leave_one_out, naive_spqr_sweep, weights
 
 
 def problem(seed: int = 0, n_out: int = 40, n_in: int = 128):
@@ -35,7 +35,7 @@ def test_sweep_on_a_given_grid_equals_the_column_loop():
     spec = QuantSpec(3, 16)
     grid = fit_grid(weight, spec)
     answer = spqr(weight, stats, spec, grid=grid, outlier=0.3).check()
-    damped_gram = damped(stats.gram, 0.01).double()
+    damped_gram = damped(stats.gram, 0.01)
     upper = torch.linalg.cholesky(torch.linalg.inv(damped_gram), upper=True)  # the published factor, of the inverse
     codes, outliers = naive_spqr_sweep(weight, upper, grid, 0.3)
     assert answer.outliers is not None
