@@ -1,8 +1,8 @@
 """The block loops in Triton: a program for a tile of rows; its slice of the block stays in registers.
 
-A column is picked out of the register tile by a masked sum, which costs as many operations as the rank-one update
-that follows. The rows of the B x B matrix come from L1. B must be a power of two here; shorter blocks are padded
-by masks. Without a GPU the same code runs in Triton's interpreter (TRITON_INTERPRET=1), as the tests do.
+A column is picked out of a register tile by a masked sum, which costs as many operations as the rank-one update that
+follows; the only memory read inside the loop is the row of the B x B matrix (and the scales where there are groups).
+Tiles are as wide as the next power of two, the rest is masked. Without a GPU the same code runs in Triton's interpreter (TRITON_INTERPRET=1), as the tests do.
 """
 
 from __future__ import annotations
@@ -24,77 +24,94 @@ def _round_half_even(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     return shifted - 12582912.0
 
 
+@triton.jit
+def _nearest(u, scale, zero, qmax):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Codes of u. Far outside the grid the exact integer does not matter, only that the sum stays in range."""
+    steps = tl.minimum(tl.maximum(tl.math.div_rn(u, scale), -4096.0), 4096.0)
+    return tl.minimum(tl.maximum(_round_half_even(steps) + zero, 0.0), qmax)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _coordinate_descent(  # type: ignore[no-untyped-def]
     residual, correlation, weight, gram, inverse, scale, zero, group, codes, free, change,  # noqa: ANN001
     n_rows, n_columns, n_groups, qmax,  # noqa: ANN001
-    residual_stride, correlation_stride, weight_stride, gram_stride, codes_stride, free_stride,  # noqa: ANN001
-    rounding: tl.constexpr, has_free: tl.constexpr, rows_tile: tl.constexpr, columns: tl.constexpr,
+    residual_stride, correlation_stride, weight_stride, codes_stride, free_stride,  # noqa: ANN001
+    rounding: tl.constexpr, has_free: tl.constexpr, one_group: tl.constexpr,
+    rows_tile: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
-    row = tl.program_id(0) * rows_tile + tl.arange(0, rows_tile)
+    row = (tl.program_id(0) * rows_tile + tl.arange(0, rows_tile)).to(tl.int64)
     column = tl.arange(0, columns)
     inside_row, inside_column = row < n_rows, column < n_columns
-    tile = correlation + row[:, None] * correlation_stride + column[None, :]
-    c = tl.load(tile, mask=inside_row[:, None] & inside_column[None, :], other=0.0)
+    inside = inside_row[:, None] & inside_column[None, :]
+    target = tl.load(weight + row[:, None] * weight_stride + column[None, :], mask=inside, other=0.0)
+    before = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0)
+    c = tl.load(correlation + row[:, None] * correlation_stride + column[None, :], mask=inside, other=0.0)
+    current = target - before
+    chosen = tl.zeros_like(current)
+    s = tl.load(scale + row * n_groups, mask=inside_row, other=1.0)
+    z = tl.load(zero + row * n_groups, mask=inside_row, other=0.0)
     for j in range(n_columns):
-        current = tl.load(residual + row * residual_stride + j, mask=inside_row, other=0.0)
-        target = tl.load(weight + row * weight_stride + j, mask=inside_row, other=0.0)
-        own = tl.sum(tl.where(column[None, :] == j, c, 0.0), axis=1)
-        value = target - current + own * tl.load(inverse + j)
+        here = column[None, :] == j
+        old = tl.sum(tl.where(here, current, 0.0), axis=1)
+        value = old + tl.sum(tl.where(here, c, 0.0), axis=1) * tl.load(inverse + j)
         if rounding:
-            g = tl.load(group + j)
-            s = tl.load(scale + row * n_groups + g, mask=inside_row, other=1.0)
-            z = tl.load(zero + row * n_groups + g, mask=inside_row, other=0.0)
-            q = tl.math.div_rn(value, s)
-            # Far outside the grid the exact integer does not matter, only that the sum stays in range.
-            q = _round_half_even(tl.minimum(tl.maximum(q, -4096.0), 4096.0)) + z
-            q = tl.minimum(tl.maximum(q, 0.0), qmax)
-            tl.store(codes + row * codes_stride + j, q.to(tl.uint8), mask=inside_row)
+            if not one_group:
+                g = tl.load(group + j)
+                s = tl.load(scale + row * n_groups + g, mask=inside_row, other=1.0)
+                z = tl.load(zero + row * n_groups + g, mask=inside_row, other=0.0)
+            q = _nearest(value, s, z, qmax)
+            chosen = tl.where(here, q[:, None], chosen)
             rounded = (q - z) * s
             if has_free:
                 keep = tl.load(free + row * free_stride + j, mask=inside_row, other=0)
                 value = tl.where(keep != 0, value, rounded)
             else:
                 value = rounded
-        new = target - value
-        step = new - current
-        tl.store(residual + row * residual_stride + j, new, mask=inside_row)
-        tl.store(change + row * n_columns + j, step, mask=inside_row)
-        later = inside_column & (column > j)
-        factor = tl.load(gram + j * gram_stride + column, mask=later, other=0.0)
-        c += step[:, None] * factor[None, :]
+        current = tl.where(here, value[:, None], current)
+        factor = tl.load(gram + j * n_columns + column, mask=inside_column & (column > j), other=0.0)
+        c += (old - value)[:, None] * factor[None, :]
+    after = target - current
+    tl.store(residual + row[:, None] * residual_stride + column[None, :], after, mask=inside)
+    tl.store(change + row[:, None] * n_columns + column[None, :], after - before, mask=inside)
+    if rounding:
+        tl.store(codes + row[:, None] * codes_stride + column[None, :], chosen.to(tl.uint8), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gptq(  # type: ignore[no-untyped-def]
     weight, target, feedback, scale, zero, group, codes, errors, outlier_above,  # noqa: ANN001
     n_rows, n_columns, n_groups, qmax, weight_stride, target_stride, codes_stride, errors_stride,  # noqa: ANN001
-    has_outliers: tl.constexpr, rows_tile: tl.constexpr, columns: tl.constexpr,
+    has_outliers: tl.constexpr, one_group: tl.constexpr, rows_tile: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
-    row = tl.program_id(0) * rows_tile + tl.arange(0, rows_tile)
+    row = (tl.program_id(0) * rows_tile + tl.arange(0, rows_tile)).to(tl.int64)
     column = tl.arange(0, columns)
     inside_row, inside_column = row < n_rows, column < n_columns
     inside = inside_row[:, None] & inside_column[None, :]
-    tile = weight + row[:, None] * weight_stride + column[None, :]
-    w = tl.load(tile, mask=inside, other=0.0)
+    w = tl.load(weight + row[:, None] * weight_stride + column[None, :], mask=inside, other=0.0)
+    original = tl.load(target + row[:, None] * target_stride + column[None, :], mask=inside, other=0.0)
+    chosen, off_by = tl.zeros_like(w), tl.zeros_like(w)
+    s = tl.load(scale + row * n_groups, mask=inside_row, other=1.0)
+    z = tl.load(zero + row * n_groups, mask=inside_row, other=0.0)
     for j in range(n_columns):
-        kept = tl.sum(tl.where(column[None, :] == j, w, 0.0), axis=1)
-        g = tl.load(group + j)
-        s = tl.load(scale + row * n_groups + g, mask=inside_row, other=1.0)
-        z = tl.load(zero + row * n_groups + g, mask=inside_row, other=0.0)
-        q = tl.math.div_rn(kept, s)
-        q = _round_half_even(tl.minimum(tl.maximum(q, -4096.0), 4096.0)) + z
-        q = tl.minimum(tl.maximum(q, 0.0), qmax)
+        here = column[None, :] == j
+        kept = tl.sum(tl.where(here, w, 0.0), axis=1)
+        if not one_group:
+            g = tl.load(group + j)
+            s = tl.load(scale + row * n_groups + g, mask=inside_row, other=1.0)
+            z = tl.load(zero + row * n_groups + g, mask=inside_row, other=0.0)
+        q = _nearest(kept, s, z, qmax)
+        chosen = tl.where(here, q[:, None], chosen)
         value = (q - z) * s
         if has_outliers:
-            off = kept - value
-            value = tl.where(off * off > tl.load(outlier_above + j), kept, value)
-        error = tl.load(target + row * target_stride + j, mask=inside_row, other=0.0) - value
-        tl.store(codes + row * codes_stride + j, q.to(tl.uint8), mask=inside_row)
-        tl.store(errors + row * errors_stride + j, error, mask=inside_row)
+            distance = kept - value
+            value = tl.where(distance * distance > tl.load(outlier_above + j), kept, value)
+        error = tl.sum(tl.where(here, original, 0.0), axis=1) - value
+        off_by = tl.where(here, error[:, None], off_by)
         factor = tl.load(feedback + j * n_columns + column, mask=inside_column & (column > j), other=0.0)
         w += error[:, None] * factor[None, :]
-    tl.store(tile, w, mask=inside)
+    tl.store(weight + row[:, None] * weight_stride + column[None, :], w, mask=inside)
+    tl.store(codes + row[:, None] * codes_stride + column[None, :], chosen.to(tl.uint8), mask=inside)
+    tl.store(errors + row[:, None] * errors_stride + column[None, :], off_by, mask=inside)
 
 
 class TritonKernels:
@@ -142,10 +159,9 @@ class TritonKernels:
             residual, correlation, weight, gram.contiguous(), inverse_diagonal(gram), grid.scale, grid.zero, grid.group,
             stored, flags, change,
             n_rows, n_columns, grid.scale.shape[1], float(grid.qmax),
-            residual.stride(0), correlation.stride(0), weight.stride(0), n_columns, stored.stride(0),
-            flags.stride(0),
+            residual.stride(0), correlation.stride(0), weight.stride(0), stored.stride(0), flags.stride(0),
             rounding=codes is not None, has_free=codes is not None and free is not None,
-            rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
+            one_group=grid.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
         )  # fmt: skip
         return change
 
@@ -166,7 +182,7 @@ class TritonKernels:
             weight if outlier_above is None else outlier_above.contiguous(),
             n_rows, n_columns, grid.scale.shape[1], float(grid.qmax),
             weight.stride(0), target.stride(0), codes.stride(0), errors.stride(0),
-            has_outliers=outlier_above is not None, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
+            has_outliers=outlier_above is not None, one_group=grid.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
         )  # fmt: skip
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
