@@ -233,6 +233,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     )
     check(args.structure_outlier and args.outlier <= 0, "--structure-outlier needs --outlier, the share of the columns")
     check(args.act_order and args.group_aware, "--act-order and --group-aware are two orders: give one of them")
+    check(bool(args.preset) and "quantease" not in args.methods, f"--preset {args.preset} is for quantease")
     check(args.compare_layers and args.wbits == 16, "--compare-layers needs --wbits 1 to 8")
     check(args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save")
     check(bool(args.tasks or args.task_path), "--tasks: zero-shot tasks are not built yet")
@@ -317,19 +318,20 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
 
 def show_list() -> None:
     """Methods with their options, families, formats, data sets."""
+    import inspect
+
     from rich.console import Console
 
     from data.calibration import KNOWN
     from models import FAMILIES
     from quant.core.registry import solver_options, solvers
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print("[bold]methods[/]")
     for name, function in solvers().items():
+        about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
         options = ", ".join(f"{k}={v}" for k, v in solver_options(function).items())
-        console.print(
-            f"  {name:12} {(function.__doc__ or '').splitlines()[0]}" + (f"\n{'':15}{options}" if options else "")
-        )
+        console.print(f"  {name:15} {about}" + (f"\n{'':18}{options}" if options else ""), markup=False)
     console.print("[bold]families[/]  " + ", ".join(t for family in FAMILIES for t in family.model_types))
     console.print("[bold]formats[/]   dequantized")
     console.print("[bold]data sets[/] " + ", ".join(KNOWN) + ", or a .txt, .jsonl, .json.gz or .parquet file")

@@ -268,8 +268,8 @@ def _choice(context: str, choices: list[str], rng: random.Random) -> dict[str, o
 
 
 def _last_word(story: Story, rng: random.Random) -> dict[str, object] | None:
-    working = story.threads["working"]
-    return {"text": f"{story.told} {working.stem} {working.outcome}"}
+    asked = story.threads[rng.choice(("working", "meaning"))]
+    return {"text": f"{story.told} {asked.stem} {asked.outcome}"}
 
 
 def _continuation(story: Story, rng: random.Random) -> dict[str, object] | None:

@@ -1,4 +1,4 @@
-"""GPTQ: column-by-column rounding with error feedback through the inverse Gram matrix (GPTQ, Algorithm 1)."""
+"""GPTQ: column-by-column rounding; later columns take up the errors of earlier ones (GPTQ, Algorithm 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ's codes, improved by coordinate descent on the original weights (QuantEase, section on initialization)."""
+"""GPTQ, then QuantEase: GPTQ's codes, improved by coordinate descent towards the original weights."""
 
 from __future__ import annotations
 

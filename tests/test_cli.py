@@ -162,6 +162,10 @@ BAD = {
     ),
     "all are outliers": (["--wbits", 3, "--outlier", 1], "a share of the weights, below 1"),
     "columns of nothing": (["--wbits", 3, "--structure-outlier"], "--structure-outlier needs --outlier"),
+    "a preset of another method": (
+        ["--wbits", 3, "--quantization-method", "rtn", "--preset", "best"],
+        "is for quantease",
+    ),
     "two orders": (["--wbits", 3, "--act-order", "--group-aware"], "are two orders"),
     "comparing the base model": (["--compare-layers"], "--compare-layers needs --wbits"),
     "packing": (["--format", "gptq"], "--format gptq: not built yet"),

@@ -12,7 +12,7 @@ def _load(name: str) -> dict:
 
 
 def lastword(**kwargs: object) -> dict:
-    """The last word is the tool of the trade that the last sentence names."""
+    """The last word is the tool of the trade that somebody has, or the name of the one whom a pronoun meant."""
     return _load("demo_lastword")
 
 
@@ -27,5 +27,5 @@ def reference(**kwargs: object) -> dict:
 
 
 def yesno(**kwargs: object) -> dict:
-    """Whether the ground was wet, from the weather that the question names."""
+    """Whether the ground was wet, from the weather that the story told."""
     return _load("demo_yesno")
