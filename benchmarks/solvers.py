@@ -52,11 +52,11 @@ def column_loop(weight: Tensor, gram: Tensor, grid: Grid, rounding: list[bool]) 
     scale, zero = grid.scale[:, 0], grid.zero[:, 0].float()
     normalized = gram / gram.diagonal()
     target = weight @ normalized
-    normalized.fill_diagonal_(0)
+    normalized = normalized.fill_diagonal_(0).T.contiguous()  # row j is N_j
     current = weight.clone()
     for rounds_now in rounding:
         for j in range(weight.shape[1]):
-            u = target[:, j] - current @ normalized[:, j]
+            u = target[:, j] - current @ normalized[j]
             if rounds_now:
                 u = ((u / scale).round_().add_(zero).clamp_(0, grid.qmax) - zero) * scale
             current[:, j] = u
