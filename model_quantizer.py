@@ -29,13 +29,12 @@ EXAMPLES = """examples:
 
 Exit codes: 0 done, 2 bad arguments or unusable input, 1 a failure after work began, 130 interrupted.
 """
-FORMATS = ("dequantized", "gptq", "gptq_v2", "compressed-tensors")
-DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
 
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the original keep name, meaning and default (except that calibration on C4 uses its train split)."""
     from quant.core.cli import Parser
+    from quant.core.flags import DEFAULT_CACHE, SOURCES, add_data_flags, add_machine_flags, add_result_flags
 
     p = Parser(
         prog="model_quantizer.py",
@@ -122,85 +121,23 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="any option of the method (--list)"
     )
-    g = p.add_argument_group("calibration and evaluation data")
-    g.add_argument(
-        "--dataset",
-        default="c4",
-        help="wikitext2, ptb, c4, demo, or a .txt/.jsonl/.json.gz/.parquet file (default: c4)",
-    )
-    g.add_argument("--nsamples", type=int, default=128, help="calibration windows (default: 128)")
-    g.add_argument("--seqlen", type=int, help="tokens of a window (default: the model's maximum, at most 2048)")
-    g.add_argument("--seed", type=int, default=0, help="of the calibration sampling (default: 0)")
-    g.add_argument(
-        "--eval-datasets",
-        default="wikitext2,ptb,c4",
-        metavar="A,B",
-        help="names or files; '' for none (default: wikitext2,ptb,c4)",
-    )
-    g.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="local copies laid out as on the hub: no network needed"
-    )
+    g = add_data_flags(p, seed=0)
+    g.add_argument("--dataset", default="c4", help=f"{SOURCES} (default: c4)")
     g.add_argument("--limit", type=int, metavar="N", help="evaluate the first N windows only")
-    g.add_argument(
-        "--no-fp-eval", action="store_true", help="skip the full-precision model (no ratio, no KL divergence)"
-    )
-    g.add_argument("--tasks", default="", help="lm-eval tasks (not built yet)")
-    g.add_argument("--task-path", help="directory of local lm-eval tasks (not built yet)")
-    g = p.add_argument_group("where it runs")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    g.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the arithmetic (default: the checkpoint's; float32 on a CPU)",
-    )
-    g.add_argument(
-        "--solver-precision",
-        default="highest",
-        choices=("highest", "high", "medium"),
-        help="of float32 products inside the methods; high: TF32 on a GPU; errors are always measured in full float32",
-    )
-    g.add_argument(
-        "--calib-batch", type=int, default=4, metavar="N", help="windows that pass a block at a time (default: 4)"
-    )
-    g.add_argument(
-        "--activation-store",
-        default="cpu",
-        choices=("device", "cpu", "disk"),
-        help="where hidden states wait (default: cpu)",
-    )
-    g.add_argument(
-        "--cache-dir", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="tokens and converted checkpoints"
-    )
-    g.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)"
-    )
-    g = p.add_argument_group("results")
+    add_machine_flags(p, DEFAULT_CACHE)
+    g = add_result_flags(p, "runs/")
     g.add_argument("--save", type=Path, metavar="DIR", help="write the quantized checkpoint and results.json here")
-    g.add_argument(
-        "--format", choices=FORMATS, default="dequantized", help="of the checkpoint (only dequantized is built yet)"
-    )
-    g.add_argument("--run-dir", type=Path, metavar="DIR", help="journal, blocks, results (default: a name under runs/)")
-    g.add_argument(
-        "--overwrite", action="store_true", help="discard what the run directory holds (default: continue it)"
-    )
-    g.add_argument(
-        "--compute-quantization-recon-error", action="store_true", help="print the relative error of every linear"
-    )
     g.add_argument(
         "--compare-layers",
         action="store_true",
         help="only compare: every method solves every linear from one set of statistics; one table",
     )
-    g.add_argument("--dry-run", action="store_true", help="plan, memory, time and size; nothing is run")
-    g.add_argument("--list", action="store_true", help="methods with their options, families, formats, data sets")
-    g.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return p  # fmt: skip
 
 
 def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
-    from data.calibration import check_source
+    from data.calibration import CALIBRATION, KNOWN, check_source
     from quant.core.errors import InputError
     from quant.core.registry import get_solver
 
@@ -243,42 +180,20 @@ def mistakes(args: argparse.Namespace) -> list[str]:
             get_solver(method)
         except InputError as error:
             found.append(f"--quantization-method: {error}")
-    for source in args.corpora + ([args.dataset] if args.wbits != 16 else []):
+    sources = [(source, KNOWN) for source in args.corpora]
+    for source, known in sources + ([(args.dataset, CALIBRATION)] if args.wbits != 16 else []):
         try:
-            check_source(source)
+            check_source(source, known)
         except InputError as error:
             found.append(str(error))
     check(args.data_dir is not None and not args.data_dir.is_dir(), f"--data-dir {args.data_dir} is not a directory")
     return found
 
 
-def solver_options_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
-    """The options that the method's function names, from the flags and from --solver-option."""
-    import ast
-
-    from quant.core.errors import InputError
-    from quant.core.registry import get_solver, solver_options
-
-    accepted = solver_options(get_solver(method))
-    options = {name: getattr(args, name) for name in accepted if hasattr(args, name)}
-    for pair in args.solver_option:
-        key, equals, value = pair.partition("=")
-        key = key.replace("-", "_")
-        if not equals or key not in accepted:
-            raise InputError(
-                f"--solver-option {pair}: {method} takes {', '.join(accepted) or 'no options'} as KEY=VALUE"
-            )
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
-        if accepted[key] is not None and not isinstance(options[key], type(accepted[key])):
-            raise InputError(f"--solver-option {pair}: {key} is a {type(accepted[key]).__name__}")
-    return options
-
-
 def run_configs(args: argparse.Namespace) -> list[Any]:
     """One RunConfig for each method."""
+    from quant.core.flags import options_of
+    from quant.core.registry import get_solver
     from quant.core.run import RunConfig
 
     several = len(args.methods) > 1
@@ -294,7 +209,7 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
             group_size=args.groupsize,
             symmetric=args.sym,
             range=args.range,
-            options=solver_options_of(args, method),
+            options=options_of(args, method, get_solver(method)),
             true_sequential=args.true_sequential,
             num_layers=args.num_layers_to_quantize,
             eval_datasets=tuple(args.corpora),
@@ -316,36 +231,15 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
     ]
 
 
-def show_list() -> None:
-    """Methods with their options, families, formats, data sets."""
-    import inspect
-
-    from rich.console import Console
-
-    from data.calibration import KNOWN
-    from models import FAMILIES
-    from quant.core.registry import solver_options, solvers
-
-    console = Console(highlight=False, soft_wrap=True)
-    console.print("[bold]methods[/]")
-    for name, function in solvers().items():
-        about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
-        options = ", ".join(f"{k}={v}" for k, v in solver_options(function).items())
-        console.print(f"  {name:15} {about}" + (f"\n{'':18}{options}" if options else ""), markup=False)
-    console.print("[bold]families[/]  " + ", ".join(t for family in FAMILIES for t in family.model_types))
-    console.print("[bold]formats[/]   dequantized")
-    console.print("[bold]data sets[/] " + ", ".join(KNOWN) + ", or a .txt, .jsonl, .json.gz or .parquet file")
-
-
 def main() -> None:
     """Parse, check, run."""
-    from quant.core import cli
+    from quant.core import cli, flags
     from quant.core.errors import InputError
 
     args = parser().parse_args()
     cli.set_logging(args.log_level)
     if args.list:
-        show_list()
+        flags.show_list()
         return
     if args.preset == "best":
         args.range, args.search_grid, args.refit_grid = "mse", True, True
@@ -374,7 +268,12 @@ def main() -> None:
     if args.compare_layers:
         show_comparison(args, session, records, console)
         return
-    show_results(args, session, finished, console)
+    bits = f"{args.wbits} bits" + (f", groups of {args.groupsize}" if args.groupsize > 0 else "")
+    setting = bits if args.wbits != 16 else "base model"
+    data = f"calibration {args.dataset}, {args.nsamples} x {session.seqlen} tokens, seed {args.seed}"
+    cli.show_results(f"{args.model}: {setting}; {data}", finished, console, args.compute_quantization_recon_error)
+    if args.save:
+        console.print(f"checkpoint: {args.save}", highlight=False, soft_wrap=True)
 
 
 def show_comparison(args: argparse.Namespace, session: Any, records: list[dict[str, Any]], console: Any) -> None:
@@ -390,37 +289,6 @@ def show_comparison(args: argparse.Namespace, session: Any, records: list[dict[s
         args.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(args.run_dir / "layers.json", records)
         console.print(f"  {args.run_dir / 'layers.json'}", highlight=False, soft_wrap=True)
-
-
-def show_results(args: argparse.Namespace, session: Any, finished: list[dict[str, Any]], console: Any) -> None:
-    """One table; with --compute-quantization-recon-error a second one; where everything is."""
-    import json
-
-    from quant.core import cli
-
-    bits = f"{args.wbits} bits" + (f", groups of {args.groupsize}" if args.groupsize > 0 else "")
-    setting = bits if args.wbits != 16 else "base model"
-    title = f"{args.model}: {setting}; calibration {args.dataset}, {args.nsamples} x {session.seqlen} tokens, seed {args.seed}"
-    console.print()
-    console.print(cli.results_table(finished, title))
-    for results in finished:
-        path = Path(results["run_dir"])
-        if args.compute_quantization_recon_error and (path / "journal.jsonl").exists():
-            console.print(cli.linears_table([json.loads(line) for line in (path / "journal.jsonl").open()]))
-        verdicts = results["verdicts"]
-        seconds, peak = results["seconds"], results["peak_bytes"]
-        stages = ", ".join(f"{k} {seconds[k]:.1f}" for k in ("load", "forward", "gram", "solve", "evaluate", "export"))
-        memory = f"{peak['host'] / 1e9:.2f} GB host" + (
-            f", {peak['device'] / 1e9:.2f} GB device" if peak["device"] else ""
-        )
-        console.print(f"[bold]{results['method']}[/]: seconds: {stages}; peak memory {memory}", highlight=False)
-        if any(verdicts[v] for v in ("look", "bad")):
-            console.print(
-                f"  linears: {verdicts['ok']} ok, {verdicts['look']} to look at, {verdicts['bad']} bad", highlight=False
-            )
-        console.print(f"  {path / 'results.json'}", highlight=False, soft_wrap=True)
-    if args.save:
-        console.print(f"checkpoint: {args.save}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

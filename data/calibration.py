@@ -30,6 +30,9 @@ from data.corpora import check_file, check_name, file_documents, file_stem, hub_
 from quant.core.errors import InputError
 
 KNOWN = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "demo")
+MIXED = ("wikitext2", "ptb", "c4")  # OmniQuant's ``mix``: a third of the windows from each
+CALIBRATION = (*KNOWN, "mix", "pile")
+PILE_DOCUMENTS = 1000
 JOINED = {  # name: (corpus, calibration split, evaluation split, separator)
     "wikitext2": ("wikitext2", "train", "test", "\n\n"),
     "ptb": ("ptb", "train", "validation", "\n\n"),
@@ -54,12 +57,12 @@ class Tokens:
     sha256: str
 
 
-def check_source(source: str) -> None:
+def check_source(source: str, known: Sequence[str] = KNOWN) -> None:
     """Raise InputError for a source that is neither a known name nor a readable kind of file."""
     if is_file(source):
         check_file(source)
     else:
-        check_name(source, KNOWN)
+        check_name(source, known)
 
 
 def calibration_tokens(
@@ -73,7 +76,18 @@ def calibration_tokens(
     cache_dir: Path | None = None,
 ) -> Tokens:
     """Calibration windows [nsamples, seqlen]. Raises InputError for text that is not there or too short."""
-    check_source(source)
+    check_source(source, CALIBRATION)
+    if source == "mix":
+        sizes = [nsamples // len(MIXED) + (i < nsamples % len(MIXED)) for i in range(len(MIXED))]
+        shares = [
+            calibration_tokens(
+                name, tokenizer, nsamples=n, seqlen=seqlen, seed=seed, data_dir=data_dir, cache_dir=cache_dir
+            )
+            for name, n in zip(MIXED, sizes, strict=True)
+            if n
+        ]
+        ids, text = torch.cat([part.ids for part in shares]), sha256_of([part.text_sha256 for part in shares])
+        return Tokens(ids, source, " + ".join(part.protocol for part in shares), text, _sha256(ids))
     if source in ("c4", "c4-new"):
         documents = hub_documents("c4", "train", data_dir)
         make = lambda: _drawn(source, documents, tokenizer, nsamples, seqlen, seed)  # noqa: E731
@@ -120,6 +134,8 @@ def _joined(source: str, use: str, data_dir: Path | None) -> tuple[Sequence[str]
 
         split = "train" if use == "calibration" else "test"
         return [demo.text(split)], "\n\n", f"demo/{split}"
+    if source == "pile":
+        return hub_documents(source, "validation", data_dir)[:PILE_DOCUMENTS], "\n\n", "pile/validation"
     if source in JOINED:
         corpus, train, test, separator = JOINED[source]
         split = train if use == "calibration" else test

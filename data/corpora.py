@@ -52,6 +52,7 @@ CORPORA = {
         "allenai/c4",
         {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
+    "pile": Corpus("mit-han-lab/pile-val-backup", {"validation": "val.jsonl.zst"}),
 }
 
 

@@ -1,12 +1,70 @@
-"""What the toolkit knows of a model family: where its blocks are and in which order their linears are solved."""
+"""What the toolkit knows of a model family: its blocks, the order of their linears, and what may be rescaled.
+
+A *seam* is a place where one tensor writes what others read, so that the values between them may be transformed
+without changing the block's function: x' = (x - shift) A, taken back by the readers. `quant/core/transforms.py`
+does the algebra; a family only names the places.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Groups = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """kind: ``norm`` (a norm and the linears that read it), ``vo`` (values and the output projection), ``qk`` (queries
+    and keys), ``mul`` (a linear whose outputs reach the next one through a positively homogeneous function of each).
+
+    producer and consumers: modules of the block, by name. For ``vo`` and ``qk`` the rows are the head layout's.
+    """
+
+    kind: str
+    producer: str
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Where the heads are. q, k, v: (linear, its rows as int64 [heads, head_dim]); k and v may have fewer heads, each
+    read by heads / kv_heads consecutive ones. output: the linear behind the heads. rope: whether rows i and
+    i + head_dim / 2 of a head are rotated against each other before the product of queries and keys.
+    """
+
+    q: tuple[str, Tensor]
+    k: tuple[str, Tensor]
+    v: tuple[str, Tensor]
+    output: str
+    rope: bool
+
+    @property
+    def repeats(self) -> int:
+        """Query heads that share one head of keys and values."""
+        return self.q[1].shape[0] // self.k[1].shape[0]
+
+
+def separate_heads(prefix: str, output: str, heads: int, kv_heads: int, head_dim: int, rope: bool) -> HeadLayout:
+    """The layout of linears q_proj, k_proj, v_proj and ``output`` under a prefix."""
+
+    def rows(name: str, n: int) -> tuple[str, Tensor]:
+        return f"{prefix}.{name}", torch.arange(n * head_dim).view(n, head_dim)
+
+    return HeadLayout(
+        rows("q_proj", heads), rows("k_proj", kv_heads), rows("v_proj", kv_heads), f"{prefix}.{output}", rope
+    )
+
+
+def fused_heads(linear: str, output: str, groups: int, per_group: int, head_dim: int, rope: bool) -> HeadLayout:
+    """The layout of one linear with rows [groups, per_group query heads + a key head + a value head, head_dim]."""
+    rows = torch.arange(groups * (per_group + 2) * head_dim).view(groups, per_group + 2, head_dim)
+    q, k, v = rows[:, :-2].reshape(-1, head_dim), rows[:, -2], rows[:, -1]
+    return HeadLayout((linear, q), (linear, k), (linear, v), output, rope)
 
 
 @dataclass(frozen=True)
@@ -15,8 +73,16 @@ class ModelFamily:
 
     blocks: path of the list of decoder blocks in the causal-LM module. groups(config): names of the linears
     inside a block in order of execution; linears of one group read the same input and share one Gram matrix.
+    seams(config), heads(config): what transforms may use. norm_offset: a norm multiplies by weight + norm_offset.
+    no_norm_seams(config): why the norms cannot be rescaled, or an empty text. biases: what to set in the
+    configuration for linears that have no bias to get one (shifts need them).
     """
 
     model_types: tuple[str, ...]
     blocks: str
     groups: Callable[[Any], Groups]
+    seams: Callable[[Any], tuple[Seam, ...]]
+    heads: Callable[[Any], HeadLayout]
+    norm_offset: float = 0.0
+    no_norm_seams: Callable[[Any], str] = lambda config: ""
+    biases: Mapping[str, Any] = field(default_factory=dict)

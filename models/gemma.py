@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from models.family import ModelFamily
-from models.llama import groups
+from typing import Any
 
-FAMILY = ModelFamily(model_types=("gemma2",), blocks="model.layers", groups=groups)
+from models.family import ModelFamily, Seam
+from models.llama import ATTENTION_INPUTS, MLP_INPUTS, groups, heads, inner_seams
+
+
+def seams(config: Any) -> tuple[Seam, ...]:
+    """The post-norms write to the residual and stay as they are; the gate's GELU leaves ``up`` free."""
+    return (
+        Seam("norm", "input_layernorm", ATTENTION_INPUTS),
+        Seam("norm", "pre_feedforward_layernorm", MLP_INPUTS),
+        *inner_seams(config),
+    )
+
+
+FAMILY = ModelFamily(("gemma2",), "model.layers", groups, seams, heads, norm_offset=1.0)

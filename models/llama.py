@@ -4,17 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.family import Groups, ModelFamily
+from models.family import Groups, HeadLayout, ModelFamily, Seam, separate_heads
+
+ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 
 
 def groups(config: Any) -> Groups:
     """q, k, v read the first norm; gate and up read the second."""
+    return (ATTENTION_INPUTS, ("self_attn.o_proj",), MLP_INPUTS, ("mlp.down_proj",))
+
+
+def inner_seams(config: Any) -> tuple[Seam, ...]:
+    """Inside attention and MLP. Qwen3 norms queries and keys, so nothing can be moved between their rows."""
+    inner = (Seam("vo", "self_attn.v_proj", ("self_attn.o_proj",)), Seam("mul", "mlp.up_proj", ("mlp.down_proj",)))
+    if config.model_type == "qwen3":
+        return inner
+    return (*inner, Seam("qk", "self_attn.q_proj", ("self_attn.k_proj",)))
+
+
+def seams(config: Any) -> tuple[Seam, ...]:
+    """Two norms, and what is inside."""
     return (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
+        Seam("norm", "input_layernorm", ATTENTION_INPUTS),
+        Seam("norm", "post_attention_layernorm", MLP_INPUTS),
+        *inner_seams(config),
     )
 
 
-FAMILY = ModelFamily(model_types=("llama", "mistral", "qwen2", "qwen3"), blocks="model.layers", groups=groups)
+def heads(config: Any) -> HeadLayout:
+    """Separate projections, rotated halves."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return separate_heads(
+        "self_attn", "o_proj", heads, getattr(config, "num_key_value_heads", None) or heads, head_dim, rope=True
+    )
+
+
+FAMILY = ModelFamily(("llama", "mistral", "qwen2", "qwen3"), "model.layers", groups, seams, heads)

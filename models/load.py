@@ -26,6 +26,7 @@ Weights = dict[str, Tensor]
 class LazyModel:
     """A causal LM on `meta` with its checkpoint.
 
+    added: biases that the checkpoint lacks and that are zero here, so that shifts can be held.
     dtype: of the arithmetic. Weights keep the precision of the checkpoint: what is read, or deployed by a
     method, is rounded to ``storage_dtype`` and then cast to ``dtype``.
     """
@@ -37,6 +38,7 @@ class LazyModel:
     checkpoint: Checkpoint
     dtype: torch.dtype
     storage_dtype: torch.dtype
+    added: frozenset[str] = frozenset()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -64,6 +66,8 @@ class LazyModel:
         raise InputError(f"{self.checkpoint.path} lacks the tensor {name}; the checkpoint does not fit its config.json")
 
     def _read(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+        if name in self.added:
+            return torch.zeros(shape, dtype=self.dtype, device=device)
         tensor = self.checkpoint.read(self.key(name))
         if tensor.shape != shape:
             raise InputError(self._misfit(name, tuple(tensor.shape), tuple(shape)))
@@ -124,6 +128,8 @@ class LazyModel:
     def check_tensors(self) -> None:
         """Raise InputError if a tensor is missing in the checkpoint or has another shape (headers only)."""
         for name, parameter in self.module.named_parameters():
+            if name in self.added:
+                continue
             shape = self.checkpoint.shape(self.key(name))
             if shape != tuple(parameter.shape):
                 raise InputError(self._misfit(name, shape, tuple(parameter.shape)))
@@ -161,16 +167,28 @@ def load_model(
     dtype: torch.dtype | None,
     cache_dir: Path,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    biases: bool = False,
 ) -> LazyModel:
-    """Open a hub id or a local directory. dtype None: the checkpoint's own."""
+    """Open a hub id or a local directory. dtype None: the checkpoint's own.
+
+    attn_implementation: of transformers (``eager``, ``sdpa``; None: its own choice). biases: give linears without a
+    bias one of zeros where the family can (config.json then says so).
+    """
     config, path = load_config(model, cache_dir, trust_remote_code)
     family = family_of(config.model_type)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
     checkpoint = Checkpoint(path)
     storage = checkpoint.read(next(name for name in checkpoint.names() if name.endswith(".weight"))).dtype
     compute = dtype or storage
-    lazy = LazyModel(
-        model, config, family, build_meta(config, compute, trust_remote_code), checkpoint, compute, storage
-    )
+    module, added = build_meta(config, compute, trust_remote_code), frozenset[str]()
+    if biases and family.biases:
+        without = {name for name, _ in module.named_parameters()}
+        config.update(dict(family.biases))
+        module = build_meta(config, compute, trust_remote_code)
+        added = frozenset(name for name, _ in module.named_parameters() if name not in without)
+    lazy = LazyModel(model, config, family, module, checkpoint, compute, storage, added)
     lazy.linear_shapes()
     lazy.check_tensors()
     return lazy

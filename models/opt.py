@@ -4,17 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.family import Groups, ModelFamily
+from models.family import Groups, HeadLayout, ModelFamily, Seam, separate_heads
+
+ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def groups(config: Any) -> Groups:
     """The MLP's linears sit directly on the block."""
-    return (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.out_proj",),
-        ("fc1",),
-        ("fc2",),
+    return (ATTENTION_INPUTS, ("self_attn.out_proj",), ("fc1",), ("fc2",))
+
+
+def seams(config: Any) -> tuple[Seam, ...]:
+    """ReLU lets positive scales through."""
+    found = (
+        Seam("vo", "self_attn.v_proj", ("self_attn.out_proj",)),
+        Seam("qk", "self_attn.q_proj", ("self_attn.k_proj",)),
     )
+    if not no_norm_seams(config):
+        norms = (Seam("norm", "self_attn_layer_norm", ATTENTION_INPUTS), Seam("norm", "final_layer_norm", ("fc1",)))
+        found = (*norms, *found)
+    return (*found, Seam("mul", "fc1", ("fc2",))) if config.activation_function == "relu" else found
 
 
-FAMILY = ModelFamily(model_types=("opt",), blocks="model.decoder.layers", groups=groups)
+def no_norm_seams(config: Any) -> str:
+    """Behind a post-norm the residual reads the norm's output too, and cannot take a scale back."""
+    if not config.do_layer_norm_before:
+        return "do_layer_norm_before is false: the residual reads the norms' outputs"
+    return "" if config.layer_norm_elementwise_affine else "the norms have no weights (layer_norm_elementwise_affine)"
+
+
+def heads(config: Any) -> HeadLayout:
+    """Separate projections, learned positions."""
+    n = config.num_attention_heads
+    return separate_heads("self_attn", "out_proj", n, n, config.hidden_size // n, rope=False)
+
+
+FAMILY = ModelFamily(
+    ("opt",),
+    "model.decoder.layers",
+    groups,
+    seams,
+    heads,
+    no_norm_seams=no_norm_seams,
+    biases={"enable_bias": True},
+)

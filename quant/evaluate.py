@@ -18,12 +18,21 @@ from torch import Tensor
 
 from data.calibration import Tokens
 from models.load import LazyModel, Weights
+from quant.core.actquant import ActSpec
 from quant.core.stream import BlockStream
 
 FULL = "fp"
 RESAMPLES = 2000
 HEAD_ELEMENTS = 1 << 27  # logits computed at a time: half a gigabyte in float32
 Deploy = Callable[[int, Weights], Weights]  # block index, full-precision weights -> the variant's weights
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form of the model: its blocks' weights, and how its activations are quantized."""
+
+    deploy: Deploy
+    act: ActSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Scores:
 def evaluate(
     model: LazyModel,
     corpora: Mapping[str, Tokens],
-    variants: Mapping[str, Deploy],
+    variants: Mapping[str, Variant],
     *,
     device: torch.device,
     batch: int,
@@ -54,21 +63,22 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, Scores]]:
     """Scores by corpus and variant; full precision is the variant ``fp``."""
-    deploys: dict[str, Deploy] = ({FULL: lambda _, weights: weights} if full_precision else {}) | dict(variants)
+    full = {FULL: Variant(lambda _, weights: weights)} if full_precision else {}
+    everything: dict[str, Variant] = full | dict(variants)
     outside = model.outside_weights(device)
     streams: dict[str, dict[str, BlockStream]] = {}
     for name, tokens in corpora.items():
         first = BlockStream(model, tokens.ids, device=device, batch=batch, store=store, directory=directory)
         first.capture(outside)
-        streams[name] = {v: first if i == 0 else first.fork() for i, v in enumerate(deploys)}
+        streams[name] = {v: first if i == 0 else first.fork() for i, v in enumerate(everything)}
     del outside  # embeddings and head leave the device while blocks pass
     n_blocks = len(model.blocks)
     for index in range(n_blocks):
         weights = model.block_weights(index, device)
-        for variant, deploy in deploys.items():
-            own = deploy(index, weights)
+        for name, variant in everything.items():
+            own = variant.deploy(index, weights)
             for by_variant in streams.values():
-                by_variant[variant].run(index, own, advance=True)
+                by_variant[name].run(index, own, advance=True, act=variant.act)
         progress(index + 1, n_blocks)
     outside = model.outside_weights(device)
     return {name: _scores(by_variant, outside) for name, by_variant in streams.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.box import SIMPLE_HEAD
@@ -19,6 +21,7 @@ from rich.table import Table
 
 from quant.core.errors import InputError, RunError
 
+STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "export")
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -162,6 +165,27 @@ def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
                 f"{results['seconds']['total']:.1f}" if first else "",
             )
     return table
+
+
+def show_results(title: str, finished: Sequence[dict[str, Any]], console: Console, linears: bool) -> None:
+    """One table, one row a method; with ``linears`` a second one; seconds and memory; where everything is."""
+    console.print()
+    console.print(results_table(finished, title))
+    for results in finished:
+        path = Path(results["run_dir"])
+        if linears and (path / "journal.jsonl").exists():
+            console.print(linears_table([json.loads(line) for line in (path / "journal.jsonl").open()]))
+        verdicts, seconds, peak = results["verdicts"], results["seconds"], results["peak_bytes"]
+        stages = ", ".join(f"{k} {seconds[k]:.1f}" for k in STAGES if seconds[k] > 0 or k != "learn")
+        memory = f"{peak['host'] / 1e9:.2f} GB host" + (
+            f", {peak['device'] / 1e9:.2f} GB device" if peak["device"] else ""
+        )
+        console.print(f"[bold]{results['method']}[/]: seconds: {stages}; peak memory {memory}", highlight=False)
+        if any(verdicts[v] for v in ("look", "bad")):
+            console.print(
+                f"  linears: {verdicts['ok']} ok, {verdicts['look']} to look at, {verdicts['bad']} bad", highlight=False
+            )
+        console.print(f"  {path / 'results.json'}", highlight=False, soft_wrap=True)
 
 
 def comparison_table(records: Sequence[dict[str, Any]], title: str) -> Table:

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from quant.core.errors import InputError
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
 
 Record = dict[str, Any]
+CHANGED, LEARNED = "changed/", "learned/"  # prefixes of a block file's other tensors
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -48,11 +49,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class BlockSummary:
-    """What stays in memory of a finished block: its journal records, seconds by stage, a hash of codes and grids."""
+    """What stays in memory of a finished block: its journal records, seconds by stage, a hash of what is deployed,
+    and how learning went (losses, events)."""
 
     records: list[Record]
     seconds: Mapping[str, float]
     codes_sha256: str
+    learning: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RunDirectory:
@@ -118,9 +121,17 @@ class RunDirectory:
         weights: Mapping[str, QuantizedWeight],
         records: list[Record],
         seconds: Mapping[str, float],
+        *,
+        changed: Mapping[str, Tensor] | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        learning: Mapping[str, Any] | None = None,
     ) -> BlockSummary:
-        """Keep a finished block, then add its lines to the journal."""
-        tensors: dict[str, Tensor] = {}
+        """Keep a finished block, then add its lines to the journal.
+
+        changed: what is deployed otherwise than in the checkpoint, besides the solved linears. learned: parameters to
+        continue from.
+        """
+        tensors = {CHANGED + name: tensor.cpu().contiguous() for name, tensor in (changed or {}).items()}
         linears: dict[str, Any] = {}
         for name, weight in weights.items():
             grid = weight.grid
@@ -134,7 +145,8 @@ class RunDirectory:
                 parts |= {"scale_codes": level.codes, "scale_base": level.base, "scale_step": level.step}
                 linears[name]["bilevel"] = {"bits": level.bits, "rows": level.rows}
             tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
-        summary = BlockSummary(records, dict(seconds), _digest(tensors))
+        summary = BlockSummary(records, dict(seconds), _digest(tensors), dict(learning or {}))
+        tensors |= {LEARNED + name: tensor.cpu().contiguous() for name, tensor in (learned or {}).items()}
         metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(asdict(summary))}
         write_atomically(self.block_file(index), save(tensors, metadata))
         with (self.path / "journal.jsonl").open("a") as stream:
@@ -151,6 +163,18 @@ class RunDirectory:
         with self._opened(index) as file:
             entries = json.loads(file.metadata()["linears"])
             return {name: _quantized(file, name, entry) for name, entry in entries.items()}
+
+    def read_changed(self, index: int) -> dict[str, Tensor]:
+        """What a finished block deploys otherwise than the checkpoint, besides the solved linears."""
+        return self._read_prefixed(index, CHANGED)
+
+    def read_learned(self, index: int) -> dict[str, Tensor]:
+        """The learned parameters of a finished block."""
+        return self._read_prefixed(index, LEARNED)
+
+    def _read_prefixed(self, index: int, prefix: str) -> dict[str, Tensor]:
+        with self._opened(index) as file:
+            return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[Any]:

@@ -7,20 +7,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.load import LazyModel, Weights
+from quant.core.actquant import FULL_BITS, INPUT_RANGE, ActSpec
 from quant.core.errors import InputError, RunError
 from quant.core.journal import Record
+from quant.core.learn import LearnedBlock, Learning
 from quant.core.linalg import SingularGramError, relative_error
 from quant.core.machine import peak_bytes
 from quant.core.stats import LayerStats
 from quant.core.stream import BlockStream
-from quant.core.types import QuantizedWeight, QuantSpec
+from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.rtn import rtn
 
 log = logging.getLogger(__name__)
@@ -29,8 +31,10 @@ LOOK_ABOVE = 0.1  # relative error of a linear from which a person should look
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every block: a solver with its options on a grid.
+    """What is done to every block: learning, if any, then a solver with its options on a grid.
 
+    spec: None leaves the weights in full precision. learning: of transforms and clips; the solver then gets the
+    transformed weights and the learned grid. act: bits of the activations.
     true_sequential: every group of linears sees the outputs of those solved before it in the same block.
     precision: of float32 matrix products inside the solver (torch.set_float32_matmul_precision): ``highest``, or
     ``high`` (TF32, or bfloat16 in three parts) and ``medium``, which errors and objectives are never measured in.
@@ -38,10 +42,12 @@ class Recipe:
 
     method: str
     solver: Callable[..., QuantizedWeight]
-    spec: QuantSpec
+    spec: QuantSpec | None
     options: Mapping[str, Any] = field(default_factory=dict)
     true_sequential: bool = False
     precision: str = "highest"
+    learning: Learning | None = None
+    act: ActSpec = field(default_factory=ActSpec)
 
 
 def deployed(quantized: QuantizedWeight, model: LazyModel, device: torch.device) -> Tensor:
@@ -49,52 +55,86 @@ def deployed(quantized: QuantizedWeight, model: LazyModel, device: torch.device)
     return quantized.dequantize().to(model.storage_dtype).to(device=device, dtype=model.dtype)
 
 
-def deploy(weights: Weights, solved: Mapping[str, QuantizedWeight], model: LazyModel) -> Weights:
-    """Weights of a block with the solved linears in place."""
+def deploy(
+    weights: Weights,
+    solved: Mapping[str, QuantizedWeight],
+    model: LazyModel,
+    changed: Mapping[str, Tensor] | None = None,
+) -> Weights:
+    """Weights of a block with the solved linears, and what else was changed, in place."""
+    some = next(iter(weights.values()))
+    others = {name: tensor.to(device=some.device, dtype=model.dtype) for name, tensor in (changed or {}).items()}
     new = {
         f"{name}.weight": deployed(
             quantized.to(weights[f"{name}.weight"].device), model, weights[f"{name}.weight"].device
         )
         for name, quantized in solved.items()
     }
-    return {**weights, **new}
+    return {**weights, **others, **new}
 
 
 @dataclass(frozen=True)
 class SolvedBlock:
-    """A block after its linears were solved: deployed weights, the answers by name, journal records, solver seconds."""
+    """A block after its linears were solved: deployed weights, the answers by name, what else was changed, journal
+    records, solver seconds."""
 
     weights: Weights
     solved: Mapping[str, QuantizedWeight]
+    changed: Weights
     records: list[Record]
     seconds: float
 
 
-def quantize_block(stream: BlockStream, index: int, weights: Weights, recipe: Recipe) -> SolvedBlock:
+def quantize_block(
+    stream: BlockStream, index: int, weights: Weights, recipe: Recipe, learned: LearnedBlock | None = None
+) -> SolvedBlock:
     """Solve every linear of block ``index`` from the inputs that the stream holds; the stream stays in front of it.
 
-    Raises InputError for non-finite inputs and RunError, with the linear's name, where a solver fails.
+    learned: the block with its transforms, which then is what is solved. Raises InputError for non-finite inputs and RunError, with the linear's name, where a solver fails.
     """
     groups = stream.model.groups
     stages = [[group] for group in groups] if recipe.true_sequential else [list(groups)]
+    weights, changed = (learned.weights, dict(learned.tensors)) if learned else (weights, {})
+    if recipe.spec is None:
+        stages = []
     solved: dict[str, QuantizedWeight] = {}
     records: list[Record] = []
     solving = 0.0
     for stage in stages:
         stats = {g[0]: LayerStats(weights[f"{g[0]}.weight"].shape[1], stream.device) for g in stage}
-        stream.run(index, weights, observe={name: s.update for name, s in stats.items()})
+        stream.run(index, weights, observe={name: s.update for name, s in stats.items()}, act=recipe.act)
         for group in stage:
             for name in group:
                 started = time.perf_counter()
-                solved[name], record = solve_linear(
-                    f"block {index} {name}", weights[f"{name}.weight"], stats[group[0]], recipe
-                )
+                weight, grid = weights[f"{name}.weight"], None
+                if learned is not None:
+                    weight, grid = learned.targets[name], learned.grids[name]
+                solved[name], record = solve_linear(f"block {index} {name}", weight, stats[group[0]], recipe, grid)
                 record |= {"seconds": round(time.perf_counter() - started, 4)}
                 peak = peak_bytes(stream.device)
                 records.append({"block": index, "name": name} | record | {"peak_bytes": peak["device"] or peak["host"]})
                 solving += time.perf_counter() - started
         weights = deploy(weights, {name: solved[name] for group in stage for name in group}, stream.model)
-    return SolvedBlock(weights, solved, records, solving)
+    if recipe.act.method == "static":
+        changed |= static_ranges(stream, index, weights, recipe.act)
+    return SolvedBlock(deploy(weights, {}, stream.model, changed), solved, changed, records, solving)
+
+
+def static_ranges(stream: BlockStream, index: int, weights: Weights, act: ActSpec) -> Weights:
+    """Lowest and highest input of every linear of a deployed block over the calibration data, float32 [2] each."""
+    spans: dict[str, Tensor] = {}
+
+    def see(name: str) -> Callable[[Tensor], None]:
+        def update(x: Tensor) -> None:
+            span = torch.stack([x.min(), x.max()]).float()
+            old = spans.get(name, span)
+            spans[name] = torch.stack([torch.minimum(old[0], span[0]), torch.maximum(old[1], span[1])])
+
+        return update
+
+    names = [name for group in stream.model.groups for name in group]
+    stream.run(index, weights, observe={name: see(name) for name in names}, act=replace(act, bits=FULL_BITS))
+    return {name + INPUT_RANGE: span for name, span in spans.items()}
 
 
 def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Sequence[Recipe]) -> list[Record]:
@@ -112,13 +152,17 @@ def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Se
     return records
 
 
-def solve_linear(where: str, weight: Tensor, stats: LayerStats, recipe: Recipe) -> tuple[QuantizedWeight, Record]:
-    """One linear's answer and its journal record (without position and cost)."""
+def solve_linear(
+    where: str, weight: Tensor, stats: LayerStats, recipe: Recipe, grid: Grid | None = None
+) -> tuple[QuantizedWeight, Record]:
+    """One linear's answer, on the learned grid if there is one, and its journal record (without position and cost)."""
     weight = weight.float()
     stats.check(where)
+    assert recipe.spec is not None
+    given = {"grid": grid} if grid is not None else {}
     try:
         with products_in(recipe.precision):
-            quantized = recipe.solver(weight, stats, recipe.spec, **recipe.options).check()
+            quantized = recipe.solver(weight, stats, recipe.spec, **given, **recipe.options).check()
     except SingularGramError as error:
         raise RunError(f"{where}: {error}") from error
     except ValueError as error:
@@ -127,7 +171,7 @@ def solve_linear(where: str, weight: Tensor, stats: LayerStats, recipe: Recipe) 
     if damping is not None and damping != recipe.options.get("percdamp", damping):
         log.warning("%s: the Gram matrix was singular, damping raised to %g", where, damping)
     error_now = relative_error(weight, quantized.dequantize(), stats.gram)
-    nearest = quantized if recipe.solver is rtn else rtn(weight, stats, recipe.spec)
+    nearest = quantized if recipe.solver is rtn else rtn(weight, stats, recipe.spec, **given)
     error_rtn = relative_error(weight, nearest.dequantize(), stats.gram)
     return quantized, {
         "shape": list(weight.shape),

@@ -1,4 +1,4 @@
-"""Solvers by name. A file in `quant/` with a function under `@solver("name")` is a method of both CLIs."""
+"""Solvers and learned recipes by name: files in `quant/` with a function under `@solver("name")` or `@recipe("name")`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Solver(Protocol):
 
 
 _solvers: dict[str, Callable[..., QuantizedWeight]] = {}
+_recipes: dict[str, Callable[..., Any]] = {}
 
 
 def solver(name: str) -> Callable[[Callable[..., QuantizedWeight]], Callable[..., QuantizedWeight]]:
@@ -41,13 +42,33 @@ def solver(name: str) -> Callable[[Callable[..., QuantizedWeight]], Callable[...
     return register
 
 
-def solvers() -> Mapping[str, Callable[..., QuantizedWeight]]:
-    """Every solver found in the modules of `quant/`, by name."""
+def recipe(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what a paper makes of the learning asked for: (Learning, wbits, abits) -> Learning, for main.py."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _recipes[name] = function
+        return function
+
+    return register
+
+
+def _import_all() -> None:
     package = importlib.import_module("quant")
     for module in pkgutil.iter_modules(package.__path__):
         if not module.ispkg:
             importlib.import_module(f"quant.{module.name}")
+
+
+def solvers() -> Mapping[str, Callable[..., QuantizedWeight]]:
+    """Every solver found in the modules of `quant/`, by name."""
+    _import_all()
     return dict(sorted(_solvers.items()))
+
+
+def recipes() -> Mapping[str, Callable[..., Any]]:
+    """Every learned recipe found in the modules of `quant/`, by name."""
+    _import_all()
+    return dict(sorted(_recipes.items()))
 
 
 def get_solver(name: str) -> Callable[..., QuantizedWeight]:

@@ -9,23 +9,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from data.calibration import Tokens, calibration_tokens, evaluation_tokens
-from models.load import LazyModel, load_model, load_tokenizer
+from models.load import LazyModel, Weights, load_model, load_tokenizer
 from quant.core import machine
+from quant.core.actquant import ActSpec
 from quant.core.errors import InputError
 from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
+from quant.core.learn import LearnedBlock, Learning, learn_block
 from quant.core.recipe import Recipe, compare_block, deploy, quantize_block
 from quant.core.registry import get_solver
 from quant.core.stream import BlockStream
+from quant.core.transforms import InputRange, check_seams
 from quant.core.types import QuantSpec
-from quant.evaluate import FULL, Scores, evaluate, report
+from quant.evaluate import FULL, Scores, Variant, evaluate, report
 from quant.export.dequantized import check_target, dtype_name, save_dequantized
 from quant.kernels.blocks import kernels
 
@@ -36,7 +41,11 @@ Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run is told. Paths are as given; ``options`` are the solver's own keyword options."""
+    """Everything that a run is told. Paths are as given; ``options`` are the solver's own keyword options.
+
+    method names the run; solver, where it is not the method itself, rounds. learning, act: see `Recipe`. resume: a run
+    directory whose learned parameters are the start. act_scales, act_shifts: files of generate_act_scale_shift.py.
+    """
 
     model: str
     dataset: str = "c4"
@@ -48,6 +57,14 @@ class RunConfig:
     group_size: int = -1
     symmetric: bool = False
     range: str = "minmax"
+    levels: int | None = None
+    solver: str | None = None
+    learning: Learning | None = None
+    act: ActSpec = field(default_factory=ActSpec)
+    resume: Path | None = None
+    act_scales: Path | None = None
+    act_shifts: Path | None = None
+    attn_implementation: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     true_sequential: bool = False
     num_layers: int = 1000
@@ -61,6 +78,7 @@ class RunConfig:
     solver_precision: str = "highest"
     activation_store: str = "cpu"
     calib_batch: int = 4
+    runs: Path = Path("runs")
     run_dir: Path | None = None
     save: Path | None = None
     overwrite: bool = False
@@ -69,7 +87,7 @@ class RunConfig:
     @property
     def quantizes(self) -> bool:
         """False where only the base model is evaluated."""
-        return self.wbits != FULL_BITS
+        return self.wbits != FULL_BITS or self.act.active or self.learning is not None
 
 
 def silent(stage: str, done: int, total: int, note: str) -> None:
@@ -105,6 +123,8 @@ class Session:
             dtype=machine.pick_dtype(config.dtype, self.device),
             cache_dir=config.cache_dir,
             trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
+            biases=config.learning is not None and config.learning.transform.shift,
         )
         self.seqlen = config.seqlen or min(self.model.max_length, DEFAULT_MAX_SEQLEN)
         if self.seqlen > self.model.max_length:
@@ -139,16 +159,28 @@ class Session:
 
     def recipe(self, config: RunConfig) -> Recipe:
         """The recipe of a configuration, checked against the model's shapes."""
-        where = "the grid"
+        where, spec = "the grid", None
+        if config.learning is not None:
+            check_seams(self.model, config.learning.transform)
         try:
-            spec = QuantSpec(config.wbits, config.group_size, config.symmetric, config.range)
+            if config.wbits != FULL_BITS:
+                spec = QuantSpec(config.wbits, config.group_size, config.symmetric, config.range, config.levels)
             for name, (_, n_in) in self.model.linear_shapes().items():
                 where = name
-                spec.n_groups(n_in)
+                if spec is not None:
+                    spec.n_groups(n_in)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
-        solver = get_solver(config.method)
-        return Recipe(config.method, solver, spec, config.options, config.true_sequential, config.solver_precision)
+        return Recipe(
+            config.method,
+            get_solver(config.solver or config.method),
+            spec,
+            config.options,
+            config.true_sequential,
+            config.solver_precision,
+            config.learning,
+            config.act,
+        )
 
     def configuration(self, config: RunConfig) -> Record:
         """What decides the codes: two runs with equal configurations on one machine give the same bits."""
@@ -165,6 +197,13 @@ class Session:
             "group_size": config.group_size,
             "symmetric": config.symmetric,
             "range": config.range,
+            "levels": config.levels,
+            "solver": config.solver or config.method,
+            "learning": asdict(config.learning) if config.learning else None,
+            "act": asdict(config.act),
+            "start": None if config.resume is None else self._resumed(config.resume)["configuration_sha256"],
+            "act_ranges": [_file_digest(path) for path in (config.act_scales, config.act_shifts)],
+            "attn_implementation": config.attn_implementation,
             "true_sequential": config.true_sequential,
             "blocks": min(config.num_layers, len(self.model.blocks)) if config.quantizes else 0,
             "dtype": dtype_name(self.model.dtype),
@@ -174,13 +213,14 @@ class Session:
         }
 
     def run_path(self, config: RunConfig) -> Path:
-        """``--run-dir``, or a name under runs/ that the configuration decides."""
+        """``--run-dir``, or a name under ``runs`` that the configuration decides."""
         if config.run_dir is not None:
             return config.run_dir
         digest = _sha256_of(self.configuration(config))[:8]
-        bits = f"w{config.wbits}" + (f"g{config.group_size}" if config.group_size > 0 else "")
+        bits = f"w{config.wbits}" + (f"a{config.act.bits}" if config.act.active else "")
+        bits += f"g{config.group_size}" if config.group_size > 0 else ""
         name = Path(config.model).resolve().name if Path(config.model).exists() else config.model.replace("/", "--")
-        return Path("runs") / f"{name}-{config.method if config.quantizes else 'base'}-{bits}-{digest}"
+        return config.runs / f"{name}-{config.method if config.quantizes else 'base'}-{bits}-{digest}"
 
     def run(self, config: RunConfig, progress: Progress = silent) -> Record:
         """Quantize, evaluate, save; return what results.json holds. Continues a run that was interrupted."""
@@ -210,6 +250,8 @@ class Session:
     def _checked(self, config: RunConfig) -> Job:
         """Everything that can be wrong with a configuration, before any work; its directory is opened."""
         recipe = self.recipe(config) if config.quantizes else None
+        if config.learning is not None:
+            self.input_ranges(config, 0)
         configuration = self.configuration(config)
         target = RunDirectory(self.run_path(config))
         previous = None if config.overwrite else target.read("results.json")
@@ -237,8 +279,14 @@ class Session:
         if config.save is not None and not _saved(config.save, job.digest):
             clock = time.perf_counter()
             progress("save", 0, 1, str(config.save))
-            solved = lambda i: target.read_weights(i) if i < job.n_blocks else {}  # noqa: E731
-            save_dequantized(self.model, self.tokenizer, solved, config.save, results)
+
+            def replaced(index: int) -> Weights:
+                if index >= job.n_blocks:
+                    return {}
+                solved = target.read_weights(index).items()
+                return target.read_changed(index) | {f"{name}.weight": weight.dequantize() for name, weight in solved}
+
+            save_dequantized(self.model, self.tokenizer, replaced, config.save, results)
             results["seconds"]["export"] = time.perf_counter() - clock
             results["checkpoint_bytes"] = sum(f.stat().st_size for f in config.save.iterdir())
             progress("save", 1, 1, str(config.save))
@@ -309,33 +357,76 @@ class Session:
             progress("quantize", n_blocks, n_blocks, "finished before")
             return results
         assert job.recipe is not None
+        recipe, act = job.recipe, job.recipe.act
         stream = self._stream(job.config, target.path)
+        pair = _Pair(self, stream, job, progress) if recipe.learning else None
         for index in range(n_blocks):
             weights = self.model.block_weights(index, self.device)
             if index < len(results):
                 note = "from disk"
-                stream.run(index, deploy(weights, target.read_weights(index), self.model), advance=True)
+                stream.run(index, self._deployed(target, index, weights), advance=True, act=act)
+                if pair is not None:
+                    pair.full.run(index, weights, advance=True)
             else:
-                before = dict(stream.seconds)
-                block = quantize_block(stream, index, weights, job.recipe)
+                before, started = dict(stream.seconds), time.perf_counter()
+                learned = pair.learn(index, weights) if pair else None
+                learning = time.perf_counter() - started if learned else 0.0
+                block = quantize_block(stream, index, weights, recipe, learned)
                 if index + 1 < n_blocks:
-                    stream.run(index, block.weights, advance=True)
+                    stream.run(index, block.weights, advance=True, act=act)
                 forward, gram = (stream.seconds[k] - before[k] for k in ("forward", "observe"))
-                seconds = {"forward": forward, "gram": gram, "solve": block.seconds}
-                results.append(target.write_block(index, block.solved, block.records, seconds))
-                errors = [record["relative_error"] for record in block.records]
-                note = f"relative error {sum(errors) / len(errors):.4f}"
+                seconds = {"forward": forward, "gram": gram, "solve": block.seconds, "learn": learning}
+                kept = {"changed": block.changed}
+                if learned is not None:
+                    kept |= {"learned": learned.parameters, "learning": learned.log}
+                results.append(target.write_block(index, block.solved, block.records, seconds, **kept))
+                note = _note(block.records, learned)
             progress("quantize", index + 1, n_blocks, note)
         return results
+
+    def _deployed(self, target: RunDirectory, index: int, weights: Weights) -> Weights:
+        """The weights that a finished block deploys."""
+        return deploy(weights, target.read_weights(index), self.model, target.read_changed(index))
+
+    def _resumed(self, path: Path) -> Record:
+        """The results of the run whose learned parameters are continued. Raises InputError if it does not fit."""
+        manifest = RunDirectory(path).read("manifest.json")
+        if manifest is None:
+            raise InputError(f"--resume {path}: no manifest.json; give the run directory that holds learned parameters")
+        found = manifest["configuration"]
+        if found["model_sha256"] != self.model_sha256:
+            raise InputError(
+                f"--resume {path}: its parameters were learned on another model ({manifest['model']['id']})"
+            )
+        if not found.get("learning"):
+            raise InputError(f"--resume {path}: nothing was learned there ({found['method']})")
+        return {"configuration_sha256": _sha256_of(found)}
+
+    def input_ranges(self, config: RunConfig, index: int) -> dict[str, InputRange] | None:
+        """Ranges of block ``index`` from the files given, or None if there are none.
+
+        Raises InputError where they lack an entry of this model, or one has another length.
+        """
+        if config.act_scales is None:
+            return None
+        scales, shifts = read_vectors(config.act_scales), read_vectors(config.act_shifts)
+        ranges = {}
+        for name, (_, n_in) in self.model.linear_shapes().items():
+            key = f"{self.model.family.blocks}.{index}.{name}"
+            for path, vectors in ((config.act_scales, scales), (config.act_shifts, shifts)):
+                if path is not None and (key not in vectors or vectors[key].shape != (n_in,)):
+                    raise InputError(f"{path} was not made from this model: it has no {key} of {n_in} channels")
+            ranges[name] = InputRange(scales[key].float(), shifts.get(key, torch.zeros(n_in)).float())
+        return ranges
 
     def _evaluate(self, jobs: Sequence[Job], progress: Progress) -> dict[str, dict[str, Scores]]:
         """Scores of every job (by its directory) and of full precision on every corpus, in one pass over the blocks."""
 
-        def deployed(job: Job) -> Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-            def own(index: int, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-                return deploy(weights, job.target.read_weights(index), self.model) if index < job.n_blocks else weights
+        def deployed(job: Job) -> Variant:
+            def own(index: int, weights: Weights) -> Weights:
+                return self._deployed(job.target, index, weights) if index < job.n_blocks else weights
 
-            return own
+            return Variant(own, job.config.act)
 
         variants = {str(job.target.path): deployed(job) for job in jobs if job.recipe}
         full = any(job.config.full_precision_eval for job in jobs)
@@ -384,13 +475,17 @@ class Session:
             sum(r["storage_bits"] for r in records),
             sum(r["shape"][0] * r["shape"][1] for r in records),
         )
-        seconds = {k: sum(block.seconds[k] for block in blocks) for k in ("forward", "gram", "solve")}
+        learned = [block.learning for block in blocks if block.learning]
+        bits += 16 * sum(log["online_parameters"] for log in learned)
+        seconds = {k: sum(block.seconds.get(k, 0.0) for block in blocks) for k in ("forward", "gram", "solve", "learn")}
         digest = hashlib.sha256("".join(block.codes_sha256 for block in blocks).encode()).hexdigest()
         return {
             "schema": 1,
             "method": config.method if config.quantizes else "base",
             "wbits": config.wbits,
-            "abits": 16,
+            "abits": config.act.bits,
+            "kv_bits": config.act.kv_bits,
+            "solver": config.solver or config.method,
             "group_size": config.group_size,
             "symmetric": config.symmetric,
             "bits_per_weight": bits / count if count else float(torch.finfo(self.model.storage_dtype).bits),
@@ -399,9 +494,73 @@ class Session:
             "codes_sha256": digest,
             "zero_shot": {},
             "mean_relative_error": sum(r["relative_error"] for r in records) / len(records) if records else 0.0,
+            "learning": learned,
             "verdicts": {v: sum(r["verdict"] == v for r in records) for v in ("ok", "look", "bad")},
             "seconds": seconds | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0},
         }
+
+
+class _Pair:
+    """The two streams of learning: full precision, and the quantized prefix in training batches."""
+
+    def __init__(self, session: Session, quantized: BlockStream, job: Job, progress: Progress) -> None:
+        assert job.recipe is not None and job.recipe.learning is not None
+        self.session, self.job, self.recipe, self.report = session, job, job.recipe, progress
+        self.learning = job.recipe.learning
+        self.quantized, self.full = quantized, quantized.fork()
+        outside = session.model.outside_weights(session.device)
+        self.training = quantized.in_batches_of(self.learning.batch, outside)
+        self.start = None if job.config.resume is None else RunDirectory(job.config.resume)
+
+    def learn(self, index: int, weights: Weights) -> LearnedBlock:
+        """Learn block ``index`` from the usual start, or from the parameters of the run that is resumed."""
+        n_blocks, epochs = self.job.n_blocks, self.learning.epochs
+
+        def progress(epoch: int, _: int, now: float, first: float) -> None:
+            note = f"block {index + 1} of {n_blocks}: loss {now:.3e} (start {first:.3e})"
+            self.report("learn", index * epochs + epoch, n_blocks * epochs, note)
+
+        if self.start is not None and not self.start.block_file(index).exists():
+            raise InputError(f"--resume {self.start.path}: block {index} was not finished there")
+        return learn_block(
+            self.full,
+            self.quantized,
+            self.training,
+            index,
+            weights,
+            self.recipe.spec,
+            self.recipe.act,
+            self.learning,
+            ranges=self.session.input_ranges(self.job.config, index),
+            start=None if self.start is None else self.start.read_learned(index),
+            progress=progress,
+        )
+
+
+def _note(records: Sequence[Record], learned: LearnedBlock | None) -> str:
+    """What a person sees of a finished block."""
+    errors = [record["relative_error"] for record in records]
+    error = f"relative error {sum(errors) / len(errors):.4f}" if errors else ""
+    loss = f"loss {learned.log['loss_start']:.3e} -> {learned.log['loss_end']:.3e}" if learned else ""
+    return ", ".join(part for part in (loss, error) if part)
+
+
+def read_vectors(path: Path | None) -> dict[str, torch.Tensor]:
+    """Named vectors of a safetensors file; none for no path. Raises InputError if it is not one."""
+    if path is None:
+        return {}
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} is not a safetensors file ({error}); make it with generate_act_scale_shift.py"
+        ) from error
+
+
+def _file_digest(path: Path | None) -> str | None:
+    if path is None or not path.exists():
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _sha256_of(configuration: Record) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.load import LazyModel, Weights
+from quant.core.actquant import ActSpec, instrumented
 from quant.core.errors import InputError
 
 STORES = ("device", "cpu", "disk")
@@ -133,27 +135,42 @@ class BlockStream:
         n = self.tokens.shape[0]
         return [slice(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: training keeps the arguments for its backward pass
     def capture(self, outside: Weights) -> BlockStream:
         """Run embeddings only: store what enters the first block and the arguments of every block."""
         self.hidden = self._new_store()
+        for rows in self.rows:
+            self.hidden[rows] = self._record(rows, outside)
+        return self
+
+    def _record(self, rows: slice, outside: Weights) -> Tensor:
+        """Keep the arguments that every block gets for these samples; return what enters the first block."""
         blocks = list(self.model.blocks)
         recorders = [_Recorder(block, block is blocks[-1]) for block in blocks]
-        for rows in self.rows:
-            with self.model.replaced_blocks(list(recorders)):
-                try:
-                    ids = self.tokens[rows].to(self.device)
-                    functional_call(self.model.module, outside, (ids,), {"use_cache": False})
-                except _Captured:
-                    pass
-            seen = [recorder.seen for recorder in recorders]
-            assert all(seen)
-            self.hidden[rows] = seen[0][0]  # type: ignore[index]
-            arguments = [(args, kwargs) for _, args, kwargs in seen]  # type: ignore[misc]
-            # Unpadded windows of one length share masks and positions: keep one copy.
-            same = bool(self.arguments) and _equal(arguments, self.arguments[0])
-            self.arguments.append(self.arguments[0] if same else arguments)
-        return self
+        with self.model.replaced_blocks(list(recorders)):
+            try:
+                ids = self.tokens[rows].to(self.device)
+                functional_call(self.model.module, outside, (ids,), {"use_cache": False})
+            except _Captured:
+                pass
+        seen = [recorder.seen for recorder in recorders]
+        assert all(seen)
+        arguments = [(args, kwargs) for _, args, kwargs in seen]  # type: ignore[misc]
+        # Unpadded windows of one length share masks and positions: keep one copy.
+        same = bool(self.arguments) and _equal(arguments, self.arguments[0])
+        self.arguments.append(self.arguments[0] if same else arguments)
+        first: Tensor = seen[0][0]  # type: ignore[index]
+        return first
+
+    @torch.no_grad()
+    def in_batches_of(self, batch: int, outside: Weights) -> BlockStream:
+        """The same hidden states (shared, not copied), passing a block ``batch`` samples at a time."""
+        other = object.__new__(BlockStream)
+        other.__dict__.update(self.__dict__)
+        other.batch, other.arguments = batch, []
+        for rows in other.rows:
+            other._record(rows, outside)
+        return other
 
     def fork(self) -> BlockStream:
         """A second stream over the same tokens, at the same place, with its own hidden states."""
@@ -164,6 +181,20 @@ class BlockStream:
         other.seconds = dict.fromkeys(self.seconds, 0.0)
         return other
 
+    def call(
+        self,
+        index: int,
+        weights: Weights,
+        rows: slice,
+        arguments: list[tuple[tuple, dict[str, Any]]],
+    ) -> Tensor:
+        """Outputs of block ``index`` with these weights (its own parameters and buffers) for the samples of a batch."""
+        args, kwargs = arguments[index]
+        output = functional_call(self.model.blocks[index], weights, (self.hidden[rows], *args), kwargs)
+        self.as_tuple = isinstance(output, tuple)
+        hidden: Tensor = output[0] if self.as_tuple else output
+        return hidden
+
     @torch.inference_mode()
     def run(
         self,
@@ -172,29 +203,28 @@ class BlockStream:
         *,
         observe: Mapping[str, Callable[[Tensor], None]] | None = None,
         advance: bool = False,
+        act: ActSpec | None = None,
     ) -> None:
         """Run block ``index`` on every batch.
 
         observe: for linears of the block, by name, what to do with their inputs; without ``advance`` a batch
-        stops as soon as all have seen theirs. advance: the outputs become the next block's inputs.
+        stops as soon as all have seen theirs. advance: the outputs become the next block's inputs. act: how
+        activations are quantized; observers see them quantized. Weights may hold what `instrumented` takes.
         Raises InputError where an output is not finite.
         """
         block, waiting = self.model.blocks[index], set(observe or {})
-        hooks = [
-            block.get_submodule(name).register_forward_pre_hook(self._observer(name, act, waiting, not advance))
-            for name, act in (observe or {}).items()
-        ]
         started, observed = time.perf_counter(), self.seconds["observe"]
-        try:
+        with ExitStack() as stack:
+            own = stack.enter_context(instrumented(block, weights, act))
+            for name, see in (observe or {}).items():
+                hook = self._observer(name, see, waiting, not advance)
+                stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
             for rows, arguments in zip(self.rows, self.arguments, strict=True):
                 waiting.update(observe or {})
-                args, kwargs = arguments[index]
                 try:
-                    output = functional_call(block, weights, (self.hidden[rows], *args), kwargs)
+                    output = self.call(index, own, rows, arguments)
                 except _Observed:
                     continue
-                self.as_tuple = isinstance(output, tuple)
-                output = output[0] if self.as_tuple else output
                 if advance:
                     if not bool(torch.isfinite(output).all()):
                         raise InputError(
@@ -202,9 +232,6 @@ class BlockStream:
                             "use --dtype float32 or bfloat16, or check the checkpoint"
                         )
                     self.hidden[rows] = output
-        finally:
-            for hook in hooks:
-                hook.remove()
         self._synchronize()
         self.seconds["forward"] += time.perf_counter() - started - (self.seconds["observe"] - observed)
 

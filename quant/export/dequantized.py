@@ -15,7 +15,6 @@ from torch import Tensor
 
 from models.load import LazyModel
 from quant.core.errors import InputError
-from quant.core.types import QuantizedWeight
 
 SHARD_BYTES = 5_000_000_000
 
@@ -31,39 +30,41 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise InputError(f"--save {target} cannot be written")
 
 
-def tensors(model: LazyModel, solved: Callable[[int], Mapping[str, QuantizedWeight]]) -> Iterator[tuple[str, Tensor]]:
+def tensors(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint in order, a block at a time, under the names of the module's parameters."""
     inside = f"{model.family.blocks}."
     for name, _ in model.module.named_parameters():
         if not name.startswith(inside):
             yield name, model.checkpoint.read(model.key(name))
     for index, block in enumerate(model.blocks):
-        new = {f"{name}.weight": weight.dequantize() for name, weight in solved(index).items()}
-        for name, _ in block.named_parameters():
+        new = replaced(index)
+        for name, parameter in block.named_parameters():
             full = f"{inside}{index}.{name}"
-            yield (
-                full,
-                new[name].to(model.storage_dtype) if name in new else model.checkpoint.read(model.key(full)),
-            )
+            if name in new:
+                yield full, new[name].to(model.storage_dtype)
+            elif full in model.added:
+                yield full, torch.zeros(parameter.shape, dtype=model.storage_dtype)
+            else:
+                yield full, model.checkpoint.read(model.key(full))
 
 
 def save_dequantized(
     model: LazyModel,
     tokenizer: Any,
-    solved: Callable[[int], Mapping[str, QuantizedWeight]],
+    replaced: Callable[[int], Mapping[str, Tensor]],
     target: Path,
     results: Mapping[str, Any],
 ) -> None:
     """Write config, tokenizer, weights (sharded above 5 GB) and results.json; ``target`` appears when all is there.
 
-    solved(index): the quantized linears of a block, by name; empty for blocks that were left alone.
+    replaced(index): the tensors of a block that differ from the checkpoint's, by name; empty for blocks left alone.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir()
     try:
-        _write_weights(tensors(model, solved), temporary)
+        _write_weights(tensors(model, replaced), temporary)
         config = model.config.__class__.from_dict(model.config.to_dict())
         config.dtype = model.storage_dtype
         config.save_pretrained(temporary)

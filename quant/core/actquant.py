@@ -1,0 +1,179 @@
+"""Quantized activations: inputs of the linears, and queries, keys and values where attention multiplies them.
+
+Nothing in a family knows of it: linears get a hook for the length of a call, and the products of attention are
+seen by a torch function mode, whichever of the library's implementations runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from quant.core.clip import FakeQuantize
+from quant.core.seams import ONLINE
+
+FULL_BITS = 16
+METHODS = ("per_token", "per_tensor", "static")
+INPUT_RANGE = ".input_range"  # [2]: lowest and highest input of a linear over the calibration data, for ``static``
+SMALLEST_STEP = 1e-5  # of a token whose entries are all equal
+MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
+
+
+@dataclass(frozen=True)
+class ActSpec:
+    """Bits of the linears' inputs (and of queries), and of keys and values; 16 leaves them alone.
+
+    method: ``per_token`` (min and max of every token), ``per_tensor`` (of every call), ``static`` (of the whole
+    calibration data, one range a linear; queries, keys and values stay per token).
+    """
+
+    bits: int = FULL_BITS
+    kv_bits: int = FULL_BITS
+    method: str = "per_token"
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is quantized."""
+        return min(self.bits, self.kv_bits) < FULL_BITS
+
+
+def quantize_activations(x: Tensor, bits: int, *, whole: bool = False, span: Tensor | None = None) -> Tensor:
+    """x [..., n] on an asymmetric grid of 2^bits levels over the range of every token, of the ``whole``, or ``span`` [2].
+
+    Computed in float32 at least, returned in x's dtype; gradients reach x through its values and its range.
+    """
+    if bits >= FULL_BITS:
+        return x
+    rows = x if x.dtype == torch.float64 else x.float()
+    if whole or span is not None:
+        rows = rows.reshape(1, -1)
+    if span is None:
+        low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    else:
+        low, high = span.to(rows.dtype).view(2, 1, 1)
+    qmax = 2**bits - 1
+    scale = ((high - low) / qmax).clamp(min=SMALLEST_STEP)
+    zero = torch.round(-low / scale).detach()
+    return FakeQuantize.apply(rows, scale, zero, qmax).view(x.shape).to(x.dtype)
+
+
+class AttentionProducts(TorchFunctionMode):
+    """Sees the two products of an attention: quantizes what enters them, and shows its logits to ``watch``.
+
+    Covers scaled_dot_product_attention, the eager matmul pair, and BLOOM's baddbmm and bmm.
+    """
+
+    def __init__(self, spec: ActSpec, watch: Callable[[Tensor], None] | None = None) -> None:
+        super().__init__()
+        self.spec, self.watch = spec, watch
+        self.with_values = False  # of the eager pair, the second product is next
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Replace the operands of the products of attention; everything else passes."""
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            q, k, v = self._query(args[0]), self._kept(args[1]), self._kept(args[2])
+            if self.watch is not None:
+                self.watch(_logits(q, k, *args[3:], **kwargs))
+            return func(q, k, v, *args[3:], **kwargs)
+        if func in MATMULS and args[0].dim() == 4:
+            args = (args[0], self._kept(args[1])) if self.with_values else self._query_and_keys(*args)
+            self.with_values = not self.with_values
+        elif func is torch.Tensor.baddbmm:
+            kwargs["batch1"], kwargs["batch2"] = self._query_and_keys(kwargs["batch1"], kwargs["batch2"])
+        elif func is torch.bmm:
+            args = (args[0], self._kept(args[1]))
+        elif func in SOFTMAX and self.watch is not None:
+            self.watch(args[0])
+        return func(*args, **kwargs)
+
+    def _query(self, x: Tensor) -> Tensor:
+        return quantize_activations(x, self.spec.bits)
+
+    def _kept(self, x: Tensor) -> Tensor:
+        return quantize_activations(x, self.spec.kv_bits)
+
+    def _query_and_keys(self, query: Tensor, transposed: Tensor) -> tuple[Tensor, Tensor]:
+        return self._query(query), self._kept(transposed.transpose(-1, -2)).transpose(-1, -2)
+
+
+def _logits(
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The attention logits [..., heads, T, T] of a scaled_dot_product_attention call; masked ones at the dtype's end."""
+    if enable_gqa:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    logits = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    lowest = torch.finfo(logits.dtype).min
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is None:
+        return logits
+    return logits.masked_fill(~attn_mask, lowest) if attn_mask.dtype == torch.bool else logits + attn_mask
+
+
+class _InputQuantizer:
+    """Hook for linears; linears that read one tensor share its quantized form."""
+
+    def __init__(self, spec: ActSpec) -> None:
+        self.spec = spec
+        self.seen: Tensor | None = None
+        self.quantized: Tensor | None = None
+
+    def hook(self, span: Tensor | None) -> Callable[[nn.Module, tuple], tuple[Tensor]]:
+        whole = self.spec.method != "per_token"
+
+        def act(module: nn.Module, args: tuple) -> tuple[Tensor]:
+            if span is not None:
+                return (quantize_activations(args[0], self.spec.bits, span=span),)
+            if self.seen is not args[0]:
+                self.seen, self.quantized = args[0], quantize_activations(args[0], self.spec.bits, whole=whole)
+            assert self.quantized is not None
+            return (self.quantized,)
+
+        return act
+
+
+@contextmanager
+def instrumented(
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
+    spec: ActSpec | None = None,
+    watch: Callable[[Tensor], None] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """For the length of a `with`: matrices behind norms, quantized activations, attention logits given to ``watch``.
+
+    Yields the weights that are the block's own parameters and buffers.
+    """
+    own = {name: t for name, t in weights.items() if not name.endswith((ONLINE, INPUT_RANGE))}
+    with ExitStack() as stack:
+
+        def keep(handle: Any) -> None:
+            stack.callback(handle.remove)
+
+        for name, matrix in weights.items():
+            if name.endswith(ONLINE):
+                norm = block.get_submodule(name.removesuffix(ONLINE))
+                keep(norm.register_forward_hook(lambda module, args, out, m=matrix: out @ m))
+        if spec is not None and spec.bits < FULL_BITS:
+            shared = _InputQuantizer(spec)
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear):
+                    keep(module.register_forward_pre_hook(shared.hook(weights.get(name + INPUT_RANGE))))
+        if watch is not None or (spec is not None and spec.active):
+            stack.enter_context(AttentionProducts(spec or ActSpec(), watch))
+        yield own

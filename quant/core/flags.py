@@ -1,0 +1,142 @@
+"""Flags that both command lines share, and what they do with the solvers' own options."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from quant.core.errors import InputError
+from quant.core.registry import recipes, solver_options, solvers
+from quant.core.types import QuantizedWeight
+
+FORMATS = ("dequantized", "gptq", "gptq_v2", "compressed-tensors")
+DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
+SOURCES = "wikitext2, ptb, c4, mix, pile, demo, or a .txt/.jsonl/.json.gz/.parquet file"
+
+
+def add_data_flags(p: argparse.ArgumentParser, seed: int) -> argparse._ArgumentGroup:
+    """Calibration and evaluation data; the group, for flags of one command line."""
+    g = p.add_argument_group("calibration and evaluation data")
+    g.add_argument("--nsamples", type=int, default=128, help="calibration windows (default: 128)")
+    g.add_argument("--seqlen", type=int, help="tokens of a window (default: the model's maximum, at most 2048)")
+    g.add_argument("--seed", type=int, default=seed, help=f"of the calibration sampling (default: {seed})")
+    g.add_argument(
+        "--eval-datasets",
+        default="wikitext2,ptb,c4",
+        metavar="A,B",
+        help="names or files; '' for none (default: wikitext2,ptb,c4)",
+    )
+    g.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="local copies laid out as on the hub: no network needed"
+    )
+    g.add_argument(
+        "--no-fp-eval", action="store_true", help="skip the full-precision model (no ratio, no KL divergence)"
+    )
+    g.add_argument("--tasks", default="", help="lm-eval tasks (not built yet)")
+    g.add_argument("--task-path", help="directory of local lm-eval tasks (not built yet)")
+    return g
+
+
+def add_machine_flags(p: argparse.ArgumentParser, cache_dir: Path) -> argparse._ArgumentGroup:
+    """Where and in which arithmetic it runs."""
+    g = p.add_argument_group("where it runs")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the arithmetic (default: the checkpoint's; float32 on a CPU)",
+    )
+    g.add_argument(
+        "--solver-precision",
+        default="highest",
+        choices=("highest", "high", "medium"),
+        help="of float32 products inside the methods; high: TF32 on a GPU; errors are always measured in full float32",
+    )
+    g.add_argument(
+        "--calib-batch", type=int, default=4, metavar="N", help="windows that pass a block at a time (default: 4)"
+    )
+    g.add_argument(
+        "--activation-store",
+        default="cpu",
+        choices=("device", "cpu", "disk"),
+        help="where hidden states wait (default: cpu)",
+    )
+    g.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=cache_dir,
+        metavar="DIR",
+        help=f"tokens and converted checkpoints (default: {cache_dir})",
+    )
+    g.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)"
+    )
+    return g
+
+
+def add_result_flags(p: argparse.ArgumentParser, runs: str) -> argparse._ArgumentGroup:
+    """What is written, and the flags that only show something."""
+    g = p.add_argument_group("results")
+    g.add_argument(
+        "--format", choices=FORMATS, default="dequantized", help="of the checkpoint (only dequantized is built yet)"
+    )
+    g.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help=f"journal, blocks, results (default: a name under {runs})"
+    )
+    g.add_argument(
+        "--overwrite", action="store_true", help="discard what the run directory holds (default: continue it)"
+    )
+    g.add_argument(
+        "--compute-quantization-recon-error", action="store_true", help="print the relative error of every linear"
+    )
+    g.add_argument("--dry-run", action="store_true", help="plan, memory, time and size; nothing is run")
+    g.add_argument("--list", action="store_true", help="methods with their options, families, formats, data sets")
+    g.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    return g
+
+
+def options_of(args: argparse.Namespace, method: str, function: Callable[..., QuantizedWeight]) -> dict[str, Any]:
+    """The options that the method's function names, from the flags and from --solver-option."""
+    accepted = solver_options(function)
+    options = {name: getattr(args, name) for name in accepted if hasattr(args, name)}
+    for pair in args.solver_option:
+        key, equals, value = pair.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key not in accepted:
+            raise InputError(
+                f"--solver-option {pair}: {method} takes {', '.join(accepted) or 'no options'} as KEY=VALUE"
+            )
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+        if accepted[key] is not None and not isinstance(options[key], type(accepted[key])):
+            raise InputError(f"--solver-option {pair}: {key} is a {type(accepted[key]).__name__}")
+    return options
+
+
+def show_list() -> None:
+    """Methods with their options, families, formats, data sets."""
+    from rich.console import Console
+
+    from data.calibration import CALIBRATION
+    from models import FAMILIES
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("[bold]methods[/]")
+    for name, function in solvers().items():
+        about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
+        options = ", ".join(f"{k}={v}" for k, v in solver_options(function).items())
+        console.print(f"  {name:15} {about}" + (f"\n{'':18}{options}" if options else ""), markup=False)
+    console.print("[bold]learned recipes[/] (main.py --method)")
+    for name, function in recipes().items():
+        about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
+        console.print(f"  {name:15} {about}", markup=False)
+    console.print("[bold]families[/]  " + ", ".join(t for family in FAMILIES for t in family.model_types))
+    console.print("[bold]formats[/]   dequantized")
+    console.print("[bold]data sets[/] " + ", ".join(CALIBRATION) + ", or a .txt, .jsonl, .json.gz or .parquet file")

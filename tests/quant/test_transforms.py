@@ -1,0 +1,203 @@
+"""Transforms change the numbers inside a block and nothing else: every kind, every seam, every family, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models.load import load_model
+from quant.core import seams, transforms
+from quant.core.actquant import instrumented
+from quant.core.seams import Affine, apply_seam
+from quant.core.stream import BlockStream
+from quant.core.transforms import InputRange, TransformSpec, dominance, gradual_mask, transforms_for
+from tests.conftest import CONFIGS, VOCABULARY
+
+CPU = torch.device("cpu")
+KINDS = ("norm", "vo", "qk", "mul")
+FORMS = {
+    "scale": TransformSpec(KINDS),
+    "scale and shift": TransformSpec(KINDS, shift=True),
+    "head matrices": TransformSpec(KINDS, matrix=True, shift=True),
+    "norm matrices": TransformSpec(KINDS, norm_matrix=True, shift=True, precise=True),
+}
+HALF_IN_FLOAT32 = {"bloom": 1e-7, "gemma2": 1e-6}  # transformers computes BLOOM's softmax and Gemma's norms in float32
+
+
+class Bench:
+    """Block 1 of a model, its inputs, and what it answers."""
+
+    def __init__(self, path, tmp_path, dtype=torch.float64, **load):
+        self.model = load_model(str(path), dtype=dtype, cache_dir=tmp_path, **load)
+        ids = torch.randint(1, VOCABULARY, (2, 16))
+        self.stream = BlockStream(self.model, ids, device=CPU, batch=2).capture(self.model.outside_weights(CPU))
+        self.weights = self.model.block_weights(1, CPU)
+        self.ranges: dict[str, InputRange] = {}
+        for group in self.model.groups:
+            span = InputRange()
+            self.stream.run(1, self.weights, observe={group[0]: span.update})
+            self.ranges |= dict.fromkeys(group, span)
+        self.expected = self(self.weights)
+
+    def __call__(self, weights):
+        with instrumented(self.model.blocks[1], weights) as own, torch.no_grad():
+            return self.stream.call(1, own, slice(0, 2), self.stream.arguments[0])
+
+    def difference(self, weights):
+        return float((self(weights) - self.expected).norm() / self.expected.norm())
+
+    def transforms(self, spec):
+        return transforms_for(self.model.family, self.model.config, self.weights, spec)
+
+    def parameters(self, transform, seed=0):
+        """Random, far from the identity, matrices diagonally dominant."""
+        generator = torch.Generator().manual_seed(seed)
+        found = {}
+        for name, start in transform.initial(self.weights, self.ranges).items():
+            noise = torch.randn(start.shape, generator=generator, dtype=torch.float64)
+            if name.endswith(("matrix", "imaginary")):
+                found[name] = start.double() * 1.3 + 0.3 * noise / start.shape[-1] * float(start.abs().mean() + 0.2)
+            elif name.endswith("shift"):
+                found[name] = start.double() + noise
+            else:
+                found[name] = start.double() * torch.exp(0.5 * noise)
+        return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_block_computes_the_same(name, form, model_dir, tmp_path):
+    errors = {}
+    for dtype in (torch.float64, torch.float32):
+        bench = Bench(model_dir(name), tmp_path, dtype)
+        whole = bench.weights
+        for transform in bench.transforms(FORMS[form]):
+            parameters = {k: p.to(dtype) for k, p in bench.parameters(transform).items()}
+            new = transform.apply(bench.weights, parameters)
+            changed = [k for k, t in new.items() if k not in bench.weights or not torch.equal(t, bench.weights[k])]
+            assert changed, "a transform that changes no weight tests nothing"
+            errors[transform.name, dtype] = bench.difference(new)
+            whole = transform.apply(whole, parameters)
+        errors["all", dtype] = bench.difference(whole)
+        again = bench.weights
+        for transform in reversed(bench.transforms(FORMS[form])):
+            again = transform.apply(again, {k: p.to(dtype) for k, p in bench.parameters(transform).items()})
+        torch.testing.assert_close(again["".join(k for k in list(whole)[:1])], whole[next(iter(whole))])
+        errors["all, in reverse", dtype] = bench.difference(again)
+    limit = HALF_IN_FLOAT32.get(name, 1e-12)
+    for (which, dtype), error in errors.items():
+        if dtype == torch.float64:
+            assert error < limit, (which, error)
+            assert error < 1e-2 * errors[which, torch.float32] or name in HALF_IN_FLOAT32, which
+        else:
+            assert error < 1e-4, (which, error)
+
+
+def test_every_seam_of_every_family_is_there(model_dir, tmp_path):
+    expected = {
+        "opt": {"norm": 2, "vo": 1, "qk": 1, "mul": 1},
+        "opt post-norm, projected": {"vo": 1, "qk": 1, "mul": 1},
+        "bloom": {"norm": 2, "vo": 1, "qk": 1},
+        "falcon 7b": {"norm": 1, "vo": 1, "qk": 1},
+        "falcon 40b": {"norm": 2, "vo": 1, "qk": 1},
+        "falcon 11b": {"norm": 1, "vo": 1, "qk": 1},
+        "falcon rw": {"norm": 2, "vo": 1, "qk": 1},
+        "qwen3": {"norm": 2, "vo": 1, "mul": 1},
+    }
+    for name in CONFIGS:
+        bench = Bench(model_dir(name), tmp_path)
+        found = [t.seam.kind for t in bench.transforms(FORMS["scale"])]
+        counted = {kind: found.count(kind) for kind in set(found)}
+        assert counted == expected.get(name, {"norm": 2, "vo": 1, "qk": 1, "mul": 1}), name
+
+
+@pytest.mark.parametrize("name", ["llama", "llama gqa, tied", "falcon 40b", "falcon 7b"])
+@pytest.mark.parametrize("matrix", [False, True])
+def test_untied_scales_are_no_equivalence_with_rope(name, matrix, model_dir, tmp_path):
+    """Negative control: the released codes' q/k transform changes the function."""
+    bench = Bench(model_dir(name), tmp_path)
+    for tied in (True, False):
+        (transform,) = bench.transforms(TransformSpec(("qk",), matrix=matrix, tied=tied))
+        error = bench.difference(transform.apply(bench.weights, bench.parameters(transform)))
+        assert (error < 1e-12) == tied, error
+    free = Bench(model_dir("opt"), tmp_path)
+    (transform,) = free.transforms(TransformSpec(("qk",), matrix=matrix, tied=False))
+    assert free.difference(transform.apply(free.weights, free.parameters(transform))) < 1e-12
+
+
+def test_wrong_algebra_is_seen(model_dir, tmp_path, monkeypatch):
+    """Negative controls: readers without the shift, the shift after the scale, A where M belongs."""
+    bench = Bench(model_dir("opt"), tmp_path)
+    norm = next(t for t in bench.transforms(FORMS["scale and shift"]) if t.seam.kind == "norm")
+    parameters = bench.parameters(norm)
+    affine = norm.affine(parameters)
+    new = apply_seam(bench.weights, norm.seam, norm.layout, affine)
+    assert bench.difference(new) < 1e-12
+    reader = norm.seam.consumers[0]
+    assert bench.difference(new | {f"{reader}.bias": bench.weights[f"{reader}.bias"]}) > 1e-3
+    late = {
+        f"{norm.seam.producer}.bias": bench.weights[f"{norm.seam.producer}.bias"] / affine.inverse[0] - affine.shift[0]
+    }
+    assert bench.difference(new | late) > 1e-3
+    inverted = replace(affine, inverse=1 / affine.inverse)
+    assert (
+        bench.difference(
+            new
+            | {f"{reader}.weight": inverted.columns(bench.weights[f"{reader}.weight"].view(32, 1, 1, 32)).view(32, 32)}
+        )
+        > 1e-3
+    )
+    values = next(t for t in bench.transforms(FORMS["head matrices"]) if t.seam.kind == "vo")
+    monkeypatch.setattr(Affine, "matrix", lambda self: torch.linalg.inv(self.inverse).transpose(-1, -2))
+    assert bench.difference(values.apply(bench.weights, bench.parameters(values))) > 1e-3
+
+
+def test_scales_start_from_absolute_maxima(model_dir, tmp_path):
+    """The released codes take the signed maximum of the weights; a channel of large negative ones is then lost."""
+    bench = Bench(model_dir("llama"), tmp_path)
+    bench.weights["mlp.gate_proj.weight"][:, 3] = -50.0
+    transform = next(t for t in bench.transforms(FORMS["scale"]) if t.seam.producer == "post_attention_layernorm")
+    scale = transform.initial(bench.weights, bench.ranges)["norm.post_attention_layernorm.scale"]
+    x = bench.ranges["mlp.gate_proj"].absmax
+    both = torch.cat([bench.weights[f"mlp.{n}_proj.weight"] for n in ("gate", "up")])
+    torch.testing.assert_close(scale[0], (x / both.abs().amax(0).float()).sqrt())
+    assert float(scale[0, 3]) < 0.3 * float(scale[0].median())
+
+
+def test_ranges_are_those_of_the_inputs():
+    x = torch.randn(3, 7, 5)
+    x[:, :, 2] = -x[:, :, 2].abs() - 4
+    whole, parts = InputRange(), InputRange()
+    whole.update(x)
+    for window in x:
+        parts.update(window)
+    middle = (x.amax(1) + x.amin(1)) / 2
+    expected = middle[0]
+    for row in middle[1:]:
+        expected = 0.99 * expected + 0.01 * row
+    for span in (whole, parts):
+        torch.testing.assert_close(span.absmax, x.abs().amax((0, 1)))
+        torch.testing.assert_close(span.shift, expected)
+
+
+def test_gradual_mask_opens_from_the_diagonal():
+    like = torch.zeros(1, dtype=torch.float64)
+    steps = [gradual_mask(6, p, 0.1, like) for p in (0.0, 0.5, 1.0)]
+    for mask, band in zip(steps, (1, 3, 6), strict=True):
+        for i in range(6):
+            for j in range(6):
+                expected = 1.0 if i == j else 0.1 if abs(i - j) <= band else 0.0
+                assert float(mask[i, j]) == expected
+
+
+def test_dominance_is_the_margin_of_the_row():
+    matrix = torch.tensor([[[2.0, -1.0, 0.5], [0.0, 1.0, -1.0], [3.0, 0.0, 1.0]]])
+    torch.testing.assert_close(dominance(matrix), torch.tensor([[0.25, 0.0, -2.0]]))
+
+
+def test_rotating_matrices_commute_with_rotary_embeddings():
+    real, imaginary, angle = torch.randn(2, 3).double(), torch.randn(2, 3).double(), torch.randn(1, 3).double()
+    matrix = transforms._rotating(real, imaginary)
+    turn = transforms._rotating(angle.cos(), angle.sin())
+    torch.testing.assert_close(matrix @ turn, turn @ matrix)
+    assert seams.ONLINE not in "".join(CONFIGS)
