@@ -48,4 +48,9 @@ def heads(config: Any) -> HeadLayout:
     return fused_heads(QKV, DENSE, kv_heads, config.num_attention_heads // kv_heads, head_dim, rope=not config.alibi)
 
 
-FAMILY = ModelFamily(("falcon",), "transformer.h", groups, seams, heads, biases={"bias": True})
+def no_eager(config: Any) -> str:
+    """transformers 5.23 puts ALiBi into the mask and then adds it once more under eager attention."""
+    return "its eager attention adds ALiBi twice" if config.alibi else ""
+
+
+FAMILY = ModelFamily(("falcon",), "transformer.h", groups, seams, heads, no_eager=no_eager, biases={"bias": True})

@@ -74,7 +74,8 @@ class ModelFamily:
     blocks: path of the list of decoder blocks in the causal-LM module. groups(config): names of the linears
     inside a block in order of execution; linears of one group read the same input and share one Gram matrix.
     seams(config), heads(config): what transforms may use. norm_offset: a norm multiplies by weight + norm_offset.
-    no_norm_seams(config): why the norms cannot be rescaled, or an empty text. biases: what to set in the
+    no_norm_seams(config): why the norms cannot be rescaled, or an empty text. no_eager(config): why the
+    library's eager attention must not be used, or an empty text. biases: what to set in the
     configuration for linears that have no bias to get one (shifts need them).
     """
 
@@ -85,4 +86,5 @@ class ModelFamily:
     heads: Callable[[Any], HeadLayout]
     norm_offset: float = 0.0
     no_norm_seams: Callable[[Any], str] = lambda config: ""
+    no_eager: Callable[[Any], str] = lambda config: ""
     biases: Mapping[str, Any] = field(default_factory=dict)

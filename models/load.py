@@ -178,11 +178,21 @@ def load_model(
     config, path = load_config(model, cache_dir, trust_remote_code)
     family = family_of(config.model_type)
     if attn_implementation is not None:
+        if attn_implementation == "eager" and family.no_eager(config):
+            raise InputError(f"{model}: {family.no_eager(config)}; use --attn_implementation sdpa")
         config._attn_implementation = attn_implementation
     checkpoint = Checkpoint(path)
     storage = checkpoint.read(next(name for name in checkpoint.names() if name.endswith(".weight"))).dtype
     compute = dtype or storage
-    module, added = build_meta(config, compute, trust_remote_code), frozenset[str]()
+    try:
+        module, added = build_meta(config, compute, trust_remote_code), frozenset[str]()
+    except (ValueError, ImportError) as error:
+        if attn_implementation is None:
+            raise
+        raise InputError(
+            f"attention {attn_implementation!r} does not work with {config.model_type}; use eager "
+            f"({str(error).strip().splitlines()[0][:120]})"
+        ) from error
     if biases and family.biases:
         without = {name for name, _ in module.named_parameters()}
         config.update(dict(family.biases))

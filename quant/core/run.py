@@ -185,7 +185,7 @@ class Session:
     def configuration(self, config: RunConfig) -> Record:
         """What decides the codes: two runs with equal configurations on one machine give the same bits."""
         tokens = self.calibration
-        return {
+        decided = {
             "model_sha256": self.model_sha256,
             "calibration": None if tokens is None else f"{tokens.name} ({tokens.protocol}) {tokens.sha256[:16]}",
             "nsamples": config.nsamples,
@@ -211,6 +211,7 @@ class Session:
             "device": self.device.type,
             "calib_batch": config.calib_batch,
         }
+        return json.loads(json.dumps(decided))  # as it will be read back: tuples are lists
 
     def run_path(self, config: RunConfig) -> Path:
         """``--run-dir``, or a name under ``runs`` that the configuration decides."""

@@ -1,0 +1,150 @@
+"""Activations on their grid, at the linears and in the products of attention, whoever computes them."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from models.load import load_model
+from quant.core.actquant import INPUT_RANGE, ActSpec, instrumented, quantize_activations
+from quant.core.clip import FakeQuantize
+from quant.core.errors import InputError
+from quant.core.learn import symmetric_kl
+from quant.core.stream import BlockStream
+from tests.conftest import CONFIGS, VOCABULARY
+
+CPU = torch.device("cpu")
+ONLY = {"bloom": "eager", "gemma2": "eager", "falcon-rw": "sdpa"}  # implementations of transformers 5.23 that work
+
+
+def by_hand(row, bits):
+    """One token: scale and zero point from its minimum and maximum, every entry on its own."""
+    low, high = min(row), max(row)
+    scale = max((high - low) / (2**bits - 1), 1e-5)
+    zero = round(-low / scale)
+    return [(min(max(round(v / scale) + zero, 0), 2**bits - 1) - zero) * scale for v in row]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_tokens_one_by_one(bits):
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    x[0, 0] = 0.25  # a token without spread
+    x[0, 1] = x[0, 1].abs() + 3  # zero is outside of the range
+    x[1, 2, 3] = 1e4
+    expected = torch.tensor([by_hand(row, bits) for row in x.view(-1, 16).tolist()], dtype=x.dtype).view_as(x)
+    torch.testing.assert_close(quantize_activations(x, bits), expected, rtol=1e-12, atol=1e-12)
+    whole = torch.tensor(by_hand(x.flatten().tolist(), bits), dtype=x.dtype).view_as(x)
+    torch.testing.assert_close(quantize_activations(x, bits, whole=True), whole, rtol=1e-12, atol=1e-12)
+    span = torch.tensor([float(x.min()), float(x.max())])
+    torch.testing.assert_close(quantize_activations(x, bits, span=span), whole, rtol=1e-6, atol=1e-3)
+    assert quantize_activations(x, 16) is x
+
+
+def test_gradients_are_those_of_the_straight_through_estimate():
+    """Against autograd through (x.round() - x).detach() + x, in float64."""
+    x = (2 * torch.randn(4, 32, dtype=torch.float64)).requires_grad_()
+    scale = (0.3 + 0.1 * torch.rand(4, 1, dtype=torch.float64)).requires_grad_()
+    zero, upstream = torch.full((4, 1), 3.0, dtype=torch.float64), torch.randn(4, 32, dtype=torch.float64)
+
+    def plain(x, scale):
+        ratio = x / scale
+        codes = ((torch.round(ratio) - ratio).detach() + ratio + zero).clamp(0, 7)
+        return (codes - zero) * scale
+
+    expected = torch.autograd.grad((plain(x, scale) * upstream).sum(), (x, scale))
+    out = FakeQuantize.apply(x, scale, zero, 7)
+    torch.testing.assert_close(out, plain(x, scale))
+    for a, b in zip(torch.autograd.grad((out * upstream).sum(), (x, scale)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert bool((out == out.max()).any()) and float(expected[0].eq(0).double().mean()) > 0.05, "some are clamped"
+
+
+class Watched:
+    """Block 0 of a tiny model under one of the library's attention implementations."""
+
+    def __init__(self, path, tmp_path, implementation, dtype=torch.float64):
+        implementation = ONLY.get(path.name, implementation)
+        self.model = load_model(str(path), dtype=dtype, cache_dir=tmp_path, attn_implementation=implementation)
+        torch.manual_seed(5)
+        ids = torch.randint(1, VOCABULARY, (2, 12))
+        self.stream = BlockStream(self.model, ids, device=CPU, batch=2).capture(self.model.outside_weights(CPU))
+        self.weights = self.model.block_weights(0, CPU)
+
+    def __call__(self, spec=None, watch=None, weights=None):
+        with instrumented(self.model.blocks[0], weights or self.weights, spec, watch) as own, torch.no_grad():
+            return self.stream.call(0, own, slice(0, 2), self.stream.arguments[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_is_seen_in_every_implementation(name, model_dir, tmp_path):
+    """The same logits, and the same effect of quantized queries, keys and values, under eager and sdpa."""
+    seen, answers = {}, {}
+    for implementation in ("eager", "sdpa"):
+        block = Watched(model_dir(name), tmp_path, implementation)
+        logits: list[torch.Tensor] = []
+        plain = block(watch=logits.append)
+        assert len(logits) == 1, "one attention a block"
+        seen[implementation] = logits[0].softmax(-1)
+        answers[implementation] = [block(ActSpec(16, bits)) for bits in (3, 8)]
+        moved = [float((out - plain).norm() / plain.norm()) for out in answers[implementation]]
+        assert moved[0] > 5 * moved[1] > 0
+    torch.testing.assert_close(seen["eager"], seen["sdpa"], rtol=1e-5, atol=1e-6)
+    t = seen["sdpa"].shape[-1]
+    assert float(seen["sdpa"].triu(1).abs().max()) < 1e-12 and seen["sdpa"].shape[-2:] == (t, t), "causal"
+    for a, b in zip(answers["eager"], answers["sdpa"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_that_does_not_work_is_refused(model_dir, tmp_path):
+    """Falcon with ALiBi adds it twice under eager; BLOOM has eager only."""
+    for name, implementation in (("falcon rw", "eager"), ("bloom", "sdpa"), ("gemma2", "sdpa")):
+        with pytest.raises(InputError, match="sdpa|eager"):
+            load_model(str(model_dir(name)), dtype=None, cache_dir=tmp_path, attn_implementation=implementation)
+    ids = torch.randint(1, VOCABULARY, (1, 12))
+    answers = []
+    for implementation in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir("falcon rw"), dtype=torch.float64, attn_implementation=implementation
+        )
+        with torch.no_grad():
+            answers.append(model.eval()(ids).logits)
+    if float((answers[0] - answers[1]).abs().max()) < 1e-6:
+        pytest.skip("mended in this transformers: no_eager in models/falcon.py may go")
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom", "falcon 40b", "llama gqa, tied"])
+def test_every_linear_gets_quantized_inputs(name, model_dir, tmp_path):
+    block, levels = Watched(model_dir(name), tmp_path, "sdpa"), {}
+    names = [n for group in block.model.groups for n in group]
+
+    def see(name):
+        return lambda x: levels.__setitem__(name, max(row.unique().numel() for row in x.reshape(-1, x.shape[-1])))
+
+    observe = {n: see(n) for n in names}
+    block.stream.run(0, block.weights, observe=observe, act=ActSpec(2, 16))
+    assert levels.keys() == set(names) and max(levels.values()) <= 4
+    block.stream.run(0, block.weights, observe=observe)
+    assert min(levels.values()) > 4
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in block.model.blocks[0].modules())
+
+
+def test_static_ranges_are_used_and_are_no_parameters(model_dir, tmp_path):
+    block = Watched(model_dir("llama"), tmp_path, "sdpa")
+    wide, narrow = (
+        {f"{n}{INPUT_RANGE}": torch.tensor([-w, w]) for group in block.model.groups for n in group} for w in (9.0, 0.01)
+    )
+    spec, plain = ActSpec(8, 16, "static"), block()
+    near, far = (block(spec, weights=block.weights | ranges) for ranges in (wide, narrow))
+    assert float((near - plain).norm()) < 0.1 * float((far - plain).norm())
+
+
+def test_symmetric_kl_is_the_sum_of_both():
+    a, b = torch.randn(2, 3, 5, 5), torch.randn(2, 3, 5, 5)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    a, b = (t.masked_fill(hidden, torch.finfo(torch.float32).min) for t in (a, b))
+    p, q = a.double().softmax(-1), b.double().softmax(-1)
+    expected = 0.0
+    for i in range(5):
+        for j in range(i + 1):
+            expected += ((p[..., i, j] - q[..., i, j]) * (p[..., i, j] / q[..., i, j]).log()).sum()
+    torch.testing.assert_close(symmetric_kl(a, b).double(), expected / (2 * 3 * 5), rtol=1e-5, atol=1e-7)
+    assert float(symmetric_kl(a, a)) == 0

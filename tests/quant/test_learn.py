@@ -1,0 +1,452 @@
+"""Learning a block: gradients, what is deployed, losses that fall, rollback, resume, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from data.calibration import evaluation_tokens
+from models.load import load_model
+from quant.core import grid as grid_module
+from quant.core import learn
+from quant.core.actquant import ActSpec
+from quant.core.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
+from quant.core.errors import InputError
+from quant.core.journal import RunDirectory
+from quant.core.learn import Learner, Learning, learn_block
+from quant.core.recipe import Recipe, deploy, quantize_block
+from quant.core.registry import get_solver, recipes
+from quant.core.run import RunConfig, Session
+from quant.core.seams import ONLINE
+from quant.core.stream import BlockStream
+from quant.core.transforms import InputRange, TransformSpec, dominance
+from quant.core.types import QuantSpec
+from tests.conftest import VOCABULARY
+from tests.test_run import direct_perplexity
+
+CPU = torch.device("cpu")
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+FULL = ActSpec()
+
+
+class Bench:
+    """Streams in front of block 0 of a tiny model; the quantized prefix's inputs differ a little."""
+
+    def __init__(self, path, tmp_path, dtype=torch.float32, batch=2, biases=False):
+        self.model = load_model(str(path), dtype=dtype, cache_dir=tmp_path, biases=biases)
+        torch.manual_seed(3)
+        ids = torch.randint(1, VOCABULARY, (6, 16))
+        outside = self.model.outside_weights(CPU)
+        self.full = BlockStream(self.model, ids, device=CPU, batch=6).capture(outside)
+        self.quantized = self.full.fork()
+        self.quantized.hidden.data.add_(0.02 * torch.randn_like(self.quantized.hidden.data))
+        self.training = self.quantized.in_batches_of(batch, outside)
+        self.weights = self.model.block_weights(0, CPU)
+
+    def learn(self, learning, spec=None, act=FULL, **options):
+        return learn_block(
+            self.full.fork(), self.quantized, self.training, 0, self.weights, spec, act, learning, **options
+        )
+
+    def learner(self, learning, spec=None, act=FULL, start=None):
+        ranges = {
+            name: InputRange(torch.ones(n), torch.zeros(n)) for name, (_, n) in self.model.linear_shapes().items()
+        }
+        return Learner(self.model, 0, self.weights, spec, act, learning, ranges, start)
+
+
+def asked(method="omniquant", wbits=3, abits=16, *, lwc=True, let=True, **options) -> Learning:
+    """Learning as main.py asks a recipe for it."""
+    spec = TransformSpec(
+        let=let, **{k: options.pop(k) for k in list(options) if k in TransformSpec.__dataclass_fields__}
+    )
+    return recipes()[method](Learning(transform=spec, clip=lwc, **options), wbits, abits)
+
+
+FORMS = {
+    "lwc": lambda abits: asked(abits=abits, let=False),
+    "lwc and let": lambda abits: asked(abits=abits),
+    "norm matrices": lambda abits: asked("affinequant", abits=abits, norm_matrix=True, stability=0.3),
+    "head matrices": lambda abits: asked("affinequant", abits=abits, matrix=True, stability=0.3),
+    "abq": lambda abits: asked("abq", abits=abits),
+}
+
+
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(3), QuantSpec(2, 16), QuantSpec(4, -1, True), QuantSpec(2, 8, levels=5), QuantSpec(1)]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+def test_clipped_weights_equal_a_slow_reference(spec, scale):
+    """Every group on its own, in Python floats of float32 values; the solver's grid is the trained one."""
+    weight = torch.randn(5, 32) * scale
+    weight[0], weight[1] = 0.0, weight[1].abs()
+    lower, upper = clip_logits(weight, spec)
+    lower, upper = lower + torch.randn_like(lower), upper - 3 + torch.randn_like(upper)
+    found_scale, found_zero = clipped_scale_zero(weight, spec, lower, upper)
+    for g, part in enumerate(weight.view(5, found_scale.shape[1], -1).unbind(1)):
+        low = part.amin(1).clamp(max=0) * torch.sigmoid(lower[:, g])
+        high = part.amax(1).clamp(min=0) * torch.sigmoid(upper[:, g])
+        s, z = grid_module.range_to_grid(low, high, spec)
+        torch.testing.assert_close(found_scale[:, g], s, rtol=0, atol=0)
+        codes = [
+            [min(max(round(float(v / s[i])) + int(z[i]), 0), spec.qmax) for v in row] for i, row in enumerate(part)
+        ]
+        expected = (torch.tensor(codes) - z[:, None]) * s[:, None]
+        values = quantize_through(weight, found_scale, found_zero, spec.qmax).view(5, found_scale.shape[1], -1)[:, g]
+        torch.testing.assert_close(values, expected.float(), rtol=0, atol=0)
+    fitted = clipped_grid(weight, spec, lower, upper)
+    values = quantize_through(weight, found_scale, found_zero, spec.qmax)
+    assert torch.equal(fitted.dequantize(fitted.quantize(weight)), values)
+
+
+def in_float64(self, x: torch.Tensor) -> torch.Tensor:
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@pytest.mark.parametrize("form", ["lwc and let", "head matrices", "norm matrices", "abq"])
+@pytest.mark.parametrize("name", ["opt", "falcon rw", "llama gqa, tied", "falcon 40b"])
+def test_gradients_against_finite_differences(name, form, model_dir, tmp_path, monkeypatch):
+    """With rounding replaced by the identity the loss is differentiable, and its gradient must be autograd's."""
+    monkeypatch.setattr(torch, "round", lambda x: x.clone())
+    monkeypatch.setattr(grid_module, "round_scale", lambda scale: scale)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", in_float64)  # the library's computes in float32
+    bench = Bench(model_dir(name), tmp_path, torch.float64, biases=True)
+    bench.model.storage_dtype = torch.float64
+    act = ActSpec(16, 16)
+    learning = replace(FORMS[form](4), attention=form == "abq")
+    learner = bench.learner(learning, QuantSpec(3, 16, symmetric=True), act)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in learner.parameters.values():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.mul_(1 + 0.05 * noise).add_(0.01 * noise)
+    target = torch.randn(bench.full.hidden.data.shape, generator=generator, dtype=torch.float64)
+    loss = learn.BlockLoss(learner, bench.weights, [target], bench.full if learning.attention else None)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the loss is taken in float32 otherwise
+
+    def value() -> torch.Tensor:
+        weights = learner.materialize(learner.effective(learner.parameters, 1.0))
+        return loss(bench.training, weights, slice(0, 2), bench.training.arguments[0])
+
+    value().backward()
+    checked = 0
+    for key, parameter in learner.parameters.items():
+        assert parameter.grad is not None, key
+        for i in torch.randint(parameter.numel(), (3,), generator=generator).tolist():
+            flat, step = parameter.data.view(-1), 1e-6
+            ends = []
+            for sign in (1, -1):
+                flat[i] += sign * step
+                ends.append(float(value().detach()))
+                flat[i] -= sign * step
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert float(parameter.grad.view(-1)[i]) == pytest.approx(slope, rel=1e-4, abs=1e-7), (key, i)
+            checked += abs(slope) > 1e-6
+    assert checked > 10
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["opt", "bloom", "falcon rw", "llama gqa, tied"])
+def test_what_is_deployed_is_what_was_trained(name, form, model_dir, tmp_path):
+    """Bit for bit: codes on the learned grid, transformed norms and biases, through the block file and back."""
+    bench = Bench(model_dir(name), tmp_path, biases=True)
+    bench.model.storage_dtype = torch.bfloat16
+    bench.weights = {k: t.bfloat16().float() for k, t in bench.weights.items()}  # as read from such a checkpoint
+    spec, act = QuantSpec(3, 16), ActSpec(4, 4)
+    learning = replace(FORMS[form](4), epochs=2, lwc_lr=0.1, let_lr=0.02)
+    learned = bench.learn(learning, spec, act)
+    assert learned.log["loss_end"] < learned.log["loss_start"] or form == "abq"  # which needs more than six steps
+    trained = bench.learner(learning, spec, act, start=learned.parameters)
+    with torch.no_grad():
+        expected = trained.materialize(trained.effective(trained.parameters, 0.0))
+    recipe = Recipe("x", get_solver("rtn"), spec, learning=learning, act=act)
+    block = quantize_block(bench.quantized, 0, bench.weights, recipe, learned)
+    run = RunDirectory(tmp_path / "run")
+    run.blocks.mkdir(parents=True)
+    run.write_block(0, block.solved, block.records, {}, changed=block.changed, learned=learned.parameters)
+    back = deploy(bench.weights, run.read_weights(0), bench.model, run.read_changed(0))
+    for found in (block.weights, back):
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), key
+    if form != "norm matrices":
+        assert any(not torch.equal(expected[k], t) for k, t in bench.weights.items() if "norm" in k) == (form != "lwc")
+    assert all(torch.equal(learned.parameters[k], v) for k, v in run.read_learned(0).items())
+    assert (form == "norm matrices") == any(k.endswith(ONLINE) for k in expected)
+    # The loss that was reported is that of the deployed block.
+    target = bench.full.fork()
+    target.run(0, bench.weights, advance=True)
+    out = bench.quantized.fork()
+    out.run(0, back, advance=True, act=act)
+    if form != "abq":
+        mse = float((out.hidden.data - target.hidden.data).square().mean())
+        assert mse == pytest.approx(learned.log["loss_end"], rel=1e-5)
+
+
+def test_one_epoch_and_a_mask_that_opens(model_dir, tmp_path):
+    """The released code divides by epochs - 1; rows that lose dominance are taken back."""
+    bench = Bench(model_dir("llama"), tmp_path, batch=1)
+    learning = asked("affinequant", abits=4, matrix=True, norm_matrix=True, epochs=1, let_lr=0.05)
+    learned = bench.learn(learning, QuantSpec(2), ActSpec(4, 4))
+    assert learned.log["epochs"] == 1 and learned.log["smallest_dominance"] > 0
+    for key, matrix in learned.parameters.items():
+        if key.endswith("matrix"):
+            assert float(dominance(matrix).min()) > 0
+            assert float((matrix - torch.diag_embed(matrix.diagonal(dim1=1, dim2=2))).abs().max()) > 0
+    wild = bench.learn(replace(learning, let_lr=0.5, epochs=3), QuantSpec(2), ActSpec(4, 4))
+    assert wild.log["smallest_dominance"] > 0
+
+
+def test_a_loss_that_is_not_finite_is_undone(model_dir, tmp_path, monkeypatch):
+    bench = Bench(model_dir("opt"), tmp_path)
+    learning = replace(asked(), epochs=3)
+    over_all, calls = learn.BlockLoss.over_all, []
+
+    def once_broken(self, stream, effective):
+        calls.append({k: p.clone() for k, p in effective.items()})
+        return math.nan if len(calls) == 3 else over_all(self, stream, effective)
+
+    monkeypatch.setattr(learn.BlockLoss, "over_all", once_broken)
+    learned = bench.learn(learning, QuantSpec(2))
+    (event,) = learned.log["events"]
+    assert "epoch 2: loss not finite, rolled back, rates x 0.5" in event
+    assert math.isfinite(learned.log["loss_end"]) and learned.log["loss_end"] < learned.log["loss_start"]
+    # The third epoch starts at the iterate of the first: with half the rate it moves about half as far from it.
+    first, third = calls[1], calls[3]
+    moved = sum(float((third[k] - first[k]).norm()) for k in first)
+    assert 0 < moved < sum(float((first[k] - calls[0][k]).norm()) for k in first)
+
+
+def test_a_block_that_is_broken_at_the_start_is_named(model_dir, tmp_path):
+    bench = Bench(model_dir("opt"), tmp_path)
+    bench.weights["fc2.bias"] = torch.full_like(bench.weights["fc2.bias"], 3e38)
+    bench.full.run = lambda *a, **k: None
+    with pytest.raises(InputError, match="block 0: the loss is not finite before training"):
+        bench.learn(replace(asked(let=False), epochs=1), QuantSpec(2))
+
+
+def test_patience_ends_a_block_early(model_dir, tmp_path):
+    bench = Bench(model_dir("llama"), tmp_path)
+    learned = bench.learn(replace(asked(let=False), epochs=30, lwc_lr=3.0, patience=2), QuantSpec(3))
+    assert learned.log["epochs"] < 30 and "no better loss for 2 epochs" in learned.log["events"][-1]
+    assert learned.log["loss_end"] <= learned.log["loss_start"]
+
+
+def test_compensation_is_on_first_and_last_blocks_and_merged(model_dir, tmp_path):
+    bench = Bench(model_dir("llama"), tmp_path)
+    learning = replace(asked("abq"), epochs=2, lwc_lr=0.05)
+    learned = bench.learn(learning, QuantSpec(3))
+    left, right = (learned.parameters[f"rank1.mlp.down_proj.{side}"] for side in ("left", "right"))
+    assert float(left.abs().max()) > 0 and left.shape == (32, 1) and right.shape == (1, 64)
+    bench.model.module.model.layers.extend([bench.model.blocks[0]] * 9)  # 12 blocks: the middle ones have none
+    where = []
+    for index in range(12):
+        learner = bench.learner(learning, QuantSpec(3))
+        learner.index = index
+        where.append(learner._compensates())
+    assert where == [True] * 3 + [False] * 5 + [True] * 4
+
+
+# Whole runs.
+
+
+def config_for(model, text, tmp_path, **options) -> RunConfig:
+    return RunConfig(
+        **(
+            {
+                "model": str(model),
+                "dataset": str(text),
+                "eval_datasets": (str(text),),
+                "nsamples": 6,
+                "seqlen": 32,
+                "limit": 6,
+                "cache_dir": tmp_path / "cache",
+                "method": "omniquant",
+                "solver": "rtn",
+                "wbits": 3,
+                "run_dir": tmp_path / "run",
+                "learning": asked(epochs=2, batch=2, lwc_lr=0.05),
+            }
+            | options
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom", "falcon 7b", "falcon 40b", "llama gqa, tied", "qwen3", "gemma2"])
+def test_a_saved_learned_model_is_an_ordinary_checkpoint(name, model_dir, text, tmp_path):
+    """Scales, shifts (with new biases in Falcon) and matrices of heads are folded: transformers gives our perplexity."""
+    learning = replace(
+        asked("abq", abits=4, matrix=True, stability=0.3), epochs=1, batch=3, attention=False, let_lr=0.01
+    )
+    config = config_for(model_dir(name), text, tmp_path, learning=learning, save=tmp_path / "saved")
+    results = Session(config).run(config)
+    assert all(log["loss_end"] <= log["loss_start"] for log in results["learning"]) and len(results["learning"]) == 3
+    tokens = evaluation_tokens(str(text), AutoTokenizer.from_pretrained(model_dir(name)), seqlen=32, limit=6)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert results["perplexity"]["words"]["quantized"] == pytest.approx(direct_perplexity(saved, tokens.ids), rel=2e-5)
+    if name.startswith("falcon"):
+        assert (
+            saved.config.bias and float(saved.state_dict()["transformer.h.0.self_attention.dense.bias"].abs().max()) > 0
+        )
+
+
+def test_activations_alone_and_fixed_ranges(model_dir, text, tmp_path):
+    """W16A8: nothing is solved, the transformed weights are kept; ``static`` stores a range for every linear."""
+    learning = asked(lwc=False, abits=8, epochs=1)
+    errors = {}
+    for method in ("per_token", "per_tensor", "static"):
+        config = config_for(model_dir("opt"), text, tmp_path, wbits=16, act=ActSpec(8, 8, method), learning=learning,
+                            run_dir=tmp_path / method)  # fmt: skip
+        results = Session(config).run(config)
+        errors[method] = results["fidelity"]["words"]["kl_divergence"]
+        changed = RunDirectory(tmp_path / method).read_changed(2)
+        assert "self_attn.q_proj.weight" in changed and not RunDirectory(tmp_path / method).read_weights(2)
+        assert ("fc2.input_range" in changed) == (method == "static")
+    assert 0 < errors["per_token"] < errors["per_tensor"]
+    assert errors["static"] > errors["per_token"]
+
+
+def test_kv_cache_alone(model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path, wbits=16, learning=None, act=ActSpec(16, 4))
+    coarse = Session(config).run(config)["fidelity"]["words"]["kl_divergence"]
+    config = replace(config, act=ActSpec(16, 8), run_dir=tmp_path / "eight")
+    assert 0 < Session(config).run(config)["fidelity"]["words"]["kl_divergence"] < coarse / 4
+
+
+def tensors_of(path: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(file) for file in sorted((path / "blocks").iterdir())]
+
+
+def test_killed_in_the_middle_of_training_and_continued(model_dir, text, tmp_path):
+    """Bit-identical codes, changed tensors and learned parameters."""
+    learning = asked("abq", abits=4, epochs=3, batch=2, lwc_lr=0.05)
+    whole = config_for(
+        model_dir("llama"), text, tmp_path, learning=learning, act=ActSpec(4, 4), run_dir=tmp_path / "whole"
+    )
+    Session(whole).run(whole)
+    for stop in (1, 4, 5, 9):
+        config = replace(whole, run_dir=tmp_path / f"stopped-{stop}")
+
+        def interrupt(stage: str, done: int, total: int, note: str, stop=stop) -> None:
+            if stage == "learn" and done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            Session(config).run(config, interrupt)
+        assert len(tensors_of(config.run_dir)) == (stop - 1) // 3
+        Session(config).run(config)
+        for a, b in zip(tensors_of(config.run_dir), tensors_of(whole.run_dir), strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert any(k.startswith("learned/") for k in a) and any(k.startswith("changed/") for k in a)
+
+
+def test_learned_parameters_are_evaluated_again(model_dir, text, tmp_path):
+    """--epochs 0 --resume: the same model; with epochs it goes on from there."""
+    learning = asked("affinequant", matrix=True, norm_matrix=True, stability=0.2, epochs=2, batch=2, abits=4)
+    first = config_for(model_dir("llama"), text, tmp_path, learning=learning, act=ActSpec(4, 4))
+    trained = Session(first).run(first)
+    again = replace(first, learning=replace(learning, epochs=0), resume=first.run_dir, run_dir=tmp_path / "again")
+    repeated = Session(again).run(again)
+    assert repeated["codes_sha256"] == trained["codes_sha256"]
+    assert repeated["perplexity"] == trained["perplexity"]
+    more = replace(first, resume=first.run_dir, run_dir=tmp_path / "more")
+    continued = Session(more).run(more)
+    for log, before in zip(continued["learning"][:1], trained["learning"], strict=False):
+        assert log["loss_start"] == pytest.approx(before["loss_end"], rel=1e-5) and log["loss_end"] <= log["loss_start"]
+    assert trained["learning"][0]["online_parameters"] == 2 * 32 * 32
+    other = replace(again, learning=asked(epochs=0, abits=4), run_dir=tmp_path / "other")
+    with pytest.raises(InputError, match="other learned parameters"):
+        Session(other).run(other)
+
+
+def test_a_solver_rounds_on_the_learned_grid(model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path)
+    Session(config).run(config)
+    errors = {}
+    for solver in ("rtn", "gptq", "quantease", "gptq_quantease"):
+        one = replace(config, solver=solver, options={}, resume=config.run_dir, run_dir=tmp_path / solver,
+                      learning=replace(config.learning, epochs=0))  # fmt: skip
+        session = Session(one)
+        errors[solver] = session.run(one)["mean_relative_error"]
+        for index in range(3):
+            for name, weight in RunDirectory(tmp_path / solver).read_weights(index).items():
+                learned = RunDirectory(config.run_dir).read_weights(index)[name]
+                assert torch.equal(weight.grid.scale, learned.grid.scale), (solver, name)
+    assert errors["quantease"] < errors["gptq"] < errors["rtn"] and errors["gptq_quantease"] < errors["gptq"]
+
+
+def test_ranges_from_a_file(model_dir, text, tmp_path):
+    """Ones measured elsewhere are used; another model's are refused."""
+    config = config_for(model_dir("llama"), text, tmp_path, learning=asked(lwc=False, epochs=0))
+    session = Session(config)
+    names = [f"model.layers.{i}.{name}" for i in range(3) for name in session.model.linear_shapes()]
+    sizes = {name: session.model.linear_shapes()[name.split(".", 3)[3]][1] for name in names}
+    save_file({name: torch.full((n,), 4.0) for name, n in sizes.items()}, tmp_path / "scales.safetensors")
+    given = replace(config, act_scales=tmp_path / "scales.safetensors", run_dir=tmp_path / "given")
+    Session(given).run(given)
+    weight = session.model.block_weights(1, CPU)["mlp.gate_proj.weight"].abs().amax(0)
+    both = torch.maximum(weight, session.model.block_weights(1, CPU)["mlp.up_proj.weight"].abs().amax(0))
+    scale = RunDirectory(given.run_dir).read_learned(1)["norm.post_attention_layernorm.scale"]
+    torch.testing.assert_close(scale[0], (4.0 / both).sqrt())
+    save_file({"model.layers.0.fc1": torch.ones(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="other.safetensors was not made from this model"):
+        Session(given).run(replace(given, act_scales=tmp_path / "other.safetensors", run_dir=tmp_path / "x"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["opt", "bloom", "falcon", "llama", "mistral"])
+def test_loss_falls_on_every_block_of_the_demo_models(family, tmp_path):
+    for method, wbits, abits in (("omniquant", 3, 16), ("abq", 4, 4)):
+        config = config_for(
+            DEMO / family, "demo", tmp_path, seqlen=128, nsamples=12, eval_datasets=(), wbits=wbits, method=method,
+            act=ActSpec(abits, abits), run_dir=tmp_path / method,
+            learning=asked(method, wbits, abits, epochs=3, lwc_lr=0.05),
+        )  # fmt: skip
+        results = Session(config).run(config)
+        for block, log in enumerate(results["learning"]):
+            assert log["loss_end"] < 0.995 * log["loss_start"], (family, method, block)
+
+
+@pytest.mark.slow
+def test_planted_outliers_are_learned_away(tmp_path):
+    """Norm channels scaled by 30 without changing the function: W4A4 with LET ends where the plain model does."""
+    from quant.core.seams import Affine, apply_seam
+
+    model = load_model(str(DEMO / "llama"), dtype=torch.float32, cache_dir=tmp_path)
+    state = load_file(DEMO / "llama" / "model.safetensors")
+    storage = next(iter(state.values())).dtype
+    for index in range(len(model.blocks)):
+        weights = model.block_weights(index, CPU)
+        for seam in model.family.seams(model.config):
+            if seam.kind == "norm":
+                scale = torch.ones(1, model.config.hidden_size)
+                scale[0, [5, 40, 77]] = 1 / 30
+                weights = apply_seam(weights, seam, model.family.heads(model.config), Affine(scale))
+        state |= {f"model.layers.{index}.{k}": v.to(storage) for k, v in weights.items()}
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    for file in (DEMO / "llama").iterdir():
+        (planted / file.name).write_bytes(file.read_bytes())
+    save_file(state, planted / "model.safetensors", {"format": "pt"})
+    scores = {}
+    for name, path in (("plain", DEMO / "llama"), ("planted", planted)):
+        for learning in (None, asked(wbits=4, abits=4, epochs=3, lwc_lr=0.05, let_lr=0.01)):
+            config = config_for(
+                path, "demo", tmp_path, seqlen=128, nsamples=16, limit=12, eval_datasets=("demo",), wbits=4,
+                act=ActSpec(4, 4), learning=learning, method="omniquant" if learning else "rtn",
+                run_dir=tmp_path / f"{name}-{learning is not None}",
+            )  # fmt: skip
+            found = Session(config).run(config)["perplexity"]["demo"]
+            scores[name, learning is not None] = found["quantized"]
+    assert found["fp"] == pytest.approx(
+        json.loads((tmp_path / "plain-True/results.json").read_text())["perplexity"]["demo"]["fp"], rel=1e-3
+    )
+    assert scores["planted", True] < 1.03 * scores["plain", True]
+    assert scores["planted", False] > 1.3 * scores["planted", True], "the outliers matter"
