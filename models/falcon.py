@@ -28,6 +28,7 @@ def groups(config: Any) -> Groups:
 
 def seams(config: Any) -> tuple[Seam, ...]:
     """The GELU between the MLP's linears lets no scale through."""
+    norms: tuple[Seam, ...]
     if two_norms(config):
         norms = (Seam("norm", "ln_attn", (QKV,)), Seam("norm", "ln_mlp", (UP,)))
     elif config.parallel_attn:

@@ -16,7 +16,7 @@ def groups(config: Any) -> Groups:
 
 def seams(config: Any) -> tuple[Seam, ...]:
     """ReLU lets positive scales through."""
-    found = (
+    found: tuple[Seam, ...] = (
         Seam("vo", "self_attn.v_proj", ("self_attn.out_proj",)),
         Seam("qk", "self_attn.q_proj", ("self_attn.k_proj",)),
     )

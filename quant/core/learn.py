@@ -214,7 +214,8 @@ class BlockLoss:
 
     def __call__(self, stream: BlockStream, weights: Weights, rows: slice, arguments: list) -> Tensor:
         """Mean loss of the samples ``rows``, a float32 scalar on the device."""
-        learner, logits = self.learner, []
+        learner = self.learner
+        logits: list[Tensor] = []
         block = learner.model.blocks[learner.index]
         watch = logits.append if self.teacher is not None else None
         with instrumented(block, weights, learner.act, watch) as own:

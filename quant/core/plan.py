@@ -6,15 +6,21 @@ Memory (bytes)
   solver      of the largest linear: 4·6·out·in (target, residual, correlation, work copies, codes), and 4·3·in² more for
               methods that factorize the Gram matrix (those with --percdamp), 4·in² for act-order
   batch       --calib-batch x seqlen x (8·hidden + 3·widest linear) x bytes of the dtype
+  learning    4·6 for every parameter of a block (original, transformed, rounded, and what their gradients need) and
+              --batch_size x seqlen x (17·hidden + 2.5·heads·seqlen) x bytes of the dtype for the backward pass
+              (Korthikanti et al. 2022, equation 2)
   quantized   codes, scales, zero points; with --outlier of quantease 32 bits more for each outlier (16 for each
               weight of an outlier column); spqr's outliers depend on the weights and are not in it
-  device      block + statistics + the larger of solver and batch + embeddings and head while they are in use
-  host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for)
+  device      block + the largest of statistics + solver, statistics + batch, and learning + embeddings and head while they are in use
+  host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
+              two of them, one more for --aug_loss and one for an attention loss
 Time (seconds)
   calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
               --true-sequential one partial pass a group), at the measured matrix-product rate of the dtype;
               Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate
   solve       out·(a·in + b·in²), a and b from the solver itself timed on two small layers
+  learn       4·2·parameters flops a token and epoch (forward, backward, the loss at the end of the epoch), 5 with an
+              attention loss, and one pass for the targets
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
 """
@@ -36,7 +42,7 @@ from models import family_of
 from models.load import build_meta, load_config
 from quant.core import machine
 from quant.core.registry import get_solver
-from quant.core.run import DEFAULT_MAX_SEQLEN, RunConfig
+from quant.core.run import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig
 from quant.core.stats import BLOCK, LayerStats
 from quant.core.types import QuantSpec
 
@@ -55,6 +61,7 @@ class Shapes:
     hidden: int
     max_length: int
     groups: list[list[tuple[str, int, int]]]
+    heads: int = 1
 
     @property
     def linears(self) -> list[tuple[str, int, int]]:
@@ -75,7 +82,8 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
     per_block = sum(p.numel() for p in blocks[0].parameters())
     outside = sum(p.numel() for p in module.parameters()) - per_block * len(blocks)
     longest = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQLEN)
-    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups)
+    heads = family.heads(config).q[1].shape[0]
+    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups, heads)
 
 
 def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -88,7 +96,10 @@ def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
 
 def solver_cost(device: torch.device, config: RunConfig) -> tuple[float, float]:
     """(a, b): the solver takes out·(a·in + b·in²) seconds on this machine."""
-    solver, spec = get_solver(config.method), QuantSpec(config.wbits, -1, config.symmetric, config.range)
+    if config.wbits == FULL_BITS:
+        return 0.0, 0.0
+    solver = get_solver(config.solver or config.method)
+    spec = QuantSpec(config.wbits, -1, config.symmetric, config.range, config.levels)
     seconds = []
     for n_in in SAMPLES:
         stats = LayerStats(n_in, device)
@@ -128,9 +139,11 @@ def estimate(
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
     batch = config.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
-    spec = QuantSpec(config.wbits, config.group_size, config.symmetric)
-    group_bits = 16 + (0 if spec.symmetric else spec.bits)
-    side = sum(out * spec.n_groups(n_in) * group_bits for _, out, n_in in shapes.linears)
+    code_bits, side = 16, 0.0
+    if config.wbits != FULL_BITS:
+        spec = QuantSpec(config.wbits, config.group_size, config.symmetric, levels=config.levels)
+        code_bits, group_bits = spec.code_bits, 16 + (0 if spec.symmetric else spec.code_bits)
+        side = sum(out * spec.n_groups(n_in) * group_bits for _, out, n_in in shapes.linears)
     if config.method == "quantease":
         side += weights * config.options.get("outlier", 0.0) * (16 if config.options.get("structure_outlier") else 32)
 
@@ -140,6 +153,7 @@ def estimate(
     forward = n_blocks * tokens * 2 * shapes.block * passes / rates[0]
     gram = n_blocks * tokens * sum(_gram_flops(group[0][2]) for group in shapes.groups) / rates[1]
     solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
+    learn, learning, streams = _learning(config, shapes, tokens, seqlen, itemsize)
     variants = 2 if config.full_precision_eval else 1
     evaluated = EVAL_TOKENS * len(config.eval_datasets) * variants
     total_parameters = shapes.outside + shapes.block * shapes.n_blocks
@@ -149,20 +163,34 @@ def estimate(
         "device bytes: statistics": statistics,
         "device bytes: solver": workspace,
         "device bytes: batch": batch,
+        **({"device bytes: learning": learning} if config.learning else {}),
         "device bytes: peak": max(
-            shapes.block * itemsize + statistics + max(workspace, batch), shapes.outside * itemsize + batch
+            shapes.block * itemsize + max(statistics + workspace, statistics + batch, learning),
+            shapes.outside * itemsize + batch,
         ),
-        "host bytes: hidden states": tokens * shapes.hidden * itemsize,
+        "host bytes: hidden states": tokens * shapes.hidden * itemsize * streams,
         "disk bytes: run directory": n_blocks * weights,
         "disk bytes: checkpoint": total_parameters * 2 if config.save else 0,
-        "quantized bytes": n_blocks * (weights * spec.code_bits + side) / 8,
-        "bits per weight": spec.code_bits + side / weights,
+        "quantized bytes": n_blocks * (weights * code_bits + side) / 8,
+        "bits per weight": code_bits + side / weights,
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,
+        **({"seconds: learn": learn / rates[0]} if config.learning else {}),
         "seconds: evaluate": evaluate,
-        "seconds: total": forward + gram + solve + evaluate,
+        "seconds: total": forward + gram + solve + evaluate + learn / rates[0],
     }
+
+
+def _learning(config: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize: int) -> tuple[float, float, int]:
+    """flops of all blocks, bytes on the device, and stores of hidden states that learning takes."""
+    learning = config.learning
+    if learning is None:
+        return 0.0, 0.0, 1
+    passes = 1 + learning.augmented + learning.epochs * (5 if learning.attention else 4)
+    kept = learning.batch * seqlen * (17 * shapes.hidden + 2.5 * shapes.heads * seqlen) * itemsize
+    flops = min(config.num_layers, shapes.n_blocks) * tokens * 2.0 * shapes.block * passes
+    return flops, 24 * shapes.block + kept, 2 + learning.augmented + learning.attention
 
 
 def _gram_flops(n_in: int) -> float:

@@ -117,6 +117,7 @@ class Session:
 
     def __init__(self, config: RunConfig) -> None:
         started = time.perf_counter()
+        self.config = config
         self.device = machine.pick_device(config.device)
         self.model: LazyModel = load_model(
             config.model,
@@ -338,6 +339,10 @@ class Session:
             if free < size:
                 raise InputError(f"{place} needs about {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
 
+    def calibration_stream(self) -> BlockStream:
+        """The calibration samples in front of the first block, as the session's own configuration keeps them."""
+        return self._stream(self.config, Path(tempfile.gettempdir()))
+
     def _stream(self, config: RunConfig, directory: Path) -> BlockStream:
         """The calibration samples in front of the first block."""
         assert self.calibration is not None
@@ -377,7 +382,7 @@ class Session:
                     stream.run(index, block.weights, advance=True, act=act)
                 forward, gram = (stream.seconds[k] - before[k] for k in ("forward", "observe"))
                 seconds = {"forward": forward, "gram": gram, "solve": block.seconds, "learn": learning}
-                kept = {"changed": block.changed}
+                kept: dict[str, Any] = {"changed": block.changed}
                 if learned is not None:
                     kept |= {"learned": learned.parameters, "learning": learned.log}
                 results.append(target.write_block(index, block.solved, block.records, seconds, **kept))

@@ -1,0 +1,116 @@
+"""Measure the activations of every linear: largest |x| and moving middle of each channel, for main.py.
+
+Blocks stream through the device one at a time. Two safetensors files are written, one entry a linear under its full
+module path: <model>.safetensors under --scales-output-path and under --shifts-output-path. main.py measures the same
+by itself where it is not given them (--act-scales, --act-shifts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  # the embedded demo, no network
+  python generate_act_scale_shift.py --model models/demo/opt --calib_dataset demo --seq-len 256 --num-samples 32
+  python main.py --model models/demo/opt --wbits 4 --abits 4 --lwc --let --calib_dataset demo --seqlen 256 \\
+      --act-scales act_scales/opt.safetensors --act-shifts act_shifts/opt.safetensors
+
+  # as OmniQuant's users do
+  python generate_act_scale_shift.py --model facebook/opt-6.7b
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the original keep name, meaning and default."""
+    from quant.core.cli import Parser
+    from quant.core.flags import SOURCES, add_machine_flags
+
+    p = Parser(
+        prog="generate_act_scale_shift.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--model", metavar="ID|DIR", help="hub id or local directory")
+    p.add_argument("--scales-output-path", type=Path, default=Path("./act_scales/"), metavar="DIR")
+    p.add_argument("--shifts-output-path", type=Path, default=Path("./act_shifts/"), metavar="DIR")
+    p.add_argument("--calib_dataset", "--dataset", default="wikitext2", help=f"{SOURCES} (default: wikitext2)")
+    p.add_argument("--num-samples", "--nsamples", type=int, default=128, help="windows (default: 128)")
+    p.add_argument("--seq-len", type=int, default=2048, help="tokens of a window (default: 2048)")
+    p.add_argument("--seed", type=int, default=2, help="of the sampling (default: 2)")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="local copies laid out as on the hub")
+    p.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    add_machine_flags(p, Path("cache"))
+    return p
+
+
+def measure(session: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Largest |x| and shift of every linear's input channels, float32 [in] by full module path."""
+    from quant.core.transforms import InputRange
+
+    model, stream = session.model, session.calibration_stream()
+    scales, shifts = {}, {}
+    for index in range(len(model.blocks)):
+        weights = model.block_weights(index, session.device)
+        spans = {group[0]: InputRange() for group in model.groups}
+        stream.run(index, weights, observe={name: span.update for name, span in spans.items()}, advance=True)
+        for group in model.groups:
+            for name in group:
+                key, span = f"{model.family.blocks}.{index}.{name}", spans[group[0]]
+                scales[key], shifts[key] = span.absmax.cpu().clone(), span.shift.cpu().clone()
+        progress("measure", index + 1, len(model.blocks), "")
+    return scales, shifts
+
+
+def main() -> None:
+    """Parse, check, measure, write."""
+    from safetensors.torch import save
+
+    from data.calibration import CALIBRATION, check_source
+    from quant.core import cli
+    from quant.core.errors import InputError
+    from quant.core.journal import write_atomically
+    from quant.core.run import RunConfig, Session
+
+    args = parser().parse_args()
+    cli.set_logging(args.log_level)
+    if not args.model:
+        raise InputError("--model is missing: a hub id or a local directory (models/demo/opt is one)")
+    for name, least in (("num_samples", 1), ("seq_len", 2), ("calib_batch", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: use {least} or more")
+    check_source(args.calib_dataset, CALIBRATION)
+    config = RunConfig(
+        model=args.model,
+        dataset=args.calib_dataset,
+        nsamples=args.num_samples,
+        seqlen=args.seq_len,
+        seed=args.seed,
+        wbits=8,  # anything below 16: the calibration tokens are wanted
+        eval_datasets=(),
+        data_dir=args.data_dir,
+        cache_dir=args.cache_dir,
+        device=args.device,
+        dtype=args.dtype,
+        activation_store=args.activation_store,
+        calib_batch=args.calib_batch,
+        trust_remote_code=args.trust_remote_code,
+    )
+    session, console = Session(config), cli.console()
+    with cli.ProgressBars(console) as bars:
+        scales, shifts = measure(session, bars.for_method("activations"))
+    name = Path(args.model).resolve().name
+    metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": session.calibration.sha256}
+    for directory, vectors in ((args.scales_output_path, scales), (args.shifts_output_path, shifts)):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / f"{name}.safetensors", save(vectors, metadata))
+        console.print(f"{directory / name}.safetensors: {len(vectors)} linears", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    from quant.core.cli import guarded
+
+    sys.exit(guarded(main))
