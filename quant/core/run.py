@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -495,6 +496,7 @@ class Session:
             "group_size": config.group_size,
             "symmetric": config.symmetric,
             "bits_per_weight": bits / count if count else float(torch.finfo(self.model.storage_dtype).bits),
+            "entropy_bits": math.log2(config.levels or 2**config.wbits) if count else None,
             "quantized_bytes": (bits + 7) // 8,
             "checkpoint_bytes": 0,
             "codes_sha256": digest,

@@ -1,0 +1,124 @@
+"""One training step of a block against three plain forward passes of it, peak memory, and a whole model extrapolated.
+
+    python -m benchmarks.training                                               # a LLaMA-shaped block for a laptop
+    python -m benchmarks.training --config benchmarks/configs/llama-2-7b --seqlen 2048 --device cuda --dtype bfloat16
+
+Weights are random, which changes no time. A forward pass and its backward pass are three forward passes of work; what
+a step takes beyond that is transforms, rounding, the optimizer, and a teacher's pass where attention is in the loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.end_to_end import write_random
+from models.load import load_config, load_model
+from quant.core import learn, machine
+from quant.core.actquant import ActSpec, instrumented
+from quant.core.cli import console
+from quant.core.learn import BlockLoss, Learner, Learning
+from quant.core.registry import recipes
+from quant.core.stream import BlockStream
+from quant.core.transforms import InputRange, TransformSpec
+from quant.core.types import QuantSpec
+
+VARIANTS = {
+    "omniquant W3A16, lwc": ("omniquant", 3, 16, {"let": False}),
+    "omniquant W4A4, lwc and let": ("omniquant", 4, 4, {"let": True}),
+    "affinequant W4A4, matrices of heads": ("affinequant", 4, 4, {"let": True, "matrix": True}),
+    "affinequant W3A16, matrices behind norms": ("affinequant", 3, 16, {"let": True, "norm_matrix": True}),
+    "abq W4A4": ("abq", 4, 4, {"let": True}),
+}
+SMALL = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8,
+         "num_hidden_layers": 1, "vocab_size": 1000}  # fmt: skip
+
+
+def seconds(work: Callable[[], None], device: torch.device, repeats: int = 2) -> float:
+    """Best of a few runs, after one to warm up."""
+    best = float("inf")
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def main() -> None:
+    """Write the block, time forward passes and steps, print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="directory with a config.json (default: 512 wide, LLaMA-shaped)")
+    parser.add_argument("--nsamples", type=int, default=8, help="windows timed; 128 are extrapolated")
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=20, help="extrapolated")
+    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    device, out = machine.pick_device(args.device), console()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        config, _ = load_config(args.config or "benchmarks/configs/llama-2-7b", directory, with_weights=False)
+        whole = config.num_hidden_layers
+        config.update({"num_hidden_layers": 1} if args.config else SMALL)
+        write_random(config, directory, torch.float16)
+        model = load_model(
+            str(directory),
+            dtype=machine.pick_dtype(args.dtype, device),
+            cache_dir=directory,
+            attn_implementation=args.attention,
+        )
+        tokens = torch.randint(0, config.vocab_size, (args.nsamples, args.seqlen))
+        stream = BlockStream(model, tokens, device=device, batch=1, store="device")
+        stream.capture(model.outside_weights(device))
+        weights = model.block_weights(0, device)
+        shape = (
+            f"{config.hidden_size} x {config.intermediate_size}, {args.seqlen} tokens, {args.dtype}, {args.attention}"
+        )
+        hardware = machine.describe(device)
+        out.print(f"block {shape}; {hardware}; torch {torch.__version__}\n", highlight=False, soft_wrap=True)
+        out.print("| method | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |\n" + "|---" * 6 + "|",
+                  highlight=False, soft_wrap=True)  # fmt: skip
+        for label in VARIANTS:
+            out.print(row(label, args, stream, weights, whole), highlight=False, soft_wrap=True)
+
+
+def row(label: str, args: argparse.Namespace, stream: BlockStream, weights: dict, whole: int) -> str:
+    """One variant's markdown row."""
+    method, wbits, abits, transform = VARIANTS[label]
+    asked = Learning(transform=TransformSpec(**transform), clip=True, epochs=1)
+    learning = replace(recipes()[method](asked, wbits, abits), augmented=False)
+    model, device = stream.model, stream.device
+    ranges = {n: InputRange(torch.ones(w), torch.zeros(w)) for n, (_, w) in model.linear_shapes().items()}
+    machine.reset_peak(device)
+    learner = Learner(model, 0, weights, QuantSpec(wbits), ActSpec(abits, abits), learning, ranges)
+    target = stream.fork()
+    loss = BlockLoss(learner, weights, [target.hidden], stream if learning.attention else None)
+
+    @torch.no_grad()
+    def forward() -> None:
+        with instrumented(model.blocks[0], weights) as own:
+            for rows, arguments in zip(stream.rows, stream.arguments, strict=True):
+                stream.call(0, own, rows, arguments)
+
+    optimizer = learn._optimizer(learner, 1.0)
+    plain = seconds(forward, device) / args.nsamples
+    step = seconds(lambda: learn._one_epoch(learner, loss, stream, optimizer, 1.0), device) / args.nsamples
+    peak = machine.peak_bytes(device)
+    hours = whole * args.epochs * 128 * (step + plain) / 3600  # the loss at the end of an epoch is a forward pass
+    return (
+        f"| {label} | {plain * 1e3:.1f} | {step * 1e3:.1f} | {step / (3 * plain):.2f} "
+        f"| {(peak['device'] or peak['host']) / 1e9:.2f} | {hours:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

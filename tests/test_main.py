@@ -1,0 +1,247 @@
+"""main.py and generate_act_scale_shift.py as a person meets them, and the papers' runs as rows."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import generate_act_scale_shift
+import main as main_command
+import model_quantizer
+from quant.core.cli import guarded
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: object, of=main_command) -> tuple[int, str, str]:
+        capsys.readouterr()
+        words = ["x.py", "--cache-dir", str(tmp_path / "cache"), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            code = guarded(of.main)
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def small(model_dir, text, tmp_path):
+    """Arguments of a small run."""
+    return ["--model", model_dir("llama"), "--calib_dataset", text, "--eval-datasets", text, "--eval_ppl", "--seqlen", 32,
+            "--nsamples", 4, "--limit", 4, "--run-dir", tmp_path / "run"]  # fmt: skip
+
+
+def test_flags_of_the_originals_keep_name_and_default():
+    """REFERENCE A.2; --abits is None until the method is known."""
+    args = main_command.parser().parse_args([])
+    assert vars(args) | {"abits": 16} == vars(args) | {
+        "cache_dir": Path("cache"), "output_dir": Path("../log/"), "save_dir": None, "resume": None, "real_quant": False,
+        "calib_dataset": "wikitext2", "nsamples": 128, "batch_size": 1, "seed": 2, "tasks": "", "eval_ppl": False,
+        "num_fewshot": 0, "wbits": 4, "abits": 16, "group_size": None, "alpha": 0.5, "let_lr": 5e-3, "lwc_lr": 1e-2,
+        "wd": 0, "epochs": 10, "let": False, "lwc": False, "aug_loss": False, "symmetric": False,
+        "disable_zero_point": False, "a_dynamic_method": "per_token", "w_dynamic_method": "per_channel", "limit": -1,
+        "multigpu": False, "deactive_amp": False, "attn_implementation": "eager", "net": None, "act_scales": None,
+        "act_shifts": None, "use_matrix": False, "use_ln_matrix": False, "sf": 1.0, "method": None, "solver": "rtn",
+        "let_rope": "tied",
+    }  # fmt: skip
+    for flags, expected in (([], 16), (["--use_matrix"], 4), (["--use_matrix", "--abits", "8"], 8)):
+        args = main_command.parser().parse_args(flags)
+        main_command.resolve(args)
+        assert args.abits == expected
+    given = vars(generate_act_scale_shift.parser().parse_args([]))
+    assert given | {"num_samples": 128, "seq_len": 2048, "seed": 2, "calib_dataset": "wikitext2",
+                    "scales_output_path": Path("act_scales"), "shifts_output_path": Path("act_shifts")} == given  # fmt: skip
+
+
+def test_the_main_job_prints_progress_and_one_table(command, small, tmp_path):
+    code, out, err = command(
+        *small, "--wbits", 3, "--lwc", "--epochs", 2, "--net", "llama", "--save_dir", tmp_path / "out"
+    )
+    assert code == 0 and "error" not in err
+    assert "the family comes from the model's configuration" in out
+    assert "learn: 6 of 6 block 3 of 3: loss" in out and "W3A16" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["method"] == "omniquant" and results["solver"] == "rtn" and results["abits"] == 16
+    assert (tmp_path / "out" / "model.safetensors").exists() and len(results["learning"]) == 3
+    code, out, _ = command(*small, "--wbits", 3, "--lwc", "--epochs", 2)
+    assert code == 0 and "finished before" in out, "the same command finds everything done"
+
+
+def test_without_eval_ppl_nothing_is_evaluated(command, small, tmp_path):
+    small.remove("--eval_ppl")
+    code, out, _ = command(*small, "--wbits", 4, "--abits", 8, "--epochs", 0)
+    assert code == 0 and "give --eval_ppl" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["perplexity"] == {} and results["abits"] == 8 and results["method"] == "rtn"
+
+
+def test_five_levels_are_said_as_they_are(command, small, tmp_path):
+    code, _, _ = command(*small, "--method", "abq", "--wbits", 2, "--lwc", "--epochs", 1)
+    assert code == 0
+    line = json.loads((tmp_path / "run" / "journal.jsonl").open().readline())
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["bits_per_weight"] > 3 and results["entropy_bits"] == pytest.approx(2.3219, abs=1e-3)
+    assert line["bits_per_weight"] > 3
+    code, _, _ = command(*small, "--method", "abq", "--bit-balance", "off", "--wbits", 2, "--lwc", "--epochs", 1,
+                         "--run-dir", tmp_path / "off")  # fmt: skip
+    results = json.loads((tmp_path / "off" / "results.json").read_text())
+    assert code == 0 and results["bits_per_weight"] < 3 and results["entropy_bits"] == 2
+
+
+def test_statistics_from_a_file_are_those_measured(command, model_dir, text, tmp_path):
+    model = model_dir("opt")
+    code, out, _ = command("--model", model, "--calib_dataset", text, "--seq-len", 32, "--num-samples", 6, "--scales-output-path",
+                           tmp_path / "s", "--shifts-output-path", tmp_path / "z", of=generate_act_scale_shift)  # fmt: skip
+    assert code == 0 and "18 linears" in out
+    scales, shifts = (load_file(tmp_path / d / "opt.safetensors") for d in "sz")
+    assert scales.keys() == shifts.keys() and "model.decoder.layers.2.fc2" in scales
+    both = ["--model", model, "--calib_dataset", text, "--seqlen", 32, "--nsamples", 6, "--wbits", 4, "--abits", 4, "--let",
+            "--attn_implementation", "sdpa", "--epochs", 0]  # fmt: skip
+    files = ["--act-scales", tmp_path / "s/opt.safetensors", "--act-shifts", tmp_path / "z/opt.safetensors"]
+    for name, more in (("measured", []), ("given", files)):
+        assert command(*both, *more, "--run-dir", tmp_path / name)[0] == 0
+    measured, given = (load_file(tmp_path / n / "blocks" / "00002.safetensors") for n in ("measured", "given"))
+    for key, tensor in measured.items():
+        if key.startswith("learned/"):
+            assert float((given[key] - tensor).abs().max()) <= 1e-5 * float(tensor.abs().max()), key
+    code, _, err = command(*both, *files, "--model", model_dir("llama"), "--run-dir", tmp_path / "x")
+    assert code == 2 and "opt.safetensors was not made from this model" in err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--epochs 5", "nothing to learn: give --lwc, --let"),
+        ("--use_matrix --lwc", "--use_matrix and --use_ln_matrix need --let"),
+        (
+            "--let --use_ln_matrix --save_dir out",
+            "a matrix behind every norm, which a dequantized checkpoint cannot hold",
+        ),
+        ("--let --sf 0", "--sf 0: use a number above 0"),
+        ("--let --stability_factor 1.5", "--sf 1.5: use a number above 0, at most 1"),
+        ("--lwc --real_quant --abits 12", "no kernel takes activations of 12 bits"),
+        ("--lwc --abits 1", "--abits 1: use 2 to 15"),
+        ("--lwc --kvbits 20", "--kvbits 20"),
+        ("--lwc --wbits 9", "--wbits 9"),
+        ("--let --let-seams norm,up", "--let-seams up: use norm, vo, qk, mul"),
+        ("--let --act-shifts x.safetensors", "--act-shifts needs --act-scales"),
+        ("--let --act-scales nothing.safetensors", "no such file"),
+        ("--lwc --solver gptqq", "did you mean gptq?"),
+        ("--lwc --alpha 2", "--alpha 2"),
+        ("--lwc --epochs -1", "--epochs -1"),
+        ("--lwc --limit 0", "--limit 0"),
+        ("--lwc --lwc_lr 0", "--lwc_lr 0: use a positive rate"),
+        ("--lwc --calib_dataset wikitext3", "wikitext2"),
+        ("--epochs 0 --resume somewhere", "--resume needs the --lwc and --let flags"),
+        ("--lwc --epochs 0 --resume somewhere", "no manifest.json"),
+        ("--lwc --group_size 7", "does not divide"),
+        ("--lwx", "did you mean --lwc?"),
+    ],
+)
+def test_mistakes_get_one_clear_line(command, small, flags, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*small, *flags.split())
+    assert (
+        code == 2
+        and says in err
+        and "Traceback" not in err
+        and all(line.startswith("error: ") for line in err.splitlines() if line)
+    )
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+
+
+def test_post_norm_blocks_are_explained(command, small, model_dir):
+    code, _, err = command(*small, "--model", model_dir("opt post-norm, projected"), "--let")
+    assert code == 2 and "the residual reads the norms' outputs" in err and "--let-seams vo,qk,mul" in err
+    code, _, err = command(
+        *small, "--model", model_dir("opt post-norm, projected"), "--let", "--let-seams", "vo,mul", "--epochs", 1
+    )
+    assert code == 0, err
+
+
+def test_another_configuration_and_another_model_are_refused(command, small, model_dir, tmp_path):
+    assert command(*small, "--lwc", "--epochs", 1)[0] == 0
+    code, _, err = command(*small, "--lwc", "--epochs", 2)
+    assert code == 2 and "another configuration (learning:" in err
+    code, _, err = command(*small, "--model", model_dir("mistral"), "--lwc", "--epochs", 0, "--resume", tmp_path / "run",
+                           "--run-dir", tmp_path / "next")  # fmt: skip
+    assert code == 2 and "learned on another model" in err
+    code, _, err = command(*small, "--lwc", "--group_size", 16, "--epochs", 0, "--resume", tmp_path / "run",
+                           "--run-dir", tmp_path / "next")  # fmt: skip
+    assert code == 2 and "other learned parameters" in err
+
+
+def test_the_plan_of_a_learned_run(command):
+    flags = [
+        "--model",
+        ROOT / "benchmarks/configs/llama-2-7b",
+        "--wbits",
+        4,
+        "--abits",
+        4,
+        "--lwc",
+        "--let",
+        "--dry-run",
+    ]
+    code, out, err = command(*flags, "--seqlen", 128, "--nsamples", 2)
+    assert code == 0, err
+    assert "seconds: learn" in out and "device: learning" in out
+
+
+def test_every_row_of_the_papers_is_a_command_without_mistakes(tmp_path):
+    rows = [
+        line.split("\t") for line in (ROOT / "scripts/papers.tsv").read_text().splitlines() if not line.startswith("#")
+    ]
+    assert rows[0] == ["paper", "family", "sizes", "setting", "flags"] and len(rows) > 80
+    settings = {row[3] for row in rows[1:]}
+    assert {
+        "W2A16",
+        "W2A16g64",
+        "W2A16g128",
+        "W3A16",
+        "W3A16g128",
+        "W4A16",
+        "W4A16g128",
+        "W6A6",
+        "W4A4",
+        "W4A8",
+        "W3A8",
+        "W2A8",
+    } <= settings
+    for paper, *_, setting, flags in rows[1:]:
+        of = model_quantizer if paper == "quantease" else main_command
+        args = of.parser().parse_args(["--model", "x", *shlex.split(flags)])
+        if of is main_command:
+            main_command.resolve(args)
+            assert args.method == paper and f"W{args.wbits}A{args.abits}" == setting.split("g")[0]
+            assert (f"g{args.group_size}" if args.group_size else "") == setting.removeprefix(setting.split("g")[0])
+            assert args.epochs == (40 if args.wbits == 2 else 20)
+        else:
+            args.methods, args.corpora = [args.quantization_method], []
+        assert of.mistakes(args) == []
+
+
+def test_the_shell_loop_names_every_command(tmp_path):
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", "scripts/papers.sh", *words], cwd=ROOT, env={"PRINT": "1", "PATH": "/usr/bin:/bin"},
+                              capture_output=True, text=True, check=False)  # fmt: skip
+
+    found = run("*", "llama-2-7b", "W4A4", "--", "--seqlen", "64")
+    assert found.returncode == 0 and "3 runs, 0 failed" in found.stdout
+    assert all(
+        "meta-llama/Llama-2-7b-hf" in line and line.endswith("--seqlen 64") for line in found.stdout.splitlines()[:3]
+    )
+    assert run("nothing", "*", "*").returncode == 2 and run().returncode == 2
