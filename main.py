@@ -195,6 +195,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(not 0 <= args.alpha <= 1, f"--alpha {args.alpha:g}: use a number from 0 to 1")
     for seam in args.seams:
         check(seam not in SEAMS, f"--let-seams {seam}: use {', '.join(SEAMS)}")
+    check(args.act_scales is not None and not args.let, "--act-scales only matters with --let")
     check(args.act_shifts is not None and args.act_scales is None, "--act-shifts needs --act-scales")
     for name in ("act_scales", "act_shifts"):
         path = getattr(args, name)
@@ -233,7 +234,7 @@ def learning_of(args: argparse.Namespace) -> Any:
         kinds=tuple(args.seams),
         matrix=args.use_matrix,
         norm_matrix=args.use_ln_matrix,
-        shift=bool(args.seams) and args.abits < 16,
+        shift=bool(args.seams) and min(args.abits, args.kvbits) < 16,
         alpha=args.alpha,
         tied=args.let_rope == "tied",
         stability=args.sf,
@@ -250,7 +251,7 @@ def learning_of(args: argparse.Namespace) -> Any:
         augmented=args.aug_loss,
         patience=args.patience,
     )
-    return recipes()[args.method](asked, args.wbits, args.abits)
+    return recipes()[args.method](asked, args.wbits, min(args.abits, args.kvbits))
 
 
 def run_config(args: argparse.Namespace) -> Any:

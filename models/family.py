@@ -8,7 +8,7 @@ does the algebra; a family only names the places.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class HeadLayout:
     def repeats(self) -> int:
         """Query heads that share one head of keys and values."""
         return self.q[1].shape[0] // self.k[1].shape[0]
+
+    def to(self, device: torch.device) -> HeadLayout:
+        """The same layout with its rows on a device."""
+        (q, q_rows), (k, k_rows), (v, v_rows) = self.q, self.k, self.v
+        return replace(self, q=(q, q_rows.to(device)), k=(k, k_rows.to(device)), v=(v, v_rows.to(device)))
 
 
 def separate_heads(prefix: str, output: str, heads: int, kv_heads: int, head_dim: int, rope: bool) -> HeadLayout:

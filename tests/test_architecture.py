@@ -14,7 +14,7 @@ ONLY_IN = {
     "datasets": {"data/corpora.py", "data/tasks/_items.py"},
     "numba": {"quant/kernels/cpu.py"},
     "triton": {"quant/kernels/cuda.py"},
-    "rich": {"quant/core/cli.py", "quant/core/plan.py"},
+    "rich": {"quant/core/cli.py", "quant/core/flags.py", "quant/core/plan.py"},
 }
 
 

@@ -203,8 +203,8 @@ class Learner:
 class BlockLoss:
     """The papers' losses of one block's outputs, batch by batch.
 
-    inputs: the quantized prefix's stream, in front of the block. targets: hidden states behind the full-precision
-    block, one store for each term. teacher: the full-precision stream in front of the block, for attention.
+    targets: hidden states behind the full-precision block, one store for each term. teacher: the full-precision stream
+    in front of the block, where attention is in the loss.
     """
 
     def __init__(
@@ -307,8 +307,10 @@ def train(
             "or use --dtype float32"
         )
     record: dict[str, Any] = {"loss_start": first, "epochs": 0, "events": []}
+    if not raw:  # a block that has nothing to learn, as with shifts alone and no biases
+        return learner.finish(best, record | {"loss_end": first})
     optimizer, stale, rate = _optimizer(learner, 1.0), 0, 1.0
-    for epoch in range(learning.epochs if raw else 0):
+    for epoch in range(learning.epochs):
         opened = epoch / (learning.epochs - 1) if learning.epochs > 1 else 1.0
         _one_epoch(learner, loss, training, optimizer, opened)
         effective = {k: p.detach() for k, p in learner.effective(raw, opened).items()}
@@ -350,8 +352,6 @@ def _optimizer(learner: Learner, rate: float) -> torch.optim.Optimizer:
     for name, parameter in learner.parameters.items():
         by_rate.setdefault(rates.get(name.split(".")[0], learning.let_lr), []).append(parameter)
     groups = [{"params": tensors, "lr": lr * rate} for lr, tensors in by_rate.items()]
-    if not groups:
-        return torch.optim.SGD([torch.zeros(1)], lr=0.0)
     return torch.optim.AdamW(groups, weight_decay=learning.weight_decay, fused=True)
 
 

@@ -6,6 +6,7 @@ diagonal A and the shift only. Everything is out of place and differentiable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,26 +71,26 @@ def apply_seam(weights: Weights, seam: Seam, layout: HeadLayout, affine: Affine,
         return read | _through_norm(weights, seam.producer, affine, norm_offset)
     name, rows = layout.v if seam.kind == "vo" else (seam.producer, _all_rows(weights, seam.producer))
     if affine.shift is not None:
-        rows_of_bias = rows.flatten().to(affine.shift.device)
         bias = read[f"{name}.bias"]
-        read[f"{name}.bias"] = bias.index_add(0, rows_of_bias, -affine.shift.flatten().to(bias.dtype))
+        read[f"{name}.bias"] = bias.index_add(0, rows.flatten(), -affine.shift.flatten().to(bias.dtype))
     return _write(read, name, rows, affine.inverse.shape[0], affine.forward_rows)
 
 
 def _all_rows(weights: Weights, linear: str) -> Tensor:
-    return torch.arange(weights[f"{linear}.weight"].shape[0])[None]
+    weight = weights[f"{linear}.weight"]
+    return torch.arange(weight.shape[0], device=weight.device)[None]
 
 
-def _write(weights: Weights, linear: str, rows: Tensor, heads: int, change: object) -> Weights:
+def _write(weights: Weights, linear: str, rows: Tensor, heads: int, change: Callable[[Tensor], Tensor]) -> Weights:
     """Apply ``change`` to rows [heads * repeats, d] of a linear's weight and bias."""
     new = dict(weights)
-    index = rows.flatten().to(weights[f"{linear}.weight"].device)
+    index = rows.flatten()
     for part in ("weight", "bias"):
         tensor = weights.get(f"{linear}.{part}")
         if tensor is None:
             continue
         picked = tensor[index].view(heads, rows.shape[0] // heads, rows.shape[1], -1)
-        changed = change(picked).reshape(index.numel(), *tensor.shape[1:])  # type: ignore[operator]
+        changed = change(picked).reshape(index.numel(), *tensor.shape[1:])
         new[f"{linear}.{part}"] = tensor.index_copy(0, index, changed)
     return new
 

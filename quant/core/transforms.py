@@ -196,7 +196,7 @@ def check_seams(model: LazyModel, spec: TransformSpec) -> None:
 
 def transforms_for(family: ModelFamily, config: object, weights: Weights, spec: TransformSpec) -> list[Transform]:
     """The transforms of a block. Shifts stand where producer and readers have biases."""
-    found, layout = [], family.heads(config)
+    found, layout = [], family.heads(config).to(next(iter(weights.values())).device)
     for seam in family.seams(config):
         if seam.kind not in spec.kinds:
             continue
