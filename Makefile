@@ -15,7 +15,8 @@ venv: .venv/installed
 # The main job on an embedded trained model: no network, a few minutes on a laptop. DEMO=opt|bloom|falcon|llama|mistral
 demo: venv
 	$(BIN)/python model_quantizer.py --model models/demo/$(DEMO) --dataset demo --eval-datasets demo --seqlen 256 \
-		--wbits 3 --quantization-method rtn,gptq,quantease --nsamples 128 --calib-batch 16 --true-sequential
+		--wbits 3 --quantization-method rtn,gptq,quantease --nsamples 128 --calib-batch 16 --true-sequential \
+		--tasks demo_continuation,demo_lastword,demo_reference,demo_yesno
 
 # One thread a worker: two workers fill a small machine
 test: venv

@@ -120,11 +120,15 @@ def parser() -> argparse.ArgumentParser:
         "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="any option of the solver (--list)"
     )
     g = add_data_flags(p, seed=2)
+    p.set_defaults(num_fewshot=0)
     g.add_argument("--calib_dataset", "--dataset", default="wikitext2", help=f"{SOURCES} (default: wikitext2)")
     g.add_argument("--eval_ppl", action="store_true", help="evaluate perplexity on --eval-datasets")
-    g.add_argument("--num_fewshot", type=int, default=0, help="of --tasks (not built yet)")
     g.add_argument(
-        "--limit", type=int, default=-1, metavar="N", help="evaluate the first N windows only (default: -1, all)"
+        "--limit",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="evaluate the first N windows and items only (default: -1, all)",
     )
     g = add_machine_flags(p, Path("cache"))
     g.add_argument(
@@ -200,7 +204,6 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     for name in ("act_scales", "act_shifts"):
         path = getattr(args, name)
         check(path is not None and not path.is_file(), f"--{name.replace('_', '-')} {path}: no such file")
-    check(bool(args.tasks or args.task_path), "--tasks: zero-shot tasks are not built yet")
     check(args.format != "dequantized", f"--format {args.format}: not built yet; use dequantized")
     fails(get_solver, args.solver)
     fails(check_source, args.calib_dataset, CALIBRATION)
@@ -289,6 +292,9 @@ def run_config(args: argparse.Namespace) -> Any:
         options=options_of(args, args.solver, get_solver(args.solver)),
         true_sequential=args.true_sequential,
         eval_datasets=tuple(args.corpora),
+        tasks=tuple(task for task in args.tasks.split(",") if task),
+        task_path=args.task_path,
+        num_fewshot=args.num_fewshot,
         limit=None if args.limit == -1 else args.limit,
         full_precision_eval=not args.no_fp_eval,
         data_dir=args.data_dir,
@@ -324,7 +330,7 @@ def main() -> None:
     for given, notice in (
         (args.net, "--net is not needed: the family comes from the model's configuration"),
         (args.multigpu, "--multigpu: blocks pass through one device; more are not used"),
-        (not args.eval_ppl, "no evaluation: give --eval_ppl for perplexity"),
+        (not args.eval_ppl and not args.tasks, "no evaluation: give --eval_ppl for perplexity, --tasks for accuracy"),
     ):
         if given:
             console.print(f"note: {notice}", highlight=False)

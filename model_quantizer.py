@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     )
     g = add_data_flags(p, seed=0)
     g.add_argument("--dataset", default="c4", help=f"{SOURCES} (default: c4)")
-    g.add_argument("--limit", type=int, metavar="N", help="evaluate the first N windows only")
+    g.add_argument("--limit", type=int, metavar="N", help="evaluate the first N windows and items only")
     add_machine_flags(p, DEFAULT_CACHE)
     g = add_result_flags(p, "runs/")
     g.add_argument("--save", type=Path, metavar="DIR", help="write the quantized checkpoint and results.json here")
@@ -173,7 +173,6 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(bool(args.preset) and "quantease" not in args.methods, f"--preset {args.preset} is for quantease")
     check(args.compare_layers and args.wbits == 16, "--compare-layers needs --wbits 1 to 8")
     check(args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save")
-    check(bool(args.tasks or args.task_path), "--tasks: zero-shot tasks are not built yet")
     check(args.format != "dequantized", f"--format {args.format}: not built yet; use dequantized")
     for method in args.methods:
         try:
@@ -213,6 +212,9 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
             true_sequential=args.true_sequential,
             num_layers=args.num_layers_to_quantize,
             eval_datasets=tuple(args.corpora),
+            tasks=tuple(task for task in args.tasks.split(",") if task),
+            task_path=args.task_path,
+            num_fewshot=args.num_fewshot,
             limit=args.limit,
             full_precision_eval=not args.no_fp_eval,
             data_dir=args.data_dir,

@@ -169,7 +169,7 @@ BAD = {
     "two orders": (["--wbits", 3, "--act-order", "--group-aware"], "are two orders"),
     "comparing the base model": (["--compare-layers"], "--compare-layers needs --wbits"),
     "packing": (["--format", "gptq"], "--format gptq: not built yet"),
-    "tasks": (["--tasks", "piqa"], "zero-shot tasks are not built yet"),
+    "tasks": (["--tasks", "demo_yesno", "--task-path", "nowhere"], "--task-path nowhere is not a directory"),
     "method": (["--wbits", 3, "--quantization-method", "gtpq"], "did you mean gptq?"),
     "data": (["--wbits", 3, "--dataset", "wikitex2"], "did you mean wikitext2?"),
     "evaluation data": (["--eval-datasets", "nothing.txt"], "no such file: nothing.txt"),

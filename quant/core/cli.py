@@ -171,6 +171,8 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
     """One table, one row a method; with ``linears`` a second one; seconds and memory; where everything is."""
     console.print()
     console.print(results_table(finished, title))
+    if any(results["zero_shot"] for results in finished):
+        console.print(tasks_table(finished))
     for results in finished:
         path = Path(results["run_dir"])
         if linears and (path / "journal.jsonl").exists():
@@ -186,6 +188,38 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
                 f"  linears: {verdicts['ok']} ok, {verdicts['look']} to look at, {verdicts['bad']} bad", highlight=False
             )
         console.print(f"  {path / 'results.json'}", highlight=False, soft_wrap=True)
+
+
+def tasks_table(all_results: Sequence[dict[str, Any]]) -> Table:
+    """Accuracy before and after on every task, with the interval of the paired difference; chance is marked."""
+    table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method")
+    for column in (
+        "task",
+        "metric",
+        "items",
+        "before",
+        "after",
+        "standard\nerror",
+        "difference,\n95% interval",
+        "chance",
+    ):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for results in all_results:
+        for row, (name, task) in enumerate(results["zero_shot"].items()):
+            bounds = task["difference_ci95"]
+            table.add_row(
+                results["method"] if row == 0 else "",
+                name,
+                task["metric"],
+                str(task["items"]),
+                _number(task["fp"], 3),
+                _number(task["quantized"], 3),
+                f"{task['stderr']:.3f}",
+                f"{bounds[0]:+.3f} to {bounds[1]:+.3f}" if bounds else "-",
+                f"{task['chance']:.2f}" + (" (at chance)" if task["at_chance"] else ""),
+            )
+    return table
 
 
 def comparison_table(records: Sequence[dict[str, Any]], title: str) -> Table:

@@ -36,8 +36,13 @@ def add_data_flags(p: argparse.ArgumentParser, seed: int) -> argparse._ArgumentG
     g.add_argument(
         "--no-fp-eval", action="store_true", help="skip the full-precision model (no ratio, no KL divergence)"
     )
-    g.add_argument("--tasks", default="", help="lm-eval tasks (not built yet)")
-    g.add_argument("--task-path", help="directory of local lm-eval tasks (not built yet)")
+    g.add_argument(
+        "--tasks", default="", metavar="A,B", help="lm-eval tasks, and the demo's own demo_*: piqa,arc_easy,..."
+    )
+    g.add_argument("--task-path", type=Path, metavar="DIR", help="directory of more lm-eval tasks (YAML)")
+    g.add_argument(
+        "--num_fewshot", type=int, metavar="N", help="examples in front of a task's items (default: the task's)"
+    )
     return g
 
 

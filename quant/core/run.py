@@ -34,9 +34,12 @@ from quant.core.types import QuantSpec
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
 from quant.export.dequantized import check_target, dtype_name, save_dequantized
 from quant.kernels.blocks import kernels
+from quant.zero_shot import Scorer, Tasks, TaskScore, open_tasks, run_tasks
+from quant.zero_shot import report as task_report
 
 FULL_BITS = 16  # --wbits 16: nothing is quantized, the base model is evaluated
 DEFAULT_MAX_SEQLEN = 2048
+TASK_BATCH = 16  # sequences of a task that pass a block at a time; they are short
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 
 
@@ -72,6 +75,9 @@ class RunConfig:
     eval_datasets: tuple[str, ...] = ("wikitext2", "ptb", "c4")
     limit: int | None = None
     full_precision_eval: bool = True
+    tasks: tuple[str, ...] = ()
+    task_path: Path | None = None
+    num_fewshot: int | None = None
     data_dir: Path | None = None
     cache_dir: Path = Path.home() / ".cache" / "llm-quantizer"
     device: str = "auto"
@@ -148,6 +154,9 @@ class Session:
             raise InputError("two --eval-datasets have the same name; rename one of the files")
         for tokens in (self.calibration, *evaluation):
             self._check_vocabulary(tokens)
+        self.tasks: Tasks | None = None
+        if config.tasks:
+            self.tasks = open_tasks(config.tasks, config.task_path, config.num_fewshot, config.limit)
         self.model_sha256 = self.model.checkpoint.sha256()
         self.load_seconds = time.perf_counter() - started
 
@@ -241,10 +250,11 @@ class Session:
             job.blocks = self._quantize_job(job, progress(job.config.method))
         waiting = [job for job in jobs if job.results is None]
         started = time.perf_counter()
-        scores = self._evaluate(waiting, progress(waiting[0].config.method if len(waiting) == 1 else "all"))
+        shown = progress(waiting[0].config.method if len(waiting) == 1 else "all")
+        scores, zero_shot = self._evaluate(waiting, shown), self._run_tasks(waiting, shown)
         share = (time.perf_counter() - started) / max(1, len(waiting))
         for job in waiting:
-            scored = self._scored(job, scores)
+            scored = self._scored(job, scores, zero_shot)
             job.results = self._results(job.config, job.blocks) | scored
             job.results |= {"configuration_sha256": job.digest, "evaluation": self._evaluation_request(job.config)}
             job.results["seconds"]["evaluate"] = share
@@ -304,7 +314,12 @@ class Session:
     def _evaluation_request(self, config: RunConfig) -> Record:
         """What decides the numbers once the codes are there."""
         hashes = {name: tokens.sha256 for name, tokens in self.evaluation.items()}
-        return {"token_sha256": hashes, "full_precision": config.full_precision_eval}
+        tasks = {"names": list(config.tasks), "num_fewshot": config.num_fewshot, "limit": config.limit}
+        return {
+            "token_sha256": hashes,
+            "full_precision": config.full_precision_eval,
+            "tasks": tasks if self.tasks else None,
+        }
 
     def _manifest(self, config: RunConfig, configuration: Record) -> Record:
         tokens = {t.name: {"protocol": t.protocol, "sha256": t.sha256, "text_sha256": t.text_sha256,
@@ -426,8 +441,8 @@ class Session:
             ranges[name] = InputRange(scales[key].float(), shifts.get(key, torch.zeros(n_in)).float())
         return ranges
 
-    def _evaluate(self, jobs: Sequence[Job], progress: Progress) -> dict[str, dict[str, Scores]]:
-        """Scores of every job (by its directory) and of full precision on every corpus, in one pass over the blocks."""
+    def _variants(self, jobs: Sequence[Job]) -> dict[str, Variant]:
+        """The quantized form of every job, by its directory."""
 
         def deployed(job: Job) -> Variant:
             def own(index: int, weights: Weights) -> Weights:
@@ -435,7 +450,12 @@ class Session:
 
             return Variant(own, job.config.act)
 
-        variants = {str(job.target.path): deployed(job) for job in jobs if job.recipe}
+        return {str(job.target.path): deployed(job) for job in jobs if job.recipe}
+
+    def _evaluate(self, jobs: Sequence[Job], progress: Progress) -> dict[str, dict[str, Scores]]:
+        """Scores of every job (by its directory) and of full precision on every corpus, in one pass over the blocks."""
+
+        variants = self._variants(jobs)
         full = any(job.config.full_precision_eval for job in jobs)
         if not jobs or not self.evaluation or not (variants or full):
             return {}
@@ -452,10 +472,30 @@ class Session:
             progress=lambda done, total: progress("evaluate", done, total, ""),
         )
 
-    def _scored(self, job: Job, scores: dict[str, dict[str, Scores]]) -> Record:
-        if not scores:
-            return {"perplexity": {}, "fidelity": {}}
-        return report(self.evaluation, scores, str(job.target.path) if job.recipe else FULL)
+    def _run_tasks(self, jobs: Sequence[Job], progress: Progress) -> dict[str, dict[str, TaskScore]]:
+        """Scores of every job and of full precision on every task."""
+        if not jobs or self.tasks is None:
+            return {}
+        full = {FULL: Variant(lambda _, weights: weights)} if jobs[0].config.full_precision_eval else {}
+        config = jobs[0].config
+        scorer = Scorer(
+            self.model,
+            full | self._variants(jobs),
+            self.device,
+            TASK_BATCH,
+            config.activation_store,
+            jobs[0].target.path,
+            lambda done, total: progress("tasks", done, total, ""),
+        )
+        return run_tasks(scorer, self.tokenizer, self.tasks)
+
+    def _scored(
+        self, job: Job, scores: dict[str, dict[str, Scores]], zero_shot: dict[str, dict[str, TaskScore]]
+    ) -> Record:
+        """What results.json says of a job's evaluation."""
+        variant = str(job.target.path) if job.recipe else FULL
+        found = report(self.evaluation, scores, variant) if scores else {"perplexity": {}, "fidelity": {}}
+        return found | {"zero_shot": task_report(zero_shot, variant)}
 
     def compare_layers(self, configs: Sequence[RunConfig], progress: Progress = silent) -> list[Record]:
         """Journal records of every method for every linear, all from the Gram matrices of the full-precision stream.
