@@ -209,7 +209,9 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     fails(check_source, args.calib_dataset, CALIBRATION)
     for source in args.corpora:
         fails(check_source, source, KNOWN)
-    check(args.task_path is not None and not args.task_path.is_dir(), f"--task-path {args.task_path} is not a directory")
+    check(
+        args.task_path is not None and not args.task_path.is_dir(), f"--task-path {args.task_path} is not a directory"
+    )
     check(args.data_dir is not None and not args.data_dir.is_dir(), f"--data-dir {args.data_dir} is not a directory")
     return found  # fmt: skip
 

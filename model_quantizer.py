@@ -185,7 +185,9 @@ def mistakes(args: argparse.Namespace) -> list[str]:
             check_source(source, known)
         except InputError as error:
             found.append(str(error))
-    check(args.task_path is not None and not args.task_path.is_dir(), f"--task-path {args.task_path} is not a directory")
+    check(
+        args.task_path is not None and not args.task_path.is_dir(), f"--task-path {args.task_path} is not a directory"
+    )
     check(args.data_dir is not None and not args.data_dir.is_dir(), f"--data-dir {args.data_dir} is not a directory")
     return found
 

@@ -65,24 +65,28 @@ class LazyModel:
                 return candidate
         raise InputError(f"{self.checkpoint.path} lacks the tensor {name}; the checkpoint does not fit its config.json")
 
-    def _read(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    def _read(self, name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
         if name in self.added:
-            return torch.zeros(shape, dtype=self.dtype, device=device)
+            return torch.zeros(shape, dtype=dtype, device=device)
         tensor = self.checkpoint.read(self.key(name))
         if tensor.shape != shape:
             raise InputError(self._misfit(name, tuple(tensor.shape), tuple(shape)))
         tensor = tensor.to(device)
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     def _misfit(self, name: str, found: tuple[int, ...], asked: tuple[int, ...]) -> str:
         return f"{name} has shape {found} in {self.checkpoint.path}, but config.json asks for {asked}"
 
-    def block_weights(self, index: int, device: torch.device) -> Weights:
-        """Parameters and buffers of a block by their names inside it, ready for ``functional_call``."""
+    def block_weights(self, index: int, device: torch.device, dtype: torch.dtype | None = None) -> Weights:
+        """Parameters and buffers of a block by their names inside it, ready for ``functional_call``.
+
+        dtype: of the parameters, where it is not that of the arithmetic.
+        """
         block, prefix = self.blocks[index], f"{self.family.blocks}.{index}."
-        weights = {name: self._read(prefix + name, p.shape, device) for name, p in block.named_parameters()}
+        weights = {name: self._read(prefix + name, p.shape, device, dtype) for name, p in block.named_parameters()}
         return weights | self._buffers(block, prefix, device)
 
     def outside_weights(self, device: torch.device) -> Weights:

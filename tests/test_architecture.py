@@ -11,7 +11,11 @@ CORE = {"types", "grid", "stats", "linalg", "registry", "errors"}
 ONLY_IN = {
     "transformers": {"models/load.py"},
     "accelerate": {"models/load.py"},
-    "datasets": {"data/corpora.py", "data/tasks/_items.py", "quant/zero_shot.py"},  # there: what lm-eval's loader raises
+    "datasets": {
+        "data/corpora.py",
+        "data/tasks/_items.py",
+        "quant/zero_shot.py",
+    },  # there: what lm-eval's loader raises
     "lm_eval": {"quant/zero_shot.py"},
     "numba": {"quant/kernels/cpu.py"},
     "triton": {"quant/kernels/cuda.py"},

@@ -265,13 +265,15 @@ def learn_block(
     act: ActSpec,
     learning: Learning,
     *,
+    exact: Weights | None = None,
     ranges: Mapping[str, InputRange] | None = None,
     start: Parameters | None = None,
     progress: Progress = lambda epoch, epochs, now, first: None,
 ) -> LearnedBlock:
     """Learn block ``index``; ``full`` moves on behind it, ``quantized`` stays in front of it.
 
-    training: ``quantized`` in batches of ``learning.batch``. ranges: of the linears' inputs, measured here if not
+    training: ``quantized`` in batches of ``learning.batch``. exact: the weights as the checkpoint holds them, where the
+    arithmetic's dtype holds less (half precision of another kind); parameters act on these. ranges: of the linears' inputs, measured here if not
     given. Raises InputError, naming the block, where the loss is not finite at the start.
     """
     teacher = full.fork() if learning.attention else None
@@ -284,7 +286,7 @@ def learn_block(
         also = quantized.fork()
         also.run(index, weights, advance=True)
         targets.append(also.hidden)
-    learner = Learner(full.model, index, weights, spec, act, learning, ranges or {}, start)
+    learner = Learner(full.model, index, exact or weights, spec, act, learning, ranges or {}, start)
     loss = BlockLoss(learner, weights, targets, teacher)
     return train(learner, loss, quantized, training, progress)
 

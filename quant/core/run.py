@@ -271,6 +271,10 @@ class Session:
         if previous is not None and previous.get("evaluation") != self._evaluation_request(config):
             previous = None
         digest = _sha256_of(configuration)
+        if config.save is not None and config.learning is not None and config.learning.transform.norm_matrix:
+            raise InputError(
+                "--use_ln_matrix leaves matrices behind the norms, which a checkpoint of the model cannot hold"
+            )
         if config.save is not None and not _saved(config.save, digest):
             check_target(config.save, config.overwrite)
         self._check_space(config, target.path)
@@ -331,7 +335,8 @@ class Session:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "configuration": configuration,
             "seed": config.seed,
-            "model": {"id": config.model, "sha256": self.model_sha256, "model_type": self.model.config.model_type},
+            "model": {"id": config.model, "sha256": self.model_sha256, "model_type": self.model.config.model_type,
+                      "added_biases": len(self.model.added)},
             "calibration": calibration and {
                 "name": calibration.name, "protocol": calibration.protocol, "sha256": calibration.sha256,
                 "text_sha256": calibration.text_sha256, "shape": list(calibration.ids.shape)},
@@ -579,10 +584,18 @@ class _Pair:
             self.recipe.spec,
             self.recipe.act,
             self.learning,
+            exact=self._exact(index),
             ranges=self.session.input_ranges(self.job.config, index),
             start=None if self.start is None else self.start.read_learned(index),
             progress=progress,
         )
+
+    def _exact(self, index: int) -> Weights | None:
+        """The block's weights in float32 where the arithmetic would round those of the checkpoint."""
+        model = self.session.model
+        if model.dtype in (model.storage_dtype, torch.float32, torch.float64):
+            return None
+        return model.block_weights(index, self.session.device, torch.float32)
 
 
 def _note(records: Sequence[Record], learned: LearnedBlock | None) -> str:

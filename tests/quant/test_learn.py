@@ -450,3 +450,28 @@ def test_planted_outliers_are_learned_away(tmp_path):
     )
     assert scores["planted", True] < 1.03 * scores["plain", True]
     assert scores["planted", False] > 1.3 * scores["planted", True], "the outliers matter"
+
+
+def test_half_precision_of_another_kind_loses_nothing(model_dir, text, tmp_path):
+    """A float16 checkpoint trained in bfloat16: codes come from the checkpoint's own weights."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama")).half()
+    model.save_pretrained(tmp_path / "half")
+    for file in model_dir("llama").glob("*token*"):
+        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+    config = config_for(
+        tmp_path / "half", text, tmp_path, dtype="bfloat16", wbits=8, learning=asked(let=False, epochs=0)
+    )
+    Session(config).run(config)
+    found = RunDirectory(config.run_dir).read_weights(1)["mlp.up_proj"]
+    weight = model.state_dict()["model.layers.1.mlp.up_proj.weight"].float()
+    assert torch.equal(found.codes, found.grid.quantize(weight))
+    assert not torch.equal(found.codes, found.grid.quantize(weight.bfloat16().float())), "bfloat16 would show"
+
+
+def test_a_matrix_behind_a_norm_cannot_be_saved(model_dir, text, tmp_path):
+    config = config_for(
+        model_dir("llama"), text, tmp_path, learning=asked("affinequant", norm_matrix=True), save=tmp_path / "saved"
+    )
+    with pytest.raises(InputError, match="matrices behind the norms"):
+        Session(config).run(config)
+    assert not (tmp_path / "run").exists()
