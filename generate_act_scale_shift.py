@@ -103,7 +103,7 @@ def main() -> None:
     with cli.ProgressBars(console) as bars:
         scales, shifts = measure(session, bars.for_method("activations"))
     name = Path(args.model).resolve().name
-    metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": session.calibration.sha256}
+    metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": session.calibration(config).sha256}
     for directory, vectors in ((args.scales_output_path, scales), (args.shifts_output_path, shifts)):
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / f"{name}.safetensors", save(vectors, metadata))

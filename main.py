@@ -316,6 +316,17 @@ def run_config(args: argparse.Namespace) -> Any:
     )
 
 
+def config_from(words: list[str]) -> Any:
+    """The RunConfig of a command given as words, for sweeps. Raises InputError for what is wrong with it."""
+    from quant.core.errors import InputError
+
+    args = parser().parse_args(words)
+    resolve(args)
+    if found := mistakes(args):
+        raise InputError("\n".join(found))
+    return run_config(args)
+
+
 def main() -> None:
     """Parse, check, run."""
     from quant.core import cli, flags

@@ -236,22 +236,39 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
     ]
 
 
-def main() -> None:
-    """Parse, check, run."""
-    from quant.core import cli, flags
+def prepare(args: argparse.Namespace) -> None:
+    """What flags imply. Raises InputError for everything that is wrong with them."""
     from quant.core.errors import InputError
 
-    args = parser().parse_args()
-    cli.set_logging(args.log_level)
-    if args.list:
-        flags.show_list()
-        return
     if args.preset == "best":
         args.range, args.search_grid, args.refit_grid = "mse", True, True
     args.methods = [m for m in args.quantization_method.split(",") if m] if args.wbits != 16 else ["quantease"]
     args.corpora = [d for d in args.eval_datasets.split(",") if d]
     if found := mistakes(args):
         raise InputError("\n".join(found))
+
+
+def config_from(words: list[str]) -> Any:
+    """The RunConfig of a command of one method given as words, for sweeps. Raises InputError for what is wrong with it."""
+    from quant.core.errors import InputError
+
+    args = parser().parse_args(words)
+    prepare(args)
+    if len(args.methods) != 1:
+        raise InputError("--quantization-method: a row of a sweep has one method")
+    return run_configs(args)[0]
+
+
+def main() -> None:
+    """Parse, check, run."""
+    from quant.core import cli, flags
+
+    args = parser().parse_args()
+    cli.set_logging(args.log_level)
+    if args.list:
+        flags.show_list()
+        return
+    prepare(args)
     configs = run_configs(args)
     console = cli.console()
     if args.dry_run:

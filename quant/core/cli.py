@@ -40,9 +40,8 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
-        fail(message)
-        raise SystemExit(BAD_INPUT)
+        """One line, exit code 2 (see `guarded`)."""
+        raise InputError(message)
 
 
 def _letters(flag: str) -> str:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from quant.core.learn import LearnedBlock, Learning, learn_block
 from quant.core.recipe import Recipe, compare_block, deploy, quantize_block
 from quant.core.registry import get_solver
 from quant.core.stream import BlockStream
-from quant.core.transforms import InputRange, check_seams
+from quant.core.transforms import InputRange, TransformSpec, check_seams
 from quant.core.types import QuantSpec
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
 from quant.export.dequantized import check_target, dtype_name, save_dequantized
@@ -91,6 +91,34 @@ class RunConfig:
     overwrite: bool = False
     trust_remote_code: bool = False
 
+    def to_json(self) -> Record:
+        """The configuration as JSON can hold it; `from_json` takes it back."""
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        found: Record = json.loads(json.dumps(plain))
+        return found
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> RunConfig:
+        """A configuration that was kept by `to_json`. Raises InputError where an entry is unknown."""
+        kinds = {f.name: str(f.type) for f in fields(cls)}
+        unknown = sorted(set(found) - set(kinds))
+        if unknown:
+            raise InputError(f"the run was made by another version: unknown entry {unknown[0]!r}")
+        values: dict[str, Any] = {}
+        for name, value in found.items():
+            if "Path" in kinds[name] and value is not None:
+                value = Path(value)
+            elif kinds[name].startswith("tuple"):
+                value = tuple(value)
+            elif name == "act":
+                value = ActSpec(**value)
+            elif name == "learning" and value is not None:
+                transform = value["transform"]
+                spec = TransformSpec(**{**transform, "kinds": tuple(transform["kinds"])})
+                value = Learning(**{**value, "transform": spec})
+            values[name] = value
+        return cls(**values)
+
     @property
     def quantizes(self) -> bool:
         """False where only the base model is evaluated."""
@@ -138,27 +166,39 @@ class Session:
         if self.seqlen > self.model.max_length:
             raise InputError(f"--seqlen {self.seqlen}: {config.model} takes at most {self.model.max_length} tokens")
         self.tokenizer = load_tokenizer(self.model.checkpoint.path, config.trust_remote_code)
-        sources: dict[str, Any] = {
+        self._sources: dict[str, Any] = {
             "seqlen": self.seqlen,
             "data_dir": config.data_dir,
             "cache_dir": config.cache_dir / "tokens",
         }
-        self.calibration: Tokens | None = None
-        if config.quantizes:
-            self.calibration = calibration_tokens(
-                config.dataset, self.tokenizer, nsamples=config.nsamples, seed=config.seed, **sources
-            )
-        evaluation = [evaluation_tokens(s, self.tokenizer, limit=config.limit, **sources) for s in config.eval_datasets]
+        self._calibration: dict[tuple[str, int, int], Tokens] = {}
+        self.calibration(config)
+        evaluation = [
+            evaluation_tokens(s, self.tokenizer, limit=config.limit, **self._sources) for s in config.eval_datasets
+        ]
         self.evaluation = {tokens.name: tokens for tokens in evaluation}
         if len(self.evaluation) < len(evaluation):
             raise InputError("two --eval-datasets have the same name; rename one of the files")
-        for tokens in (self.calibration, *evaluation):
+        for tokens in evaluation:
             self._check_vocabulary(tokens)
         self.tasks: Tasks | None = None
         if config.tasks:
             self.tasks = open_tasks(config.tasks, config.task_path, config.num_fewshot, config.limit)
         self.model_sha256 = self.model.checkpoint.sha256()
         self.load_seconds = time.perf_counter() - started
+
+    def calibration(self, config: RunConfig) -> Tokens | None:
+        """The calibration windows of a configuration (runs of one session may have several seeds), kept once read."""
+        if not config.quantizes:
+            return None
+        key = (config.dataset, config.nsamples, config.seed)
+        if key not in self._calibration:
+            tokens = calibration_tokens(
+                config.dataset, self.tokenizer, nsamples=config.nsamples, seed=config.seed, **self._sources
+            )
+            self._check_vocabulary(tokens)
+            self._calibration[key] = tokens
+        return self._calibration[key]
 
     def _check_vocabulary(self, tokens: Tokens | None) -> None:
         vocabulary = self.model.config.vocab_size
@@ -195,7 +235,7 @@ class Session:
 
     def configuration(self, config: RunConfig) -> Record:
         """What decides the codes: two runs with equal configurations on one machine give the same bits."""
-        tokens = self.calibration
+        tokens = self.calibration(config)
         decided = {
             "model_sha256": self.model_sha256,
             "calibration": None if tokens is None else f"{tokens.name} ({tokens.protocol}) {tokens.sha256[:16]}",
@@ -237,6 +277,10 @@ class Session:
     def run(self, config: RunConfig, progress: Progress = silent) -> Record:
         """Quantize, evaluate, save; return what results.json holds. Continues a run that was interrupted."""
         return self.run_all([config], lambda _: progress)[0]
+
+    def quantize(self, config: RunConfig, progress: Progress = silent) -> None:
+        """Quantize alone: every block is in the run directory afterwards, and ``run`` only evaluates."""
+        self._quantize_job(self._checked(config), progress)
 
     def run_all(
         self, configs: Sequence[RunConfig], progress: Callable[[str], Progress] = lambda _: silent
@@ -328,10 +372,11 @@ class Session:
     def _manifest(self, config: RunConfig, configuration: Record) -> Record:
         tokens = {t.name: {"protocol": t.protocol, "sha256": t.sha256, "text_sha256": t.text_sha256,
                            "shape": list(t.ids.shape)} for t in self.evaluation.values()}  # fmt: skip
-        calibration = self.calibration
+        calibration = self.calibration(config)
         return {
             "schema": 1,
             "command": sys.argv,
+            "request": config.to_json(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "configuration": configuration,
             "seed": config.seed,
@@ -366,10 +411,11 @@ class Session:
 
     def _stream(self, config: RunConfig, directory: Path) -> BlockStream:
         """The calibration samples in front of the first block."""
-        assert self.calibration is not None
+        calibration = self.calibration(config)
+        assert calibration is not None
         return BlockStream(
             self.model,
-            self.calibration.ids,
+            calibration.ids,
             device=self.device,
             batch=config.calib_batch,
             store=config.activation_store,

@@ -1,0 +1,103 @@
+"""Repeat a run from its manifest, and say whether the result is identical: python -m quant.repeat RUN."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quant.core.errors import InputError, RunError
+from quant.core.journal import RunDirectory
+from quant.core.run import RunConfig, Session
+
+EXAMPLES = """examples:
+  python -m quant.repeat runs/llama-gptq-w3-10556a3f
+  python -m quant.repeat runs/llama-gptq-w3-10556a3f --into runs/again     # keep the second run
+
+Exit codes: 0 identical, 1 different, 2 the run cannot be repeated.
+"""
+NUMBERS = ("codes_sha256", "bits_per_weight", "perplexity", "fidelity", "zero_shot", "mean_relative_error")
+
+
+def repeat(run: Path, into: Path) -> list[str]:
+    """Run the configuration of ``run`` again in ``into``; return a line for everything that differs.
+
+    Raises InputError where the run is unfinished, or its model or data have changed.
+    """
+    source = RunDirectory(run)
+    manifest, before = source.read("manifest.json"), source.read("results.json")
+    if manifest is None or "request" not in manifest:
+        raise InputError(f"{run} has no manifest that says what was asked for")
+    if before is None:
+        raise InputError(f"{run} was not finished; run its command again first")
+    config = replace(RunConfig.from_json(manifest["request"]), run_dir=into, save=None, overwrite=False)
+    session = Session(config)
+    changed = [
+        f"{key}: {manifest['configuration'].get(key)} -> {value}"
+        for key, value in session.configuration(config).items()
+        if manifest["configuration"].get(key) != value
+    ]
+    if changed:
+        raise InputError(f"{run} cannot be repeated as it was: {'; '.join(changed)}")
+    after = session.run(config)
+    found = [
+        f"block {index}: other codes"
+        for index in range(manifest["configuration"]["blocks"])
+        if source.read_summary(index).codes_sha256 != RunDirectory(into).read_summary(index).codes_sha256
+        or not _same_codes(source, RunDirectory(into), index)
+    ]
+    return found + [f"{key}: {before[key]} -> {after[key]}" for key in NUMBERS if before[key] != after[key]]
+
+
+def _same_codes(a: RunDirectory, b: RunDirectory, index: int) -> bool:
+    """Whether two block files hold the same codes, whatever their summaries say."""
+    first, second = a.read_weights(index), b.read_weights(index)
+    return first.keys() == second.keys() and all(bool((first[k].codes == second[k].codes).all()) for k in first)
+
+
+def versions_that_differ(run: Path, into: Path) -> list[str]:
+    """Packages, threads and hardware that are not those of the first run: where to look if results differ."""
+    first, second = (RunDirectory(path).read("manifest.json") for path in (run, into))
+    assert first is not None and second is not None
+    return [
+        f"{key} {first[part].get(key)} -> {second[part].get(key)}"
+        for part in ("versions", "hardware")
+        for key in first[part]
+        if first[part].get(key) != second[part].get(key)
+    ]
+
+
+def main() -> None:
+    """Parse, repeat, say."""
+    from quant.core import cli
+
+    parser: Any = cli.Parser(
+        prog="python -m quant.repeat",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="a finished run directory")
+    parser.add_argument("--into", type=Path, metavar="DIR", help="keep the second run here (default: it is deleted)")
+    args = parser.parse_args()
+    cli.set_logging("warning")
+    if not args.run.is_dir():
+        raise InputError(f"{args.run} is not a run directory")
+    with tempfile.TemporaryDirectory() as temporary:
+        into = args.into or Path(temporary) / "run"
+        found, others = repeat(args.run, into), versions_that_differ(args.run, into)
+    console = cli.console()
+    for line in others:
+        console.print(f"note: {line}", highlight=False)
+    if found:
+        raise RunError("different: " + "; ".join(found))
+    console.print(f"identical: codes and numbers of {args.run}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    from quant.core.cli import guarded
+
+    sys.exit(guarded(main))

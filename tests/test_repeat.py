@@ -1,0 +1,51 @@
+"""A run is repeated from its manifest alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from quant.core.actquant import ActSpec
+from quant.core.errors import InputError
+from quant.core.run import RunConfig, Session
+from quant.repeat import repeat
+from tests.quant.test_learn import asked
+from tests.test_run import config_for
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_identical_and_not(learned, model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path, options={})
+    if learned:
+        config = replace(
+            config, method="omniquant", solver="rtn", learning=asked(abits=4, epochs=1, batch=6), act=ActSpec(4, 8)
+        )
+    assert RunConfig.from_json(config.to_json()) == config
+    Session(config).run(config)
+    assert repeat(config.run_dir, tmp_path / "again") == []
+    file = config.run_dir / "blocks" / "00001.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    name = next(n for n in tensors if n.endswith(".codes"))
+    tensors[name] = torch.where(tensors[name] == 0, 1, tensors[name])
+    save_file(tensors, file, metadata)
+    assert repeat(config.run_dir, tmp_path / "edited") == ["block 1: other codes"]
+
+
+def test_what_cannot_be_repeated(model_dir, text, tmp_path):
+    with pytest.raises(InputError, match="no manifest"):
+        repeat(tmp_path, tmp_path / "x")
+    config = replace(config_for(model_dir("llama"), text, tmp_path), dataset=str(tmp_path / "own.txt"))
+    (tmp_path / "own.txt").write_text(text.read_text())
+    Session(config).run(config)
+    (tmp_path / "own.txt").write_text(text.read_text() * 2)
+    with pytest.raises(InputError, match="cannot be repeated as it was: calibration"):
+        repeat(config.run_dir, tmp_path / "x")
+    (config.run_dir / "results.json").unlink()
+    with pytest.raises(InputError, match="was not finished"):
+        repeat(config.run_dir, tmp_path / "x")
+    with pytest.raises(InputError, match="another version: unknown entry 'colour'"):
+        RunConfig.from_json({"model": "x", "colour": 1})
