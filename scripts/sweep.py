@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # the command lines are imported for their parser
 from quant.core.errors import InputError, RunError  # noqa: E402
 from quant.core.journal import write_atomically, write_json  # noqa: E402
 from quant.core.run import RunConfig, Session  # noqa: E402
+from quant.report import open_run, write_report  # noqa: E402
 
 EXAMPLES = """examples:
   python scripts/sweep.py scripts/sweeps/demo.yaml                       # 150 rows on the embedded models
@@ -363,6 +364,9 @@ def main() -> None:
     write_json(args.out / "sweep.json", {"table": str(args.table), "rows": rows, "summary": summary})
     write_atomically(args.out / "sweep.md", markdown(summary, args.table.stem).encode())
     console.print(markdown(summary, args.table.stem), highlight=False, soft_wrap=True, markup=False)
+    done = [cell.config.run_dir for cell in ran if cell.status == DONE and cell.config.run_dir]
+    if done:
+        console.print(str(write_report([open_run(path) for path in done], args.out)), highlight=False, soft_wrap=True)
     total = time.perf_counter() - started
     failed = sum(cell.status == FAILED for cell in ran)
     console.print(f"{len(ran)} rows, {failed} failed; {total:.1f} s, of which {max(0.0, total - work):.1f} s are the sweep's own; "

@@ -19,6 +19,8 @@ ONLY_IN = {
     "lm_eval": {"quant/zero_shot.py"},
     "numba": {"quant/kernels/cpu.py"},
     "triton": {"quant/kernels/cuda.py"},
+    "jinja2": {"quant/report.py"},
+    "matplotlib": {"quant/report.py"},
     "rich": {"quant/core/cli.py", "quant/core/flags.py", "quant/core/plan.py"},
 }
 

@@ -255,6 +255,17 @@ def comparison_table(records: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def difference_table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """What differs between runs: a row an entry, a column a run."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for name, *values in rows:
+        table.add_row(name, *(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
+    return table
+
+
 def linears_table(records: Sequence[dict[str, Any]]) -> Table:
     """Relative error of every linear, for ``--compute-quantization-recon-error``."""
     table = Table(title="relative error of every linear", title_justify="left", header_style="bold")

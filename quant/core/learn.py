@@ -308,7 +308,7 @@ def train(
             f"block {learner.index}: the loss is not finite before training; check the checkpoint, "
             "or use --dtype float32"
         )
-    record: dict[str, Any] = {"loss_start": first, "epochs": 0, "events": []}
+    record: dict[str, Any] = {"loss_start": first, "epochs": 0, "losses": [], "events": []}
     if not raw:  # a block that has nothing to learn, as with shifts alone and no biases
         return learner.finish(best, record | {"loss_end": first})
     optimizer, stale, rate = _optimizer(learner, 1.0), 0, 1.0
@@ -318,6 +318,7 @@ def train(
         effective = {k: p.detach() for k, p in learner.effective(raw, opened).items()}
         now = loss.over_all(stream, effective)
         record["epochs"] = epoch + 1
+        record["losses"].append(now if math.isfinite(now) else None)
         progress(epoch + 1, learning.epochs, now, first)
         if not math.isfinite(now):
             rate /= 2

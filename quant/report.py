@@ -1,0 +1,408 @@
+"""A page a person can look at, for one run or for many; and what differs between runs.
+
+    python -m quant.report RUN              RUN/report.html, report.csv and *.png beside it
+    python -m quant.report RUN RUN --out DIR    one page for all of them: quality against bits
+    python -m quant.report compare RUN RUN      configuration, numbers and layers that differ
+
+The page is one file without scripts or pictures from elsewhere. Every number in it is one of results.json or of the
+journal, rounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant.core.errors import InputError
+from quant.core.journal import Record, RunDirectory, write_atomically
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+INK = "#010203"  # stands for the page's text colour in plots, which follows light and dark
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8860b")  # Okabe and Ito
+MARKERS = "osD^vPX*"
+STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "export")
+LOOK_ABOVE = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as it lies on disk."""
+
+    path: Path
+    manifest: Record
+    results: Record
+    records: list[Record]
+
+    @property
+    def model(self) -> str:
+        """Last part of the model's name."""
+        return Path(self.manifest["model"]["id"]).name
+
+    @property
+    def label(self) -> str:
+        """Method with its width."""
+        r = self.results
+        acts = f"A{r['abits']}" if r.get("abits", 16) < 16 else ""
+        group = f" g{r['group_size']}" if r["group_size"] > 0 else ""
+        return f"{r['method']} W{r['wbits']}{acts}{group}"
+
+
+def open_run(path: Path) -> Run:
+    """A run directory. Raises InputError where it is none, is not finished, or is damaged."""
+    directory = RunDirectory(path)
+    manifest = directory.read("manifest.json") if path.is_dir() else None
+    if manifest is None:
+        raise InputError(f"{path} is not a run directory (it has no manifest.json)")
+    results = directory.read("results.json")
+    if results is None:
+        done = len(list((path / "blocks").glob("*.safetensors")))
+        asked = manifest["configuration"].get("blocks", "?")
+        raise InputError(
+            f"{path} is not finished: {done} of {asked} blocks are there and no results; run its command again"
+        )
+    journal = path / "journal.jsonl"
+    try:
+        records = [json.loads(line) for line in journal.open()] if journal.exists() else []
+    except json.JSONDecodeError as error:
+        raise InputError(f"{journal}, line {error.lineno}: damaged; run the command again to rebuild it") from error
+    return Run(path, manifest, results, records)
+
+
+def reason(record: Record) -> str:
+    """Why a linear has its verdict, in words."""
+    error, nearest = record["relative_error"], record["relative_error_rtn"]
+    if record["verdict"] == "ok":
+        return ""
+    if not math.isfinite(error) or error >= 1:
+        return "nothing of the output is left"
+    if record["verdict"] == "bad":
+        return (
+            f"{error / nearest - 1:.0%} worse than rounding to nearest" if nearest else "worse than rounding to nearest"
+        )
+    return f"relative error above {LOOK_ABOVE:g}"
+
+
+# Plots
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Any]:
+    """A matplotlib figure whose text is the page's, closed at the end."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    ink: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    plain: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 11, "axes.spines.top": False,
+             "axes.spines.right": False, "font.family": "sans-serif", "axes.titlesize": 11, "axes.titlelocation": "left"}  # fmt: skip
+    with mpl.rc_context(ink | plain):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _drawn(figure: Any, about: str) -> tuple[str, bytes]:
+    """(inline SVG that follows the page's colours and width, PNG on white)."""
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=150, facecolor="white")
+    text = svg.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    head, _, body = text.partition(">")
+    for size in ("width", "height"):  # the view box decides the shape, the page the width
+        start = head.index(f' {size}="')
+        head = head[:start] + head[head.index('"', start + len(size) + 3) + 1 :]
+    return f'{head} role="img" aria-label="{about}">{body}', png.getvalue()
+
+
+def quality_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | None:
+    """Perplexity over full precision's against stored bits, one line a method; None without such numbers."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        scores = run.results["perplexity"].get(corpus, {})
+        if scores.get("fp") and scores.get("quantized"):
+            name = (
+                run.results["method"] if len({r.model for r in runs}) == 1 else f"{run.model}: {run.results['method']}"
+            )
+            points.setdefault(name, []).append((run.results["bits_per_weight"], scores["quantized"] / scores["fp"]))
+    if sum(map(len, points.values())) < 2:
+        return None
+    with _figure(7.2, 4.2) as figure:
+        axes = figure.subplots()
+        for i, (name, own) in enumerate(sorted(points.items())):
+            x, y = zip(*sorted(own), strict=True)
+            axes.plot(x, y, marker=MARKERS[i % 8], color=COLOURS[i % 8], label=name, linewidth=1.2, markersize=6)
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel("stored bits per weight")
+        axes.set_ylabel("perplexity / full precision")
+        if max(v for own in points.values() for _, v in own) > 2:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9, ncols=1 if len(points) < 9 else 2)
+        return _drawn(figure, f"Perplexity on {corpus} relative to full precision against stored bits per weight")
+
+
+def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
+    """Accuracy of every task before and after, with standard errors; None without tasks."""
+    shown = [run for run in runs if run.results["zero_shot"]]
+    if not shown:
+        return None
+    tasks = list(shown[0].results["zero_shot"])
+    with _figure(7.2, 0.5 + 0.32 * len(tasks) * (len(shown) + 1)) as figure:
+        axes = figure.subplots()
+        rows, names = 0, []
+        for task in tasks:
+            entries = [(run.label, run.results["zero_shot"][task]) for run in shown if task in run.results["zero_shot"]]
+            full = entries[0][1]["fp"]
+            for i, (label, entry) in enumerate(entries):
+                value = entry["quantized"] if entry["quantized"] is not None else entry["fp"]
+                axes.errorbar(
+                    value, rows, xerr=1.96 * entry["stderr"], fmt=MARKERS[i % 8], color=COLOURS[i % 8], capsize=3
+                )
+                names.append(f"{task}: {label}")
+                rows += 1
+            if full is not None:
+                axes.plot([full, full], [rows - len(entries) - 0.4, rows - 0.6], color=INK, linewidth=1.5)
+            if entries[0][1]["chance"]:
+                chance = entries[0][1]["chance"]
+                axes.plot([chance] * 2, [rows - len(entries) - 0.4, rows - 0.6], color=INK, linewidth=1, linestyle=":")
+        axes.set_yticks(range(rows), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.02)
+        axes.set_xlabel("score")
+        axes.grid(axis="x", alpha=0.25)
+        return _drawn(figure, "Zero-shot scores before and after")
+
+
+def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
+    """Seconds by stage."""
+    shown = runs[:24]
+    with _figure(7.2, 0.9 + 0.36 * len(shown)) as figure:
+        axes = figure.subplots()
+        left = [0.0] * len(shown)
+        for i, stage in enumerate(STAGES):
+            seconds = [run.results["seconds"].get(stage, 0.0) for run in shown]
+            if any(seconds):
+                axes.barh(range(len(shown)), seconds, left=left, color=COLOURS[i % 8], label=stage, height=0.7)
+            left = [a + b for a, b in zip(left, seconds, strict=True)]
+        axes.set_yticks(range(len(shown)), [run.label if len({r.model for r in shown}) == 1 else f"{run.model} {run.label}" for run in shown])  # fmt: skip
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds")
+        axes.legend(frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+        return _drawn(figure, "Seconds by stage")
+
+
+def losses_plot(run: Run) -> tuple[str, bytes] | None:
+    """Loss of every block over its epochs, relative to its start; None where nothing was learned."""
+    logs = run.results.get("learning") or []
+    if not any(log["losses"] for log in logs):
+        return None
+    with _figure(7.2, 3.4) as figure:
+        axes = figure.subplots()
+        shades = [i / max(1, len(logs) - 1) for i in range(len(logs))]
+        import matplotlib as mpl
+
+        for block, log in enumerate(logs):
+            values = [1.0, *(v / log["loss_start"] if v is not None else math.nan for v in log["losses"])]
+            axes.plot(range(len(values)), values, color=mpl.colormaps["cividis"](0.1 + 0.8 * shades[block]), linewidth=1.4,
+                      label=f"block {block}" if len(logs) <= 8 or block in (0, len(logs) - 1) else None)  # fmt: skip
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("loss / loss at the start")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9, ncols=2)
+        return _drawn(figure, "Loss of every block over its epochs")
+
+
+# The page
+
+
+def heat(records: Sequence[Record]) -> dict[str, Any] | None:
+    """Relative errors as a table blocks x linears with a colour strength in 0..1 on a logarithmic scale."""
+    if not records:
+        return None
+    names = list(dict.fromkeys(r["name"] for r in records))
+    blocks = sorted({r["block"] for r in records})
+    found = {(r["block"], r["name"]): r for r in records}
+    errors = [r["relative_error"] for r in records if r["relative_error"] > 0 and math.isfinite(r["relative_error"])]
+    low, high = (math.log(min(errors)), math.log(max(errors))) if errors else (0.0, 1.0)
+    rows = []
+    for block in blocks:
+        cells = []
+        for name in names:
+            record = found.get((block, name))
+            error = record["relative_error"] if record else 0.0
+            strength = (math.log(error) - low) / max(high - low, 1e-9) if error > 0 and math.isfinite(error) else 0.0
+            cells.append(
+                {
+                    "error": error if record else None,
+                    "strength": round(strength, 3),
+                    "verdict": record and record["verdict"],
+                }
+            )
+        rows.append({"block": block, "cells": cells})
+    return {"names": names, "rows": rows}
+
+
+def page(runs: Sequence[Run], title: str) -> tuple[str, dict[str, bytes]]:
+    """The HTML of one run or of several, and its plots as PNG by name."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    plots: dict[str, tuple[str, bytes]] = {}
+    for corpus in dict.fromkeys(name for run in runs for name in run.results["perplexity"]):
+        if drawn := quality_plot(runs, corpus):
+            plots[f"perplexity-{corpus}"] = drawn
+    if drawn := accuracy_plot(runs[:12]):
+        plots["zero-shot"] = drawn
+    if len(runs) == 1 and (drawn := losses_plot(runs[0])):
+        plots["losses"] = drawn
+    plots["seconds"] = stages_plot(runs)
+    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
+    html = environment.get_template(TEMPLATE.name).render(
+        title=title,
+        runs=runs,
+        plots={name: svg for name, (svg, _) in plots.items()},
+        heat=heat(runs[0].records) if len(runs) == 1 else None,
+        linears=[r | {"reason": reason(r)} for r in runs[0].records] if len(runs) == 1 else [],
+        manifest=json.dumps(runs[0].manifest, indent=2) if len(runs) == 1 else "",
+    )
+    return html, {name: png for name, (_, png) in plots.items()}
+
+
+def write_report(runs: Sequence[Run], out: Path) -> Path:
+    """report.html, report.csv and a PNG for every plot in ``out``. Returns the page's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    models = list(dict.fromkeys(run.model for run in runs))
+    title = f"{runs[0].model}: {runs[0].label}" if len(runs) == 1 else f"{len(runs)} runs of {', '.join(models[:6])}"
+    html, pictures = page(runs, title)
+    for name, png in pictures.items():
+        write_atomically(out / f"{name}.png", png)
+    write_atomically(out / "report.csv", _csv(runs).encode())
+    write_atomically(out / "report.html", html.encode())
+    return out / "report.html"
+
+
+def _csv(runs: Sequence[Run]) -> str:
+    """The journal of one run, or one line a run and corpus."""
+    text = io.StringIO()
+    if len(runs) == 1:
+        fields = ["block", "name", "method", "bits", "relative_error", "relative_error_rtn", "bits_per_weight", "seconds", "verdict"]  # fmt: skip
+        writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(runs[0].records)
+        return text.getvalue()
+    plain = csv.writer(text, lineterminator="\n")
+    plain.writerow(["model", "method", "wbits", "abits", "group_size", "seed", "bits_per_weight", "data", "fp", "quantized",
+                    "kl_divergence", "mean_relative_error", "run"])  # fmt: skip
+    for run in runs:
+        r = run.results
+        for name, scores in (r["perplexity"] or {"-": {"fp": None, "quantized": None}}).items():
+            kl = r["fidelity"].get(name, {}).get("kl_divergence")
+            plain.writerow([run.model, r["method"], r["wbits"], r.get("abits", 16), r["group_size"], run.manifest["seed"],
+                            r["bits_per_weight"], name, scores["fp"], scores["quantized"], kl, r["mean_relative_error"],
+                            run.path.name])  # fmt: skip
+    return text.getvalue()
+
+
+# Comparing
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested entries by dotted names."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[list[Any]]]:
+    """Rows [name, value of every run] of configuration, numbers and linears that differ.
+
+    Linears are ordered by the largest ratio between runs. Raises InputError for runs of different models.
+    """
+    first = runs[0].manifest["model"]
+    for run in runs[1:]:
+        if run.manifest["model"]["sha256"] != first["sha256"]:
+            raise InputError(
+                f"{runs[0].path} and {run.path} are runs of different models ({first['id']}, {run.manifest['model']['id']})"
+            )
+    found: dict[str, list[list[Any]]] = {}
+    numbers = (
+        "bits_per_weight",
+        "quantized_bytes",
+        "mean_relative_error",
+        "perplexity",
+        "fidelity",
+        "zero_shot",
+        "seconds",
+        "peak_bytes",
+    )
+    for part, flat in (
+        (
+            "configuration",
+            [_flat(run.manifest["configuration"]) | _flat(run.manifest["versions"], "versions") for run in runs],
+        ),
+        ("numbers", [_flat({k: run.results[k] for k in numbers}) for run in runs]),
+    ):
+        names = dict.fromkeys(name for one in flat for name in one)
+        rows = [[name, *(one.get(name) for one in flat)] for name in names]
+        found[part] = [row for row in rows if any(value != row[1] for value in row[2:])]
+    errors = [{(r["block"], r["name"]): r["relative_error"] for r in run.records} for run in runs]
+    shared = [key for key in errors[0] if all(key in one for one in errors[1:])]
+    linears = [[f"{block} {name}", *(one[block, name] for one in errors)] for block, name in shared]
+    linears.sort(key=lambda row: -max(row[1:]) / max(min(row[1:]), 1e-30))
+    found["linears"] = [row for row in linears if any(value != row[1] for value in row[2:])]
+    return found
+
+
+def show_differences(runs: Sequence[Run], console: Any, most: int = 12) -> None:
+    """Three tables on the terminal."""
+    from quant.core.cli import difference_table
+
+    found = differences(runs)
+    names = [run.path.name for run in runs]
+    for part, rows in found.items():
+        shown = rows[:most] if part == "linears" else rows
+        title = f"{part}: {len(rows)} differ" + (
+            f", the {len(shown)} with the largest ratio" if len(shown) < len(rows) else ""
+        )
+        console.print(difference_table(title, names, shown))
+
+
+def main() -> None:
+    """Parse, open, write or compare."""
+    from quant.core import cli
+
+    words = sys.argv[1:]
+    compare = words[:1] == ["compare"]
+    parser: Any = cli.Parser(
+        prog="python -m quant.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run directories; first word compare: differences"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the page goes (default: the run; runs/report for several)"
+    )
+    args = parser.parse_args(words[1:] if compare else words)
+    cli.set_logging("error")
+    runs, console = [open_run(path) for path in args.runs], cli.console()
+    if compare:
+        if len(runs) < 2:
+            raise InputError("compare needs two run directories or more")
+        show_differences(runs, console)
+        return
+    out = args.out or (runs[0].path if len(runs) == 1 else Path("runs") / "report")
+    console.print(str(write_report(runs, out)), highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    from quant.core.cli import guarded
+
+    sys.exit(guarded(main))

@@ -1,0 +1,215 @@
+"""The page: its numbers, its form, its behaviour in a browser; differences between runs; mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from quant import report
+from quant.core.cli import guarded
+from quant.core.errors import InputError
+from quant.core.run import RunConfig, Session
+from tests.quant.test_learn import asked
+from tests.test_run import config_for
+
+VOID = {"meta", "br", "hr", "img", "input", "link", "path", "use", "rect", "circle", "line"}
+
+
+class Page(HTMLParser):
+    """Balanced tags, cells of tables by id, text, attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.table: list[list[str]] | None = None
+        self.cell = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.links += [
+            v for k, v in found.items() if k in ("href", "src", "xlink:href") and v and not v.startswith("#")
+        ]
+        if tag == "table":
+            self.table = self.tables.setdefault(found.get("id", "heat"), [])
+        if tag == "tr" and self.table is not None:
+            self.table.append([])
+        if tag in ("td", "th") and self.table is not None:
+            self.table[-1].append("")
+            self.cell = True
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+        self.cell = self.cell and tag not in ("td", "th")
+
+    def handle_startendtag(self, tag, attrs):
+        self.links += [v for k, v in attrs if k in ("href", "src", "xlink:href") and v and not v.startswith("#")]
+
+    def handle_data(self, data):
+        if self.cell and self.table:
+            self.table[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_dir, text) -> dict[str, Path]:
+    """A plain run, another method, a learned one, and one of another model."""
+    base = tmp_path_factory.mktemp("runs")
+    plain = replace(config_for(model_dir("llama"), text, base), run_dir=base / "plain")
+    configs = {
+        "plain": plain,
+        "gptq": replace(plain, method="gptq", options={}, wbits=2, run_dir=base / "gptq"),
+        "learned": replace(plain, method="omniquant", solver="rtn", options={}, learning=asked(epochs=2, batch=6), run_dir=base / "learned"),
+        "other": replace(plain, model=str(model_dir("opt")), run_dir=base / "other"),
+    }  # fmt: skip
+    for config in configs.values():
+        Session(config).run(config)
+    return {name: config.run_dir for name, config in configs.items()}
+
+
+def test_numbers_are_those_of_the_run(finished, tmp_path):
+    run = report.open_run(finished["plain"])
+    html = report.write_report([run], tmp_path).read_text()
+    page = Page(html)
+    assert (
+        page.open == []
+        and page.links == []
+        and html.startswith("<!DOCTYPE html>")
+        and "http://www.w3.org" not in page.links
+    )
+    scores = run.results["perplexity"]["words"]
+    for shown in (f"{scores['quantized']:.3f}", f"before {scores['fp']:.3f}", f"{run.results['bits_per_weight']:.3f}",
+                  f"{run.results['fidelity']['words']['kl_divergence']:.4f}", f"{run.results['mean_relative_error']:.4f}"):  # fmt: skip
+        assert shown in html, shown
+    head, *rows = page.tables["linears"]
+    assert len(rows) == len(run.records) == 21 and head[0] == "block"
+    for row, record in zip(rows, run.records, strict=True):
+        assert row[:4] == [
+            str(record["block"]),
+            record["name"],
+            f"{record['relative_error']:.5f}",
+            f"{record['relative_error_rtn']:.5f}",
+        ]
+        assert row[6] == record["verdict"] and bool(row[7]) == (record["verdict"] != "ok")
+    _, *blocks = page.tables["heat"]
+    assert [float(cell) for cell in blocks[2][1:]] == [
+        round(r["relative_error"], 4) for r in run.records if r["block"] == 2
+    ]
+    lines = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert [float(line["relative_error"]) for line in lines] == [r["relative_error"] for r in run.records]
+    assert json.loads(re.search(r"<pre>(.*?)</pre>", html, re.S)[1].replace("&#34;", '"').replace("&#39;", "'").replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&")) == run.manifest  # fmt: skip
+    assert (tmp_path / "seconds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_runs_share_a_page(finished, tmp_path):
+    runs = [report.open_run(finished[name]) for name in ("plain", "gptq", "learned", "other")]
+    html = report.write_report(runs, tmp_path).read_text()
+    page = Page(html)
+    _, *rows = page.tables["runs"]
+    for row, run in zip(rows, runs, strict=True):
+        assert row[0] == run.model and row[1] == run.label
+        assert row[5] == f"{run.results['perplexity']['words']['quantized']:.3f}"
+    assert "Quality against size, words" in html and (tmp_path / "perplexity-words.png").exists()
+    assert len(list(csv.reader((tmp_path / "report.csv").open()))) == 5
+
+
+def test_losses_are_shown_where_there_are_any(finished, tmp_path):
+    html = report.write_report([report.open_run(finished["learned"])], tmp_path).read_text()
+    assert "Loss of every block over its epochs" in html and (tmp_path / "losses.png").exists()
+    assert (
+        "Loss of every block"
+        not in report.write_report([report.open_run(finished["plain"])], tmp_path / "p").read_text()
+    )
+
+
+def test_hostile_names_are_escaped(finished, tmp_path):
+    run = report.open_run(finished["plain"])
+    run.manifest["model"]["id"] = "a/<script>alert(1)</script>"
+    html = report.write_report([run], tmp_path).read_text()
+    assert "<script>alert" not in html and Page(html).open == []
+
+
+def test_differences(finished):
+    a, b = report.open_run(finished["plain"]), report.open_run(finished["gptq"])
+    found = report.differences([a, b])
+    assert ["method", "quantease", "gptq"] in found["configuration"] and ["wbits", 3, 2] in found["configuration"]
+    assert not any(name == "nsamples" for name, *_ in found["configuration"])
+    ratios = [row[2] / row[1] for row in found["linears"]]
+    assert ratios == sorted(ratios, reverse=True) and len(ratios) == 21
+    same = report.differences([a, a])
+    assert same == {"configuration": [], "numbers": [], "linears": []}
+    with pytest.raises(InputError, match="runs of different models"):
+        report.differences([a, report.open_run(finished["other"])])
+
+
+def test_reasons():
+    line = {"relative_error": 0.2, "relative_error_rtn": 0.3, "verdict": "look"}
+    assert report.reason(line) == "relative error above 0.1"
+    assert report.reason(line | {"relative_error": 0.4, "verdict": "bad"}) == "33% worse than rounding to nearest"
+    assert report.reason(line | {"relative_error": 1.5, "verdict": "bad"}) == "nothing of the output is left"
+    assert report.reason(line | {"verdict": "ok"}) == ""
+
+
+def test_mistakes(finished, tmp_path, monkeypatch, capsys, model_dir, text):
+    def command(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, words)])
+        return guarded(report.main), capsys.readouterr().err
+
+    assert command(tmp_path) == (2, f"error: {tmp_path} is not a run directory (it has no manifest.json)\n")
+    code, err = command("compare", finished["plain"])
+    assert code == 2 and "compare needs two" in err
+
+    def stop(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "quantize" and done == 2:
+            raise KeyboardInterrupt
+
+    config: RunConfig = replace(config_for(model_dir("llama"), text, tmp_path), run_dir=tmp_path / "half")
+    with pytest.raises(KeyboardInterrupt):
+        Session(config).run(config, stop)
+    code, err = command(tmp_path / "half")
+    assert code == 2 and "is not finished: 2 of 3 blocks are there" in err
+    shutil.copytree(finished["plain"], tmp_path / "damaged")
+    (tmp_path / "damaged" / "journal.jsonl").write_text("{]\n")
+    code, err = command(tmp_path / "damaged")
+    assert code == 2 and "damaged" in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
+def test_in_a_browser_tables_sort_and_nothing_complains(finished, tmp_path):
+    path = report.write_report([report.open_run(finished["plain"])], tmp_path)
+    probe = """<script>
+    const head = [...document.querySelectorAll('#linears th button')].find(b => b.textContent === 'relative error');
+    const column = () => [...document.querySelectorAll('#linears tbody tr')].map(r => parseFloat(r.cells[2].textContent));
+    head.click(); const up = column(); head.click(); const down = column();
+    document.body.dataset.up = up.every((v, i) => !i || v >= up[i - 1]);
+    document.body.dataset.down = down.every((v, i) => !i || v <= down[i - 1]);
+    document.body.dataset.sort = head.parentElement.getAttribute('aria-sort');
+    </script></body>"""
+    (tmp_path / "probe.html").write_text(path.read_text().replace("</body>", probe))
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+         (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (
+        'data-up="true"' in done.stdout
+        and 'data-down="true"' in done.stdout
+        and 'data-sort="descending"' in done.stdout
+    )
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
