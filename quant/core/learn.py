@@ -273,8 +273,9 @@ def learn_block(
     """Learn block ``index``; ``full`` moves on behind it, ``quantized`` stays in front of it.
 
     training: ``quantized`` in batches of ``learning.batch``. exact: the weights as the checkpoint holds them, where the
-    arithmetic's dtype holds less (half precision of another kind); parameters act on these. ranges: of the linears' inputs, measured here if not
-    given. Raises InputError, naming the block, where the loss is not finite at the start.
+    arithmetic's dtype holds less (half precision of another kind); parameters act on these. ranges: of the linears'
+    inputs, measured here if not given. start: learned parameters to continue from.
+    Raises InputError, naming the block, where the loss is not finite at the start.
     """
     teacher = full.fork() if learning.attention else None
     measured = {group[0]: InputRange() for group in full.model.groups} if learning.ranges and ranges is None else {}
