@@ -200,6 +200,10 @@ class Learner:
         )
 
 
+class _Seen(Exception):  # noqa: N818  (control flow, not an error)
+    """Carries attention logits out of a call that need not go on."""
+
+
 class BlockLoss:
     """The papers' losses of one block's outputs, batch by batch.
 
@@ -232,12 +236,20 @@ class BlockLoss:
 
     @torch.no_grad()
     def _teacher_logits(self, rows: slice, arguments: list) -> Tensor:
+        """Attention logits of the full-precision block; its call ends there."""
         assert self.teacher is not None
-        seen: list[Tensor] = []
         block = self.learner.model.blocks[self.learner.index]
-        with instrumented(block, self.original, None, seen.append) as own:
-            self.teacher.call(self.learner.index, own, rows, arguments)
-        return seen[0]
+
+        def stop(logits: Tensor) -> None:
+            raise _Seen(logits)
+
+        try:
+            with instrumented(block, self.original, None, stop) as own:
+                self.teacher.call(self.learner.index, own, rows, arguments)
+        except _Seen as seen:
+            logits: Tensor = seen.args[0]
+            return logits
+        raise AssertionError("the block has no attention")
 
     @torch.no_grad()
     def over_all(self, stream: BlockStream, effective: Parameters) -> float:
@@ -249,10 +261,38 @@ class BlockLoss:
         return float(total / n)
 
 
-def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL(p, q) + KL(q, p) of the attention probabilities of logits [..., T, T], mean over everything but the keys."""
-    log_p, log_q = (torch.log_softmax(t.float().clamp(min=-1e9), -1) for t in (a, b))
-    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+def symmetric_kl(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(p, q) + KL(q, p) of the attention probabilities of logits [..., T, T], mean over everything but the keys.
+
+    Gradients reach ``logits`` alone. Masked entries must be finite (the dtype's lowest number, as the library has it).
+    """
+    return SymmetricKL.apply(reference.float(), logits.float())
+
+
+class SymmetricKL(torch.autograd.Function):
+    """Σ (p - q)(log p - log q) over the keys, mean over the rest: the largest tensors of a step, so passed few times.
+
+    With u = q (log q - log p) + q - p, the gradient is (u - q Σ u) divided by the number of rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reference: Tensor, logits: Tensor) -> Tensor:
+        """The mean; keeps the gradient."""
+        log_p, log_q = torch.log_softmax(reference, -1), torch.log_softmax(logits, -1)
+        q, rows = log_q.exp(), logits.shape[:-1].numel()
+        ratio = log_q.sub_(log_p)
+        difference = log_p.exp_().neg_().add_(q)
+        loss = torch.dot(difference.view(-1), ratio.view(-1)) / rows
+        gradient = difference.addcmul_(ratio, q)
+        gradient.addcmul_(q, gradient.sum(-1, keepdim=True), value=-1)
+        ctx.save_for_backward(gradient.div_(rows))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        """Of the logits."""
+        (kept,) = ctx.saved_tensors
+        return None, gradient * kept
 
 
 def learn_block(
