@@ -329,11 +329,13 @@ def config_from(words: list[str]) -> Any:
 
 def main() -> None:
     """Parse, check, run."""
-    from quant.core import cli, flags
+    from quant.core import cli, flags, machine
     from quant.core.errors import InputError
 
     args = parser().parse_args()
     cli.set_logging(args.log_level)
+    if args.deterministic:
+        machine.be_deterministic()
     if args.list:
         flags.show_list()
         return

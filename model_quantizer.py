@@ -261,10 +261,12 @@ def config_from(words: list[str]) -> Any:
 
 def main() -> None:
     """Parse, check, run."""
-    from quant.core import cli, flags
+    from quant.core import cli, flags, machine
 
     args = parser().parse_args()
     cli.set_logging(args.log_level)
+    if args.deterministic:
+        machine.be_deterministic()
     if args.list:
         flags.show_list()
         return

@@ -270,3 +270,14 @@ def test_interrupt_says_how_to_go_on(command, small, monkeypatch):
     monkeypatch.setattr(Session, "run_all", stop)
     code, _, err = command(*small)
     assert code == 130 and "the same command continues" in err
+
+
+def test_deterministic_algorithms_are_asked_for_and_recorded(command, small, tmp_path):
+    import torch
+
+    try:
+        code, _, _ = command(*small, "--quantization-method", "gptq", "--deterministic")
+        assert code == 0 and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["hardware"]["deterministic"] is True

@@ -78,6 +78,7 @@ def add_machine_flags(p: argparse.ArgumentParser, cache_dir: Path) -> argparse._
         metavar="DIR",
         help=f"tokens and converted checkpoints (default: {cache_dir})",
     )
+    g.add_argument("--deterministic", action="store_true", help="CUDA: only deterministic algorithms (a CPU always is)")
     g.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)"
     )

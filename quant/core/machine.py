@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import subprocess
@@ -63,7 +64,14 @@ def describe(device: torch.device) -> dict[str, Any]:
         "name": name,
         "threads": torch.get_num_threads(),
         "platform": platform.system(),
+        "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def be_deterministic() -> None:
+    """Only deterministic algorithms on CUDA, before it is first used (a CPU always is, with one number of threads)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def versions() -> dict[str, str]:
