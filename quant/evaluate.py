@@ -133,3 +133,57 @@ def report(corpora: Mapping[str, Tokens], scores: Mapping[str, Mapping[str, Scor
         if own.kl is not None and own.top1 is not None:
             fidelity[name] = {"kl_divergence": float(own.kl.mean()), "top1_agreement": float(own.top1.mean())}
     return {"perplexity": perplexity, "fidelity": fidelity}
+
+
+def main() -> None:
+    """Measure a checkpoint by the ruler of the runs: python -m quant.evaluate --model PATH."""
+    import tempfile
+
+    from quant.core import cli
+    from quant.core.flags import DEFAULT_CACHE, add_data_flags, add_machine_flags
+    from quant.core.journal import write_json
+    from quant.core.run import RunConfig, Session
+
+    parser: Any = cli.Parser(prog="python -m quant.evaluate", description=main.__doc__)
+    parser.add_argument("--model", required=True, metavar="ID|DIR", help="hub id or directory, also one of --save")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    group = add_data_flags(parser, seed=0)
+    group.add_argument("--limit", type=int, metavar="N", help="the first N windows and items only")
+    add_machine_flags(parser, DEFAULT_CACHE)
+    args = parser.parse_args()
+    cli.set_logging("warning")
+    with tempfile.TemporaryDirectory() as directory:
+        config = RunConfig(
+            model=args.model,
+            eval_datasets=tuple(d for d in args.eval_datasets.split(",") if d),
+            seqlen=args.seqlen,
+            limit=args.limit,
+            tasks=tuple(t for t in args.tasks.split(",") if t),
+            task_path=args.task_path,
+            num_fewshot=args.num_fewshot,
+            data_dir=args.data_dir,
+            cache_dir=args.cache_dir,
+            device=args.device,
+            dtype=args.dtype,
+            calib_batch=args.calib_batch,
+            activation_store=args.activation_store,
+            trust_remote_code=args.trust_remote_code,
+            run_dir=Path(directory) / "run",
+        )
+        console = cli.console()
+        with cli.ProgressBars(console) as bars:
+            results = Session(config).run(config, bars.for_method("base"))
+    console.print(cli.results_table([results], args.model))
+    if results["zero_shot"]:
+        console.print(cli.tasks_table([results]))
+    if args.out is not None:
+        kept = ("perplexity", "zero_shot", "evaluation")
+        write_json(args.out, {"model": args.model} | {key: results[key] for key in kept})
+
+
+if __name__ == "__main__":
+    import sys
+
+    from quant.core.cli import guarded
+
+    sys.exit(guarded(main))

@@ -281,3 +281,28 @@ def test_deterministic_algorithms_are_asked_for_and_recorded(command, small, tmp
     finally:
         torch.use_deterministic_algorithms(False)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["hardware"]["deterministic"] is True
+
+
+def test_a_saved_checkpoint_is_measured_by_the_same_ruler(command, small, text, tmp_path, monkeypatch, capsys):
+    from quant import evaluate
+
+    assert command(*small, "--quantization-method", "gptq", "--save", tmp_path / "saved")[0] == 0
+    words = [
+        "--model",
+        tmp_path / "saved",
+        "--eval-datasets",
+        text,
+        "--seqlen",
+        32,
+        "--limit",
+        4,
+        "--out",
+        tmp_path / "e.json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
+    assert guarded(evaluate.main) == 0 and "base" in capsys.readouterr().out
+    expected = json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"]["words"]["quantized"]
+    found = json.loads((tmp_path / "e.json").read_text())["perplexity"]["words"]
+    assert found["fp"] == pytest.approx(expected, rel=1e-5) and found["token_sha256"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(tmp_path / "nothing")])
+    assert guarded(evaluate.main) == 2
