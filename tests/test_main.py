@@ -89,8 +89,8 @@ def test_without_eval_ppl_nothing_is_evaluated(command, small, tmp_path):
 
 
 def test_five_levels_are_said_as_they_are(command, small, tmp_path):
-    code, _, _ = command(*small, "--method", "abq", "--wbits", 2, "--lwc", "--epochs", 1)
-    assert code == 0
+    code, out, _ = command(*small, "--method", "abq", "--wbits", 2, "--lwc", "--epochs", 1)
+    assert code == 0 and "codes of 5 levels: 2.32 bits of entropy, stored in 3" in out
     line = json.loads((tmp_path / "run" / "journal.jsonl").open().readline())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["bits_per_weight"] > 3 and results["entropy_bits"] == pytest.approx(2.3219, abs=1e-3)
@@ -245,3 +245,14 @@ def test_the_shell_loop_names_every_command(tmp_path):
         "meta-llama/Llama-2-7b-hf" in line and line.endswith("--seqlen 64") for line in found.stdout.splitlines()[:3]
     )
     assert run("nothing", "*", "*").returncode == 2 and run().returncode == 2
+
+
+def test_the_cost_of_matrices_behind_norms_is_said(command, small, tmp_path):
+    code, out, _ = command(*small, "--wbits", 3, "--abits", 16, "--let", "--use_ln_matrix", "--sf", 0.1, "--epochs", 1)
+    online = 3 * 2 * 32 * 32
+    assert code == 0 and f"matrices behind norms: {online} numbers in 16 bits" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").open()]
+    weights = sum(line["shape"][0] * line["shape"][1] for line in lines)
+    stored = sum(line["storage_bits"] for line in lines) + 16 * online
+    assert results["bits_per_weight"] == pytest.approx(stored / weights)

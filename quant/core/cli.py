@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -186,7 +187,22 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
             console.print(
                 f"  linears: {verdicts['ok']} ok, {verdicts['look']} to look at, {verdicts['bad']} bad", highlight=False
             )
+        for line in _remarks(results):
+            console.print(f"  {line}", highlight=False)
         console.print(f"  {path / 'results.json'}", highlight=False, soft_wrap=True)
+
+
+def _remarks(results: dict[str, Any]) -> list[str]:
+    """What the numbers of a table do not show: levels that are no power of two, matrices kept beside the weights."""
+    found, entropy = [], results["entropy_bits"]
+    if entropy is not None and entropy != int(entropy):
+        found.append(f"codes of {2**entropy:.0f} levels: {entropy:.2f} bits of entropy, stored in {math.ceil(entropy)}")
+    online = sum(log["online_parameters"] for log in results["learning"])
+    if online:
+        found.append(
+            f"matrices behind norms: {online} numbers in 16 bits (counted in bits per weight), {2 * online} flops a token"
+        )
+    return found
 
 
 def tasks_table(all_results: Sequence[dict[str, Any]]) -> Table:
