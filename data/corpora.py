@@ -17,7 +17,7 @@ from typing import Any
 
 from quant.core.errors import InputError
 
-EXTENSIONS = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+EXTENSIONS = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet")
 TEXT_FIELDS = ("text", "sentence", "content")
 
 
@@ -140,6 +140,7 @@ def _from_file(path: Path, field: str | None) -> Sequence[str]:
 
     `datasets` takes a local file as unchanged when its path and mtime are, so its cache is kept apart by content.
     """
+    import zstandard
     from datasets import config
     from datasets.exceptions import DatasetsError
 
@@ -151,7 +152,7 @@ def _from_file(path: Path, field: str | None) -> Sequence[str]:
         loaded = _load(kind, {"train": glob.escape(str(path.absolute()))}, cache_dir=str(cache))
     except StopIteration as error:
         raise InputError(f"{path} has no rows") from error
-    except (OSError, EOFError, zlib.error, ValueError, DatasetsError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, DatasetsError, zstandard.ZstdError) as error:
         raise InputError(f"{path} cannot be read: {_first_line(error.__cause__ or error)}") from error
     return _column(loaded, str(path), field)
 

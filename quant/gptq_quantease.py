@@ -41,6 +41,6 @@ def gptq_quantease(
         weight, stats, spec, init=start, num_iter=num_iter, relax=False, refit_grid=refit_grid, block_size=block_size
     )
     info = {**start.info, **answer.info}
-    before, after = (objective(weight.float() - a.dequantize(), stats.gram) for a in (start, answer))
+    before, after = (objective(weight.detach().float() - a.dequantize(), stats.gram) for a in (start, answer))
     best = answer if after <= before else start
     return QuantizedWeight(best.codes, best.grid, spec, info)

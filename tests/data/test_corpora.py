@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from data.corpora import CORPORA, EXTENSIONS, check_file, file_documents, file_stem, hub_documents, sha256_of
 from quant.core.errors import InputError
@@ -32,7 +33,8 @@ def write_rows(path: Path, rows: Iterable[str], field: str = "text") -> Path:
         pq.write_table(pa.table({field: pa.array(list(rows), pa.string())}), path)
         return path
     lines = "".join(json.dumps({field: row, "url": "u"}) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(lines) if path.name.endswith(".gz") else lines)
+    packers = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+    path.write_bytes(packers.get(path.suffix, bytes)(lines))
     return path
 
 
@@ -43,7 +45,7 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.parquet", "A.JSONL"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.parquet", "A.JSONL"])
 @pytest.mark.parametrize("field", ["text", "sentence", "content"])
 def test_rows_of_a_file_are_exact(tmp_path: Path, name: str, field: str) -> None:
     assert list(file_documents(write_rows(tmp_path / name, ROWS, field))) == ROWS
@@ -119,11 +121,12 @@ def test_ptb_as_plain_text(tmp_path: Path) -> None:
 
 def test_addresses_on_the_hub() -> None:
     """Written out, since no test can ask the hub."""
-    asked = {(name, c.repository, c.revision, c.files["train"]) for name, c in CORPORA.items()}
+    asked = {(name, c.repository, c.revision, next(iter(c.files.values()))) for name, c in CORPORA.items()}
     assert asked == {
         ("wikitext2", "Salesforce/wikitext", None, "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
         ("ptb", "ptb-text-only/ptb_text_only", "refs/convert/parquet", "penn_treebank/train/0000.parquet"),
         ("c4", "allenai/c4", None, "en/c4-train.00000-of-01024.json.gz"),
+        ("pile", "mit-han-lab/pile-val-backup", None, "val.jsonl.zst"),
     }
 
 
@@ -146,10 +149,11 @@ def test_the_hub_is_asked_for_one_file(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", CORPORA)
 def test_unreachable_hub_says_how_to_supply_the_text(name: str) -> None:
     corpus = CORPORA[name]
+    split, file = next(iter(corpus.files.items()))
     with pytest.raises(InputError, match="cannot be reached on the hub") as error:
-        hub_documents(name, "train", None)
+        hub_documents(name, split, None)
     message = one_line(error)
-    assert f"--data-dir DIR as DIR/{corpus.repository}/{corpus.files['train']}" in message
+    assert f"--data-dir DIR as DIR/{corpus.repository}/{file}" in message
     assert ("DIR/ptb.train.txt" in message) == (name == "ptb")
     assert error.value.__cause__ is not None
 
@@ -183,6 +187,7 @@ BROKEN = {
     "empty.jsonl": (b"", "has no rows"),
     "no.json.gz": (b"no gzip", "cannot be read: Not a gzipped file"),
     "cut.json.gz": (gzip.compress(b'{"text": "abcdef"}\n' * 99)[:-20], "cannot be read"),
+    "no.jsonl.zst": (b"no zstd", "cannot be read: zstd decompress error"),
     "no.parquet": (b"no parquet", "cannot be read: Parquet magic bytes"),
     "latin.txt": (b"caf\xe9", "cannot be read as UTF-8"),
 }

@@ -16,10 +16,10 @@ from tests.conftest import CONFIGS, VOCABULARY
 CPU = torch.device("cpu")
 KINDS = ("norm", "vo", "qk", "mul")
 FORMS = {
-    "scale": TransformSpec(KINDS),
-    "scale and shift": TransformSpec(KINDS, shift=True),
-    "head matrices": TransformSpec(KINDS, matrix=True, shift=True),
-    "norm matrices": TransformSpec(KINDS, norm_matrix=True, shift=True, precise=True),
+    "scale": TransformSpec(True, KINDS),
+    "scale and shift": TransformSpec(True, KINDS, shift=True),
+    "head matrices": TransformSpec(True, KINDS, matrix=True, shift=True),
+    "norm matrices": TransformSpec(True, KINDS, norm_matrix=True, shift=True, precise=True),
 }
 HALF_IN_FLOAT32 = {"bloom": 1e-7, "gemma2": 1e-6}  # transformers computes BLOOM's softmax and Gemma's norms in float32
 
@@ -117,11 +117,11 @@ def test_untied_scales_are_no_equivalence_with_rope(name, matrix, model_dir, tmp
     """Negative control: the released codes' q/k transform changes the function."""
     bench = Bench(model_dir(name), tmp_path)
     for tied in (True, False):
-        (transform,) = bench.transforms(TransformSpec(("qk",), matrix=matrix, tied=tied))
+        (transform,) = bench.transforms(TransformSpec(True, ("qk",), matrix=matrix, tied=tied))
         error = bench.difference(transform.apply(bench.weights, bench.parameters(transform)))
         assert (error < 1e-12) == tied, error
     free = Bench(model_dir("opt"), tmp_path)
-    (transform,) = free.transforms(TransformSpec(("qk",), matrix=matrix, tied=False))
+    (transform,) = free.transforms(TransformSpec(True, ("qk",), matrix=matrix, tied=False))
     assert free.difference(transform.apply(free.weights, free.parameters(transform))) < 1e-12
 
 
