@@ -141,7 +141,11 @@ def parser() -> argparse.ArgumentParser:
         "--output_dir", type=Path, default=Path("../log/"), help="where run directories are made (default: ../log/)"
     )
     g.add_argument("--save_dir", type=Path, metavar="DIR", help="write the quantized checkpoint and results.json here")
-    g.add_argument("--real_quant", action="store_true", help="pack the checkpoint (not built yet)")
+    g.add_argument(
+        "--real_quant",
+        action="store_true",
+        help="pack the checkpoint of --save_dir: gptq, gptq_v2 where asymmetric, bitplane with --abits below 16",
+    )
     return p  # fmt: skip
 
 
@@ -169,7 +173,8 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         value = getattr(args, name)
         check(not 2 <= value <= 16, f"--{name} {value}: use 2 to 15, or 16 to leave activations alone")
     check(args.real_quant and 8 < args.abits < 16, f"--real_quant: no kernel takes activations of {args.abits} bits")
-    check(args.real_quant, "--real_quant: packing is not built yet")
+    check(args.real_quant and args.wbits == 16, "--real_quant packs quantized weights: give --wbits 1 to 8")
+    check(args.real_quant and args.save_dir is None, "--real_quant packs the checkpoint: give --save_dir DIR too")
     check(
         args.group_size is not None and args.group_size < 1 and args.group_size != -1,
         f"--group_size {args.group_size}: use a positive number, or leave it out",
@@ -191,9 +196,9 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     )
     check((args.use_matrix or args.use_ln_matrix) and not args.let, "--use_matrix and --use_ln_matrix need --let")
     check(
-        args.use_ln_matrix and args.save_dir is not None,
-        f"--use_ln_matrix leaves a matrix behind every norm, which a {args.format} checkpoint cannot hold: "
-        "drop --save_dir (the run directory keeps everything) or --use_ln_matrix",
+        args.use_ln_matrix and args.save_dir is not None and args.format != "bitplane",
+        f"--use_ln_matrix leaves a matrix behind every norm, which a {args.format or 'dequantized'} checkpoint cannot "
+        "hold: use --format bitplane, or drop --save_dir (the run directory keeps everything)",
     )
     check(not 0 < args.sf <= 1, f"--sf {args.sf:g}: use a number above 0, at most 1")
     check(not 0 <= args.alpha <= 1, f"--alpha {args.alpha:g}: use a number from 0 to 1")
@@ -204,7 +209,10 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     for name in ("act_scales", "act_shifts"):
         path = getattr(args, name)
         check(path is not None and not path.is_file(), f"--{name.replace('_', '-')} {path}: no such file")
-    check(args.format != "dequantized", f"--format {args.format}: not built yet; use dequantized")
+    check(
+        args.format is not None and args.save_dir is None and not args.dry_run,
+        f"--format {args.format} is of a checkpoint: give --save_dir",
+    )
     fails(get_solver, args.solver)
     fails(check_source, args.calib_dataset, CALIBRATION)
     for source in args.corpora:
@@ -224,6 +232,10 @@ def resolve(args: argparse.Namespace) -> None:
         args.abits = 4 if args.method == "affinequant" else 16
     args.kvbits = args.abits if args.kvbits is None else args.kvbits
     args.seams = [seam for seam in (args.let_seams or "").split(",") if seam]
+    if args.real_quant and args.format is None:
+        weight_only = min(args.abits, args.kvbits) == 16
+        symmetric = args.symmetric or args.disable_zero_point
+        args.format = ("gptq" if symmetric else "gptq_v2") if weight_only else "bitplane"
     args.corpora = [d for d in args.eval_datasets.split(",") if d] if args.eval_ppl else []
 
 
@@ -311,6 +323,8 @@ def run_config(args: argparse.Namespace) -> Any:
         runs=args.output_dir,
         run_dir=args.run_dir,
         save=args.save_dir,
+        format=args.format or "dequantized",
+        target=args.target,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,
     )
@@ -359,6 +373,11 @@ def main() -> None:
     from quant.core.run import Session
 
     session = Session(config)
+    if config.save is not None and config.quantizes:
+        from quant.export.loadable import loadability
+
+        session.check_export(config)
+        console.print(cli.loadability_table(config.format, loadability(config.format, session.content(config))))
     with cli.ProgressBars(console) as bars:
         results = session.run(config, bars.for_method(config.method))
     weights = f"W{args.wbits}A{args.abits}" + (f"KV{args.kvbits}" if args.kvbits != args.abits else "")

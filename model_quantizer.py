@@ -24,6 +24,10 @@ EXAMPLES = """examples:
   python model_quantizer.py --model ./my-llama --dataset notes.txt --eval-datasets notes.txt,more.jsonl \\
       --wbits 4 --group-size 128 --quantization-method gptq --act-order
 
+  # a checkpoint for vLLM or GPTQModel; refused at once if they could not load it
+  python model_quantizer.py --model ./my-llama --dataset notes.txt --wbits 4 --group-size 128 --sym \\
+      --quantization-method gptq_quantease --save my-llama-w4 --format gptq --target vllm
+
   # what would it take? nothing is run
   python model_quantizer.py --model meta-llama/Llama-2-7b-hf --wbits 3 --dry-run
 
@@ -173,7 +177,10 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(bool(args.preset) and "quantease" not in args.methods, f"--preset {args.preset} is for quantease")
     check(args.compare_layers and args.wbits == 16, "--compare-layers needs --wbits 1 to 8")
     check(args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save")
-    check(args.format != "dequantized", f"--format {args.format}: not built yet; use dequantized")
+    check(
+        args.format is not None and args.save is None and not args.dry_run,
+        f"--format {args.format} is of a checkpoint: give --save DIR too",
+    )
     for method in args.methods:
         try:
             get_solver(method)
@@ -229,6 +236,8 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
             calib_batch=args.calib_batch,
             run_dir=args.run_dir / method if args.run_dir and several else args.run_dir,
             save=args.save / method if args.save and several else args.save,
+            format=args.format or "dequantized",
+            target=args.target,
             overwrite=args.overwrite,
             trust_remote_code=args.trust_remote_code,
         )
@@ -284,6 +293,12 @@ def main() -> None:
     for config in configs:
         if config.quantizes:
             session.recipe(config)
+            session.check_export(config)
+    if args.save and configs[0].quantizes:
+        from quant.export.loadable import loadability
+
+        rows = loadability(configs[0].format, session.content(configs[0]))
+        console.print(cli.loadability_table(configs[0].format, rows))
     with cli.ProgressBars(console) as bars:
         if args.compare_layers:
             records = session.compare_layers(configs, bars.for_method("layers"))

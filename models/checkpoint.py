@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class Checkpoint:
 
     Raises InputError on opening where a shard is missing, truncated or not safetensors.
     """
+
+    extra: Sequence[str] = ()  # tensors of blocks that are no parameters of the library's modules
 
     def __init__(self, path: Path) -> None:
         self.path = path

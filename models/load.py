@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from models.family import ModelFamily
 from quant.core.errors import InputError
 
 Weights = dict[str, Tensor]
+Opener = Callable[[Path, Mapping[str, Any]], Checkpoint]
 
 
 @dataclass
@@ -87,7 +88,12 @@ class LazyModel:
         """
         block, prefix = self.blocks[index], f"{self.family.blocks}.{index}."
         weights = {name: self._read(prefix + name, p.shape, device, dtype) for name, p in block.named_parameters()}
-        return weights | self._buffers(block, prefix, device)
+        extra = {
+            name.removeprefix(prefix): self.checkpoint.read(name).to(device, self.dtype)
+            for name in self.checkpoint.extra
+            if name.startswith(prefix)
+        }
+        return weights | extra | self._buffers(block, prefix, device)
 
     def outside_weights(self, device: torch.device) -> Weights:
         """Everything outside the blocks: embeddings, final norm, head; tied parameters once."""
@@ -140,9 +146,10 @@ class LazyModel:
 
 
 def load_config(
-    model: str, cache_dir: Path, trust_remote_code: bool = False, with_weights: bool = True
+    model: str, cache_dir: Path, trust_remote_code: bool = False, with_weights: bool = True, quantized: bool = False
 ) -> tuple[Any, Path]:
-    """The configuration of a model and its local directory. Raises InputError for unknown families."""
+    """The configuration of a model and its local directory. Raises InputError for unknown families, and for quantized
+    models where only full precision will do."""
     path = resolve(model, cache_dir, with_weights)
     try:
         declared = json.loads((path / "config.json").read_text())
@@ -152,7 +159,7 @@ def load_config(
         raise InputError(
             f"{path / 'config.json'} is not a usable model configuration ({error})".splitlines()[0]
         ) from error
-    if declared.get("quantization_config"):
+    if declared.get("quantization_config") and not quantized:
         raise InputError(f"{model} is quantized already; give the full-precision checkpoint")
     return config, path
 
@@ -173,19 +180,21 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     biases: bool = False,
+    opener: Opener | None = None,
 ) -> LazyModel:
     """Open a hub id or a local directory. dtype None: the checkpoint's own.
 
     attn_implementation: of transformers (``eager``, ``sdpa``; None: its own choice). biases: give linears without a
-    bias one of zeros where the family can (config.json then says so).
+    bias one of zeros where the family can (config.json then says so). opener: opens the tensors, also of a quantized
+    checkpoint, given its directory and config.json.
     """
-    config, path = load_config(model, cache_dir, trust_remote_code)
+    config, path = load_config(model, cache_dir, trust_remote_code, quantized=opener is not None)
     family = family_of(config.model_type)
     if attn_implementation is not None:
         if attn_implementation == "eager" and family.no_eager(config):
             raise InputError(f"{model}: {family.no_eager(config)}; use --attn_implementation sdpa")
         config._attn_implementation = attn_implementation
-    checkpoint = Checkpoint(path)
+    checkpoint = opener(path, config.to_dict()) if opener else Checkpoint(path)
     storage = checkpoint.read(next(name for name in checkpoint.names() if name.endswith(".weight"))).dtype
     compute = dtype or storage
     try:

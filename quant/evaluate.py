@@ -60,10 +60,12 @@ def evaluate(
     store: str = "cpu",
     directory: Path = Path(),
     full_precision: bool = True,
+    full_act: ActSpec | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, Scores]]:
-    """Scores by corpus and variant; full precision is the variant ``fp``."""
-    full = {FULL: Variant(lambda _, weights: weights)} if full_precision else {}
+    """Scores by corpus and variant; full precision is the variant ``fp`` (with full_act: of a checkpoint that
+    quantizes activations itself)."""
+    full = {FULL: Variant(lambda _, weights: weights, full_act)} if full_precision else {}
     everything: dict[str, Variant] = full | dict(variants)
     outside = model.outside_weights(device)
     streams: dict[str, dict[str, BlockStream]] = {}

@@ -133,6 +133,7 @@ def test_statistics_from_a_file_are_those_measured(command, model_dir, text, tmp
         ("--let --sf 0", "--sf 0: use a number above 0"),
         ("--let --stability_factor 1.5", "--sf 1.5: use a number above 0, at most 1"),
         ("--lwc --real_quant --abits 12", "no kernel takes activations of 12 bits"),
+        ("--lwc --wbits 4 --real_quant", "--real_quant packs the checkpoint: give --save_dir DIR too"),
         ("--lwc --abits 1", "--abits 1: use 2 to 15"),
         ("--lwc --kvbits 20", "--kvbits 20"),
         ("--lwc --wbits 9", "--wbits 9"),

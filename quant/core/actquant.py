@@ -32,12 +32,14 @@ class ActSpec:
     """Bits of the linears' inputs (and of queries), and of keys and values; 16 leaves them alone.
 
     method: ``per_token`` (min and max of every token), ``per_tensor`` (of every call), ``static`` (of the whole
-    calibration data, one range a linear; queries, keys and values stay per token).
+    calibration data, one range a linear; queries, keys and values stay per token). symmetric: the range is [-max|x|, max|x|] (inputs of
+    linears only; what compressed-tensors checkpoints of others ask for).
     """
 
     bits: int = FULL_BITS
     kv_bits: int = FULL_BITS
     method: str = "per_token"
+    symmetric: bool = False
 
     @property
     def active(self) -> bool:
@@ -45,7 +47,9 @@ class ActSpec:
         return min(self.bits, self.kv_bits) < FULL_BITS
 
 
-def quantize_activations(x: Tensor, bits: int, *, whole: bool = False, span: Tensor | None = None) -> Tensor:
+def quantize_activations(
+    x: Tensor, bits: int, *, whole: bool = False, span: Tensor | None = None, symmetric: bool = False
+) -> Tensor:
     """x [..., n] on an asymmetric grid of 2^bits levels over the range of every token, of the ``whole``, or ``span`` [2].
 
     Computed in float32 at least, returned in x's dtype; gradients reach x through its values and its range.
@@ -60,8 +64,11 @@ def quantize_activations(x: Tensor, bits: int, *, whole: bool = False, span: Ten
     else:
         low, high = span.to(rows.dtype).view(2, 1, 1)
     qmax = 2**bits - 1
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
     scale = ((high - low) / qmax).clamp(min=SMALLEST_STEP)
-    zero = torch.round(-low / scale).detach()
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).detach()
     return FakeQuantize.apply(rows, scale, zero, qmax).view(x.shape).to(x.dtype)
 
 
@@ -140,9 +147,12 @@ class _InputQuantizer:
 
         def act(module: nn.Module, args: tuple) -> tuple[Tensor]:
             if span is not None:
-                return (quantize_activations(args[0], self.spec.bits, span=span),)
+                return (quantize_activations(args[0], self.spec.bits, span=span, symmetric=self.spec.symmetric),)
             if self.seen is not args[0]:
-                self.seen, self.quantized = args[0], quantize_activations(args[0], self.spec.bits, whole=whole)
+                self.seen = args[0]
+                self.quantized = quantize_activations(
+                    args[0], self.spec.bits, whole=whole, symmetric=self.spec.symmetric
+                )
             assert self.quantized is not None
             return (self.quantized,)
 

@@ -12,8 +12,9 @@ from typing import Any
 from quant.core.errors import InputError
 from quant.core.registry import recipes, solver_options, solvers
 from quant.core.types import QuantizedWeight
+from quant.export import FORMATS
+from quant.export.loadable import RUNTIMES
 
-FORMATS = ("dequantized", "gptq", "gptq_v2", "compressed-tensors")
 DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
 SOURCES = "wikitext2, ptb, c4, mix, pile, demo, or a .txt/.jsonl/.json.gz/.parquet file"
 
@@ -89,7 +90,16 @@ def add_result_flags(p: argparse.ArgumentParser, runs: str) -> argparse._Argumen
     """What is written, and the flags that only show something."""
     g = p.add_argument_group("results")
     g.add_argument(
-        "--format", choices=FORMATS, default="dequantized", help="of the checkpoint (only dequantized is built yet)"
+        "--format",
+        choices=FORMATS,
+        help=f"of the checkpoint: {', '.join(FORMATS)} (default: dequantized)",
+        metavar="NAME",
+    )
+    g.add_argument(
+        "--target",
+        choices=RUNTIMES,
+        metavar="NAME",
+        help=f"refuse before work begins what {', '.join(RUNTIMES)} cannot load (--dry-run shows all of them)",
     )
     g.add_argument(
         "--run-dir", type=Path, metavar="DIR", help=f"journal, blocks, results (default: a name under {runs})"
@@ -144,5 +154,5 @@ def show_list() -> None:
         about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
         console.print(f"  {name:15} {about}", markup=False)
     console.print("[bold]families[/]  " + ", ".join(t for family in FAMILIES for t in family.model_types))
-    console.print("[bold]formats[/]   dequantized")
+    console.print("[bold]formats[/]   " + ", ".join(FORMATS))
     console.print("[bold]data sets[/] " + ", ".join(CALIBRATION) + ", or a .txt, .jsonl, .json.gz or .parquet file")

@@ -41,10 +41,12 @@ from torch import Tensor, nn
 from models import family_of
 from models.load import build_meta, load_config
 from quant.core import machine
+from quant.core.cli import loadability_table
 from quant.core.registry import get_solver
-from quant.core.run import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig
+from quant.core.run import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of
 from quant.core.stats import BLOCK, LayerStats
 from quant.core.types import QuantSpec
+from quant.export.loadable import loadability
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
 SAMPLES = (512, 1024)  # inputs of the two layers that a solver is timed on
@@ -220,6 +222,12 @@ def show_plan(configs: Sequence[RunConfig], console: Console) -> None:
     for key in plans[0] if plans else ():
         table.add_row(key.replace(" bytes", ""), *(_readable(key, plan[key]) for plan in plans))
     console.print(table)
+    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
+    for config in configs:
+        if config.quantizes:
+            content = content_of(config, named, shapes.n_blocks)
+            check_format(config, content)
+            console.print(loadability_table(config.format, loadability(config.format, content)))
     console.print(f"configuration: {path}; formulas: quant/core/plan.py", highlight=False, soft_wrap=True)
 
 

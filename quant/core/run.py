@@ -27,12 +27,23 @@ from quant.core.errors import InputError
 from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
 from quant.core.learn import LearnedBlock, Learning, learn_block
 from quant.core.recipe import Recipe, compare_block, deploy, quantize_block
-from quant.core.registry import get_solver
+from quant.core.registry import get_solver, solver_options
 from quant.core.stream import BlockStream
 from quant.core.transforms import InputRange, TransformSpec, check_seams
 from quant.core.types import QuantSpec
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
-from quant.export.dequantized import check_target, dtype_name, save_dequantized
+from quant.export import DEQUANTIZED, PACKED
+from quant.export.formats import Content
+from quant.export.loadable import nearest, objections
+from quant.export.read import QuantizedCheckpoint, open_checkpoint
+from quant.export.write import (
+    check_target,
+    entries,
+    model_config,
+    model_side_files,
+    packed_entries,
+    save_checkpoint,
+)
 from quant.kernels.blocks import kernels
 from quant.zero_shot import Scorer, Tasks, TaskScore, open_tasks, run_tasks
 from quant.zero_shot import report as task_report
@@ -48,7 +59,8 @@ class RunConfig:
     """Everything that a run is told. Paths are as given; ``options`` are the solver's own keyword options.
 
     method names the run; solver, where it is not the method itself, rounds. learning, act: see `Recipe`. resume: a run
-    directory whose learned parameters are the start. act_scales, act_shifts: files of generate_act_scale_shift.py.
+    directory whose learned parameters are the start. format: of the checkpoint in ``save``; target: the software that is
+    to load it. act_scales, act_shifts: files of generate_act_scale_shift.py.
     """
 
     model: str
@@ -88,6 +100,8 @@ class RunConfig:
     runs: Path = Path("runs")
     run_dir: Path | None = None
     save: Path | None = None
+    format: str = DEQUANTIZED
+    target: str | None = None
     overwrite: bool = False
     trust_remote_code: bool = False
 
@@ -161,7 +175,11 @@ class Session:
             trust_remote_code=config.trust_remote_code,
             attn_implementation=config.attn_implementation,
             biases=config.learning is not None and config.learning.transform.shift,
+            opener=None if config.quantizes else open_checkpoint,
         )
+        self.act: ActSpec = getattr(
+            self.model.checkpoint, "act", ActSpec()
+        )  # of a checkpoint that is quantized already
         self.seqlen = config.seqlen or min(self.model.max_length, DEFAULT_MAX_SEQLEN)
         if self.seqlen > self.model.max_length:
             raise InputError(f"--seqlen {self.seqlen}: {config.model} takes at most {self.model.max_length} tokens")
@@ -257,7 +275,7 @@ class Session:
             "attn_implementation": config.attn_implementation,
             "true_sequential": config.true_sequential,
             "blocks": min(config.num_layers, len(self.model.blocks)) if config.quantizes else 0,
-            "dtype": dtype_name(self.model.dtype),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "solver_precision": config.solver_precision,
             "device": self.device.type,
             "calib_batch": config.calib_batch,
@@ -315,11 +333,8 @@ class Session:
         if previous is not None and previous.get("evaluation") != self._evaluation_request(config):
             previous = None
         digest = _sha256_of(configuration)
-        if config.save is not None and config.learning is not None and config.learning.transform.norm_matrix:
-            raise InputError(
-                "--use_ln_matrix leaves matrices behind the norms, which a checkpoint of the model cannot hold"
-            )
-        if config.save is not None and not _saved(config.save, digest):
+        self.check_export(config)
+        if config.save is not None and not _saved(config.save, digest, config.format):
             check_target(config.save, config.overwrite)
         self._check_space(config, target.path)
         target.open(self._manifest(config, configuration), config.overwrite)
@@ -337,17 +352,10 @@ class Session:
         """Save the checkpoint if asked for and write results.json if something in it is new."""
         config, results, target = job.config, job.results, job.target
         assert results is not None
-        if config.save is not None and not _saved(config.save, job.digest):
+        if config.save is not None and not _saved(config.save, job.digest, config.format):
             clock = time.perf_counter()
             progress("save", 0, 1, str(config.save))
-
-            def replaced(index: int) -> Weights:
-                if index >= job.n_blocks:
-                    return {}
-                solved = target.read_weights(index).items()
-                return target.read_changed(index) | {f"{name}.weight": weight.dequantize() for name, weight in solved}
-
-            save_dequantized(self.model, self.tokenizer, replaced, config.save, results)
+            self._save(job, config.save)
             results["seconds"]["export"] = time.perf_counter() - clock
             results["checkpoint_bytes"] = sum(f.stat().st_size for f in config.save.iterdir())
             progress("save", 1, 1, str(config.save))
@@ -358,6 +366,30 @@ class Session:
             results |= {"seconds": seconds, "peak_bytes": job.peak}
             write_json(target.path / "results.json", results)
         return results | {"run_dir": str(target.path)}
+
+    def content(self, config: RunConfig) -> Content:
+        """What a checkpoint of this configuration has to hold."""
+        return content_of(config, self.model.linear_shapes(), len(self.model.blocks))
+
+    def check_export(self, config: RunConfig) -> None:
+        """Raise InputError where the format cannot hold the configuration, or the target does not take it."""
+        if (config.save is not None or config.target is not None) and config.quantizes:
+            check_format(config, self.content(config))
+
+    def _save(self, job: Job, target: Path) -> None:
+        """The checkpoint, from the codes on disk."""
+        config, content = job.config, self.content(job.config)
+
+        def replaced(index: int) -> Mapping[str, Any]:
+            if index >= job.n_blocks:
+                return {}
+            solved = job.target.read_weights(index)
+            return job.target.read_changed(index) | {f"{name}.weight": weight for name, weight in solved.items()}
+
+        stream = packed_entries(entries(self.model, replaced), config.format, content, self.model.storage_dtype)
+        described = model_config(self.model, config.format, content, job.n_blocks)
+        results = dict(job.results or {}) | {"format": config.format}
+        save_checkpoint(stream, target, described, model_side_files(self.model, self.tokenizer), results)
 
     def _evaluation_request(self, config: RunConfig) -> Record:
         """What decides the numbers once the codes are there."""
@@ -520,6 +552,7 @@ class Session:
             store=config.activation_store,
             directory=jobs[0].target.path,
             full_precision=full,
+            full_act=self.act,
             progress=lambda done, total: progress("evaluate", done, total, ""),
         )
 
@@ -527,7 +560,7 @@ class Session:
         """Scores of every job and of full precision on every task."""
         if not jobs or self.tasks is None:
             return {}
-        full = {FULL: Variant(lambda _, weights: weights)} if jobs[0].config.full_precision_eval else {}
+        full = {FULL: Variant(lambda _, weights: weights, self.act)} if jobs[0].config.full_precision_eval else {}
         config = jobs[0].config
         scorer = Scorer(
             self.model,
@@ -575,6 +608,8 @@ class Session:
         )
         learned = [block.learning for block in blocks if block.learning]
         bits += 16 * sum(log["online_parameters"] for log in learned)
+        if not count and isinstance(self.model.checkpoint, QuantizedCheckpoint):
+            bits, count = self.model.checkpoint.storage()
         seconds = {k: sum(block.seconds.get(k, 0.0) for block in blocks) for k in ("forward", "gram", "solve", "learn")}
         digest = hashlib.sha256("".join(block.codes_sha256 for block in blocks).encode()).hexdigest()
         return {
@@ -587,7 +622,7 @@ class Session:
             "group_size": config.group_size,
             "symmetric": config.symmetric,
             "bits_per_weight": bits / count if count else float(torch.finfo(self.model.storage_dtype).bits),
-            "entropy_bits": math.log2(config.levels or 2**config.wbits) if count else None,
+            "entropy_bits": math.log2(config.levels or 2**config.wbits) if records else None,
             "quantized_bytes": (bits + 7) // 8,
             "checkpoint_bytes": 0,
             "codes_sha256": digest,
@@ -674,7 +709,40 @@ def _sha256_of(configuration: Record) -> str:
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
 
 
-def _saved(save: Path, digest: str) -> bool:
-    """Whether ``save`` holds the checkpoint of the configuration with this hash."""
+def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int) -> Content:
+    """What a checkpoint of a configuration has to hold, before work begins."""
+    options, spec = config.options, None
+    if config.wbits != FULL_BITS:
+        spec = QuantSpec(config.wbits, config.group_size, config.symmetric, config.range, config.levels)
+    ordered = options.get("static_groups") or options.get("group_aware") or config.group_size == -1
+    return Content(
+        spec,
+        shapes,
+        config.act,
+        reordered=bool(options.get("act_order")) and not ordered,
+        outliers=options.get("outlier", 0) > 0
+        or "scale_bits" in solver_options(get_solver(config.solver or config.method)),
+        online=config.learning is not None and config.learning.transform.norm_matrix,
+        whole=config.num_layers >= n_blocks,
+    )
+
+
+def check_format(config: RunConfig, content: Content) -> None:
+    """Raise InputError where the format cannot hold the content, or the target does not take it in that format."""
+    if config.format in PACKED and (refusal := PACKED[config.format].refuses(content)):
+        raise InputError(f"--format {config.format}: {refusal}")
+    if config.format == DEQUANTIZED and content.online:
+        raise InputError(
+            "--use_ln_matrix leaves matrices behind norms, which a plain checkpoint cannot hold: use --format bitplane"
+        )
+    if config.target is not None and (found := objections(config.target, config.format, content)):
+        near = nearest(config.target, config.format, content)
+        hint = f"; it takes {near}" if near else ""
+        raise InputError(f"--target {config.target}: with --format {config.format}, it {'; '.join(found)}{hint}")
+
+
+def _saved(save: Path, digest: str, kind: str) -> bool:
+    """Whether ``save`` holds the checkpoint of the configuration with this hash, in this format."""
     path = save / "results.json"
-    return path.exists() and json.loads(path.read_text()).get("configuration_sha256") == digest
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found.get("configuration_sha256") == digest and found.get("format") == kind

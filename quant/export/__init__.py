@@ -1,1 +1,31 @@
-"""Writing quantized models as checkpoints that other software loads."""
+"""Writing quantized models as checkpoints that other software loads, and reading such checkpoints."""
+
+from __future__ import annotations
+
+from quant.core.errors import InputError
+from quant.export.bitplane import Bitplane
+from quant.export.compressed_tensors import CompressedTensors
+from quant.export.formats import Format
+from quant.export.gptq import Gptq
+
+PACKED: dict[str, Format] = {f.name: f for f in (Gptq("gptq", 1), Gptq("gptq_v2", 0), CompressedTensors(), Bitplane())}
+DEQUANTIZED = "dequantized"
+FORMATS = (DEQUANTIZED, *PACKED)
+
+
+def format_of(config: dict) -> Format:
+    """The format of a config.json's ``quantization_config``. Raises InputError for one that is not read."""
+    method = config.get("quant_method")
+    if method == "gptq":
+        version = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if version in PACKED:
+            return PACKED[version]
+        method = f"gptq ({version})"
+    elif method == "compressed-tensors":
+        kind = config.get("format")
+        if kind in ("pack-quantized", "int-quantized"):
+            return PACKED[method]
+        method = f"compressed-tensors ({kind})"
+    elif method in PACKED:
+        return PACKED[method]
+    raise InputError(f"quantized by {method}, which is not read; known: {', '.join(PACKED)} and plain checkpoints")

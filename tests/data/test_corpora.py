@@ -45,7 +45,9 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.parquet", "A.JSONL"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.parquet", "A.JSONL"]
+)
 @pytest.mark.parametrize("field", ["text", "sentence", "content"])
 def test_rows_of_a_file_are_exact(tmp_path: Path, name: str, field: str) -> None:
     assert list(file_documents(write_rows(tmp_path / name, ROWS, field))) == ROWS

@@ -1,0 +1,42 @@
+"""Checkpoints in other formats, from the codes of a run or of a checkpoint; nothing is rounded again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  python -m quant.export convert runs/llama-gptq-w4g32-1a2b3c4d --to gptq --out llama-w4
+  python -m quant.export convert llama-w4 --to compressed-tensors --out llama-w4-ct
+"""
+
+
+def main() -> None:
+    """Parse, convert, say who loads it."""
+    from quant.core import cli
+    from quant.export import FORMATS
+    from quant.export.convert import convert
+    from quant.export.loadable import loadability
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser: Any = cli.Parser(prog="python -m quant.export", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    parser.add_argument("action", choices=("convert",))
+    parser.add_argument("source", type=Path, help="a run directory or a quantized checkpoint")
+    parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args()
+    cli.set_logging("warning")
+    content = convert(args.source, args.to, args.out, args.overwrite)
+    console = cli.console()
+    console.print(cli.loadability_table(args.to, loadability(args.to, content)))
+    size = sum(file.stat().st_size for file in args.out.iterdir())
+    console.print(f"{args.out}: {size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    from quant.core.cli import guarded
+
+    sys.exit(guarded(main))

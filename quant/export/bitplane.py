@@ -1,0 +1,131 @@
+"""Our own format, for what the others cannot hold: 1 to 8 bits, five levels, outliers, act-order, two-level scales,
+activation settings, matrices behind norms.
+
+For a linear [O, I]: ``planes`` int32 [bits, O, ceil(I/32)] (plane b holds bit b of 32 codes a word), ``scales`` [O, G]
+float16 or float32, or ``scale_codes``, ``scale_base`` and ``scale_step``; ``zeros`` uint8 [O, G] for asymmetric grids;
+``in_features`` where I is no multiple of 32;
+``scale_layout``: bits and rows of two-level scales; ``g_idx`` int32 [I] where columns are not in order; outliers as compressed rows (``outlier_rows`` int32 [O + 1],
+``outlier_columns`` int32, ``outlier_values`` float16) or as whole columns. config.json names the grid of every linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.core.actquant import ActSpec
+from quant.core.errors import InputError
+from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
+from quant.export.formats import Content, Layers, Read, plain_groups
+from quant.export.packing import pack_planes, unpack_planes
+
+SCALES = ("scale_codes", "scale_base", "scale_step")
+OUTLIERS = ("outlier_rows", "outlier_columns", "outlier_values")
+PARTS = ("planes", "in_features", "scales", *SCALES, "scale_layout", "zeros", "g_idx", *OUTLIERS)
+
+
+class Bitplane:
+    """Holds every answer of every solver."""
+
+    name = "bitplane"
+
+    def refuses(self, content: Content) -> str | None:
+        """Only what is not quantized at all."""
+        if content.spec is None:
+            return f"{self.name} holds quantized weights, and these stay in full precision: use --format dequantized"
+        return None
+
+    def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
+        """Everything that `QuantizedWeight.storage_bits` counts, and nothing else."""
+        grid = weight.grid
+        tensors = {"planes": pack_planes(weight.codes, content.bits)}
+        if weight.codes.shape[1] % 32:
+            tensors["in_features"] = torch.tensor(weight.codes.shape[1])
+        if grid.bilevel is not None:
+            level = grid.bilevel
+            tensors |= dict(zip(SCALES, (level.codes, level.base, level.step), strict=True))
+            tensors["scale_layout"] = torch.tensor([level.bits, level.rows])
+        else:
+            tensors["scales"] = grid.scale.half() if grid.scale_bits == 16 else grid.scale
+        if not weight.spec.symmetric:
+            tensors["zeros"] = grid.zero.to(torch.uint8)
+        if not weight.has_plain_groups():
+            tensors["g_idx"] = grid.g_idx.to(torch.int32)
+        if weight.outliers is not None:
+            tensors |= _encode_outliers(weight.outliers, *weight.codes.shape)
+        return tensors
+
+    def config(self, content: Content, layers: Layers) -> dict[str, Any]:
+        """Grid and activations."""
+        assert content.spec is not None
+        return {
+            "quant_method": self.name,
+            "version": 1,
+            "spec": asdict(content.spec),
+            "activations": asdict(content.act),
+            "ignore": list(layers.untouched),
+        }
+
+    def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+        """Those with planes."""
+        return [name.removesuffix(".planes") for name in names if name.endswith(".planes")]
+
+    def parts(self, weight: str) -> tuple[str, ...]:
+        """All of them."""
+        return PARTS
+
+    def decode(self, name: str, read: Read, names: Iterable[str], config: Mapping[str, Any]) -> QuantizedWeight:
+        """Raises InputError where shapes disagree."""
+        present, spec = set(names), QuantSpec(**config["spec"])
+        part = {p: read(f"{name}.{p}") for p in PARTS if f"{name}.{p}" in present}
+        n_out = part["planes"].shape[1]
+        bilevel = None
+        if "scale_codes" in part:
+            bits, rows = part["scale_layout"].tolist()
+            bilevel = BilevelScales(part["scale_codes"], part["scale_base"], part["scale_step"], bits, rows)
+            scale = bilevel.expand(n_out)
+        else:
+            scale = part["scales"].float()
+        n_in = int(part["in_features"]) if "in_features" in part else part["planes"].shape[2] * 32
+        if part["planes"].shape[0] != spec.code_bits or scale.shape[0] != n_out:
+            raise InputError(
+                f"{name}: planes {tuple(part['planes'].shape)} and scales {tuple(scale.shape)} do not fit {spec.code_bits} bits"
+            )
+        zero = (
+            part["zeros"].int() if "zeros" in part else torch.full(scale.shape, (spec.qmax + 1) // 2, dtype=torch.int32)
+        )
+        g_idx = part["g_idx"].long() if "g_idx" in part else plain_groups(n_in, scale.shape[1])
+        grid = Grid(scale, zero, g_idx, spec.qmax, bilevel)
+        codes = unpack_planes(part["planes"], n_in)
+        return QuantizedWeight(codes, grid, spec, outliers=_decode_outliers(part, n_out, n_in))
+
+    def act(self, config: Mapping[str, Any]) -> ActSpec:
+        """As written."""
+        return ActSpec(**config["activations"])
+
+
+def _encode_outliers(outliers: Outliers, n_out: int, n_in: int) -> dict[str, Tensor]:
+    if outliers.whole_columns:
+        columns = outliers.index[: outliers.index.numel() // n_out]
+        return {"outlier_columns": columns.to(torch.int32), "outlier_values": outliers.value.view(n_out, -1)}
+    rows = torch.bincount(outliers.index // n_in, minlength=n_out).cumsum(0)
+    return {
+        "outlier_rows": torch.cat([rows.new_zeros(1), rows]).to(torch.int32),
+        "outlier_columns": (outliers.index % n_in).to(torch.int32),
+        "outlier_values": outliers.value,
+    }
+
+
+def _decode_outliers(part: Mapping[str, Tensor], n_out: int, n_in: int) -> Outliers | None:
+    if "outlier_values" not in part:
+        return None
+    columns, value = part["outlier_columns"].long(), part["outlier_values"]
+    if "outlier_rows" not in part:
+        index = (torch.arange(n_out)[:, None] * n_in + columns).flatten()
+        return Outliers(index, value.flatten(), whole_columns=True)
+    counts = part["outlier_rows"].long().diff()
+    return Outliers(torch.repeat_interleave(torch.arange(n_out), counts) * n_in + columns, value)

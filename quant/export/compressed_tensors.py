@@ -1,0 +1,178 @@
+"""compressed-tensors: ``pack-quantized`` (weights of 1 to 8 bits) and ``int-quantized`` (W8A8).
+
+For a linear [O, I]: ``weight_packed`` int32 [O, ceil(I·bits/32)] packed along the inputs (dense, as from version 0.18),
+``weight_scale`` [O, G], ``weight_shape`` int64 [2], and for asymmetric grids ``weight_zero_point`` int32
+[ceil(O·bits/32), G] packed along the outputs. Their codes are signed, stored plus 2^(bits-1): what is stored is ours.
+int-quantized: ``weight`` int8 [O, I], ``weight_scale`` [O, 1]. (compressed_tensors 0.19, compressors/)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.core.actquant import ActSpec
+from quant.core.errors import InputError
+from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.export.formats import Content, Layers, Read, half_scales, plain_groups
+from quant.export.packing import pack, unpack
+
+PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+INTEGER = ("weight", "weight_scale", "weight_zero_point")
+
+
+class CompressedTensors:
+    """Either of the two; which, the activations decide."""
+
+    name = "compressed-tensors"
+
+    def refuses(self, content: Content) -> str | None:
+        """Sparse parts, act-order, activations other than W8A8."""
+        if content.spec is None:
+            return f"{self.name} holds quantized weights, and these stay in full precision: use --format dequantized"
+        if content.outliers or content.online:
+            what = "sparse outliers" if content.outliers else "matrices behind norms"
+            return f"{self.name} cannot hold {what}: use --format bitplane"
+        if content.reordered:
+            return (
+                f"{self.name} cannot hold groups in act-order: use --format gptq, or --group-aware or --static-groups"
+            )
+        if content.act.active and not _is_w8a8(content):
+            return (
+                f"{self.name} holds activations of 8 bits per token with symmetric 8-bit weights per row only: "
+                "use --format bitplane"
+            )
+        return None
+
+    def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
+        """Scales in float16, as every reader casts them to the model's dtype."""
+        bits, scale = content.bits, half_scales(weight, self.name)
+        if content.act.active:
+            return {"weight": (weight.codes.to(torch.int16) - 128).to(torch.int8), "weight_scale": scale}
+        tensors = {
+            "weight_packed": pack(weight.codes, bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+        }
+        if not content.centered:
+            tensors["weight_zero_point"] = pack(weight.grid.zero.t(), bits).t().contiguous()
+        return tensors
+
+    def config(self, content: Content, layers: Layers) -> dict[str, Any]:
+        """One group of settings for all linears; the others are named in ``ignore``."""
+        assert content.spec is not None
+        grouped = content.spec.group_size > 0
+        weights = {
+            "num_bits": content.bits,
+            "type": "int",
+            "symmetric": content.centered,
+            "strategy": "group" if grouped else "channel",
+            "group_size": content.spec.group_size if grouped else None,
+            "dynamic": False,
+            "actorder": None,
+        }
+        inputs = {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": content.act.symmetric,
+            "strategy": "token",
+            "dynamic": True,
+        }
+        kind = "int-quantized" if content.act.active else "pack-quantized"
+        return {
+            "quant_method": "compressed-tensors",
+            "format": kind,
+            "quantization_status": "compressed",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": weights,
+                    "input_activations": inputs if content.act.active else None,
+                    "output_activations": None,
+                    "format": kind,
+                }
+            },
+            "ignore": list(layers.untouched),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+        """Those with packed or integer weights (which have a scale)."""
+        return [name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")]
+
+    def parts(self, weight: str) -> tuple[str, ...]:
+        """Of either format."""
+        return tuple(dict.fromkeys((*PACKED, *INTEGER)))
+
+    def decode(self, name: str, read: Read, names: Iterable[str], config: Mapping[str, Any]) -> QuantizedWeight:
+        """Raises InputError for settings that are no uniform integer grid."""
+        settings, present = _settings_of(name, config), set(names)
+        bits = int(settings["num_bits"])
+        if settings.get("type", "int") != "int" or f"{name}.weight_g_idx" in present:
+            raise InputError(f"{name}: only integer weights without act-order are read")
+        scale = read(f"{name}.weight_scale").float()
+        middle = 2 ** (bits - 1)
+        packed = f"{name}.weight_packed" in present
+        if packed:
+            n_out, n_in = (int(n) for n in read(f"{name}.weight_shape"))
+            words = read(f"{name}.weight_packed")
+            if tuple(words.shape) != (n_out, -(-n_in * bits // 32)):
+                raise InputError(
+                    f"{name}.weight_packed is {tuple(words.shape)}, which does not fit {bits} bits of {n_out}x{n_in} (files of compressed-tensors before 0.18 pad 3, 5, 6 and 7 bits and are not read)"
+                )
+            codes = unpack(words, bits, n_in)
+        else:
+            codes = (read(f"{name}.weight").to(torch.int16) + middle).to(torch.uint8)
+            n_out, n_in = codes.shape
+        scale = scale.view(-1, scale.shape[-1] if scale.dim() == 2 else 1).expand(n_out, -1).contiguous()
+        zero = torch.full(scale.shape, middle, dtype=torch.int32)
+        if not settings.get("symmetric", True):
+            stored = read(f"{name}.weight_zero_point")
+            zero = unpack(stored.t().contiguous(), bits, n_out).t().to(torch.int32) if packed else stored.int() + middle
+        if zero.shape != scale.shape or n_in % scale.shape[1]:
+            raise InputError(
+                f"{name}: scales {tuple(scale.shape)} and zero points {tuple(zero.shape)} do not fit {n_out}x{n_in}"
+            )
+        group_size = settings.get("group_size") or -1
+        if group_size > 0 and n_in // group_size != scale.shape[1]:
+            raise InputError(
+                f"{name} has {scale.shape[1]} groups of {n_in} inputs, but config.json says group_size {group_size}"
+            )
+        spec = QuantSpec(bits, group_size, bool(settings.get("symmetric", True)) and bits > 1)
+        grid = Grid(scale, zero.contiguous(), plain_groups(n_in, scale.shape[1]), spec.qmax)
+        return QuantizedWeight(codes, grid, spec)
+
+    def act(self, config: Mapping[str, Any]) -> ActSpec:
+        """Of the first group. Raises InputError for activations that are not quantized per token."""
+        found = [group.get("input_activations") for group in config["config_groups"].values()]
+        inputs = next((settings for settings in found if settings), None)
+        if inputs is None:
+            return ActSpec()
+        if inputs.get("strategy") != "token" or inputs.get("type", "int") != "int" or not inputs.get("dynamic"):
+            raise InputError("activations of this checkpoint are not integers per token, which is all that is read")
+        return ActSpec(int(inputs["num_bits"]), symmetric=bool(inputs.get("symmetric", True)))
+
+
+def _is_w8a8(content: Content) -> bool:
+    spec, act = content.spec, content.act
+    assert spec is not None
+    return spec.bits == 8 and content.centered and spec.group_size == -1 and act.bits == 8 and act.method == "per_token"
+
+
+def _settings_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Weight settings of a linear: of the group that names it, by a pattern or as a class."""
+    groups = config["config_groups"].values()
+    for fits in (
+        lambda target: target == name or name.endswith("." + target),
+        lambda target: target.startswith("re:") and re.match(target[3:], name),
+        lambda target: target == "Linear",
+    ):
+        for group in groups:
+            if group.get("weights") and any(fits(target) for target in group["targets"]):
+                return group["weights"]
+    raise InputError(f"config.json names no group of settings for {name}")

@@ -1,0 +1,184 @@
+"""Writing a checkpoint directory that appears under its name only when all of it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.load import LazyModel
+from quant.core.errors import InputError
+from quant.core.types import QuantizedWeight
+from quant.export import PACKED
+from quant.export.formats import Content, Layers
+
+SHARD_BYTES = 5_000_000_000
+Entry = tuple[str, Tensor | QuantizedWeight]
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise InputError where a checkpoint cannot be written to ``target``."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"--save {target} is a file; give a directory")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise InputError(f"--save {target} is not empty; use another directory or --overwrite")
+    parent = next(p for p in (target, *target.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--save {target} cannot be written")
+
+
+def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | QuantizedWeight]]) -> Iterator[Entry]:
+    """Every tensor of the checkpoint in order, a block at a time, under the names of the module's parameters.
+
+    replaced(index): what a block deploys otherwise than the original, by name; empty for blocks left alone.
+    """
+    inside = f"{model.family.blocks}."
+    for name, _ in model.module.named_parameters():
+        if not name.startswith(inside):
+            yield name, model.checkpoint.read(model.key(name))
+    for index, block in enumerate(model.blocks):
+        new = dict(replaced(index))
+        for name, parameter in block.named_parameters():
+            full, found = f"{inside}{index}.{name}", new.pop(name, None)
+            if isinstance(found, QuantizedWeight):
+                yield full, found
+            elif found is not None:
+                yield full, found.to(model.storage_dtype)
+            elif full in model.added:
+                yield full, torch.zeros(parameter.shape, dtype=model.storage_dtype)
+            else:
+                yield full, model.checkpoint.read(model.key(full))
+        for name, extra in new.items():  # what no module of the library holds: matrices behind norms, input ranges
+            assert isinstance(extra, Tensor)
+            yield f"{inside}{index}.{name}", extra
+
+
+def layers_of(model: LazyModel, quantized_blocks: int) -> Layers:
+    """Which linears are quantized when the first blocks are, and which are left alone."""
+    inside = f"{model.family.blocks}."
+    linears = [name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)]
+    done = [n for n in linears if n.startswith(inside) and int(n.removeprefix(inside).split(".")[0]) < quantized_blocks]
+    rest = [name for name in linears if name not in set(done)]
+    return Layers(done, rest, model.family.blocks, len(model.blocks))
+
+
+def packed_entries(
+    stream: Iterable[Entry], kind: str, content: Content, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a format. Raises InputError, with the linear's name, where it cannot hold one."""
+    for name, value in stream:
+        if not isinstance(value, QuantizedWeight):
+            yield name, value
+        elif kind not in PACKED:
+            yield name, value.dequantize().to(dtype)
+        else:
+            linear = name.removesuffix(".weight")
+            try:
+                parts = PACKED[kind].encode(value, content)
+            except InputError as error:
+                raise InputError(f"{linear}: {error}") from error
+            yield from ((f"{linear}.{part}", tensor) for part, tensor in parts.items())
+
+
+def save_checkpoint(
+    stream: Iterator[tuple[str, Tensor]],
+    target: Path,
+    config: Mapping[str, Any],
+    side_files: Callable[[Path], None],
+    results: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.json, side files, weights (sharded above 5 GB), results.json with a hash of every weight file.
+
+    Nothing is left behind where anything fails.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    temporary.mkdir()
+    try:
+        _write_weights(stream, temporary)
+        side_files(temporary)
+        _write_json(temporary / "config.json", config)
+        if (quantization := config.get("quantization_config", {})).get("quant_method") == "gptq":
+            _write_json(temporary / "quantize_config.json", quantization)
+        hashes = {file.name: sha256_of_file(file) for file in sorted(temporary.glob("*.safetensors"))}
+        _write_json(temporary / "results.json", dict(results or {}) | {"files_sha256": hashes})
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def model_config(model: LazyModel, kind: str, content: Content, quantized_blocks: int) -> dict[str, Any]:
+    """config.json of a model in a format."""
+    found = model.config.__class__.from_dict(model.config.to_dict())
+    found.dtype = model.storage_dtype
+    config: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))
+    if kind in PACKED:
+        config["quantization_config"] = PACKED[kind].config(content, layers_of(model, quantized_blocks))
+    return config
+
+
+def model_side_files(model: LazyModel, tokenizer: Any) -> Callable[[Path], None]:
+    """Writes tokenizer and generation config."""
+
+    def write(directory: Path) -> None:
+        tokenizer.save_pretrained(directory)
+        generation = model.checkpoint.path / "generation_config.json"
+        if generation.exists():
+            shutil.copy(generation, directory)
+
+    return write
+
+
+def sha256_of_file(file: Path) -> str:
+    """Hash of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_weights(stream: Iterator[tuple[str, Tensor]], directory: Path) -> None:
+    """Shards of at most SHARD_BYTES, then the index; a single shard is model.safetensors without an index."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(pending, directory / f"shard-{len(shards)}", {"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in stream:
+        if pending and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        pending[name] = tensor.cpu().contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "shard-0").replace(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"shard-{number}").replace(directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    _write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
