@@ -24,6 +24,7 @@ from typing import Any
 
 from quant.core.errors import InputError
 from quant.core.journal import Record, RunDirectory, write_atomically
+from quant.published import published
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 INK = "#010203"  # stands for the page's text colour in plots, which follows light and dark
@@ -219,6 +220,37 @@ def losses_plot(run: Run) -> tuple[str, bytes] | None:
         return _drawn(figure, "Loss of every block over its epochs")
 
 
+def ranges_plot(run: Run) -> tuple[str, bytes] | None:
+    """Input channels (median and largest root mean square) and weights (largest over root mean square, outliers kept)
+    of every linear in order; None for journals without them."""
+    records = [r for r in run.records if "input_rms" in r]
+    if not records:
+        return None
+    names = list(dict.fromkeys(r["name"] for r in records))
+    with _figure(7.2, 5.4) as figure:
+        above, below = figure.subplots(2, 1, sharex=True)
+        for i, name in enumerate(names):
+            own = [(n, r) for n, r in enumerate(records) if r["name"] == name]
+            x, colour = [n for n, _ in own], COLOURS[i % 8]
+            low, high = ([r["input_rms"][k] for _, r in own] for k in (0, 1))
+            above.vlines(x, low, high, color=colour, linewidth=2, label=name.split(".")[-1])
+            above.plot(x, high, MARKERS[i % 8], color=colour, markersize=4)
+            below.plot(x, [r["weight_peak"] for _, r in own], MARKERS[i % 8], color=colour, markersize=5)
+        for n, r in enumerate(records):
+            if r["outlier_share"] > 0:
+                below.annotate(f"{r['outlier_share']:.1%}", (n, r["weight_peak"]), fontsize=7, rotation=90,
+                               xytext=(0, 5), textcoords="offset points", ha="center")  # fmt: skip
+        above.set_yscale("log")
+        above.set_ylabel("input channels: median\nto largest RMS")
+        below.set_ylabel("largest weight / RMS\n(share kept as outliers)")
+        below.set_xlabel("linear, in order of execution")
+        below.margins(y=0.2)
+        for axes in (above, below):
+            axes.grid(axis="y", alpha=0.25)
+        above.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+        return _drawn(figure, "Ranges of inputs and weights of every linear")
+
+
 # The page
 
 
@@ -261,11 +293,14 @@ def page(runs: Sequence[Run], title: str) -> tuple[str, dict[str, bytes]]:
         plots["zero-shot"] = drawn
     if len(runs) == 1 and (drawn := losses_plot(runs[0])):
         plots["losses"] = drawn
+    if len(runs) == 1 and (drawn := ranges_plot(runs[0])):
+        plots["ranges"] = drawn
     plots["seconds"] = stages_plot(runs)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
     html = environment.get_template(TEMPLATE.name).render(
         title=title,
         runs=runs,
+        published=[(run, entry) for run in runs for entry in published(run.model, run.results)],
         plots={name: svg for name, (svg, _) in plots.items()},
         heat=heat(runs[0].records) if len(runs) == 1 else None,
         linears=[r | {"reason": reason(r)} for r in runs[0].records] if len(runs) == 1 else [],

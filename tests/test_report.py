@@ -213,3 +213,21 @@ def test_in_a_browser_tables_sort_and_nothing_complains(finished, tmp_path):
         and 'data-sort="descending"' in done.stdout
     )
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_published_figures_stand_beside_ours():
+    from quant.published import published, rows
+
+    scores = {"wikitext2": {"fp": 14.62, "quantized": 21.0, "seqlen": 2048}}
+    results = {"wbits": 3, "group_size": -1, "method": "quantease", "perplexity": scores, "evaluation": {"limit": None}}
+    found = published("facebook/opt-1.3b", results)
+    by_method = {entry["method"]: entry for entry in found}
+    assert by_method["full precision"]["perplexity"] == 14.63 and by_method["full precision"]["ours"] == 14.62
+    assert by_method["quantease"]["perplexity"] == 21.30 and by_method["quantease"]["ours"] == 21.0
+    assert by_method["gptq"]["ours"] is None and all(entry["same_protocol"] for entry in found)
+    assert {entry["setting"] for entry in found} == {"FP16", "W3"}
+    assert published("meta-llama/Llama-2-7b-hf", results)[0]["perplexity"] == 5.47
+    assert published("models/demo/opt", results) == []
+    scores["wikitext2"]["seqlen"] = 1024
+    assert not any(entry["same_protocol"] for entry in published("opt-1.3b", results))
+    assert all(len(row[4]) > 0 and row[0] in ("opt", "bloom", "falcon", "llama", "llama-2") for row in rows())

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from quant.core.errors import InputError, RunError
+from quant.published import published
 
 STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "export")
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -173,6 +174,7 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
     console.print(results_table(finished, title))
     if any(results["zero_shot"] for results in finished):
         console.print(tasks_table(finished))
+    show_published(title.split(":")[0], finished, console)
     for results in finished:
         path = Path(results["run_dir"])
         if linears and (path / "journal.jsonl").exists():
@@ -190,6 +192,31 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
         for line in _remarks(results):
             console.print(f"  {line}", highlight=False)
         console.print(f"  {path / 'results.json'}", highlight=False, soft_wrap=True)
+
+
+def show_published(model: str, finished: Sequence[dict[str, Any]], console: Console) -> None:
+    """Published figures of the same model and setting beside ours; nothing where there are none."""
+    found = [entry for results in finished for entry in published(model, results)]
+    if not found:
+        return
+    table = Table(title="published, WikiText-2", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    for column in ("setting", "method", "published", "ours", "source"):
+        table.add_column(column, justify="right" if column in ("published", "ours") else "left")
+    seen = set()
+    for entry in found:
+        row = (
+            entry["setting"],
+            entry["method"],
+            f"{entry['perplexity']:.2f}",
+            _number(entry["ours"], 2),
+            entry["source"],
+        )
+        if row not in seen:
+            table.add_row(*row)
+        seen.add(row)
+    console.print(table)
+    if not all(entry["same_protocol"] for entry in found):
+        console.print("  ours was measured on other windows than the published figures", highlight=False)
 
 
 def _remarks(results: dict[str, Any]) -> list[str]:

@@ -184,7 +184,21 @@ def solve_linear(
         "scale_bits": quantized.grid.scale_bits,
         "n_tokens": stats.n_tokens,
         "verdict": verdict(error_now, error_rtn),
+        **ranges_of(weight, stats, quantized),
         **({"info": dict(quantized.info)} if quantized.info else {}),
+    }
+
+
+def ranges_of(weight: Tensor, stats: LayerStats, quantized: QuantizedWeight) -> Record:
+    """What makes a linear hard: root mean square of its input channels (median, largest), the largest weight over their
+    root mean square, and the share of weights kept as outliers."""
+    rms = (stats.diagonal / max(1, stats.n_tokens)).clamp(min=0).sqrt()
+    spread = float(weight.square().mean().sqrt())
+    kept = 0 if quantized.outliers is None else quantized.outliers.value.numel()
+    return {
+        "input_rms": [float(rms.median()), float(rms.max())],
+        "weight_peak": float(weight.abs().max()) / spread if spread else 0.0,
+        "outlier_share": kept / weight.numel(),
     }
 
 

@@ -397,6 +397,7 @@ class Session:
         tasks = {"names": list(config.tasks), "num_fewshot": config.num_fewshot, "limit": config.limit}
         return {
             "token_sha256": hashes,
+            "limit": config.limit,
             "full_precision": config.full_precision_eval,
             "tasks": tasks if self.tasks else None,
         }

@@ -1,0 +1,60 @@
+"""Run by the Python of another environment: load a checkpoint with other people's software and say what it computes.
+
+python benchmarks/peer.py load HOW MODEL TOKENS OUT    (HOW: transformers, gptqmodel, dequantize)
+python benchmarks/peer.py make MODEL TEXT OUT          (a checkpoint that gptqmodel made)
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "CUDA_VISIBLE_DEVICES": ""}
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def opened(how: str, model: str):
+    """The causal LM and versions."""
+    if how == "gptqmodel":
+        from gptqmodel import BACKEND, GPTQModel
+
+        return GPTQModel.load(model, device="cpu", backend=BACKEND.TORCH).model
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
+
+    declared = json.loads((Path(model) / "config.json").read_text())["quantization_config"]
+    more = {}
+    if declared["quant_method"] == "gptq":
+        more = {"quantization_config": GPTQConfig(bits=declared["bits"], backend="torch")}
+    elif how == "dequantize":
+        more = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(model, device_map="cpu", **more)
+
+
+def load(how: str, model: str, tokens: str, out: str) -> None:
+    """Logits of the first windows and the perplexity of all, written to ``out``."""
+    lm = opened(how, model)
+    ids = load_file(tokens)["ids"]
+    losses, kept = [], []
+    with torch.inference_mode():
+        for window in ids.split(8):
+            logits = lm(window, use_cache=False).logits.float()
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), window[:, 1:], reduction="none")
+            losses += loss.double().mean(1).tolist()
+            kept.append(logits) if len(kept) < 1 else None
+    save_file({"logits": torch.cat(kept), "losses": torch.tensor(losses, dtype=torch.float64)}, out)
+
+
+def make(model: str, text: str, out: str) -> None:
+    """4 bits, groups of 32, by gptqmodel's own GPTQ."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    maker = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=32), device="cpu")
+    lines = [line for line in Path(text).read_text().splitlines() if len(line) > 80]
+    maker.quantize(lines[:32], batch_size=1)
+    maker.save(out)
+
+
+if __name__ == "__main__":
+    {"load": load, "make": make}[sys.argv[1]](*sys.argv[2:])
