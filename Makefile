@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= llama
 
-.PHONY: venv demo test check fmt bench tables clean
+.PHONY: venv demo test test-all check fmt bench tables clean
 
 venv: .venv/installed
 
@@ -21,6 +21,15 @@ demo: venv
 # One thread a worker: two workers fill a small machine
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# Also what needs other software: Ray, and the readers of our checkpoints (an environment of their own, 2 GB)
+test-all: test
+	$(BIN)/python -m pip install --quiet -r requirements-ray.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_sweep.py -k ray
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet "setuptools>=84" wheel torch==2.13.0 "transformers>=5.23,<6"
+	.venv-peers/bin/python -m pip install --quiet --no-build-isolation -r requirements-pack.txt torch==2.13.0
+	$(BIN)/python -m benchmarks.loaders --peer .venv-peers/bin/python
 
 check: venv
 	$(BIN)/ruff check .
