@@ -225,7 +225,7 @@ def show_plan(configs: Sequence[RunConfig], console: Console) -> None:
     named = {name: (out, n_in) for name, out, n_in in shapes.linears}
     for config in configs:
         if config.quantizes:
-            content = content_of(config, named, shapes.n_blocks)
+            content = content_of(config, named, shapes.n_blocks, model_config.model_type)
             check_format(config, content)
             console.print(loadability_table(config.format, loadability(config.format, content)))
     console.print(f"configuration: {path}; formulas: quant/core/plan.py", highlight=False, soft_wrap=True)

@@ -369,7 +369,7 @@ class Session:
 
     def content(self, config: RunConfig) -> Content:
         """What a checkpoint of this configuration has to hold."""
-        return content_of(config, self.model.linear_shapes(), len(self.model.blocks))
+        return content_of(config, self.model.linear_shapes(), len(self.model.blocks), self.model.config.model_type)
 
     def check_export(self, config: RunConfig) -> None:
         """Raise InputError where the format cannot hold the configuration, or the target does not take it."""
@@ -710,7 +710,7 @@ def _sha256_of(configuration: Record) -> str:
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
 
 
-def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int) -> Content:
+def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int, model_type: str) -> Content:
     """What a checkpoint of a configuration has to hold, before work begins."""
     options, spec = config.options, None
     if config.wbits != FULL_BITS:
@@ -725,6 +725,7 @@ def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_block
         or "scale_bits" in solver_options(get_solver(config.solver or config.method)),
         online=config.learning is not None and config.learning.transform.norm_matrix,
         whole=config.num_layers >= n_blocks,
+        model_type=model_type,
     )
 
 

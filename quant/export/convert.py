@@ -61,7 +61,7 @@ def _convert_run(source: Path, kind: str, target: Path) -> Content:
     if model.checkpoint.sha256() != manifest["model"]["sha256"]:
         raise InputError(f"{config.model} is not the model of the run any more: its weights have another hash")
     n_blocks = manifest["configuration"]["blocks"]
-    content = content_of(config, model.linear_shapes(), len(model.blocks))
+    content = content_of(config, model.linear_shapes(), len(model.blocks), model.config.model_type)
     check_format(config, content)
 
     def replaced(index: int) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ class Content:
 
     spec: None where weights stay in full precision. shapes: (out, in) of the linears. reordered: columns change their
     group (act-order without static groups). outliers, online: sparse parts, matrices behind norms. whole: whether
-    every block is quantized.
+    every block is quantized. model_type: of config.json.
     """
 
     spec: QuantSpec | None
@@ -35,6 +35,7 @@ class Content:
     outliers: bool = False
     online: bool = False
     whole: bool = True
+    model_type: str = ""
 
     @property
     def bits(self) -> int:

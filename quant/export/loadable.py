@@ -18,7 +18,8 @@ MARLIN_GROUPS = (-1, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Rule:
-    """What a runtime takes of a format. None: anything. inputs, outputs: multiples of."""
+    """What a runtime takes of a format. None: anything. inputs, outputs: multiples of. families: model types that it
+    reads without an error but computes wrongly."""
 
     runtime: str
     format: str
@@ -30,6 +31,7 @@ class Rule:
     partial: bool = True
     reordered: bool = True
     activations: bool = False
+    families: tuple[str, ...] = ()
     needs: str = ""
     tried: bool = False
 
@@ -39,6 +41,8 @@ class Rule:
             if content.act.active:
                 yield "runs without activation quantization"
             return
+        if content.model_type in self.families:
+            yield f"gives {content.model_type} models random weights without a word (it replaces plain nn.Linear only)"
         spec = content.spec
         if spec is None:
             yield "takes quantized weights only"
@@ -64,13 +68,13 @@ class Rule:
 RULES = (
     Rule("transformers", DEQUANTIZED, tried=True),
     Rule("transformers", "gptq", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, partial=False,
-         needs="optimum and gptqmodel"),
+         families=("falcon",), needs="optimum and gptqmodel", tried=True),
     Rule("transformers", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, partial=False,
-         needs="optimum and gptqmodel"),
-    Rule("transformers", "compressed-tensors", activations=True,
+         families=("falcon",), needs="optimum and gptqmodel", tried=True),
+    Rule("transformers", "compressed-tensors", activations=True, tried=True,
          needs="compressed-tensors>=0.18; CompressedTensorsConfig(dequantize=True) where asymmetric"),
-    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, groups=GPTQMODEL_GROUPS, inputs=32, outputs=32),
-    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32),
+    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, tried=True),
+    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, tried=True),
     Rule("vllm", DEQUANTIZED),
     Rule("vllm", "gptq", (4, 8), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64),
     Rule("vllm", "compressed-tensors", (4, 8), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64,

@@ -102,7 +102,15 @@ class QuantizedCheckpoint(Checkpoint):
             first, second = list(specs.values())[:2]
             raise InputError(f"{first} and {second} have different grids; only one grid for all linears is converted")
         outliers = any(name.endswith((SPARSE, "scale_codes")) for name in self._where)
-        return Content(next(iter(specs)), shapes, self.act, reordered, outliers, online=bool(self.extra))
+        return Content(
+            next(iter(specs)),
+            shapes,
+            self.act,
+            reordered,
+            outliers,
+            online=bool(self.extra),
+            model_type=self.declared["model_type"],
+        )
 
 
 def open_checkpoint(path: Path, declared: Mapping[str, Any]) -> Checkpoint:
