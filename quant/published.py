@@ -30,6 +30,14 @@ def setting_of(results: dict[str, Any]) -> str:
     return f"W{results['wbits']}{acts}" + (f"g{results['group_size']}" if results["group_size"] > 0 else "")
 
 
+def method_of(results: dict[str, Any]) -> str:
+    """The method with what its name does not say: the share of weights kept as outliers, and as what."""
+    options = results.get("options", {})
+    share = options.get("outlier", 0) if results["method"] == "quantease" else 0
+    kept = f"+{100 * share:g}%" + (" columns" if options.get("structure_outlier") else "") if share else ""
+    return f"{results['method']}{kept}"
+
+
 def published(model: str, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Figures for a model's name and the setting of results.json, full precision first; none where none is known.
 
@@ -43,7 +51,7 @@ def published(model: str, results: dict[str, Any]) -> list[dict[str, Any]]:
         size = next((s for s in sizes if name == f"{family}-{s}"), None)
         if own is None or size is None or its not in (FULL, setting):
             continue
-        ours = own["fp"] if its == FULL else own["quantized"] if method == results["method"] else None
+        ours = own["fp"] if its == FULL else own["quantized"] if method == method_of(results) else None
         whole = own["seqlen"] == SEQLEN and results.get("evaluation", {}).get("limit") is None
         entry = {"setting": its, "method": method, "source": source, "perplexity": sizes[size], "ours": ours}
         found.append(entry | {"same_protocol": whole})

@@ -24,7 +24,7 @@ from typing import Any
 
 from quant.core.errors import InputError
 from quant.core.journal import Record, RunDirectory, write_atomically
-from quant.published import published
+from quant.published import method_of, published
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 INK = "#010203"  # stands for the page's text colour in plots, which follows light and dark
@@ -54,7 +54,7 @@ class Run:
         r = self.results
         acts = f"A{r['abits']}" if r.get("abits", 16) < 16 else ""
         group = f" g{r['group_size']}" if r["group_size"] > 0 else ""
-        return f"{r['method']} W{r['wbits']}{acts}{group}"
+        return f"{method_of(r)} W{r['wbits']}{acts}{group}"
 
 
 def open_run(path: Path) -> Run:
@@ -123,29 +123,57 @@ def _drawn(figure: Any, about: str) -> tuple[str, bytes]:
 
 
 def quality_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | None:
-    """Perplexity over full precision's against stored bits, one line a method; None without such numbers."""
-    points: dict[str, list[tuple[float, float]]] = {}
+    """Perplexity over full precision's against stored bits: a panel a model, a line a method, mean over seeds.
+
+    None without such numbers.
+    """
+    points: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
     for run in runs:
         scores = run.results["perplexity"].get(corpus, {})
         if scores.get("fp") and scores.get("quantized"):
-            name = (
-                run.results["method"] if len({r.model for r in runs}) == 1 else f"{run.model}: {run.results['method']}"
-            )
-            points.setdefault(name, []).append((run.results["bits_per_weight"], scores["quantized"] / scores["fp"]))
-    if sum(map(len, points.values())) < 2:
+            of_method = points.setdefault(run.model, {}).setdefault(method_of(run.results), {})
+            point = (run.results["bits_per_weight"], scores["quantized"] / scores["fp"])
+            of_method.setdefault(run.label, []).append(point)
+    methods = sorted({method for own in points.values() for method in own})
+    if sum(len(labels) for own in points.values() for labels in own.values()) < 2:
         return None
-    with _figure(7.2, 4.2) as figure:
-        axes = figure.subplots()
-        for i, (name, own) in enumerate(sorted(points.items())):
-            x, y = zip(*sorted(own), strict=True)
-            axes.plot(x, y, marker=MARKERS[i % 8], color=COLOURS[i % 8], label=name, linewidth=1.2, markersize=6)
-        axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_xlabel("stored bits per weight")
-        axes.set_ylabel("perplexity / full precision")
-        if max(v for own in points.values() for _, v in own) > 2:
-            axes.set_yscale("log")
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=9, ncols=1 if len(points) < 9 else 2)
+    columns = min(3, len(points))
+    rows = -(-len(points) // columns)
+    with _figure(7.2 if columns < 3 else 9.6, 3.6 * rows + 0.4) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes, (model, own) in zip(panels, points.items(), strict=False):
+            for i, method in enumerate(methods):
+                means = sorted(
+                    tuple(sum(v) / len(v) for v in zip(*seeds, strict=True)) for seeds in own.get(method, {}).values()
+                )
+                if means:
+                    x, y = zip(*means, strict=True)
+                    axes.plot(
+                        x, y, marker=MARKERS[i % 8], color=COLOURS[i % 8], label=method, linewidth=1.2, markersize=5
+                    )
+            axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+            axes.set_title(model if len(points) > 1 else "")
+            axes.set_xlabel("stored bits per weight")
+            if max(v for labels in own.values() for seeds in labels.values() for _, v in seeds) > 2:
+                axes.set_yscale("log")
+            axes.grid(alpha=0.25)
+        for axes in panels[len(points) :]:
+            axes.set_visible(False)
+        for axes in panels[::columns]:
+            axes.set_ylabel("perplexity / full precision")
+        handles = {
+            label: h
+            for axes in panels[: len(points)]
+            for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            frameon=False,
+            fontsize=9,
+            ncols=min(5, len(handles)),
+            loc="outside upper left",
+        )
         return _drawn(figure, f"Perplexity on {corpus} relative to full precision against stored bits per weight")
 
 

@@ -125,7 +125,8 @@ def test_several_runs_share_a_page(finished, tmp_path):
     _, *rows = page.tables["runs"]
     for row, run in zip(rows, runs, strict=True):
         assert row[0] == run.model and row[1] == run.label
-        assert row[5] == f"{run.results['perplexity']['words']['quantized']:.3f}"
+        assert row[3] == str(run.manifest["seed"])
+        assert row[6] == f"{run.results['perplexity']['words']['quantized']:.3f}"
     assert "Quality against size, words" in html and (tmp_path / "perplexity-words.png").exists()
     assert len(list(csv.reader((tmp_path / "report.csv").open()))) == 5
 
@@ -228,6 +229,8 @@ def test_published_figures_stand_beside_ours():
     assert {entry["setting"] for entry in found} == {"FP16", "W3"}
     assert published("meta-llama/Llama-2-7b-hf", results)[0]["perplexity"] == 5.47
     assert published("models/demo/opt", results) == []
+    kept = {entry["method"]: entry["ours"] for entry in published("opt-1.3b", results | {"options": {"outlier": 0.01}})}
+    assert kept["quantease+1%"] == 21.0 and kept["quantease"] is None
     scores["wikitext2"]["seqlen"] = 1024
     assert not any(entry["same_protocol"] for entry in published("opt-1.3b", results))
     assert all(len(row[4]) > 0 and row[0] in ("opt", "bloom", "falcon", "llama", "llama-2") for row in rows())

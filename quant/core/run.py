@@ -620,6 +620,7 @@ class Session:
             "abits": config.act.bits,
             "kv_bits": config.act.kv_bits,
             "solver": config.solver or config.method,
+            "options": dict(config.options),
             "group_size": config.group_size,
             "symmetric": config.symmetric,
             "bits_per_weight": bits / count if count else float(torch.finfo(self.model.storage_dtype).bits),
