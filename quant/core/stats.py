@@ -56,13 +56,16 @@ class LayerStats:
         return self._sum.diagonal()
 
     def check(self, name: str = "the layer") -> LayerStats:
-        """Return self. Raises InputError where a calibration input was not finite (it shows on the diagonal), or
-        where the diagonal of a Gram matrix that was given is negative."""
+        """Return self. Raises InputError where a calibration input was not finite (it shows on the diagonal), or where a
+        Gram matrix that was given is not finite or has a negative diagonal."""
         if not bool(torch.isfinite(self.diagonal).all()):
             raise InputError(
                 f"{name}: calibration inputs are not finite (NaN or overflow); "
                 "check the model's weights, or use --dtype float32 or bfloat16"
             )
+        # In strips: a mask of the whole matrix is a quarter of its size, and the factorization has no room for it.
+        if not bool(torch.stack([torch.isfinite(self._sum[block]).all() for block in self._blocks]).all()):
+            raise InputError(f"{name}: the Gram matrix is not finite off its diagonal; it is no sum of x xᵀ")
         if bool((self.diagonal < 0).any()):
             raise InputError(f"{name}: the Gram matrix has a negative diagonal; it is no sum of x xᵀ")
         return self

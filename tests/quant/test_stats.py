@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from quant.core.errors import InputError
+from quant.core.registry import get_solver, solvers
 from quant.core.stats import BLOCK, CHUNK, LayerStats
+from quant.core.types import QuantSpec
+from tests.references import weights
 
 
 @pytest.mark.parametrize("n_in", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 70])
@@ -40,3 +43,20 @@ def test_impossible_gram_matrices_name_the_layer():
         LayerStats.from_gram(torch.diag(torch.tensor([1.0, -1.0]))).check("block 3 q_proj")
     with pytest.raises(InputError, match="block 3 q_proj: .*not finite"):
         LayerStats.from_gram(torch.diag(torch.tensor([1.0, torch.nan]))).check("block 3 q_proj")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [(0, 2), (BLOCK + 4, 1), (BLOCK, BLOCK + 7)], ids=str)
+def test_the_whole_gram_matrix_is_checked(place, value):
+    gram = torch.eye(BLOCK + 8)
+    gram[place] = value
+    with pytest.raises(InputError, match="block 3 q_proj: the Gram matrix is not finite off its diagonal"):
+        LayerStats.from_gram(gram).check("block 3 q_proj")
+
+
+@pytest.mark.parametrize("method", solvers())
+def test_no_solver_takes_a_gram_matrix_with_nan(method):
+    gram = torch.eye(8)
+    gram[1, 5] = gram[5, 1] = torch.nan
+    with pytest.raises(InputError, match="not finite off its diagonal"):
+        get_solver(method)(weights(3, 8), LayerStats.from_gram(gram), QuantSpec(3))
