@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,16 +46,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak of device memory seen so far."""
+    """Forget the peaks seen so far: of device memory, and on Linux of this process (it falls to what is in use now)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # a system without it, or that does not allow it: the peak stays that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """Peak memory so far: on the device (0 on a CPU, where host and device are one) and of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, "host": host}
+    """Peak memory since `reset_peak`: on the device (0 on a CPU, where host and device are one) and of this process."""
+    return {"device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, "host": _host_peak()}
+
+
+def _host_peak() -> int:
+    """Peak resident bytes. The kernel's own counter where there is one: unlike getrusage's, it can be set back."""
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""The benchmarks compute what they say they compute."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.solvers import column_loop, measured, problem
+from quant.core import machine
+from quant.core.grid import fit_grid
+from quant.core.types import QuantSpec
+from quant.kernels import blocks
+from quant.kernels.blocks import TorchKernels
+from quant.quantease import rounds
+from tests.references import inputs, make_stats, naive_coordinate_descent, weights
+
+
+def test_the_published_loop_is_the_same_descent():
+    weight, gram = weights(6, 40).double(), make_stats(inputs(40, 200)).gram.double()
+    grid, schedule = fit_grid(weight.float(), QuantSpec(3)), [rounds(k, 7) for k in range(7)]
+    codes = naive_coordinate_descent(weight, gram, grid, torch.arange(40), schedule)
+    found = column_loop(weight, gram, grid, schedule)
+    torch.testing.assert_close(found.float(), grid.dequantize(codes), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_one_shape(monkeypatch):
+    monkeypatch.setattr(blocks, "_chosen", {})
+    rows = [row.split(" | ") for row in measured(8, 32, "cpu", 4, [TorchKernels()], "highest")]
+    assert [row[1:3] for row in rows] == [
+        ["gram", "torch"], ["quantease", "column loop"], ["gptq", "torch"], ["quantease", "torch"],
+        ["objective after 4 sweeps", "column loop"], ["objective after 4 sweeps", "torch"],
+    ]  # fmt: skip
+    assert float(rows[-1][3]) == pytest.approx(float(rows[-2][3]), rel=1e-4)
+    weight, x = problem(8, 32, "cpu")
+    assert weight.shape == (8, 32) and x.shape == (64, 32)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a process's peak")
+def test_a_peak_is_of_what_ran_since():
+    device, size = torch.device("cpu"), 300_000_000
+    large = torch.ones(size // 4)
+    assert sys.getsizeof(large.untyped_storage()) > size
+    before = machine.peak_bytes(device)["host"]
+    del large
+    machine.reset_peak(device)
+    after = machine.peak_bytes(device)
+    assert after["device"] == 0 and after["host"] < before - size // 2
