@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "quantease, 2% outliers": ("quantease", {"outlier": 0.02}),
     "quantease, 1% columns": ("quantease", {"outlier": 0.01, "structure_outlier": True}),
     "spqr, threshold 0.2": ("spqr", {"outlier": 0.2}),
+    "spqr, g16": ("spqr", {"outlier": 0.2, "group_size": 16}),
     "gptq, mse range": ("gptq", {"range": "mse"}),
     "quantease, mse range": ("quantease", {"range": "mse"}),
     "quantease, preset best": ("quantease", {"range": "mse", **BEST}),
@@ -66,7 +67,11 @@ def configs(args: argparse.Namespace, model: str, bits: int, group: int) -> dict
     found = {}
     for label in args.variants:
         method, options = VARIANTS[label]
-        place = "".join(c if c.isalnum() or c == "_" else "-" for c in f"{label}-w{bits}g{group}")
+        own = options.get("group_size")  # a variant with groups of its own is one row, not one for each of --groups
+        if own is not None and group != args.groups[0]:
+            continue
+        grouped = group if own is None else own
+        place = "".join(c if c.isalnum() or c == "_" else "-" for c in f"{label}-w{bits}g{grouped}")
         found[label] = RunConfig(
             model=model,
             dataset=args.calibration,
@@ -76,9 +81,10 @@ def configs(args: argparse.Namespace, model: str, bits: int, group: int) -> dict
             limit=args.limit,
             method=method,
             wbits=bits,
-            group_size=group,
+            group_size=grouped,
             range=options.get("range", "minmax"),
-            options=solver_options(get_solver(method)) | {k: v for k, v in options.items() if k != "range"},
+            options=solver_options(get_solver(method))
+            | {k: v for k, v in options.items() if k not in ("range", "group_size")},
             true_sequential=True,
             calib_batch=16,
             run_dir=Path("runs") / "tables" / args.name / Path(model).name / place,
