@@ -1,14 +1,17 @@
 """The benchmarks compute what they say they compute."""
 
+import argparse
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import end_to_end
 from benchmarks.solvers import column_loop, measured, problem
 from quant.core import machine
 from quant.core.grid import fit_grid
+from quant.core.stream import BlockStream
 from quant.core.types import QuantSpec
 from quant.kernels import blocks
 from quant.kernels.blocks import TorchKernels
@@ -46,3 +49,23 @@ def test_a_peak_is_of_what_ran_since():
     machine.reset_peak(device)
     after = machine.peak_bytes(device)
     assert after["device"] == 0 and after["host"] < before - size // 2
+
+
+@pytest.mark.parametrize("whole", [3, 4])
+def test_a_model_that_was_cut_passes_its_last_block_too(whole, model_dir, tmp_path, monkeypatch):
+    passed, run = [], BlockStream.run
+    monkeypatch.setattr(
+        BlockStream, "run", lambda self, index, *a, **k: (k.get("advance") and passed.append(index), run(self, index, *a, **k))
+    )  # fmt: skip
+    args = argparse.Namespace(
+        device="cpu", dtype="auto", nsamples=4, seqlen=16, calib_batch=2, activation_store="cpu", sweeps=2, wbits=3,
+        true_sequential=False,
+    )  # fmt: skip
+    found = end_to_end.quantize(model_dir("llama"), "quantease", args, whole)
+    assert passed == list(range(whole - 1))
+    assert 0 < found["once"] < found["total"]
+
+
+def test_what_happens_once_is_not_extrapolated():
+    assert end_to_end.all_blocks({"once": 10.0, "total": 13.0}, 2, 80) == 10 + 40 * 3
+    assert end_to_end.all_blocks({"once": 10.0, "total": 13.0}, 2, 2) == 13
