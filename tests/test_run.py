@@ -398,3 +398,17 @@ def test_ratio_interval_covers_the_truth():
         low, high = ratio_interval(base + change, base)
         covered += low <= float(torch.tensor(0.05).exp()) <= high
     assert 0.90 <= covered / 300 <= 0.98
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_cuda_ends_where_one_on_the_cpu_does(model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path, true_sequential=True)
+    here = run(replace(config, device="cpu", run_dir=tmp_path / "cpu"))
+    there = run(replace(config, device="cuda", dtype="float32"))
+    assert there["mean_relative_error"] == pytest.approx(here["mean_relative_error"], rel=0.02)
+    for key in ("fp", "quantized"):
+        scores = [r["perplexity"]["words"][key] for r in (there, here)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-3 if key == "fp" else 0.02)
+    assert 0 < there["peak_bytes"]["device"] < 1 << 30 and here["peak_bytes"]["device"] == 0
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["device"] == "cuda"

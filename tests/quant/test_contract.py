@@ -7,6 +7,7 @@ from quant.core.errors import InputError
 from quant.core.journal import RunDirectory
 from quant.core.linalg import relative_error
 from quant.core.registry import get_solver, solver_options, solvers
+from quant.core.stats import LayerStats
 from quant.core.types import QuantSpec
 from quant.rtn import rtn
 from tests.references import inputs, make_stats, weights
@@ -182,3 +183,20 @@ def test_unknown_solver_names_the_nearest():
 def test_options_are_read_from_the_signature():
     assert solver_options(get_solver("gptq"))["percdamp"] == 0.01
     assert "grid" not in solver_options(get_solver("gptq"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_solver
+@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(4, 64), QuantSpec(2, 64, range="mse")], ids=str)
+@pytest.mark.parametrize("shape", [(768, 256), (256, 768)], ids=str)
+def test_cuda_gives_the_answer_of_the_cpu(name, spec, shape):
+    weight, stats = weights(*shape), make_stats(inputs(shape[1], 3 * shape[1]))
+    there = LayerStats.from_gram(stats.gram.cuda(), stats.n_tokens)
+    answer = SOLVERS[name](weight, stats, spec).check()
+    found = SOLVERS[name](weight.cuda(), there, spec).to("cpu").check()
+    errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (found, answer)]
+    # Sums are ordered differently: a value on the edge between two codes may fall either way, and later ones follow.
+    assert abs(errors[0] / errors[1] - 1) < 0.01
+    assert float((found.codes != answer.codes).float().mean()) < (1e-4 if name == "rtn" else 0.2)
+    torch.testing.assert_close(found.grid.scale, answer.grid.scale, rtol=0.05, atol=1e-4)
