@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import generate_act_scale_shift
 import main as main_command
@@ -119,6 +120,12 @@ def test_statistics_from_a_file_are_those_measured(command, model_dir, text, tmp
             assert float((given[key] - tensor).abs().max()) <= 1e-5 * float(tensor.abs().max()), key
     code, _, err = command(*both, *files, "--model", model_dir("llama"), "--run-dir", tmp_path / "x")
     assert code == 2 and "opt.safetensors was not made from this model" in err and not (tmp_path / "x").exists()
+    sister = tmp_path / "sister"  # of the same shapes, with other weights
+    shutil.copytree(model, sister)
+    state = load_file(sister / "model.safetensors")
+    save_file({k: t * 1.01 for k, t in state.items()}, sister / "model.safetensors", {"format": "pt"})
+    code, _, err = command(*both, *files, "--model", sister, "--run-dir", tmp_path / "x")
+    assert code == 2 and "was not made from this model but from one of hash" in err and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,11 @@ def test_another_configuration_and_another_model_are_refused(command, small, mod
     assert code == 2 and "learned on another model" in err
     code, _, err = command(*small, "--lwc", "--group_size", 16, "--epochs", 0, "--resume", tmp_path / "run",
                            "--run-dir", tmp_path / "next")  # fmt: skip
-    assert code == 2 and "other learned parameters" in err
+    assert code == 2 and "learned for another configuration (group_size: -1, here 16)" in err
+    code, _, err = command(*small, "--lwc", "--wbits", 3, "--symmetric", "--epochs", 0, "--resume", tmp_path / "run",
+                           "--run-dir", tmp_path / "next")  # fmt: skip
+    assert code == 2 and "learned for another configuration (wbits: 4, here 3)" in err
+    assert not (tmp_path / "next").exists()
 
 
 def test_the_plan_of_a_learned_run(command):

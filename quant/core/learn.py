@@ -20,12 +20,20 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from models.load import LazyModel, Weights
+from quant.core import seams
 from quant.core.actquant import ActSpec, instrumented
 from quant.core.clip import RoundTo, clip_logits, clipped_grid, clipped_scale_zero, quantize_through
 from quant.core.errors import InputError
 from quant.core.seams import ONLINE
 from quant.core.stream import BlockStream
-from quant.core.transforms import InputRange, Parameters, TransformSpec, dominance, transforms_for
+from quant.core.transforms import (
+    InputRange,
+    Parameters,
+    TransformSpec,
+    dominance,
+    floored_factors,
+    transforms_for,
+)
 from quant.core.types import Grid, QuantSpec
 
 log = logging.getLogger(__name__)
@@ -118,6 +126,8 @@ class Learner:
         if start is not None:
             parameters = self._checked(parameters, start)
         self.parameters = {k: p.to(wide).requires_grad_() for k, p in parameters.items()}
+        # Steps of single rows of matrices that were taken back; counted on the device, read when the block is done.
+        self.rejected = torch.zeros((), dtype=torch.int64, device=next(iter(weights.values())).device)
 
     def _compensates(self) -> bool:
         return self.index < COMPENSATED_FIRST or self.index >= len(self.model.blocks) - COMPENSATED_LAST
@@ -173,9 +183,14 @@ class Learner:
         """As a checkpoint holds it."""
         if not tensor.is_floating_point():
             return tensor
-        if not name.endswith(ONLINE) and self.model.storage_dtype != tensor.dtype:
-            tensor = RoundTo.apply(tensor, self.model.storage_dtype)
+        kept = self._kept_dtype(name)
+        if kept != tensor.dtype:
+            tensor = RoundTo.apply(tensor, kept)
         return tensor.to(self.model.dtype)
+
+    def _kept_dtype(self, name: str) -> torch.dtype:
+        """In which a checkpoint holds an entry of floating-point numbers that no solver rounds."""
+        return seams.ONLINE_DTYPE if name.endswith(ONLINE) else self.model.storage_dtype
 
     @torch.no_grad()
     def finish(self, effective: Parameters, record: Mapping[str, Any]) -> LearnedBlock:
@@ -183,7 +198,7 @@ class Learner:
         transformed = self.transformed(effective)
         solved = {f"{name}.weight" for name in self.linears} if self.spec is not None else set()
         changed = {k: t for k, t in transformed.items() if k not in solved and t is not self.weights.get(k)}
-        keep = {k: t if k.endswith(ONLINE) else t.to(self.model.storage_dtype) for k, t in changed.items()}
+        keep = {k: t.to(self._kept_dtype(k)) for k, t in changed.items()}
         online = sum(t.numel() for k, t in keep.items() if k.endswith(ONLINE))
         grids = {}
         if self.spec is not None:
@@ -380,12 +395,23 @@ def train(
         if learning.patience and stale >= learning.patience:
             record["events"].append(f"stopped after epoch {epoch + 1}: no better loss for {stale} epochs")
             break
-    margins = [
-        float(dominance(best[f"{t.name}.matrix"]).min()) for t in learner.transforms if f"{t.name}.matrix" in best
-    ]
+    return learner.finish(best, record | _invertibility(learner, best) | {"loss_end": lowest})
+
+
+@torch.no_grad()
+def _invertibility(learner: Learner, effective: Parameters) -> dict[str, Any]:
+    """How far the matrices are from being singular: rows' smallest dominance and how many of their steps were taken
+    back; of the complex factors of RoPE-tied matrices the smallest |a + bi|."""
+    found: dict[str, Any] = {}
+    margins = [float(dominance(p).min()) for k, p in effective.items() if k.endswith(".matrix")]
     if margins:
-        record["smallest_dominance"] = min(margins)
-    return learner.finish(best, record | {"loss_end": lowest})
+        found |= {"smallest_dominance": min(margins), "rejected_rows": int(learner.rejected)}
+    sizes = [
+        float(floored_factors(effective[f"{t.name}.real"], effective[f"{t.name}.imaginary"]).norm(dim=0).min())
+        for t in learner.transforms
+        if f"{t.name}.real" in effective
+    ]
+    return found | ({"smallest_factor": min(sizes)} if sizes else {})
 
 
 def _optimizer(learner: Learner, rate: float) -> torch.optim.Optimizer:
@@ -423,3 +449,4 @@ def _keep_invertible(learner: Learner, before: Parameters, opened: float) -> Non
     for name, old in before.items():
         holds = (dominance(effective[name]) > 0).unsqueeze(-1)
         learner.parameters[name].copy_(torch.where(holds, learner.parameters[name], old))
+        learner.rejected += (~holds).sum()

@@ -9,15 +9,15 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from models.load import LazyModel, Weights, load_model, load_tokenizer
@@ -270,7 +270,7 @@ class Session:
             "solver": config.solver or config.method,
             "learning": asdict(config.learning) if config.learning else None,
             "act": asdict(config.act),
-            "start": None if config.resume is None else self._resumed(config.resume)["configuration_sha256"],
+            "start": None,
             "act_ranges": [_file_digest(path) for path in (config.act_scales, config.act_shifts)],
             "attn_implementation": config.attn_implementation,
             "true_sequential": config.true_sequential,
@@ -280,7 +280,10 @@ class Session:
             "device": self.device.type,
             "calib_batch": config.calib_batch,
         }
-        return json.loads(json.dumps(decided))  # as it will be read back: tuples are lists
+        found: Record = json.loads(json.dumps(decided))  # as it will be read back: tuples are lists
+        if config.resume is not None:
+            found["start"] = self._resumed(config.resume, found)
+        return found
 
     def run_path(self, config: RunConfig) -> Path:
         """``--run-dir``, or a name under ``runs`` that the configuration decides."""
@@ -326,7 +329,7 @@ class Session:
         """Everything that can be wrong with a configuration, before any work; its directory is opened."""
         recipe = self.recipe(config) if config.quantizes else None
         if config.learning is not None:
-            self.input_ranges(config, 0)
+            self.check_ranges(config)
         configuration = self.configuration(config)
         target = RunDirectory(self.run_path(config))
         previous = None if config.overwrite else target.read("results.json")
@@ -494,36 +497,67 @@ class Session:
         """The weights that a finished block deploys."""
         return deploy(weights, target.read_weights(index), self.model, target.read_changed(index))
 
-    def _resumed(self, path: Path) -> Record:
-        """The results of the run whose learned parameters are continued. Raises InputError if it does not fit."""
+    def _resumed(self, path: Path, configuration: Record) -> str:
+        """The hash of the run in ``path``, whose learned parameters a run of this configuration starts from.
+
+        Raises InputError if they were learned on another model or for another quantization, or if a block is missing.
+        """
         manifest = RunDirectory(path).read("manifest.json")
         if manifest is None:
             raise InputError(f"--resume {path}: no manifest.json; give the run directory that holds learned parameters")
-        found = manifest["configuration"]
+        found: Record = manifest["configuration"]
         if found["model_sha256"] != self.model_sha256:
             raise InputError(
                 f"--resume {path}: its parameters were learned on another model ({manifest['model']['id']})"
             )
         if not found.get("learning"):
             raise InputError(f"--resume {path}: nothing was learned there ({found['method']})")
-        return {"configuration_sha256": _sha256_of(found)}
+        theirs, own = _learned_for(found), _learned_for(configuration)
+        for name in own:
+            if theirs.get(name) != own[name]:
+                raise InputError(
+                    f"--resume {path}: its parameters were learned for another configuration "
+                    f"({name}: {theirs.get(name)}, here {own[name]})"
+                )
+        for index in range(configuration["blocks"]):
+            if not RunDirectory(path).block_file(index).exists():
+                raise InputError(f"--resume {path}: block {index} was not finished there; finish that run first")
+        return _sha256_of(found)
+
+    def check_ranges(self, config: RunConfig) -> None:
+        """Raise InputError where a file of ranges was measured on another model, or lacks an entry of this one."""
+        for path in (config.act_scales, config.act_shifts):
+            if path is None:
+                continue
+            with _vectors(path) as file:
+                digest = (file.metadata() or {}).get("model_sha256", self.model_sha256)  # others' files do not say
+                if digest != self.model_sha256:
+                    raise InputError(
+                        f"{path} was not made from this model but from one of hash {digest[:12]}, "
+                        f"this one's is {self.model_sha256[:12]}; run generate_act_scale_shift.py on this one"
+                    )
+                names = set(file.keys())
+                for index in range(min(config.num_layers, len(self.model.blocks))):
+                    for name, (_, n_in) in self.model.linear_shapes().items():
+                        key = self._range_key(index, name)
+                        if key not in names or file.get_slice(key).get_shape() != [n_in]:
+                            raise InputError(f"{path} was not made from this model: it has no {key} of {n_in} channels")
 
     def input_ranges(self, config: RunConfig, index: int) -> dict[str, InputRange] | None:
-        """Ranges of block ``index`` from the files given, or None if there are none.
-
-        Raises InputError where they lack an entry of this model, or one has another length.
-        """
+        """Ranges of block ``index`` from the files given, which `check_ranges` found whole; None if there are none."""
         if config.act_scales is None:
             return None
-        scales, shifts = read_vectors(config.act_scales), read_vectors(config.act_shifts)
-        ranges = {}
-        for name, (_, n_in) in self.model.linear_shapes().items():
-            key = f"{self.model.family.blocks}.{index}.{name}"
-            for path, vectors in ((config.act_scales, scales), (config.act_shifts, shifts)):
-                if path is not None and (key not in vectors or vectors[key].shape != (n_in,)):
-                    raise InputError(f"{path} was not made from this model: it has no {key} of {n_in} channels")
-            ranges[name] = InputRange(scales[key].float(), shifts.get(key, torch.zeros(n_in)).float())
-        return ranges
+        keys = {name: self._range_key(index, name) for name in self.model.linear_shapes()}
+        with _vectors(config.act_scales) as file:
+            scales = {name: file.get_tensor(key).float() for name, key in keys.items()}
+        shifts = {name: torch.zeros_like(scale) for name, scale in scales.items()}
+        if config.act_shifts is not None:
+            with _vectors(config.act_shifts) as file:
+                shifts = {name: file.get_tensor(key).float() for name, key in keys.items()}
+        return {name: InputRange(scales[name], shifts[name]) for name in keys}
+
+    def _range_key(self, index: int, linear: str) -> str:
+        return f"{self.model.family.blocks}.{index}.{linear}"
 
     def _variants(self, jobs: Sequence[Job]) -> dict[str, Variant]:
         """The quantized form of every job, by its directory."""
@@ -656,8 +690,6 @@ class _Pair:
             note = f"block {index + 1} of {n_blocks}: loss {now:.3e} (start {first:.3e})"
             self.report("learn", index * epochs + epoch, n_blocks * epochs, note)
 
-        if self.start is not None and not self.start.block_file(index).exists():
-            raise InputError(f"--resume {self.start.path}: block {index} was not finished there")
         return learn_block(
             self.full,
             self.quantized,
@@ -689,16 +721,30 @@ def _note(records: Sequence[Record], learned: LearnedBlock | None) -> str:
     return ", ".join(part for part in (loss, error) if part)
 
 
-def read_vectors(path: Path | None) -> dict[str, torch.Tensor]:
-    """Named vectors of a safetensors file; none for no path. Raises InputError if it is not one."""
-    if path is None:
-        return {}
+@contextmanager
+def _vectors(path: Path) -> Iterator[Any]:
+    """A safetensors file of named vectors, opened. Raises InputError if it is not one."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path} is not a safetensors file ({error}); make it with generate_act_scale_shift.py"
         ) from error
+
+
+def _learned_for(configuration: Record) -> Record:
+    """What the meaning of a configuration's learned parameters depends on, by name.
+
+    How they were trained (epochs, rates, losses), where they started and what rounds afterwards may differ.
+    """
+    learning: Record = configuration["learning"] or {}
+    names = ("wbits", "group_size", "symmetric", "levels")
+    found = {"method": configuration["method"].split("+")[0].strip()} | {name: configuration[name] for name in names}
+    found |= {f"activations, {name}": value for name, value in configuration["act"].items()}
+    transform = learning.get("transform", {})
+    found |= {name: learning.get(name) for name in ("clip", "compensation")}
+    return found | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}
 
 
 def _file_digest(path: Path | None) -> str | None:

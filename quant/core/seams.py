@@ -16,6 +16,7 @@ from models.family import HeadLayout, Seam
 from models.load import Weights
 
 ONLINE = ".online_affine"  # a matrix [n, n] behind a norm that no weight can hold: the norm's output times it
+ONLINE_DTYPE = torch.float16  # in which it is kept, whatever the checkpoint's own
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Affine:
     def matrix(self) -> Tensor:
         """A of a dense transform, [heads, d, d]."""
         inverse = self.inverse.double() if self.precise else self.inverse
-        return torch.linalg.inv(inverse).to(self.inverse.dtype)
+        # `inv` would wait for the device to say whether it is singular; numbers that are not finite are seen later
+        return torch.linalg.inv_ex(inverse).inverse.to(self.inverse.dtype)
 
     def forward_rows(self, rows: Tensor) -> Tensor:
         """Aᵀ V for rows [heads, repeats, d, in]."""

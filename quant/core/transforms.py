@@ -133,7 +133,7 @@ class Transform:
         if not self.dense:
             scale = Floor.apply(part("scale"))
             return Affine(torch.cat([scale, scale], 1) if self.rotates else scale, shift)
-        matrix = _rotating(part("real"), part("imaginary")) if self.rotates else part("matrix")
+        matrix = _rotating(*floored_factors(part("real"), part("imaginary"))) if self.rotates else part("matrix")
         return Affine(matrix, shift, self.spec.precise)
 
     def apply(self, weights: Weights, parameters: Mapping[str, Tensor]) -> Weights:
@@ -148,6 +148,28 @@ class Floor(torch.autograd.Function):
     def forward(ctx: object, scale: Tensor) -> Tensor:
         """Clamp."""
         return scale.clamp(min=SMALLEST_SCALE)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        """Straight through."""
+        return gradient
+
+
+def floored_factors(real: Tensor, imaginary: Tensor) -> Tensor:
+    """Complex factors [heads, d / 2] as [2, heads, d / 2], lengthened to SMALLEST_SCALE where |a + bi| is below it."""
+    return FloorModulus.apply(torch.stack([real, imaginary]))
+
+
+class FloorModulus(torch.autograd.Function):
+    """a + bi times max(1, SMALLEST_SCALE / |a + bi|), 0 becomes SMALLEST_SCALE; the gradient passes as in `Floor`."""
+
+    @staticmethod
+    def forward(ctx: object, factors: Tensor) -> Tensor:
+        """Lengthen factors [2, ...]."""
+        size = torch.hypot(*factors)
+        grown = factors * (SMALLEST_SCALE / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(min=1)
+        grown[0] = torch.where(size == 0, SMALLEST_SCALE, grown[0])
+        return grown
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:

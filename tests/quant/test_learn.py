@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from data.calibration import evaluation_tokens
 from models.load import load_model
 from quant.core import grid as grid_module
-from quant.core import learn
+from quant.core import learn, seams
 from quant.core.actquant import ActSpec
 from quant.core.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
 from quant.core.errors import InputError
@@ -117,6 +117,7 @@ def test_gradients_against_finite_differences(name, form, model_dir, tmp_path, m
     """With rounding replaced by the identity the loss is differentiable, and its gradient must be autograd's."""
     monkeypatch.setattr(torch, "round", lambda x: x.clone())
     monkeypatch.setattr(grid_module, "round_scale", lambda scale: scale)
+    monkeypatch.setattr(seams, "ONLINE_DTYPE", torch.float64)
     monkeypatch.setattr(LlamaRMSNorm, "forward", in_float64)  # the library's computes in float32
     bench = Bench(model_dir(name), tmp_path, torch.float64, biases=True)
     bench.model.storage_dtype = torch.float64
@@ -179,7 +180,8 @@ def test_what_is_deployed_is_what_was_trained(name, form, model_dir, tmp_path):
     if form != "norm matrices":
         assert any(not torch.equal(expected[k], t) for k, t in bench.weights.items() if "norm" in k) == (form != "lwc")
     assert all(torch.equal(learned.parameters[k], v) for k, v in run.read_learned(0).items())
-    assert (form == "norm matrices") == any(k.endswith(ONLINE) for k in expected)
+    behind_norms = [t for k, t in run.read_changed(0).items() if k.endswith(ONLINE)]
+    assert (form == "norm matrices") == bool(behind_norms) and all(t.dtype == torch.float16 for t in behind_norms)
     # The loss that was reported is that of the deployed block.
     target = bench.full.fork()
     target.run(0, bench.weights, advance=True)
@@ -202,6 +204,35 @@ def test_one_epoch_and_a_mask_that_opens(model_dir, tmp_path):
             assert float((matrix - torch.diag_embed(matrix.diagonal(dim1=1, dim2=2))).abs().max()) > 0
     wild = bench.learn(replace(learning, let_lr=0.5, epochs=3), QuantSpec(2), ActSpec(4, 4))
     assert wild.log["smallest_dominance"] > 0
+    assert wild.log["rejected_rows"] > learned.log["rejected_rows"] >= 0
+    real, imaginary = (learned.parameters[f"qk.self_attn.q_proj.{part}"] for part in ("real", "imaginary"))
+    smallest = float(torch.hypot(real, imaginary).min())
+    assert learned.log["smallest_factor"] == pytest.approx(smallest) and 0.01 < smallest < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_no_step_waits_for_the_device(form, model_dir, tmp_path):
+    """An epoch on CUDA in which every synchronization is an error."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    device = torch.device("cuda")
+    model = load_model(str(model_dir("llama")), dtype=torch.float32, cache_dir=tmp_path)
+    stream = BlockStream(model, torch.randint(1, VOCABULARY, (6, 16)), device=device, batch=2, store="device")
+    stream.capture(model.outside_weights(device))
+    weights = model.block_weights(0, device)
+    learning, act = FORMS[form](4), ActSpec(4, 4)
+    ranges = {name: InputRange(torch.ones(n), torch.zeros(n)) for name, (_, n) in model.linear_shapes().items()}
+    learner = Learner(model, 0, weights, QuantSpec(3), act, learning, ranges)
+    loss = learn.BlockLoss(learner, weights, [stream.fork().hidden], stream if learning.attention else None)
+    optimizer = learn._optimizer(learner, 1.0)
+    learn._one_epoch(learner, loss, stream, optimizer, 0.5)  # sets up what is set up once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        learn._one_epoch(learner, loss, stream, optimizer, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(p.isfinite().all()) for p in learner.parameters.values())
 
 
 def test_a_loss_that_is_not_finite_is_undone(model_dir, tmp_path, monkeypatch):
@@ -350,7 +381,7 @@ def test_killed_in_the_middle_of_training_and_continued(model_dir, text, tmp_pat
 def test_learned_parameters_are_evaluated_again(model_dir, text, tmp_path):
     """--epochs 0 --resume: the same model; with epochs it goes on from there."""
     learning = asked("affinequant", matrix=True, norm_matrix=True, stability=0.2, epochs=2, batch=2, abits=4)
-    first = config_for(model_dir("llama"), text, tmp_path, learning=learning, act=ActSpec(4, 4))
+    first = config_for(model_dir("llama"), text, tmp_path, learning=learning, act=ActSpec(4, 4), method="affinequant")
     trained = Session(first).run(first)
     again = replace(first, learning=replace(learning, epochs=0), resume=first.run_dir, run_dir=tmp_path / "again")
     repeated = Session(again).run(again)
@@ -361,9 +392,39 @@ def test_learned_parameters_are_evaluated_again(model_dir, text, tmp_path):
     for log, before in zip(continued["learning"][:1], trained["learning"], strict=False):
         assert log["loss_start"] == pytest.approx(before["loss_end"], rel=1e-5) and log["loss_end"] <= log["loss_start"]
     assert trained["learning"][0]["online_parameters"] == 2 * 32 * 32
-    other = replace(again, learning=asked(epochs=0, abits=4), run_dir=tmp_path / "other")
-    with pytest.raises(InputError, match="other learned parameters"):
-        Session(other).run(other)
+
+
+def test_a_start_of_another_configuration_is_refused(model_dir, text, tmp_path):
+    """The first difference is named; what decides only the training, or the rounding, may differ; no block may lack."""
+    learning = asked("affinequant", matrix=True, norm_matrix=True, stability=0.2, epochs=1, batch=6, abits=4)
+    first = config_for(
+        model_dir("llama"), text, tmp_path, learning=learning, act=ActSpec(4, 4), eval_datasets=(), method="affinequant"
+    )
+    Session(first).run(first)
+    again = replace(first, resume=first.run_dir, run_dir=tmp_path / "again")
+    session = Session(again)
+    for other, says in (
+        (replace(again, wbits=2), "wbits: 3, here 2"),
+        (replace(again, group_size=16), "group_size: -1, here 16"),
+        (replace(again, symmetric=True), "symmetric: False, here True"),
+        (replace(again, levels=5), "levels: None, here 5"),
+        (replace(again, act=ActSpec(8, 4)), "activations, bits: 4, here 8"),
+        (replace(again, method="omniquant"), "method: affinequant, here omniquant"),
+        (replace(again, learning=replace(learning, clip=False)), "clip: True, here False"),
+        (
+            replace(again, learning=asked("affinequant", matrix=True, abits=4)),
+            "transform, norm_matrix: True, here False",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"learned for another configuration \\({says}\\)"):
+            session.run(other)
+    trained = replace(learning, epochs=0, let_lr=1.0, transform=replace(learning.transform, stability=0.5, alpha=0.7))
+    allowed = replace(again, learning=trained, solver="gptq", method="affinequant+gptq", run_dir=tmp_path / "allowed")
+    session.run(allowed)
+    RunDirectory(first.run_dir).block_file(2).unlink()
+    with pytest.raises(InputError, match="block 2 was not finished there"):
+        session.run(again)
+    assert not again.run_dir.exists()
 
 
 def test_a_solver_rounds_on_the_learned_grid(model_dir, text, tmp_path):
@@ -395,9 +456,21 @@ def test_ranges_from_a_file(model_dir, text, tmp_path):
     both = torch.maximum(weight, session.model.block_weights(1, CPU)["mlp.up_proj.weight"].abs().amax(0))
     scale = RunDirectory(given.run_dir).read_learned(1)["norm.post_attention_layernorm.scale"]
     torch.testing.assert_close(scale[0], (4.0 / both).sqrt())
-    save_file({"model.layers.0.fc1": torch.ones(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="other.safetensors was not made from this model"):
-        Session(given).run(replace(given, act_scales=tmp_path / "other.safetensors", run_dir=tmp_path / "x"))
+    other = tmp_path / "other.safetensors"
+    refused = replace(given, act_scales=other, run_dir=tmp_path / "x")
+    whole = {name: torch.ones(n) for name, n in sizes.items()}
+    last = "model.layers.2.mlp.down_proj"
+    short = {name: vector for name, vector in whole.items() if name != last}
+    for wrong in ({"model.layers.0.fc1": torch.ones(3)}, whole | {last: torch.ones(3)}, short):
+        save_file(wrong, other)
+        with pytest.raises(InputError, match="other.safetensors was not made from this model: it has no"):
+            session.run(refused)
+    save_file(whole, other, {"model_sha256": "0" * 64})
+    with pytest.raises(InputError, match="not made from this model but from one of hash 000000000000"):
+        session.run(refused)
+    save_file(whole, other, {"model_sha256": session.model_sha256})
+    session.check_ranges(refused)
+    assert not refused.run_dir.exists()
 
 
 @pytest.mark.slow

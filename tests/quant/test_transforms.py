@@ -195,6 +195,36 @@ def test_dominance_is_the_margin_of_the_row():
     torch.testing.assert_close(dominance(matrix), torch.tensor([[0.25, 0.0, -2.0]]))
 
 
+def test_complex_factors_keep_away_from_zero():
+    """|a + bi| below the floor is lengthened to it in its own direction; the gradient passes."""
+    real = torch.tensor([[0.003, 0.0, 0.3, -1e-30]], requires_grad=True)
+    imaginary = torch.tensor([[-0.004, 0.0, -0.4, 0.0]], requires_grad=True)
+    found = transforms.floored_factors(real, imaginary)
+    expected = torch.tensor([[[0.006, 0.01, 0.3, -0.01]], [[-0.008, 0.0, -0.4, 0.0]]])
+    torch.testing.assert_close(found.detach(), expected)
+    (found * torch.tensor([[[1.0, 2.0, 3.0, 4.0]], [[5.0, 6.0, 7.0, 8.0]]])).sum().backward()
+    assert real.grad.tolist() == [[1, 2, 3, 4]] and imaginary.grad.tolist() == [[5, 6, 7, 8]]
+
+
+def test_tied_matrices_near_zero_change_nothing(model_dir, tmp_path):
+    """With the floor q/k factors of zero are still an equivalence; without it nothing would be finite."""
+    bench = Bench(model_dir("llama"), tmp_path)
+    (transform,) = bench.transforms(TransformSpec(True, ("qk",), matrix=True))
+    parameters = bench.parameters(transform)
+    for part in ("real", "imaginary"):
+        parameters[f"{transform.name}.{part}"][:, 0] = 0.0
+    assert bench.difference(transform.apply(bench.weights, parameters)) < 1e-12
+
+
+def test_a_singular_matrix_is_no_error_but_not_finite():
+    """Training sees the loss and takes the step back; an error would need the device to answer."""
+    for n in (1, 3, 16):
+        singular = torch.eye(n).repeat(2, 1, 1)
+        singular[1, -1, -1] = 0
+        found = Affine(singular).matrix()
+        assert torch.equal(found[0], torch.eye(n)) and not bool(found[1].isfinite().all())
+
+
 def test_rotating_matrices_commute_with_rotary_embeddings():
     real, imaginary, angle = torch.randn(2, 3).double(), torch.randn(2, 3).double(), torch.randn(1, 3).double()
     matrix = transforms._rotating(real, imaginary)
