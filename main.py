@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
         default="per_token",
         choices=("per_token", "per_tensor", "static"),
         help="range of activations: every token's, every call's, or fixed by calibration (default: per_token)",
+    )
+    g.add_argument(
+        "--a_symmetric", action="store_true", help="symmetric range of the linears' inputs, as W8A8 runtimes compute"
     )
     g.add_argument("--w_dynamic_method", default="per_channel", choices=("per_channel",))
     g.add_argument(
@@ -144,7 +148,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--real_quant",
         action="store_true",
-        help="pack the checkpoint of --save_dir: gptq, gptq_v2 where asymmetric, bitplane with --abits below 16",
+        help="pack the checkpoint of --save_dir, in the first that can hold it of gptq (gptq_v2 where asymmetric), "
+        "compressed-tensors, bitplane",
     )
     return p  # fmt: skip
 
@@ -172,6 +177,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     for name in ("abits", "kvbits"):
         value = getattr(args, name)
         check(not 2 <= value <= 16, f"--{name} {value}: use 2 to 15, or 16 to leave activations alone")
+    check(args.a_symmetric and args.abits == 16, "--a_symmetric is of activations: give --abits below 16")
     check(args.real_quant and 8 < args.abits < 16, f"--real_quant: no kernel takes activations of {args.abits} bits")
     check(args.real_quant and args.wbits == 16, "--real_quant packs quantized weights: give --wbits 1 to 8")
     check(args.real_quant and args.save_dir is None, "--real_quant packs the checkpoint: give --save_dir DIR too")
@@ -196,7 +202,10 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     )
     check((args.use_matrix or args.use_ln_matrix) and not args.let, "--use_matrix and --use_ln_matrix need --let")
     check(
-        args.use_ln_matrix and args.save_dir is not None and args.format != "bitplane",
+        args.use_ln_matrix
+        and args.save_dir is not None
+        and args.format != "bitplane"
+        and not (args.real_quant and args.format is None),
         f"--use_ln_matrix leaves a matrix behind every norm, which a {args.format or 'dequantized'} checkpoint cannot "
         "hold: use --format bitplane, or drop --save_dir (the run directory keeps everything)",
     )
@@ -232,10 +241,6 @@ def resolve(args: argparse.Namespace) -> None:
         args.abits = 4 if args.method == "affinequant" else 16
     args.kvbits = args.abits if args.kvbits is None else args.kvbits
     args.seams = [seam for seam in (args.let_seams or "").split(",") if seam]
-    if args.real_quant and args.format is None:
-        weight_only = min(args.abits, args.kvbits) == 16
-        symmetric = args.symmetric or args.disable_zero_point
-        args.format = ("gptq" if symmetric else "gptq_v2") if weight_only else "bitplane"
     args.corpora = [d for d in args.eval_datasets.split(",") if d] if args.eval_ppl else []
 
 
@@ -287,7 +292,7 @@ def run_config(args: argparse.Namespace) -> Any:
         dtype = "float32" if args.deactive_amp else "bfloat16"
     balance = args.bit_balance if args.method == "abq" or args.bit_balance == "on" else "off"
     method = args.method if learning is not None else "rtn"
-    return RunConfig(
+    config = RunConfig(
         model=args.model,
         dataset=args.calib_dataset,
         seed=args.seed,
@@ -300,7 +305,7 @@ def run_config(args: argparse.Namespace) -> Any:
         symmetric=args.symmetric or args.disable_zero_point,
         levels=balanced_levels(args.wbits, balance),
         learning=learning,
-        act=ActSpec(args.abits, args.kvbits, args.a_dynamic_method),
+        act=ActSpec(args.abits, args.kvbits, args.a_dynamic_method, args.a_symmetric),
         resume=args.resume,
         act_scales=args.act_scales,
         act_shifts=args.act_shifts,
@@ -329,6 +334,20 @@ def run_config(args: argparse.Namespace) -> Any:
         trust_remote_code=args.trust_remote_code,
     )
 
+    return replace(config, format=packed_format(config)) if args.real_quant and args.format is None else config
+
+
+def packed_format(config: Any) -> str:
+    """The format of --real_quant, from the shapes of the model and what the configuration makes of it."""
+    from models.load import load_config
+    from quant.core.plan import shapes_of
+    from quant.core.run import content_of
+    from quant.export import first_holding
+
+    declared, _ = load_config(config.model, config.cache_dir, config.trust_remote_code, with_weights=False)
+    shapes = shapes_of(declared, config.trust_remote_code)
+    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
+    return first_holding(content_of(config, named, shapes.n_blocks, declared.model_type))
 
 def config_from(words: list[str]) -> Any:
     """The RunConfig of a command given as words, for sweeps. Raises InputError for what is wrong with it."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,23 @@ def _shards(path: Path, single: str, index: str) -> list[str]:
         raise InputError(f"{path / index} is not a checkpoint index; download it again") from error
 
 
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file with the permissions of any new file. Raises OSError where the disk does not take it, which
+    safetensors reports as an error of its own.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # safetensors renames a temporary file of mode 0600
+    try:
+        save_file(dict(tensors), path, {"format": "pt"})
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(mode)
+
+
 def _convert_bin(path: Path, cache_dir: Path) -> Path:
     """Convert `.bin` shards, one in memory at a time, to safetensors under the cache. Returns that directory.
 
@@ -150,7 +169,7 @@ def _convert_bin(path: Path, cache_dir: Path) -> Path:
             file = "model-00001-of-00001.safetensors"
         seen: dict[int, str] = {}
         own = {k: v for k, v in tensors.items() if seen.setdefault(v.data_ptr(), k) == k}
-        save_file({k: v.contiguous() for k, v in own.items()}, target / f"{file}.tmp", {"format": "pt"})
+        write_tensors({k: v.contiguous() for k, v in own.items()}, target / f"{file}.tmp")
         (target / f"{file}.tmp").replace(target / file)
         weight_map.update(dict.fromkeys(own, file))
     for pattern in SIDE_FILES:

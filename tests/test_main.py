@@ -129,6 +129,38 @@ def test_statistics_from_a_file_are_those_measured(command, model_dir, text, tmp
 
 
 @pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--wbits 4 --symmetric", "gptq"),
+        ("--wbits 4", "gptq_v2"),
+        ("--wbits 5 --symmetric", "compressed-tensors"),
+        ("--wbits 8 --symmetric --abits 8 --kvbits 16 --a_symmetric", "compressed-tensors"),
+        ("--wbits 4 --abits 8", "bitplane"),
+        ("--wbits 3 --solver spqr", "bitplane"),
+        ("--wbits 2 --let --use_ln_matrix --abits 16", "bitplane"),
+    ],
+)
+def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_path):
+    """The first format that can hold it; the checkpoint measures what the run measured."""
+    asked = flags if "--let" in flags else f"{flags} --epochs 0"
+    config = main_command.config_from([*map(str, small), *asked.split(), "--real_quant", "--save_dir", "out"])
+    assert config.format == expected
+    if expected != "compressed-tensors":
+        return
+    code, out, _ = command(*small, *asked.split(), "--real_quant", "--save_dir", tmp_path / "out")
+    assert code == 0 and f"will a {expected} checkpoint of this load?" in out
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    written = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "compressed-tensors"
+    inputs = written["config_groups"]["group_0"]["input_activations"]
+    assert (inputs and inputs["symmetric"]) == ("--a_symmetric" in flags or None)
+    small[small.index("--model") + 1] = tmp_path / "out"
+    code, out, _ = command(*small, "--wbits", 16, "--epochs", 0, "--run-dir", tmp_path / "again")
+    again = json.loads((tmp_path / "again/results.json").read_text())
+    assert code == 0 and again["perplexity"]["words"]["fp"] == results["perplexity"]["words"]["quantized"]
+
+
+@pytest.mark.parametrize(
     ("flags", "says"),
     [
         ("--epochs 5", "nothing to learn: give --lwc, --let"),
@@ -142,6 +174,8 @@ def test_statistics_from_a_file_are_those_measured(command, model_dir, text, tmp
         ("--lwc --real_quant --abits 12", "no kernel takes activations of 12 bits"),
         ("--lwc --wbits 4 --real_quant", "--real_quant packs the checkpoint: give --save_dir DIR too"),
         ("--lwc --abits 1", "--abits 1: use 2 to 15"),
+        ("--lwc --a_symmetric", "--a_symmetric is of activations: give --abits below 16"),
+        ("--epochs 0 --wbits 8 --symmetric --abits 8 --save_dir out --format compressed-tensors", "use --kvbits 16"),
         ("--lwc --kvbits 20", "--kvbits 20"),
         ("--lwc --wbits 9", "--wbits 9"),
         ("--let --let-seams norm,up", "--let-seams up: use norm, vo, qk, mul"),

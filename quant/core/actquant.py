@@ -29,7 +29,8 @@ SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
 
 @dataclass(frozen=True)
 class ActSpec:
-    """Bits of the linears' inputs (and of queries), and of keys and values; 16 leaves them alone.
+    """Bits of the linears' inputs, and of keys and values; 16 leaves them alone. Queries take the bits of the inputs
+    where keys and values are quantized, so that their product is one of integers; else they are left alone.
 
     method: ``per_token`` (min and max of every token), ``per_tensor`` (of every call), ``static`` (of the whole
     calibration data, one range a linear; queries, keys and values stay per token). symmetric: the range is [-max|x|, max|x|] (inputs of
@@ -103,7 +104,7 @@ class AttentionProducts(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _query(self, x: Tensor) -> Tensor:
-        return quantize_activations(x, self.spec.bits)
+        return quantize_activations(x, self.spec.bits) if self.spec.kv_bits < FULL_BITS else x
 
     def _kept(self, x: Tensor) -> Tensor:
         return quantize_activations(x, self.spec.kv_bits)
@@ -184,7 +185,7 @@ def instrumented(
             shared = _InputQuantizer(spec)
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
-                    keep(module.register_forward_pre_hook(shared.hook(weights.get(name + INPUT_RANGE))))
-        if watch is not None or (spec is not None and spec.active):
+                    keep(module.register_forward_pre_hook(shared.hook(_span(weights, name))))
+        if watch is not None or (spec is not None and spec.kv_bits < FULL_BITS):
             stack.enter_context(AttentionProducts(spec or ActSpec(), watch))
         yield own

@@ -322,18 +322,19 @@ def linears_table(records: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def loadability_table(kind: str, rows: Sequence[tuple[str, bool, str]]) -> Table:
-    """Which software takes the checkpoint."""
+def loadability_table(kind: str, rows: Sequence[tuple[str, bool, str, str]]) -> Table:
+    """Which software takes the checkpoint, and whether that was tried."""
     table = Table(
         title=f"will a {kind} checkpoint of this load?", title_justify="left", header_style="bold", box=SIMPLE_HEAD
     )
     table.add_column("in")
     table.add_column("")
     table.add_column("why not, or what it needs", overflow="fold")
-    for runtime, loads, why in rows:
-        table.add_row(runtime, "yes" if loads else "no", why)
+    for runtime, loads, why, known in rows:
+        table.add_row(runtime, "yes" if loads else "no", known, why)
     return table
 
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+    table.add_column("known from")

@@ -32,10 +32,10 @@ from quant.core.stream import BlockStream
 from quant.core.transforms import InputRange, TransformSpec, check_seams
 from quant.core.types import QuantSpec
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
-from quant.export import DEQUANTIZED, PACKED
+from quant.export import DEQUANTIZED, refusal
 from quant.export.formats import Content
 from quant.export.loadable import nearest, objections
-from quant.export.read import QuantizedCheckpoint, open_checkpoint
+from quant.export.read import QuantizedCheckpoint, open_checkpoint, read_json
 from quant.export.write import (
     check_target,
     entries,
@@ -338,7 +338,7 @@ class Session:
         digest = _sha256_of(configuration)
         self.check_export(config)
         if config.save is not None and not _saved(config.save, digest, config.format):
-            check_target(config.save, config.overwrite)
+            check_target(config.save, config.overwrite, self.model.checkpoint.path)
         self._check_space(config, target.path)
         target.open(self._manifest(config, configuration), config.overwrite)
         return Job(config, recipe, target, digest, configuration["blocks"], previous)
@@ -778,12 +778,8 @@ def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_block
 
 def check_format(config: RunConfig, content: Content) -> None:
     """Raise InputError where the format cannot hold the content, or the target does not take it in that format."""
-    if config.format in PACKED and (refusal := PACKED[config.format].refuses(content)):
-        raise InputError(f"--format {config.format}: {refusal}")
-    if config.format == DEQUANTIZED and content.online:
-        raise InputError(
-            "--use_ln_matrix leaves matrices behind norms, which a plain checkpoint cannot hold: use --format bitplane"
-        )
+    if against := refusal(config.format, content):
+        raise InputError(f"--format {config.format}: {against}")
     if config.target is not None and (found := objections(config.target, config.format, content)):
         near = nearest(config.target, config.format, content)
         hint = f"; it takes {near}" if near else ""
@@ -793,5 +789,5 @@ def check_format(config: RunConfig, content: Content) -> None:
 def _saved(save: Path, digest: str, kind: str) -> bool:
     """Whether ``save`` holds the checkpoint of the configuration with this hash, in this format."""
     path = save / "results.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
     return found.get("configuration_sha256") == digest and found.get("format") == kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from quant.core.errors import InputError
 from quant.export.bitplane import Bitplane
 from quant.export.compressed_tensors import CompressedTensors
-from quant.export.formats import Format
+from quant.export.formats import Content, Format
 from quant.export.gptq import Gptq
 
 PACKED: dict[str, Format] = {f.name: f for f in (Gptq("gptq", 1), Gptq("gptq_v2", 0), CompressedTensors(), Bitplane())}
@@ -13,11 +13,32 @@ DEQUANTIZED = "dequantized"
 FORMATS = (DEQUANTIZED, *PACKED)
 
 
+def refusal(kind: str, content: Content) -> str | None:
+    """Why a format, or a plain checkpoint, cannot hold this, with a format that can; None if it can."""
+    if kind in PACKED:
+        return PACKED[kind].refuses(content)
+    if content.online:
+        return "a plain checkpoint cannot hold matrices behind norms (--use_ln_matrix): use --format bitplane"
+    return None
+
+
+def first_holding(content: Content) -> str:
+    """The packed format that most software reads, of those that can hold this. Raises InputError where none can."""
+    assert content.spec is not None
+    names = ("gptq" if content.centered else "gptq_v2", "compressed-tensors", "bitplane")
+    for name in names:
+        if PACKED[name].refuses(content) is None:
+            return name
+    raise InputError(str(PACKED[names[-1]].refuses(content)))
+
+
 def format_of(config: dict) -> Format:
     """The format of a config.json's ``quantization_config``. Raises InputError for one that is not read."""
     method = config.get("quant_method")
     if method == "gptq":
         version = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if config.get("format", version) != version:
+            raise InputError(f"config.json says checkpoint_format {version!r} and format {config['format']!r}")
         if version in PACKED:
             return PACKED[version]
         method = f"gptq ({version})"

@@ -10,7 +10,7 @@ float16 or float32, or ``scale_codes``, ``scale_base`` and ``scale_step``; ``zer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from quant.core.actquant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
-from quant.export.formats import Content, Layers, Read, plain_groups
+from quant.export.formats import Content, Header, Layers, Read, in_order, plain_groups, uneven_groups
 from quant.export.packing import pack_planes, unpack_planes
 
+VERSION = 1
 SCALES = ("scale_codes", "scale_base", "scale_step")
 OUTLIERS = ("outlier_rows", "outlier_columns", "outlier_values")
 PARTS = ("planes", "in_features", "scales", *SCALES, "scale_layout", "zeros", "g_idx", *OUTLIERS)
@@ -34,10 +35,10 @@ class Bitplane:
     name = "bitplane"
 
     def refuses(self, content: Content) -> str | None:
-        """Only what is not quantized at all."""
+        """What is not quantized at all, and groups of others that do not divide the inputs."""
         if content.spec is None:
             return f"{self.name} holds quantized weights, and these stay in full precision: use --format dequantized"
-        return None
+        return uneven_groups(content, self.name)
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Everything that `QuantizedWeight.storage_bits` counts, and nothing else."""
@@ -53,7 +54,7 @@ class Bitplane:
             tensors["scales"] = grid.scale.half() if grid.scale_bits == 16 else grid.scale
         if not weight.spec.symmetric:
             tensors["zeros"] = grid.zero.to(torch.uint8)
-        if not weight.has_plain_groups():
+        if not in_order(weight):
             tensors["g_idx"] = grid.g_idx.to(torch.int32)
         if weight.outliers is not None:
             tensors |= _encode_outliers(weight.outliers, *weight.codes.shape)
@@ -64,7 +65,7 @@ class Bitplane:
         assert content.spec is not None
         return {
             "quant_method": self.name,
-            "version": 1,
+            "version": VERSION,
             "spec": asdict(content.spec),
             "activations": asdict(content.act),
             "ignore": list(layers.untouched),
@@ -74,14 +75,23 @@ class Bitplane:
         """Those with planes."""
         return [name.removesuffix(".planes") for name in names if name.endswith(".planes")]
 
-    def parts(self, weight: str) -> tuple[str, ...]:
+    def parts(self) -> tuple[str, ...]:
         """All of them."""
         return PARTS
 
-    def decode(self, name: str, read: Read, names: Iterable[str], config: Mapping[str, Any]) -> QuantizedWeight:
-        """Raises InputError where shapes disagree."""
-        present, spec = set(names), QuantSpec(**config["spec"])
-        part = {p: read(f"{name}.{p}") for p in PARTS if f"{name}.{p}" in present}
+    def shape(
+        self, name: str, header: Header, read: Read, names: Container[str], config: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        """Of the planes, and the inputs where they fill no whole words."""
+        _, n_out, n_words = header(f"{name}.planes")
+        return n_out, int(read(f"{name}.in_features")) if f"{name}.in_features" in names else n_words * 32
+
+    def decode(self, name: str, read: Read, names: Container[str], config: Mapping[str, Any]) -> QuantizedWeight:
+        """Raises InputError where config.json and tensors disagree, or another version wrote them."""
+        if config.get("version") != VERSION:
+            raise InputError(f"bitplane of version {config.get('version')} is not read, only version {VERSION}")
+        spec = QuantSpec(**config["spec"])
+        part = {p: read(f"{name}.{p}") for p in PARTS if f"{name}.{p}" in names}
         n_out = part["planes"].shape[1]
         bilevel = None
         if "scale_codes" in part:
@@ -95,10 +105,15 @@ class Bitplane:
             raise InputError(
                 f"{name}: planes {tuple(part['planes'].shape)} and scales {tuple(scale.shape)} do not fit {spec.code_bits} bits"
             )
+        if scale.shape[1] != spec.n_groups(n_in) or spec.symmetric == ("zeros" in part):
+            raise InputError(
+                f"{name} has {scale.shape[1]} groups of {n_in} inputs and {'' if 'zeros' in part else 'no '}zero points, "
+                f"but config.json says group_size {spec.group_size} and {'symmetric' if spec.symmetric else 'asymmetric'}"
+            )
         zero = (
             part["zeros"].int() if "zeros" in part else torch.full(scale.shape, (spec.qmax + 1) // 2, dtype=torch.int32)
         )
-        g_idx = part["g_idx"].long() if "g_idx" in part else plain_groups(n_in, scale.shape[1])
+        g_idx = part["g_idx"].long() if "g_idx" in part else plain_groups(n_in, spec.group_size)
         grid = Grid(scale, zero, g_idx, spec.qmax, bilevel)
         codes = unpack_planes(part["planes"], n_in)
         return QuantizedWeight(codes, grid, spec, outliers=_decode_outliers(part, n_out, n_in))

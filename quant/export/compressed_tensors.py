@@ -9,7 +9,7 @@ int-quantized: ``weight`` int8 [O, I], ``weight_scale`` [O, 1]. (compressed_tens
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,17 @@ from torch import Tensor
 from quant.core.actquant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
-from quant.export.formats import Content, Layers, Read, half_scales, plain_groups
+from quant.export.formats import (
+    Content,
+    Header,
+    Layers,
+    Read,
+    check_encodable,
+    half_scales,
+    in_order,
+    plain_groups,
+    uneven_groups,
+)
 from quant.export.packing import pack, unpack
 
 PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
@@ -41,16 +51,21 @@ class CompressedTensors:
             return (
                 f"{self.name} cannot hold groups in act-order: use --format gptq, or --group-aware or --static-groups"
             )
+        if uneven := uneven_groups(content, self.name):
+            return uneven
         if content.act.active and not _is_w8a8(content):
             return (
-                f"{self.name} holds activations of 8 bits per token with symmetric 8-bit weights per row only: "
-                "use --format bitplane"
+                f"{self.name} holds activations of 8 bits per token with symmetric 8-bit weights per row only, and no "
+                "quantized queries, keys and values: use --kvbits 16, or --format bitplane"
             )
         return None
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Scales in float16, as every reader casts them to the model's dtype."""
         bits, scale = content.bits, half_scales(weight, self.name)
+        check_encodable(weight, content, self.name)
+        if not in_order(weight):
+            raise InputError(f"{self.name} cannot hold groups in act-order: use --format bitplane")
         if content.act.active:
             return {"weight": (weight.codes.to(torch.int16) - 128).to(torch.int8), "weight_scale": scale}
         tensors = {
@@ -105,46 +120,62 @@ class CompressedTensors:
         """Those with packed or integer weights (which have a scale)."""
         return [name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")]
 
-    def parts(self, weight: str) -> tuple[str, ...]:
+    def parts(self) -> tuple[str, ...]:
         """Of either format."""
         return tuple(dict.fromkeys((*PACKED, *INTEGER)))
 
-    def decode(self, name: str, read: Read, names: Iterable[str], config: Mapping[str, Any]) -> QuantizedWeight:
-        """Raises InputError for settings that are no uniform integer grid."""
-        settings, present = _settings_of(name, config), set(names)
-        bits = int(settings["num_bits"])
-        if settings.get("type", "int") != "int" or f"{name}.weight_g_idx" in present:
+    def shape(
+        self, name: str, header: Header, read: Read, names: Container[str], config: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        """As written beside packed weights, else of the integers."""
+        packed = f"{name}.weight_shape" in names
+        n_out, n_in = (int(n) for n in read(f"{name}.weight_shape")) if packed else header(f"{name}.weight")
+        return n_out, n_in
+
+    def decode(self, name: str, read: Read, names: Container[str], config: Mapping[str, Any]) -> QuantizedWeight:
+        """Raises InputError for settings that are no uniform integer grid, or that the tensors contradict."""
+        settings = _settings_of(name, config)
+        bits, symmetric = int(settings["num_bits"]), bool(settings.get("symmetric", True))
+        if settings.get("type", "int") != "int" or f"{name}.weight_g_idx" in names:
             raise InputError(f"{name}: only integer weights without act-order are read")
         scale = read(f"{name}.weight_scale").float()
         middle = 2 ** (bits - 1)
-        packed = f"{name}.weight_packed" in present
+        packed = f"{name}.weight_packed" in names
         if packed:
             n_out, n_in = (int(n) for n in read(f"{name}.weight_shape"))
             words = read(f"{name}.weight_packed")
-            if tuple(words.shape) != (n_out, -(-n_in * bits // 32)):
+            if words.dtype != torch.int32 or tuple(words.shape) != (n_out, -(-n_in * bits // 32)):
                 raise InputError(
                     f"{name}.weight_packed is {tuple(words.shape)}, which does not fit {bits} bits of {n_out}x{n_in} (files of compressed-tensors before 0.18 pad 3, 5, 6 and 7 bits and are not read)"
                 )
             codes = unpack(words, bits, n_in)
         else:
-            codes = (read(f"{name}.weight").to(torch.int16) + middle).to(torch.uint8)
-            n_out, n_in = codes.shape
+            integers = read(f"{name}.weight")
+            n_out, n_in = integers.shape
+            wide = integers.to(torch.int16) + middle
+            if integers.dtype != torch.int8 or int(wide.min()) < 0 or int(wide.max()) >= 2**bits:
+                raise InputError(f"{name}.weight is {integers.dtype}, or holds more than {bits} bits")
+            codes = wide.to(torch.uint8)
         scale = scale.view(-1, scale.shape[-1] if scale.dim() == 2 else 1).expand(n_out, -1).contiguous()
         zero = torch.full(scale.shape, middle, dtype=torch.int32)
-        if not settings.get("symmetric", True):
-            stored = read(f"{name}.weight_zero_point")
+        stored = read(f"{name}.weight_zero_point") if f"{name}.weight_zero_point" in names else None
+        if symmetric and stored is not None and (packed or bool(stored.any())):
+            raise InputError(f"{name}: config.json says symmetric, but a zero point is stored")
+        if not symmetric:
+            if stored is None:
+                raise InputError(f"{name}: config.json says asymmetric, but no zero point is stored")
             zero = unpack(stored.t().contiguous(), bits, n_out).t().to(torch.int32) if packed else stored.int() + middle
         if zero.shape != scale.shape or n_in % scale.shape[1]:
             raise InputError(
                 f"{name}: scales {tuple(scale.shape)} and zero points {tuple(zero.shape)} do not fit {n_out}x{n_in}"
             )
-        group_size = settings.get("group_size") or -1
-        if group_size > 0 and n_in // group_size != scale.shape[1]:
+        group_size = int(settings.get("group_size") or -1)
+        if scale.shape[1] != (n_in // group_size if group_size > 0 else 1):
             raise InputError(
-                f"{name} has {scale.shape[1]} groups of {n_in} inputs, but config.json says group_size {group_size}"
+                f"{name} has {scale.shape[1]} groups of {n_in} inputs, but config.json says group_size {settings.get('group_size')}"
             )
-        spec = QuantSpec(bits, group_size, bool(settings.get("symmetric", True)) and bits > 1)
-        grid = Grid(scale, zero.contiguous(), plain_groups(n_in, scale.shape[1]), spec.qmax)
+        spec = QuantSpec(bits, group_size, symmetric and bits > 1)
+        grid = Grid(scale, zero.contiguous(), plain_groups(n_in, group_size), spec.qmax)
         return QuantizedWeight(codes, grid, spec)
 
     def act(self, config: Mapping[str, Any]) -> ActSpec:
@@ -161,7 +192,8 @@ class CompressedTensors:
 def _is_w8a8(content: Content) -> bool:
     spec, act = content.spec, content.act
     assert spec is not None
-    return spec.bits == 8 and content.centered and spec.group_size == -1 and act.bits == 8 and act.method == "per_token"
+    rows = spec.bits == 8 and content.centered and spec.group_size == -1
+    return rows and (act.bits, act.kv_bits, act.method) == (8, 16, "per_token")
 
 
 def _settings_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:

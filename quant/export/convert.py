@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.load import load_model, load_tokenizer
+from torch import nn
+
+from models.load import LazyModel, load_model, load_tokenizer
 from quant.core.errors import InputError
 from quant.core.journal import RunDirectory
 from quant.core.run import FULL_BITS, RunConfig, check_format, content_of
 from quant.core.types import QuantizedWeight
-from quant.export import PACKED
+from quant.export import PACKED, refusal
 from quant.export.formats import Content, Layers
-from quant.export.read import QuantizedCheckpoint
+from quant.export.read import QuantizedCheckpoint, open_checkpoint, read_json
 from quant.export.write import (
+    check_space,
     check_target,
     entries,
+    layers_of,
     model_config,
     model_side_files,
     packed_entries,
     save_checkpoint,
+    size_of,
 )
 
 SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
     "generation_config.json",
     "*.model",
     "merges.txt",
@@ -37,13 +43,13 @@ SIDE_FILES = (
 )
 
 
-def convert(source: Path, kind: str, target: Path, overwrite: bool = False) -> Content:
+def convert(source: Path, kind: str, target: Path, overwrite: bool = False, trust_remote_code: bool = False) -> Content:
     """Write ``source`` in a format to ``target``; returns what it holds. Raises InputError where that cannot be."""
-    check_target(target, overwrite)
+    check_target(target, overwrite, source)
     if (source / "manifest.json").exists():
         return _convert_run(source, kind, target)
     if (source / "config.json").exists():
-        return _convert_checkpoint(source, kind, target)
+        return _convert_checkpoint(source, kind, target, trust_remote_code)
     raise InputError(f"{source} is neither a run directory (manifest.json) nor a checkpoint (config.json)")
 
 
@@ -57,12 +63,14 @@ def _convert_run(source: Path, kind: str, target: Path) -> Content:
     if config.wbits == FULL_BITS:
         raise InputError(f"{source}: no weight was quantized there")
     biases = config.learning is not None and config.learning.transform.shift
-    model = load_model(config.model, dtype=None, cache_dir=config.cache_dir, biases=biases)
+    model = load_model(config.model, dtype=None, cache_dir=config.cache_dir, biases=biases,
+                       trust_remote_code=config.trust_remote_code)  # fmt: skip
     if model.checkpoint.sha256() != manifest["model"]["sha256"]:
         raise InputError(f"{config.model} is not the model of the run any more: its weights have another hash")
     n_blocks = manifest["configuration"]["blocks"]
     content = content_of(config, model.linear_shapes(), len(model.blocks), model.config.model_type)
     check_format(config, content)
+    check_space(target, size_of(model, kind, content, layers_of(model, n_blocks)))
 
     def replaced(index: int) -> Mapping[str, Any]:
         if index >= n_blocks:
@@ -72,23 +80,26 @@ def _convert_run(source: Path, kind: str, target: Path) -> Content:
 
     stream = packed_entries(entries(model, replaced), kind, content, model.storage_dtype)
     described = model_config(model, kind, content, n_blocks)
-    tokenizer = load_tokenizer(model.checkpoint.path)
+    tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
     save_checkpoint(stream, target, described, model_side_files(model, tokenizer), results | {"format": kind})
     return content
 
 
-def _convert_checkpoint(source: Path, kind: str, target: Path) -> Content:
-    declared: dict[str, Any] = json.loads((source / "config.json").read_text())
-    if not declared.get("quantization_config"):
+def _convert_checkpoint(source: Path, kind: str, target: Path, trust_remote_code: bool) -> Content:
+    declared = read_json(source / "config.json")
+    if not declared.pop("quantization_config", None):
         raise InputError(f"{source} is a plain checkpoint: there are no codes to convert; quantize it")
-    checkpoint = QuantizedCheckpoint(source)
-    content = checkpoint.content()
-    if kind in PACKED and (refusal := PACKED[kind].refuses(content)):
-        raise InputError(refusal)
-    quantization = declared.pop("quantization_config")
+    model = load_model(str(source), dtype=None, cache_dir=RunConfig.cache_dir, opener=open_checkpoint,
+                       trust_remote_code=trust_remote_code)  # fmt: skip
+    checkpoint = model.checkpoint
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    layers = _layers_in(model, checkpoint)
+    content = checkpoint.content(whole=not any(name.startswith(f"{layers.blocks}.") for name in layers.untouched))
+    if against := refusal(kind, content):
+        raise InputError(against)
+    check_space(target, size_of(model, kind, content, layers))
     if kind in PACKED:
-        left = [n for n in quantization.get("ignore", ["lm_head"]) if not n.startswith("re:")]
-        declared["quantization_config"] = PACKED[kind].config(content, Layers(checkpoint.linears, left, "", 0))
+        declared["quantization_config"] = PACKED[kind].config(content, layers)
     stream = packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype)
 
     def side_files(directory: Path) -> None:
@@ -97,9 +108,22 @@ def _convert_checkpoint(source: Path, kind: str, target: Path) -> Content:
                 shutil.copy(file, directory)
 
     old = source / "results.json"
-    results = json.loads(old.read_text()) if old.exists() else {}
+    results = read_json(old) if old.exists() else {}
     save_checkpoint(stream, target, declared, side_files, results | {"format": kind})
     return content
+
+
+def _layers_in(model: LazyModel, checkpoint: QuantizedCheckpoint) -> Layers:
+    """The linears of the module, by whether the checkpoint has them quantized. Raises InputError for quantized tensors
+    that are no linear of it.
+    """
+    prefix, quantized = f"{model.module.base_model_prefix}.", set(checkpoint.linears)
+    linears = [name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)]
+    spelt = {name: {name, name.removeprefix(prefix), prefix + name} & quantized for name in linears}
+    if strange := quantized - set().union(*spelt.values()):
+        raise InputError(f"{checkpoint.path}: {min(strange)} is quantized, but is no linear of the model")
+    done, rest = ([name for name in linears if bool(spelt[name]) == held] for held in (True, False))
+    return Layers(done, rest, model.family.blocks, len(model.blocks))
 
 
 def same_codes(first: QuantizedWeight, second: QuantizedWeight) -> bool:

@@ -5,7 +5,7 @@ Codes, scales and zero points go from the solver's answer into the tensors as th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from quant.core.errors import InputError
 from quant.core.types import QuantizedWeight, QuantSpec
 
 Read = Callable[[str], Tensor]
+Header = Callable[[str], tuple[int, ...]]  # shape of a tensor by its full name, without reading it
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,43 @@ class Format(Protocol):
     def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
         """Full names of the quantized linears, from the names of a checkpoint's tensors."""
 
-    def parts(self, weight: str) -> tuple[str, ...]:
+    def parts(self) -> tuple[str, ...]:
         """Names of the tensors that may stand for a linear's weight."""
 
-    def decode(self, name: str, read: Read, names: Iterable[str], config: Mapping[str, Any]) -> QuantizedWeight:
+    def shape(
+        self, name: str, header: Header, read: Read, names: Container[str], config: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        """(out, in) of one linear, from headers and single numbers."""
+
+    def decode(self, name: str, read: Read, names: Container[str], config: Mapping[str, Any]) -> QuantizedWeight:
         """One linear read back. Raises InputError where tensors and config.json disagree."""
 
     def act(self, config: Mapping[str, Any]) -> ActSpec:
         """How activations are quantized."""
+
+
+def uneven_groups(content: Content, name: str) -> str | None:
+    """Why a format that counts in equal groups cannot hold this; None if all are equal."""
+    assert content.spec is not None
+    group = content.spec.group_size
+    for linear, (_, n_in) in content.shapes.items():
+        if group > 0 and n_in % group:
+            return f"{name} needs groups that divide the inputs, {linear} has {n_in}: use --format gptq_v2"
+    return None
+
+
+def check_encodable(weight: QuantizedWeight, content: Content, name: str) -> None:
+    """Raise InputError where an answer holds more than a uniform grid of the content's bits: what the options of a
+    solver did not tell before work began.
+    """
+    if weight.outliers is not None:
+        raise InputError(f"{name} cannot hold sparse outliers: use --format bitplane")
+    if weight.spec.code_bits != content.bits:
+        raise InputError(
+            f"{name} holds one number of bits, {content.bits}, and this linear has {weight.spec.code_bits}"
+        )
+    if content.centered and bool((weight.grid.zero != 2 ** (content.bits - 1)).any()):
+        raise InputError(f"{name}: zero points of a symmetric grid must be {2 ** (content.bits - 1)}")
 
 
 def half_scales(weight: QuantizedWeight, name: str) -> Tensor:
@@ -93,6 +123,12 @@ def half_scales(weight: QuantizedWeight, name: str) -> Tensor:
     return weight.grid.scale.half()
 
 
-def plain_groups(n_in: int, n_groups: int) -> Tensor:
-    """Group of every column where they stand in order, int64 [in]."""
-    return torch.arange(n_in) // -(-n_in // n_groups)
+def in_order(weight: QuantizedWeight) -> bool:
+    """Whether column i belongs to group i // group_size."""
+    plain = plain_groups(weight.codes.shape[1], weight.spec.group_size)
+    return bool(torch.equal(plain, weight.grid.g_idx.cpu()))
+
+
+def plain_groups(n_in: int, group_size: int) -> Tensor:
+    """Group of every column where they stand in order, int64 [in]; the last group may be a short one."""
+    return torch.arange(n_in) // (group_size if group_size > 0 else n_in)

@@ -7,7 +7,8 @@ int32 [G, O·bits/32] packed along the outputs, ``scales`` float16 [G, O], ``g_i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from quant.core.actquant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
-from quant.export.formats import Content, Layers, Read, half_scales, plain_groups
+from quant.export.formats import Content, Header, Layers, Read, check_encodable, half_scales, in_order, plain_groups
 from quant.export.packing import pack, unpack
 
 BITS = (2, 3, 4, 8)
@@ -49,6 +50,9 @@ class Gptq:
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Raises InputError for a zero point of 0 in version 1, which readers take for 2^bits or damage."""
         bits, zero = content.bits, weight.grid.zero
+        check_encodable(weight, content, self.name)
+        if not content.reordered and not in_order(weight):
+            raise InputError(f"{self.name} was to hold columns in order, and these are not: use --format bitplane")
         if self.offset and bool((zero < self.offset).any()):
             raise InputError("gptq stores zero points less one and cannot hold 0: use --format gptq_v2")
         return {
@@ -70,7 +74,7 @@ class Gptq:
             "static_groups": False,
             "true_sequential": True,
             "damp_percent": 0.01,
-            "lm_head": False,
+            "lm_head": any(not name.startswith(f"{layers.blocks}.") for name in layers.quantized),
             "checkpoint_format": self.name,
             "format": self.name,
             "pack_dtype": "int32",
@@ -78,33 +82,45 @@ class Gptq:
             "model_file_base_name": "model",
             "meta": {"quantizer": ["llm-quantizer:0.1.0"]},
         }
-        if not content.whole:
-            left = sorted({int(n.removeprefix(layers.blocks + ".").split(".")[0]) for n in layers.untouched
-                           if n.startswith(layers.blocks + ".")})  # fmt: skip
-            prefix = layers.blocks.replace(".", r"\.")
-            found["dynamic"] = {rf"-:{prefix}\.({'|'.join(map(str, left))})\..*": {}}
+        if (
+            not content.whole
+        ):  # GPTQModel and vLLM read the first, optimum (which compares the ends of names) the second
+            found["dynamic"] = {pattern: {} for pattern in _skipping(layers)}
+            found["modules_in_block_to_quantize"] = [list(layers.quantized)]
         return found
 
     def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
         """Those with a qweight."""
         return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
 
-    def parts(self, weight: str) -> tuple[str, ...]:
+    def parts(self) -> tuple[str, ...]:
         """Four tensors."""
         return PARTS
 
-    def decode(self, name: str, read: Read, names: Iterable[str], config: Mapping[str, Any]) -> QuantizedWeight:
-        """The bits come from the shapes, as per-layer settings (``dynamic``) may differ from the config's."""
-        words, scales = read(f"{name}.qweight"), read(f"{name}.scales")
-        group_size, bits = int(config["group_size"]), int(config["bits"])
+    def shape(
+        self, name: str, header: Header, read: Read, names: Container[str], config: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        """The inputs from ``g_idx``, else from the words."""
+        rows, n_out = header(f"{name}.qweight")
+        if f"{name}.g_idx" in names:
+            return n_out, header(f"{name}.g_idx")[0]
+        return n_out, rows * 32 // int(_settings_of(name, config)["bits"])
+
+    def decode(self, name: str, read: Read, names: Container[str], config: Mapping[str, Any]) -> QuantizedWeight:
+        """Raises InputError where config.json says other bits, groups, versions or symmetry than the tensors hold."""
+        settings = _settings_of(name, config)
+        words, scales, zeros = (read(f"{name}.{part}") for part in ("qweight", "scales", "qzeros"))
+        group_size, bits, symmetric = int(settings["group_size"]), int(settings["bits"]), bool(settings.get("sym"))
+        if group_size < 1 and group_size != -1:
+            raise InputError(f"{name}: config.json says group_size {group_size}")
+        if config.get("pack_dtype", "int32") != "int32" or words.dtype != torch.int32 or zeros.dtype != torch.int32:
+            raise InputError(f"{name}: only codes packed in words of int32 are read")
+        if settings.get("desc_act") and f"{name}.g_idx" not in names:
+            raise InputError(f"{name}: config.json says desc_act, but there is no g_idx that gives the order")
         n_in = words.shape[0] * 32 // bits
-        g_idx = plain_groups(n_in, scales.shape[0])
-        if f"{name}.g_idx" in set(names):
-            g_idx = read(f"{name}.g_idx").long()
-            n_in = g_idx.numel()
-            bits = words.shape[0] * 32 // n_in
+        g_idx = read(f"{name}.g_idx").long() if f"{name}.g_idx" in names else plain_groups(n_in, group_size)
+        n_in = g_idx.numel()
         n_out, n_groups = words.shape[1], scales.shape[0]
-        zeros = read(f"{name}.qzeros")
         asked = {
             "qweight": (n_in * bits // 32, n_out),
             "scales": (n_groups, n_out),
@@ -115,19 +131,43 @@ class Gptq:
                 raise InputError(
                     f"{name}.{part} is {tuple(shape)}, which does not fit {bits} bits, {n_in} inputs, {n_out} outputs"
                 )
-        if group_size > 0 and n_groups != -(-n_in // group_size):
+        if n_groups != (-(-n_in // group_size) if group_size > 0 else 1):
             raise InputError(
                 f"{name} has {n_groups} groups of {n_in} inputs, but config.json says group_size {group_size}"
             )
         zero = unpack(zeros, bits, n_out).t().to(torch.int32) + self.offset
+        if symmetric and bool((zero != 2 ** (bits - 1)).any()):
+            raise InputError(
+                f"{name}: config.json says sym and {self.name}, but the zero points are not {2 ** (bits - 1)}"
+            )
         if int(zero.max()) > 2**bits - 1:
             raise InputError(
                 f"{name}.qzeros holds {2**bits} less one: readers of version 1 disagree what that is; convert it to gptq_v2 with the software that made it"
             )
-        spec = QuantSpec(bits, group_size if group_size > 0 else -1, bool(config.get("sym", False)))
+        spec = QuantSpec(bits, group_size, symmetric)
         grid = Grid(scales.t().float().contiguous(), zero.contiguous(), g_idx, spec.qmax)
         return QuantizedWeight(unpack(words.t().contiguous(), bits, n_in), grid, spec)
 
     def act(self, config: Mapping[str, Any]) -> ActSpec:
         """None."""
         return ActSpec()
+
+
+def _skipping(layers: Layers) -> list[str]:
+    """Patterns of ``dynamic`` for the blocks, and the linears of other blocks, that are not quantized."""
+    inside = f"{layers.blocks}."
+    of_block = {name: int(name.removeprefix(inside).split(".")[0]) for name in (*layers.quantized, *layers.untouched)
+                if name.startswith(inside)}  # fmt: skip
+    begun = {of_block[name] for name in layers.quantized}
+    left = sorted(set(of_block.values()) - begun)
+    singly = [n for n in layers.untouched if n in of_block and of_block[n] in begun]
+    whole = [rf"-:{re.escape(layers.blocks)}\.({'|'.join(map(str, left))})\..*"] if left else []
+    return whole + [f"-:{re.escape(name)}$" for name in singly]
+
+
+def _settings_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings of a linear: the config's, or those that ``dynamic`` gives it (``+:`` or no sign before the pattern)."""
+    for pattern, more in (config.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+            return {**config, **more}
+    return config

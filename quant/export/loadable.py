@@ -1,25 +1,30 @@
 """Which software takes a checkpoint: rules as data, asked before work begins.
 
-``tried``: rows that tests or benchmarks/results/loaders.md have run; the others were read in the software's source.
+``tried``: the bits for which tests or benchmarks/results/loaders.md have run a rule; the rest was read in the software's
+source or its pull requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+from quant.core.actquant import ActSpec
 from quant.core.types import QuantSpec
-from quant.export import DEQUANTIZED, FORMATS, PACKED
+from quant.export import DEQUANTIZED, FORMATS, PACKED, refusal
 from quant.export.formats import Content
 
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 MARLIN_GROUPS = (-1, 32, 64, 128)
+ALL_BITS = tuple(range(1, 9))
+NONE, ONLY, ANY = "none", "only", "any"  # what a rule says of quantized activations
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a runtime takes of a format. None: anything. inputs, outputs: multiples of. families: model types that it
-    reads without an error but computes wrongly."""
+    """What a runtime takes of a format. None: anything. inputs, outputs: multiples of. activations: whether it takes
+    none, only quantized ones, or any. families: model types that it reads without an error but computes wrongly."""
 
     runtime: str
     format: str
@@ -30,10 +35,10 @@ class Rule:
     outputs: int = 1
     partial: bool = True
     reordered: bool = True
-    activations: bool = False
+    activations: str = NONE
     families: tuple[str, ...] = ()
     needs: str = ""
-    tried: bool = False
+    tried: tuple[int, ...] = ()
 
     def objections(self, content: Content) -> Iterator[str]:
         """What it does not take, in words."""
@@ -61,67 +66,102 @@ class Rule:
             yield "needs every block quantized"
         if not self.reordered and content.reordered:
             yield "takes columns in order only (no --act-order without --static-groups)"
-        if content.act.active and not self.activations:
+        if content.act.active and self.activations == NONE:
             yield "runs without activation quantization"
+        if not content.act.active and self.activations == ONLY:
+            yield "takes 8-bit weights with 8-bit activations"
 
 
 RULES = (
-    Rule("transformers", DEQUANTIZED, tried=True),
-    Rule("transformers", "gptq", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, partial=False,
-         families=("falcon",), needs="optimum and gptqmodel", tried=True),
-    Rule("transformers", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, partial=False,
-         families=("falcon",), needs="optimum and gptqmodel", tried=True),
-    Rule("transformers", "compressed-tensors", activations=True, tried=True,
-         needs="compressed-tensors>=0.18; CompressedTensorsConfig(dequantize=True) where asymmetric"),
-    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, tried=True),
-    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, tried=True),
+    Rule("transformers", DEQUANTIZED, tried=ALL_BITS),
+    *(Rule("transformers", name, (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, families=("falcon",),
+           needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
+    Rule("transformers", "compressed-tensors", symmetric=True, activations=ANY, tried=(2, 3, 4, 8),
+         needs="compressed-tensors>=0.18"),
+    Rule("transformers", "compressed-tensors", activations=ANY, tried=(3, 4),
+         needs="compressed-tensors>=0.18 and CompressedTensorsConfig(dequantize=True)"),
+    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, groups=GPTQMODEL_GROUPS, inputs=32, outputs=32,
+         tried=(3, 4)),
+    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, tried=(3, 4)),
     Rule("vllm", DEQUANTIZED),
     Rule("vllm", "gptq", (4, 8), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64),
-    Rule("vllm", "compressed-tensors", (4, 8), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64,
-         activations=True),
+    Rule("vllm", "compressed-tensors", (4, 8), groups=MARLIN_GROUPS, inputs=128, outputs=64),
     Rule("vllm", "compressed-tensors", (2, 3, 5, 6, 7), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64,
          needs="a version with the Humming kernels (2026)"),
+    Rule("vllm", "compressed-tensors", (2, 3, 5, 6, 7), groups=MARLIN_GROUPS, inputs=128, outputs=64,
+         needs="a version with asymmetric grids of these bits (its pull request 46528)"),
+    Rule("vllm", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
+         needs="a GPU before Blackwell"),
     Rule("llama.cpp", DEQUANTIZED),
     Rule("llama.cpp", "gptq", (2, 4, 8)),
     Rule("llama.cpp", "gptq_v2", (2, 4, 8)),
     Rule("llama.cpp", "compressed-tensors", (2, 4, 8), groups=(16, 32, 64, 128, 256)),
-    Rule("auto-gptq", "gptq", (2, 3, 4, 8), outputs=32, inputs=32, reordered=False, partial=False),
-    Rule("this toolkit", DEQUANTIZED, tried=True),
-    *(Rule("this toolkit", name, activations=True, tried=True) for name in PACKED),
+    Rule("auto-gptq", "gptq", (2, 3, 4), outputs=32, inputs=32, reordered=False, partial=False),
+    Rule("auto-gptq", "gptq", (8,), outputs=32, inputs=32, reordered=False, partial=False,
+         needs="its torch kernels: those in CUDA cut the zero points of 8 bits"),
+    Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS),
+    *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS) for name in PACKED),
 )  # fmt: skip
 RUNTIMES = tuple(dict.fromkeys(rule.runtime for rule in RULES))
 
 
 def objections(runtime: str, kind: str, content: Content) -> list[str]:
     """Why a runtime does not take this content in this format; empty if it does."""
-    if kind in PACKED and (refusal := PACKED[kind].refuses(content)):
-        return [refusal]
+    if against := refusal(kind, content):
+        return [against]
     found = [list(rule.objections(content)) for rule in RULES if (rule.runtime, rule.format) == (runtime, kind)]
     return min(found, key=len, default=[f"does not read {kind}"])
 
 
-def needs(runtime: str, kind: str, content: Content) -> str:
-    """What has to be installed beside the runtime."""
-    rules = [r for r in RULES if (r.runtime, r.format) == (runtime, kind) and not list(r.objections(content))]
-    return rules[0].needs if rules else ""
+def _rule(runtime: str, kind: str, content: Content) -> Rule:
+    """The rule by which a runtime takes this content."""
+    return next(r for r in RULES if (r.runtime, r.format) == (runtime, kind) and not list(r.objections(content)))
+
+
+RELAXED: dict[str, tuple[Any, str]] = {
+    "reordered": (False, "without --act-order"),
+    "outliers": (False, "without --outlier"),
+    "online": (False, "without --use_ln_matrix"),
+    "act": (ActSpec(), "--abits 16"),
+}
 
 
 def nearest(runtime: str, kind: str, content: Content) -> str | None:
-    """Flags of the choice closest to what is asked for that the runtime takes: format, then grid, then bits."""
+    """Flags of the choice closest to what is asked for that the runtime takes: format, then grid, then what the format
+    holds besides, then bits.
+    """
     spec = content.spec
     if spec is None:
         return None
     kinds = [kind, *(f for f in FORMATS if f not in (kind, DEQUANTIZED))]
     grids = [(sym, group) for group in (spec.group_size, 128, 64, 32, -1) for sym in (spec.symmetric, True)]
     for bits in dict.fromkeys((spec.bits, 4, 8)):
-        for sym, group in dict.fromkeys(grids):
-            for other in kinds:
+        for relax in (False, True):
+            for sym, group in dict.fromkeys(grids):
                 if bits == 1 and sym:
                     continue
-                asked = replace(content, spec=QuantSpec(bits, group, sym), reordered=False, outliers=False)
-                if _divides(asked) and not objections(runtime, other, asked):
-                    return f"--wbits {bits} --group-size {group}{' --sym' if sym else ''} --format {other}"
+                for other in kinds:
+                    asked = replace(content, spec=QuantSpec(bits, group, sym))
+                    given_up = _given_up(runtime, other, asked) if relax else []
+                    if _divides(asked) and given_up is not None and (relax or not objections(runtime, other, asked)):
+                        flags = f"--wbits {bits} --group-size {group}{' --sym' if sym else ''} --format {other}"
+                        return " ".join([flags, *given_up])
     return None
+
+
+def _given_up(runtime: str, kind: str, content: Content) -> list[str] | None:
+    """What of a content besides the grid has to go, in flags; None where that does not help."""
+    taken = replace(content, **{name: value for name, (value, _) in RELAXED.items()})
+    if objections(runtime, kind, taken):
+        return None
+    words = []
+    for name, (_, flag) in RELAXED.items():
+        with_it = replace(taken, **{name: getattr(content, name)})
+        if objections(runtime, kind, with_it):
+            words.append(flag)
+        else:
+            taken = with_it
+    return words
 
 
 def _divides(content: Content) -> bool:
@@ -134,10 +174,14 @@ def _listed(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
 
 
-def loadability(kind: str, content: Content) -> list[tuple[str, bool, str]]:
-    """Every runtime, whether it takes the content in this format, and why not or what it needs."""
+def loadability(kind: str, content: Content) -> list[tuple[str, bool, str, str]]:
+    """Every runtime, whether it takes the content in this format, why not or what it needs, and how that is known."""
     found = []
     for runtime in RUNTIMES:
-        against = objections(runtime, kind, content)
-        found.append((runtime, not against, "; ".join(against) or needs(runtime, kind, content)))
+        if against := objections(runtime, kind, content):
+            found.append((runtime, False, "; ".join(against), ""))
+            continue
+        rule = _rule(runtime, kind, content)
+        ran = content.spec is None or content.spec.code_bits in rule.tried
+        found.append((runtime, True, rule.needs, "ran" if ran and rule.tried else "read in its source"))
     return found

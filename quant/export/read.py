@@ -16,10 +16,11 @@ from quant.core.errors import InputError
 from quant.core.seams import ONLINE
 from quant.core.types import QuantizedWeight
 from quant.export import format_of
-from quant.export.formats import Content
-from quant.export.write import Entry, sha256_of_file
+from quant.export.formats import Content, in_order
+from quant.export.write import Entry, json_sha256, sha256_of_file
 
 SPARSE = "outlier_values"
+UNFIT = (ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError)  # what a wrong config.json leads to
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -29,31 +30,50 @@ class QuantizedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.declared: dict[str, Any] = json.loads((path / "config.json").read_text())
+        self.declared = read_json(path / "config.json")
         self.quantization: dict[str, Any] = self.declared["quantization_config"]
+        if not isinstance(self.quantization, dict):
+            raise InputError(f"{path / 'config.json'}: quantization_config is no JSON object")
         self.format = format_of(self.quantization)
-        self.dtype: torch.dtype = getattr(
-            torch, self.declared.get("dtype") or self.declared.get("torch_dtype") or "float16"
-        )
+        name = self.declared.get("dtype") or self.declared.get("torch_dtype") or "float16"
+        dtype = getattr(torch, str(name), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise InputError(f"{path / 'config.json'}: dtype {name!r} is no type of floating-point numbers")
+        self.dtype: torch.dtype = dtype
         self.linears = self.format.linears(self._where, self.quantization)
         if not self.linears:
             raise InputError(f"{path}: config.json says {self.format.name}, but no tensor is quantized")
         self._check_hashes()
         try:
             self.act = self.format.act(self.quantization)
-        except (KeyError, TypeError, ValueError) as error:
+        except UNFIT as error:
             raise InputError(f"{path}: quantization_config of config.json is not complete ({error})") from error
-        parts = {f"{linear}.{part}" for linear in self.linears for part in self.format.parts("weight")}
+        parts = {f"{linear}.{part}" for linear in self.linears for part in self.format.parts()}
         self._plain = [name for name in self._where if name not in parts]
+        self._check_orphans()
         self.extra = [name for name in self._plain if name.endswith((ONLINE, INPUT_RANGE))]
         self._weights = {f"{linear}.weight": linear for linear in self.linears}
 
     def _check_hashes(self) -> None:
+        """Of the files, and of the settings that say what their tensors mean."""
         results = self.path / "results.json"
-        known = json.loads(results.read_text()).get("files_sha256", {}) if results.exists() else {}
-        for file in self.files:
-            if file.name in known and sha256_of_file(file) != known[file.name]:
+        known = read_json(results) if results.exists() else {}
+        for name, digest in known.get("files_sha256", {}).items():
+            file = self.path / name
+            if file.exists() and sha256_of_file(file) != digest:
                 raise InputError(f"{file} is not what was written (its hash differs): truncated, edited or damaged")
+        expected = known.get("quantization_sha256")
+        if expected is not None and json_sha256(self.quantization) != expected:
+            raise InputError(f"{self.path / 'config.json'}: quantization_config is not what was written (edited)")
+
+    def _check_orphans(self) -> None:
+        """Raise InputError for a part of a quantized linear without the others."""
+        endings = tuple(f".{part}" for part in self.format.parts() if part != "weight")
+        for name in self._plain:
+            if name.endswith(endings):
+                raise InputError(f"{self.path}: {name} is part of a linear whose other tensors are missing")
+            if name.endswith(".weight") and self._where[name].get_slice(name).get_dtype()[0] not in "FB":
+                raise InputError(f"{self.path}: {name} holds integers, but no scale belongs to them")
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights or name in self._where
@@ -63,8 +83,14 @@ class QuantizedCheckpoint(Checkpoint):
         return [*self._plain, *self._weights]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; of a quantized one from its codes."""
-        return tuple(self.quantized(name).codes.shape) if name in self._weights else super().shape(name)
+        """Shape of a tensor, from the headers."""
+        if name not in self._weights:
+            return super().shape(name)
+        linear = self._weights[name]
+        try:
+            return self.format.shape(linear, super().shape, super().read, self._where, self.quantization)
+        except UNFIT as error:
+            raise InputError(f"{self.path}: {linear} does not fit config.json ({_said(error)})") from error
 
     def read(self, name: str) -> Tensor:
         """A tensor; a quantized one dequantized, in the model's dtype."""
@@ -75,8 +101,8 @@ class QuantizedCheckpoint(Checkpoint):
         linear = self._weights[name]
         try:
             return self.format.decode(linear, super().read, self._where, self.quantization).check()
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise InputError(f"{self.path}: {linear} does not fit config.json ({error})") from error
+        except UNFIT as error:
+            raise InputError(f"{self.path}: {linear} does not fit config.json ({_said(error)})") from error
 
     def entries(self) -> Iterator[Entry]:
         """Everything in it, for another format."""
@@ -87,17 +113,20 @@ class QuantizedCheckpoint(Checkpoint):
 
     def storage(self) -> tuple[int, int]:
         """Bits that the quantized weights take, and their number."""
-        found = [self.quantized(name) for name in self._weights]
-        return sum(weight.storage_bits() for weight in found), sum(weight.codes.numel() for weight in found)
+        bits = count = 0
+        for name in self._weights:
+            weight = self.quantized(name)
+            bits, count = bits + weight.storage_bits(), count + weight.codes.numel()
+        return bits, count
 
-    def content(self) -> Content:
-        """What another format has to hold; all linears must have one kind of grid."""
+    def content(self, whole: bool = True) -> Content:
+        """What another format has to hold; all linears must have one kind of grid. whole: see `Content`."""
         shapes: dict[str, tuple[int, int]] = {}
         reordered, specs = False, {}
         for name, linear in self._weights.items():
             found = self.quantized(name)
             specs[found.spec], shapes[linear] = linear, (found.codes.shape[0], found.codes.shape[1])
-            reordered = reordered or not found.has_plain_groups()
+            reordered = reordered or not in_order(found)
         if len(specs) > 1:
             first, second = list(specs.values())[:2]
             raise InputError(f"{first} and {second} have different grids; only one grid for all linears is converted")
@@ -108,9 +137,27 @@ class QuantizedCheckpoint(Checkpoint):
             self.act,
             reordered,
             outliers,
-            online=bool(self.extra),
+            online=any(name.endswith(ONLINE) for name in self.extra),
+            whole=whole,
             model_type=self.declared["model_type"],
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file. Raises InputError where it is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is truncated or no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return found
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"no {lines[0]}" if isinstance(error, KeyError) else (lines or [type(error).__name__])[0]
 
 
 def open_checkpoint(path: Path, declared: Mapping[str, Any]) -> Checkpoint:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.checkpoint import INDEX, SINGLE, write_tensors
 from models.load import LazyModel
+from quant.core.actquant import INPUT_RANGE
 from quant.core.errors import InputError
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
@@ -24,15 +25,37 @@ SHARD_BYTES = 5_000_000_000
 Entry = tuple[str, Tensor | QuantizedWeight]
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise InputError where a checkpoint cannot be written to ``target``."""
+def check_target(target: Path, overwrite: bool, source: Path) -> None:
+    """Raise InputError where a checkpoint cannot be written to ``target``: it is where the weights come from, or holds
+    anything but a checkpoint that may be overwritten.
+    """
     if target.exists() and not target.is_dir():
         raise InputError(f"--save {target} is a file; give a directory")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise InputError(f"--save {target} is not empty; use another directory or --overwrite")
+    if target.resolve() == source.resolve():
+        raise InputError(f"--save {target} is where the weights come from; use another directory")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise InputError(f"--save {target} is not empty; use another directory or --overwrite")
+        if not (target / "config.json").exists() or not any((target / name).exists() for name in (SINGLE, INDEX)):
+            raise InputError(f"--save {target} holds no checkpoint, and --overwrite replaces nothing else")
     parent = next(p for p in (target, *target.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise InputError(f"--save {target} cannot be written")
+
+
+def check_space(target: Path, size: int) -> None:
+    """Raise InputError where a disk has not ``size`` bytes left."""
+    free = shutil.disk_usage(next(p for p in (target, *target.absolute().parents) if p.exists())).free
+    if free < size:
+        raise InputError(f"{target} needs about {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+
+
+def size_of(model: LazyModel, kind: str, content: Content, layers: Layers) -> int:
+    """Bytes of a checkpoint's tensors, without scales and what else is small."""
+    width = torch.finfo(model.storage_dtype).bits
+    codes = sum(model.module.get_parameter(f"{name}.weight").numel() for name in layers.quantized)
+    rest = sum(parameter.numel() for parameter in model.module.parameters()) - codes
+    return (rest * width + codes * (content.bits if kind in PACKED else width)) // 8
 
 
 def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | QuantizedWeight]]) -> Iterator[Entry]:
@@ -76,7 +99,8 @@ def packed_entries(
     """The tensors of a format. Raises InputError, with the linear's name, where it cannot hold one."""
     for name, value in stream:
         if not isinstance(value, QuantizedWeight):
-            yield name, value
+            if kind in PACKED or not name.endswith(INPUT_RANGE):
+                yield name, value
         elif kind not in PACKED:
             yield name, value.dequantize().to(dtype)
         else:
@@ -97,8 +121,10 @@ def save_checkpoint(
 ) -> None:
     """Write config.json, side files, weights (sharded above 5 GB), results.json with a hash of every weight file.
 
-    Nothing is left behind where anything fails.
+    results.json also holds the hash of ``quantization_config``, which says what the tensors mean. Nothing is left
+    behind where anything fails, and a checkpoint that was there before is then still there.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
@@ -107,15 +133,33 @@ def save_checkpoint(
         _write_weights(stream, temporary)
         side_files(temporary)
         _write_json(temporary / "config.json", config)
-        if (quantization := config.get("quantization_config", {})).get("quant_method") == "gptq":
+        quantization = config.get("quantization_config", {})
+        if quantization.get("quant_method") == "gptq":
             _write_json(temporary / "quantize_config.json", quantization)
-        hashes = {file.name: sha256_of_file(file) for file in sorted(temporary.glob("*.safetensors"))}
-        _write_json(temporary / "results.json", dict(results or {}) | {"files_sha256": hashes})
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
+        files = sorted((*temporary.glob("*.safetensors"), *temporary.glob("quantize_config.json")))
+        written = {
+            "files_sha256": {file.name: sha256_of_file(file) for file in files},
+            "quantization_sha256": json_sha256(quantization) if quantization else None,
+        }
+        _write_json(temporary / "results.json", dict(results or {}) | written)
+        _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename a directory; one that has the name already is kept until the new one has it."""
+    aside = target.with_name(f".{target.name}.old")
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.replace(aside)
+    try:
+        temporary.replace(target)
+    except OSError:
+        if aside.exists():
+            aside.replace(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def model_config(model: LazyModel, kind: str, content: Content, quantized_blocks: int) -> dict[str, Any]:
@@ -149,6 +193,11 @@ def sha256_of_file(file: Path) -> str:
     return digest.hexdigest()
 
 
+def json_sha256(value: Mapping[str, Any]) -> str:
+    """Hash of a JSON object, whatever the order of its entries."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -160,7 +209,7 @@ def _write_weights(stream: Iterator[tuple[str, Tensor]], directory: Path) -> Non
     size = total = 0
 
     def flush() -> None:
-        save_file(pending, directory / f"shard-{len(shards)}", {"format": "pt"})
+        write_tensors(pending, directory / f"shard-{len(shards)}")
         shards.append(list(pending))
         pending.clear()
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.load import load_model
-from quant.core.actquant import INPUT_RANGE, ActSpec, instrumented, quantize_activations
+from quant.core.actquant import INPUT_RANGE, ActSpec, AttentionProducts, instrumented, quantize_activations
 from quant.core.clip import FakeQuantize
 from quant.core.errors import InputError
 from quant.core.learn import symmetric_kl
@@ -92,6 +92,21 @@ def test_attention_is_seen_in_every_implementation(name, model_dir, tmp_path):
     assert float(seen["sdpa"].triu(1).abs().max()) < 1e-12 and seen["sdpa"].shape[-2:] == (t, t), "causal"
     for a, b in zip(answers["eager"], answers["sdpa"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_queries_are_quantized_where_keys_are():
+    """8-bit inputs alone leave attention as it is, as runtimes of W8A8 checkpoints compute it."""
+    q, k, v = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    plain = attention(q, k, v)
+    with AttentionProducts(ActSpec(4, 16)):
+        assert torch.equal(attention(q, k, v), plain)
+        assert torch.equal(q @ k.mT, torch.matmul(q, k.mT))
+    with AttentionProducts(ActSpec(4, 8)):
+        found = attention(q, k, v)
+    torch.testing.assert_close(
+        found, attention(quantize_activations(q, 4), *(quantize_activations(x, 8) for x in (k, v))), rtol=0, atol=0
+    )
 
 
 def test_attention_that_does_not_work_is_refused(model_dir, tmp_path):
