@@ -185,7 +185,7 @@ def instrumented(
             shared = _InputQuantizer(spec)
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
-                    keep(module.register_forward_pre_hook(shared.hook(_span(weights, name))))
+                    keep(module.register_forward_pre_hook(shared.hook(weights.get(name + INPUT_RANGE))))
         if watch is not None or (spec is not None and spec.kv_bits < FULL_BITS):
             stack.enter_context(AttentionProducts(spec or ActSpec(), watch))
         yield own
