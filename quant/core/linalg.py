@@ -9,6 +9,8 @@ from quant.core.errors import RunError
 
 DAMPING_STEP = 10.0
 MAX_DAMPING = 1.0
+STRIP = 1 << 22  # entries of an error matrix that are multiplied at a time, but at least ROWS rows
+ROWS = 512
 
 
 class SingularGramError(RunError):
@@ -56,8 +58,12 @@ def damped_factor(gram: Tensor, percdamp: float, auto_damp: bool = False) -> tup
 
 
 def objective(error: Tensor, gram: Tensor) -> float:
-    """tr(E Σ Eᵀ) = ‖E X‖² for error [out, in]; products in the tensors' dtype, the sum in float64."""
-    return max(0.0, float((error @ gram).double().mul_(error).sum()))
+    """tr(E Σ Eᵀ) = ‖E X‖² for error [out, in]; products in the tensors' dtype, the sum in float64.
+
+    By strips of rows: the products and their float64 copies would be the largest tensors of a whole run.
+    """
+    strips = error.split(max(ROWS, STRIP // error.shape[1]))
+    return max(0.0, float(torch.stack([(rows @ gram).double().mul_(rows).sum() for rows in strips]).sum()))
 
 
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:

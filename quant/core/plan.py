@@ -3,8 +3,16 @@
 Memory (bytes)
   block       parameters of a block x bytes of the arithmetic's dtype
   statistics  4·in² for every Gram matrix alive: all groups of a block, or the largest with --true-sequential
-  solver      of the largest linear: 4·6·out·in (target, residual, correlation, work copies, codes), and 4·3·in² more for
-              methods that factorize the Gram matrix (those with --percdamp), 4·in² for act-order
+  solver      of the linear and the phase that take most; a = 4·out·in, g = 4·in², the Gram matrix itself is statistics'
+              every method, measuring the error   3.25·a (weight, codes, values, error), 2·a more with groups
+              gptq, spqr: factorization           a + 2·g (permuted copy and factor), g more with a column order
+                          sweep                   3.25·a + g (weight, work, errors, codes; factor), a more with an order;
+                                                  spqr 8.25·a + g at its end
+              quantease   descent                 5·a (weight, target, residual, correlation, codes); 7·a in
+                                                  gptq_quantease, 10·a with a searched or refitted grid, 14·a with
+                                                  outliers; 2·g more with a refitted grid or outliers, g with act-order
+                          act-order               2·a + 2·g while the Gram matrix is permuted
+              workspaces of the libraries' factorizations are not in it
   batch       --calib-batch x seqlen x (8·hidden + 3·widest linear) x bytes of the dtype
   learning    4·6 for every parameter of a block (original, transformed, rounded, and what their gradients need) and
               --batch_size x seqlen x (17·hidden + 2.5·heads·seqlen) x bytes of the dtype for the backward pass
@@ -136,8 +144,7 @@ def estimate(
     n_blocks, tokens = min(config.num_layers, shapes.n_blocks), config.nsamples * seqlen
     grams = [4 * group[0][2] ** 2 for group in shapes.groups]
     statistics = max(grams) if config.true_sequential else sum(grams)
-    squares = (3 if "percdamp" in config.options else 0) + (1 if config.options.get("act_order") else 0)
-    workspace = max(4 * (6 * out * n_in + squares * n_in**2) for _, out, n_in in shapes.linears)
+    workspace = max(solver_bytes(config, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
     batch = config.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
@@ -182,6 +189,24 @@ def estimate(
         "seconds: evaluate": evaluate,
         "seconds: total": forward + gram + solve + evaluate + learn / rates[0],
     }
+
+
+def solver_bytes(config: RunConfig, n_out: int, n_in: int) -> float:
+    """Bytes of the largest phase of solving one linear, without its Gram matrix; see the module's text."""
+    options, area, square = config.options, 4.0 * n_out * n_in, 4.0 * n_in**2
+    factorizes = "percdamp" in options
+    ordered = bool(options.get("act_order") or options.get("group_aware"))
+    phases = [(3.25 if config.group_size == -1 else 5.25) * area]
+    if factorizes:
+        phases += [area + (2 + ordered) * square, (3.25 + ordered) * area + square]
+    if "scale_bits" in options:
+        phases.append(8.25 * area + square)
+    if "num_iter" in options:
+        outlier, refit = options.get("outlier", 0.0) > 0, options.get("refit_grid", False)
+        areas = 14 if outlier else 10 if refit or options.get("search_grid") else 7 if factorizes else 5
+        permuted = ordered and not factorizes
+        phases += [areas * area + (2 * (outlier or refit) + permuted) * square, 2 * (area + square) * permuted]
+    return max(phases)
 
 
 def _learning(config: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize: int) -> tuple[float, float, int]:
