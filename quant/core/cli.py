@@ -329,6 +329,7 @@ def loadability_table(kind: str, rows: Sequence[tuple[str, bool, str, str]]) -> 
     )
     table.add_column("in")
     table.add_column("")
+    table.add_column("known from")
     table.add_column("why not, or what it needs", overflow="fold")
     for runtime, loads, why, known in rows:
         table.add_row(runtime, "yes" if loads else "no", known, why)
@@ -337,4 +338,3 @@ def loadability_table(kind: str, rows: Sequence[tuple[str, bool, str, str]]) -> 
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-    table.add_column("known from")
