@@ -98,6 +98,7 @@ def main() -> None:
         activation_store=args.activation_store,
         calib_batch=args.calib_batch,
         trust_remote_code=args.trust_remote_code,
+        deterministic=args.deterministic,
     )
     session, console = Session(config), cli.console()
     with cli.ProgressBars(console) as bars:

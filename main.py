@@ -332,8 +332,8 @@ def run_config(args: argparse.Namespace) -> Any:
         target=args.target,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,
+        deterministic=args.deterministic,
     )
-
     return replace(config, format=packed_format(config)) if args.real_quant and args.format is None else config
 
 
@@ -349,6 +349,7 @@ def packed_format(config: Any) -> str:
     named = {name: (out, n_in) for name, out, n_in in shapes.linears}
     return first_holding(content_of(config, named, shapes.n_blocks, declared.model_type))
 
+
 def config_from(words: list[str]) -> Any:
     """The RunConfig of a command given as words, for sweeps. Raises InputError for what is wrong with it."""
     from quant.core.errors import InputError
@@ -362,13 +363,11 @@ def config_from(words: list[str]) -> Any:
 
 def main() -> None:
     """Parse, check, run."""
-    from quant.core import cli, flags, machine
+    from quant.core import cli, flags
     from quant.core.errors import InputError
 
     args = parser().parse_args()
     cli.set_logging(args.log_level)
-    if args.deterministic:
-        machine.be_deterministic()
     if args.list:
         flags.show_list()
         return
@@ -405,6 +404,8 @@ def main() -> None:
     cli.show_results(
         f"{args.model}: {weights}{group}; {data}", [results], console, args.compute_quantization_recon_error
     )
+    if not args.no_report:
+        cli.show_report([results], None, console)
     if args.save_dir:
         console.print(f"checkpoint: {args.save_dir}", highlight=False, soft_wrap=True)
 

@@ -240,6 +240,7 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
             target=args.target,
             overwrite=args.overwrite,
             trust_remote_code=args.trust_remote_code,
+            deterministic=args.deterministic,
         )
         for method in args.methods
     ]
@@ -270,12 +271,10 @@ def config_from(words: list[str]) -> Any:
 
 def main() -> None:
     """Parse, check, run."""
-    from quant.core import cli, flags, machine
+    from quant.core import cli, flags
 
     args = parser().parse_args()
     cli.set_logging(args.log_level)
-    if args.deterministic:
-        machine.be_deterministic()
     if args.list:
         flags.show_list()
         return
@@ -311,6 +310,8 @@ def main() -> None:
     setting = bits if args.wbits != 16 else "base model"
     data = f"calibration {args.dataset}, {args.nsamples} x {session.seqlen} tokens, seed {args.seed}"
     cli.show_results(f"{args.model}: {setting}; {data}", finished, console, args.compute_quantization_recon_error)
+    if not args.no_report:
+        cli.show_report(finished, args.run_dir, console)
     if args.save:
         console.print(f"checkpoint: {args.save}", highlight=False, soft_wrap=True)
 

@@ -61,11 +61,18 @@ def evaluate(
     directory: Path = Path(),
     full_precision: bool = True,
     full_act: ActSpec | None = None,
+    full_streams: dict[str, BlockStream] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, Scores]]:
     """Scores by corpus and variant; full precision is the variant ``fp`` (with full_act: of a checkpoint that
-    quantizes activations itself)."""
-    full = {FULL: Variant(lambda _, weights: weights, full_act)} if full_precision else {}
+    quantizes activations itself).
+
+    full_streams: full precision behind the last block by corpus, of an earlier call; filled if empty, else full precision
+    does not pass the blocks again.
+    """
+    kept: dict[str, BlockStream] = {} if full_streams is None else full_streams
+    wanted = full_precision and not kept
+    full = {FULL: Variant(lambda _, weights: weights, full_act)} if wanted else {}
     everything: dict[str, Variant] = full | dict(variants)
     outside = model.outside_weights(device)
     streams: dict[str, dict[str, BlockStream]] = {}
@@ -82,6 +89,10 @@ def evaluate(
             for by_variant in streams.values():
                 by_variant[name].run(index, own, advance=True, act=variant.act)
         progress(index + 1, n_blocks)
+    if wanted:
+        kept |= {name: by_variant[FULL] for name, by_variant in streams.items()}
+    elif full_precision:
+        streams = {name: {FULL: kept[name]} | by_variant for name, by_variant in streams.items()}
     outside = model.outside_weights(device)
     return {name: _scores(by_variant, outside) for name, by_variant in streams.items()}
 
@@ -170,6 +181,7 @@ def main() -> None:
             calib_batch=args.calib_batch,
             activation_store=args.activation_store,
             trust_remote_code=args.trust_remote_code,
+            deterministic=args.deterministic,
             run_dir=Path(directory) / "run",
         )
         console = cli.console()

@@ -1,6 +1,6 @@
 """A page a person can look at, for one run or for many; and what differs between runs.
 
-    python -m quant.report RUN              RUN/report.html, report.csv and *.png beside it
+    python -m quant.report RUN              RUN/report.html, report.csv and *.png beside it (a run writes them itself)
     python -m quant.report RUN RUN --out DIR    one page for all of them: quality against bits
     python -m quant.report compare RUN RUN      configuration, numbers and layers that differ
 
@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import math
+import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +33,9 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 INK = "#010203"  # stands for the page's text colour in plots, which follows light and dark
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8860b")  # Okabe and Ito
 MARKERS = "osD^vPX*"
-STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "export")
+STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "tasks", "export")
 LOOK_ABOVE = 0.1
+BARS, SCORED = 24, 12  # runs that one plot of seconds, and one of scores, can show
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,12 @@ class Run:
         group = f" g{r['group_size']}" if r["group_size"] > 0 else ""
         return f"{method_of(r)} W{r['wbits']}{acts}{group}"
 
+    @property
+    def score(self) -> float | None:
+        """Mean score over its tasks, of the quantized model where there is one; None without tasks."""
+        found = [score_of(entry) for entry in self.results["zero_shot"].values()]
+        return sum(found) / len(found) if found else None
+
 
 def open_run(path: Path) -> Run:
     """A run directory. Raises InputError where it is none, is not finished, or is damaged."""
@@ -76,6 +86,12 @@ def open_run(path: Path) -> Run:
     except json.JSONDecodeError as error:
         raise InputError(f"{journal}, line {error.lineno}: damaged; run the command again to rebuild it") from error
     return Run(path, manifest, results, records)
+
+
+def score_of(entry: Record) -> float:
+    """A task's score: of the quantized model, or of full precision where that alone was measured."""
+    value: float = entry["quantized"] if entry["quantized"] is not None else entry["fp"]
+    return value
 
 
 def reason(record: Record) -> str:
@@ -111,10 +127,12 @@ def _figure(width: float, height: float) -> Iterator[Any]:
 def _drawn(figure: Any, about: str) -> tuple[str, bytes]:
     """(inline SVG that follows the page's colours and width, PNG on white)."""
     svg, png = io.StringIO(), io.BytesIO()
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")  # else every file lays the figure out again
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    figure.savefig(png, format="png", dpi=150, facecolor="white")
+    figure.savefig(png, format="png", dpi=120, facecolor="white")
     text = svg.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = _own_names(text[text.index("<svg") :].replace(INK, "currentColor"), about)
     head, _, body = text.partition(">")
     for size in ("width", "height"):  # the view box decides the shape, the page the width
         start = head.index(f' {size}="')
@@ -122,18 +140,49 @@ def _drawn(figure: Any, about: str) -> tuple[str, bytes]:
     return f'{head} role="img" aria-label="{about}">{body}', png.getvalue()
 
 
-def quality_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | None:
-    """Perplexity over full precision's against stored bits: a panel a model, a line a method, mean over seeds.
+def _own_names(svg: str, about: str) -> str:
+    """An SVG without its metadata, whose ids and references are its own among the pictures of a page."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    mark = re.sub(r"[^a-z0-9]+", "-", about.lower())
+    svg = re.sub(r'(\sid=")', rf"\g<1>{mark}--", svg)
+    return re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}--", svg)
 
-    None without such numbers.
+
+def perplexity_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | None:
+    """Perplexity over full precision's against stored bits; None without such numbers."""
+
+    def ratio(run: Run) -> float | None:
+        scores = run.results["perplexity"].get(corpus, {})
+        return scores["quantized"] / scores["fp"] if scores.get("fp") and scores.get("quantized") else None
+
+    about = f"Perplexity on {corpus} relative to full precision against stored bits per weight"
+    return _against_bits(runs, ratio, 1.0, "perplexity / full precision", about)
+
+
+def scores_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
+    """Mean score over the tasks less full precision's, against stored bits; None without such numbers."""
+
+    def difference(run: Run) -> float | None:
+        found = [entry["difference"] for entry in run.results["zero_shot"].values()]
+        return sum(found) / len(found) if found and None not in found else None
+
+    about = "Mean score of the tasks less that of full precision against stored bits per weight"
+    return _against_bits(runs, difference, 0.0, "mean score - full precision", about)
+
+
+def _against_bits(
+    runs: Sequence[Run], value: Callable[[Run], float | None], full: float, name: str, about: str
+) -> tuple[str, bytes] | None:
+    """A number against stored bits: a panel a model, a line a method, mean over seeds; ``full``: full precision's.
+
+    None for fewer than two points.
     """
     points: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
     for run in runs:
-        scores = run.results["perplexity"].get(corpus, {})
-        if scores.get("fp") and scores.get("quantized"):
+        found = value(run)
+        if found is not None:
             of_method = points.setdefault(run.model, {}).setdefault(method_of(run.results), {})
-            point = (run.results["bits_per_weight"], scores["quantized"] / scores["fp"])
-            of_method.setdefault(run.label, []).append(point)
+            of_method.setdefault(run.label, []).append((run.results["bits_per_weight"], found))
     methods = sorted({method for own in points.values() for method in own})
     if sum(len(labels) for own in points.values() for labels in own.values()) < 2:
         return None
@@ -151,16 +200,16 @@ def quality_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | None:
                     axes.plot(
                         x, y, marker=MARKERS[i % 8], color=COLOURS[i % 8], label=method, linewidth=1.2, markersize=5
                     )
-            axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+            axes.axhline(full, color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(model if len(points) > 1 else "")
             axes.set_xlabel("stored bits per weight")
-            if max(v for labels in own.values() for seeds in labels.values() for _, v in seeds) > 2:
+            if full and max(v for labels in own.values() for seeds in labels.values() for _, v in seeds) > 2:
                 axes.set_yscale("log")
             axes.grid(alpha=0.25)
         for axes in panels[len(points) :]:
             axes.set_visible(False)
         for axes in panels[::columns]:
-            axes.set_ylabel("perplexity / full precision")
+            axes.set_ylabel(name)
         handles = {
             label: h
             for axes in panels[: len(points)]
@@ -174,13 +223,14 @@ def quality_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | None:
             ncols=min(5, len(handles)),
             loc="outside upper left",
         )
-        return _drawn(figure, f"Perplexity on {corpus} relative to full precision against stored bits per weight")
+        return _drawn(figure, about)
 
 
 def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
-    """Accuracy of every task before and after, with standard errors; None without tasks."""
+    """Accuracy of every task before and after, with standard errors; None without tasks, or for more than SCORED runs
+    (which their table shows)."""
     shown = [run for run in runs if run.results["zero_shot"]]
-    if not shown:
+    if not 0 < len(shown) <= SCORED:
         return None
     tasks = list(shown[0].results["zero_shot"])
     with _figure(7.2, 0.5 + 0.32 * len(tasks) * (len(shown) + 1)) as figure:
@@ -190,9 +240,13 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
             entries = [(run.label, run.results["zero_shot"][task]) for run in shown if task in run.results["zero_shot"]]
             full = entries[0][1]["fp"]
             for i, (label, entry) in enumerate(entries):
-                value = entry["quantized"] if entry["quantized"] is not None else entry["fp"]
                 axes.errorbar(
-                    value, rows, xerr=1.96 * entry["stderr"], fmt=MARKERS[i % 8], color=COLOURS[i % 8], capsize=3
+                    score_of(entry),
+                    rows,
+                    xerr=1.96 * entry["stderr"],
+                    fmt=MARKERS[i % 8],
+                    color=COLOURS[i % 8],
+                    capsize=3,
                 )
                 names.append(f"{task}: {label}")
                 rows += 1
@@ -210,8 +264,8 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
 
 
 def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
-    """Seconds by stage."""
-    shown = runs[:24]
+    """Seconds by stage of the BARS longest runs."""
+    shown = sorted(runs, key=lambda run: -run.results["seconds"]["total"])[:BARS]
     with _figure(7.2, 0.9 + 0.36 * len(shown)) as figure:
         axes = figure.subplots()
         left = [0.0] * len(shown)
@@ -225,6 +279,28 @@ def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
         axes.set_xlabel("seconds")
         axes.legend(frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
         return _drawn(figure, "Seconds by stage")
+
+
+def memory_plot(run: Run) -> tuple[str, bytes] | None:
+    """Peak memory by stage, of the host and of the device if there is one; None for runs that did not measure it."""
+    stages = dict(run.results.get("peak_bytes_by_stage", {}))
+    if not run.results["zero_shot"]:
+        stages.pop("tasks", None)
+    if not stages:
+        return None
+    places = [where for where in ("host", "device") if any(peak[where] for peak in stages.values())]
+    with _figure(7.2, 0.9 + 0.36 * len(stages)) as figure:
+        axes = figure.subplots()
+        for i, where in enumerate(places):
+            height = 0.7 / len(places)
+            centres = [n + (i - (len(places) - 1) / 2) * height for n in range(len(stages))]
+            amounts = [peak[where] / 1e9 for peak in stages.values()]
+            axes.barh(centres, amounts, height=height, color=COLOURS[i], label=where)
+        axes.set_yticks(range(len(stages)), list(stages))
+        axes.invert_yaxis()
+        axes.set_xlabel("peak memory, GB")
+        axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+        return _drawn(figure, "Peak memory by stage")
 
 
 def losses_plot(run: Run) -> tuple[str, bytes] | None:
@@ -309,28 +385,40 @@ def heat(records: Sequence[Record]) -> dict[str, Any] | None:
     return {"names": names, "rows": rows}
 
 
-def page(runs: Sequence[Run], title: str) -> tuple[str, dict[str, bytes]]:
-    """The HTML of one run or of several, and its plots as PNG by name."""
+def _link(run: Run, out: Path) -> str:
+    """Where a run lies, seen from the page's directory: its own page if it has one, else the directory."""
+    own = run.path / "report.html"
+    return Path(os.path.relpath(own if own.exists() else run.path, out)).as_posix()
+
+
+def page(runs: Sequence[Run], title: str, out: Path) -> tuple[str, dict[str, bytes]]:
+    """The HTML of one run or of several, as it will lie in ``out``, and its plots as PNG by name."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     plots: dict[str, tuple[str, bytes]] = {}
     for corpus in dict.fromkeys(name for run in runs for name in run.results["perplexity"]):
-        if drawn := quality_plot(runs, corpus):
+        if drawn := perplexity_plot(runs, corpus):
             plots[f"perplexity-{corpus}"] = drawn
-    if drawn := accuracy_plot(runs[:12]):
+    if drawn := scores_plot(runs):
+        plots["scores"] = drawn
+    if drawn := accuracy_plot(runs):
         plots["zero-shot"] = drawn
-    if len(runs) == 1 and (drawn := losses_plot(runs[0])):
-        plots["losses"] = drawn
-    if len(runs) == 1 and (drawn := ranges_plot(runs[0])):
-        plots["ranges"] = drawn
+    if len(runs) == 1:
+        for name, plot in (("losses", losses_plot), ("ranges", ranges_plot), ("memory", memory_plot)):
+            if drawn := plot(runs[0]):
+                plots[name] = drawn
     plots["seconds"] = stages_plot(runs)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
     html = environment.get_template(TEMPLATE.name).render(
         title=title,
         runs=runs,
+        links=[_link(run, out) for run in runs],
+        tasks=list(dict.fromkeys(task for run in runs for task in run.results["zero_shot"])),
+        bars=BARS,
+        score_of=score_of,
         published=[(run, entry) for run in runs for entry in published(run.model, run.results)],
         plots={name: svg for name, (svg, _) in plots.items()},
-        heat=heat(runs[0].records) if len(runs) == 1 else None,
+        heats=[heat(run.records) for run in runs],
         linears=[r | {"reason": reason(r)} for r in runs[0].records] if len(runs) == 1 else [],
         manifest=json.dumps(runs[0].manifest, indent=2) if len(runs) == 1 else "",
     )
@@ -342,7 +430,7 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     models = list(dict.fromkeys(run.model for run in runs))
     title = f"{runs[0].model}: {runs[0].label}" if len(runs) == 1 else f"{len(runs)} runs of {', '.join(models[:6])}"
-    html, pictures = page(runs, title)
+    html, pictures = page(runs, title, out)
     for name, png in pictures.items():
         write_atomically(out / f"{name}.png", png)
     write_atomically(out / "report.csv", _csv(runs).encode())
@@ -350,25 +438,38 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     return out / "report.html"
 
 
+def write_pages(paths: Sequence[Path], together: Path | None) -> Path:
+    """A page in every run directory, and one for all of several in ``together`` (default: beside them). Returns the page
+    to look at first."""
+    runs = [open_run(path) for path in paths]
+    pages = [write_report([run], run.path) for run in runs]
+    if len(runs) == 1:
+        return pages[0]
+    digest = hashlib.sha256(" ".join(run.path.name for run in runs).encode()).hexdigest()[:8]
+    return write_report(runs, together or runs[0].path.parent / f"report-{runs[0].model}-{digest}")
+
+
 def _csv(runs: Sequence[Run]) -> str:
-    """The journal of one run, or one line a run and corpus."""
+    """The journal of one run, or one line a run and corpus with the scores of its tasks."""
     text = io.StringIO()
     if len(runs) == 1:
-        fields = ["block", "name", "method", "bits", "relative_error", "relative_error_rtn", "bits_per_weight", "seconds", "verdict"]  # fmt: skip
+        fields = ["block", "name", "method", "bits", "relative_error", "relative_error_rtn", "bits_per_weight", "seconds", "peak_bytes", "verdict"]  # fmt: skip
         writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(runs[0].records)
         return text.getvalue()
     plain = csv.writer(text, lineterminator="\n")
+    tasks = list(dict.fromkeys(task for run in runs for task in run.results["zero_shot"]))
     plain.writerow(["model", "method", "wbits", "abits", "group_size", "seed", "bits_per_weight", "data", "fp", "quantized",
-                    "kl_divergence", "mean_relative_error", "run"])  # fmt: skip
+                    "kl_divergence", "mean_relative_error", *tasks, "seconds", "peak_bytes_host", "peak_bytes_device", "run"])  # fmt: skip
     for run in runs:
-        r = run.results
+        r, answered = run.results, run.results["zero_shot"]
         for name, scores in (r["perplexity"] or {"-": {"fp": None, "quantized": None}}).items():
             kl = r["fidelity"].get(name, {}).get("kl_divergence")
             plain.writerow([run.model, r["method"], r["wbits"], r.get("abits", 16), r["group_size"], run.manifest["seed"],
                             r["bits_per_weight"], name, scores["fp"], scores["quantized"], kl, r["mean_relative_error"],
-                            run.path.name])  # fmt: skip
+                            *(score_of(answered[task]) if task in answered else None for task in tasks),
+                            r["seconds"]["total"], r["peak_bytes"]["host"], r["peak_bytes"]["device"], run.path.name])  # fmt: skip
     return text.getvalue()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,9 +12,11 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+import model_quantizer
 from quant import report
 from quant.core.cli import guarded
 from quant.core.errors import InputError
@@ -33,6 +36,7 @@ class Page(HTMLParser):
         self.tables: dict[str, list[list[str]]] = {}
         self.links: list[str] = []
         self.ids: list[str] = []
+        self.references: list[str] = []
         self.table: list[list[str]] | None = None
         self.cell = False
         self.feed(text)
@@ -40,9 +44,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
-        self.links += [
-            v for k, v in found.items() if k in ("href", "src", "xlink:href") and v and not v.startswith("#")
-        ]
+        self._note(found)
         if tag == "table":
             self.table = self.tables.setdefault(found.get("id", "heat"), [])
         if tag == "tr" and self.table is not None:
@@ -61,7 +63,21 @@ class Page(HTMLParser):
         self.cell = self.cell and tag not in ("td", "th")
 
     def handle_startendtag(self, tag, attrs):
-        self.links += [v for k, v in attrs if k in ("href", "src", "xlink:href") and v and not v.startswith("#")]
+        self._note(dict(attrs))
+
+    def _note(self, found):
+        """Identities, and references to them or to elsewhere, of one element."""
+        self.ids += [found["id"]] if "id" in found else []
+        for name, value in found.items():
+            if name in ("href", "src", "xlink:href") and value:
+                (self.references if value.startswith("#") else self.links).append(value.removeprefix("#"))
+            self.references += re.findall(r"url\(#([^)]+)\)", value or "")
+
+    def check(self):
+        """Every element is closed, every id is one element's, every reference has its element."""
+        assert self.open == [] and len(self.ids) == len(set(self.ids)), "duplicated ids"
+        assert set(self.references) <= set(self.ids)
+        return self
 
     def handle_data(self, data):
         if self.cell and self.table:
@@ -87,13 +103,13 @@ def finished(tmp_path_factory, model_dir, text) -> dict[str, Path]:
 def test_numbers_are_those_of_the_run(finished, tmp_path):
     run = report.open_run(finished["plain"])
     html = report.write_report([run], tmp_path).read_text()
-    page = Page(html)
-    assert (
-        page.open == []
-        and page.links == []
-        and html.startswith("<!DOCTYPE html>")
-        and "http://www.w3.org" not in page.links
-    )
+    page = Page(html).check()
+    assert page.links == [] and html.startswith("<!DOCTYPE html>") and "<metadata" not in html and "rdf:" not in html
+    pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(pictures) == 3 and len(page.ids) > 100
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+    assert ", deterministic; " in html
     scores = run.results["perplexity"]["words"]
     for shown in (f"{scores['quantized']:.3f}", f"before {scores['fp']:.3f}", f"{run.results['bits_per_weight']:.3f}",
                   f"{run.results['fidelity']['words']['kl_divergence']:.4f}", f"{run.results['mean_relative_error']:.4f}"):  # fmt: skip
@@ -107,7 +123,8 @@ def test_numbers_are_those_of_the_run(finished, tmp_path):
             f"{record['relative_error']:.5f}",
             f"{record['relative_error_rtn']:.5f}",
         ]
-        assert row[6] == record["verdict"] and bool(row[7]) == (record["verdict"] != "ok")
+        assert row[6] == f"{record['peak_bytes'] / 1e9:.2f}"
+        assert row[7] == record["verdict"] and bool(row[8]) == (record["verdict"] != "ok")
     _, *blocks = page.tables["heat"]
     assert [float(cell) for cell in blocks[2][1:]] == [
         round(r["relative_error"], 4) for r in run.records if r["block"] == 2
@@ -121,7 +138,8 @@ def test_numbers_are_those_of_the_run(finished, tmp_path):
 def test_several_runs_share_a_page(finished, tmp_path):
     runs = [report.open_run(finished[name]) for name in ("plain", "gptq", "learned", "other")]
     html = report.write_report(runs, tmp_path).read_text()
-    page = Page(html)
+    page = Page(html).check()
+    assert page.links == [Path(os.path.relpath(run.path, tmp_path)).as_posix() for run in runs]
     _, *rows = page.tables["runs"]
     for row, run in zip(rows, runs, strict=True):
         assert row[0] == run.model and row[1] == run.label
@@ -129,6 +147,51 @@ def test_several_runs_share_a_page(finished, tmp_path):
         assert row[6] == f"{run.results['perplexity']['words']['quantized']:.3f}"
     assert "Quality against size, words" in html and (tmp_path / "perplexity-words.png").exists()
     assert len(list(csv.reader((tmp_path / "report.csv").open()))) == 5
+    shown = [float(cell) for row in page.tables["heat"] for cell in row[1:] if re.fullmatch(r"[\d.]+", cell)]
+    errors = [round(record["relative_error"], 4) for run in runs for record in run.records]
+    losses = [log[k] for log in runs[2].results["learning"] for k in ("loss_start", "loss_end")]
+    assert set(errors) <= set(shown) and {float(f"{loss:.4g}") for loss in losses} <= set(shown)
+
+
+def test_scores_and_memory_are_on_the_page(finished, tmp_path):
+    """Tasks in the table of runs, in the CSV and against bits; peaks by stage; more runs than one plot shows."""
+    runs = [report.open_run(finished[name]) for name in ("plain", "gptq")]
+    for run, score in zip(runs, (0.75, 0.25), strict=True):
+        entry = {"metric": "acc", "items": 20, "fp": 0.8, "quantized": score, "stderr": 0.1, "difference": score - 0.8,
+                 "difference_ci95": [-0.9, 0.9], "chance": 0.25, "at_chance": score == 0.25, "others": {}}  # fmt: skip
+        run.results["zero_shot"] = {"quiz": entry}
+    page = Page(report.write_report(runs, tmp_path).read_text()).check()
+    head, *rows = page.tables["runs"]
+    assert [row[head.index("quiz")] for row in rows] == ["0.750", "0.250"]
+    assert [row[6] for row in page.tables["tasks"][1:]] == ["0.800", "0.800"], "before"
+    assert page.tables["tasks"][2][-1] == "0.25 (at chance)"
+    assert [line["quiz"] for line in csv.DictReader((tmp_path / "report.csv").open())] == ["0.75", "0.25"]
+    assert (tmp_path / "scores.png").exists() and (tmp_path / "zero-shot.png").exists()
+    stages = runs[0].results["peak_bytes_by_stage"]
+    assert list(stages) == ["load", "quantize", "evaluate", "tasks"]
+    assert runs[0].results["peak_bytes"] == {k: max(s[k] for s in stages.values()) for k in ("device", "host")}
+    report.write_report(runs[:1], tmp_path / "one")
+    assert (tmp_path / "one" / "memory.png").exists()
+    html = report.write_report([runs[0]] * 25, tmp_path / "many").read_text()
+    assert "The 24 longest of 25 runs" in html and "without a plot" in html and "zero-shot" not in html
+
+
+def test_a_command_writes_its_pages(model_dir, text, tmp_path, monkeypatch, capsys):
+    flags = ["--model", model_dir("llama"), "--dataset", text, "--eval-datasets", text, "--seqlen", 32, "--nsamples", 4,
+             "--limit", 4, "--wbits", 3, "--cache-dir", tmp_path / "cache", "--run-dir", tmp_path / "runs"]  # fmt: skip
+
+    def command(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["model_quantizer.py", *map(str, flags), *map(str, words)])
+        assert guarded(model_quantizer.main) == 0
+        return capsys.readouterr().out
+
+    out = command("--quantization-method", "rtn,gptq")
+    assert f"report: {tmp_path / 'runs' / 'report.html'}" in out
+    page = Page((tmp_path / "runs" / "report.html").read_text()).check()
+    assert page.links == ["rtn/report.html", "gptq/report.html"]
+    assert all((tmp_path / "runs" / link).exists() for link in page.links)
+    out = command("--quantization-method", "rtn", "--run-dir", tmp_path / "bare", "--no-report")
+    assert "report:" not in out and not (tmp_path / "bare" / "report.html").exists()
 
 
 def test_losses_are_shown_where_there_are_any(finished, tmp_path):

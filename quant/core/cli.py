@@ -23,7 +23,7 @@ from rich.table import Table
 from quant.core.errors import InputError, RunError
 from quant.published import published
 
-STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "export")
+STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "tasks", "export")
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -180,7 +180,9 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
         if linears and (path / "journal.jsonl").exists():
             console.print(linears_table([json.loads(line) for line in (path / "journal.jsonl").open()]))
         verdicts, seconds, peak = results["verdicts"], results["seconds"], results["peak_bytes"]
-        stages = ", ".join(f"{k} {seconds[k]:.1f}" for k in STAGES if seconds[k] > 0 or k != "learn")
+        stages = ", ".join(
+            f"{k} {seconds[k]:.1f}" for k in STAGES if seconds.get(k, 0) > 0 or k not in ("learn", "tasks")
+        )
         memory = f"{peak['host'] / 1e9:.2f} GB host" + (
             f", {peak['device'] / 1e9:.2f} GB device" if peak["device"] else ""
         )
@@ -192,6 +194,14 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
         for line in _remarks(results):
             console.print(f"  {line}", highlight=False)
         console.print(f"  {path / 'results.json'}", highlight=False, soft_wrap=True)
+
+
+def show_report(finished: Sequence[dict[str, Any]], together: Path | None, console: Console) -> None:
+    """Write a page for every run and one for all of several, in ``together``; say where it is."""
+    from quant.report import write_pages
+
+    page = write_pages([Path(results["run_dir"]) for results in finished], together)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 def show_published(model: str, finished: Sequence[dict[str, Any]], console: Console) -> None:

@@ -60,7 +60,8 @@ class RunConfig:
 
     method names the run; solver, where it is not the method itself, rounds. learning, act: see `Recipe`. resume: a run
     directory whose learned parameters are the start. format: of the checkpoint in ``save``; target: the software that is
-    to load it. act_scales, act_shifts: files of generate_act_scale_shift.py.
+    to load it. act_scales, act_shifts: files of generate_act_scale_shift.py. deterministic: on CUDA, only deterministic
+    algorithms.
     """
 
     model: str
@@ -104,6 +105,7 @@ class RunConfig:
     target: str | None = None
     overwrite: bool = False
     trust_remote_code: bool = False
+    deterministic: bool = False
 
     def to_json(self) -> Record:
         """The configuration as JSON can hold it; `from_json` takes it back."""
@@ -155,7 +157,16 @@ class Job:
     results: Record | None
     blocks: list[BlockSummary] = field(default_factory=list)
     seconds: float = 0.0
-    peak: Mapping[str, int] = field(default_factory=dict)
+    peaks: dict[str, Mapping[str, int]] = field(default_factory=dict)  # bytes by stage
+
+
+@dataclass
+class FullPrecision:
+    """What is kept of full precision between calls of `Session.run_all`, so that it is evaluated once: hidden states
+    behind the last block by corpus, and scores by task."""
+
+    streams: dict[str, BlockStream] = field(default_factory=dict)
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
 
 
 class Session:
@@ -167,7 +178,10 @@ class Session:
     def __init__(self, config: RunConfig) -> None:
         started = time.perf_counter()
         self.config = config
+        if config.deterministic:
+            machine.be_deterministic()
         self.device = machine.pick_device(config.device)
+        machine.reset_peak(self.device)
         self.model: LazyModel = load_model(
             config.model,
             dtype=machine.pick_dtype(config.dtype, self.device),
@@ -204,6 +218,7 @@ class Session:
             self.tasks = open_tasks(config.tasks, config.task_path, config.num_fewshot, config.limit)
         self.model_sha256 = self.model.checkpoint.sha256()
         self.load_seconds = time.perf_counter() - started
+        self.load_peak = machine.peak_bytes(self.device)
 
     def calibration(self, config: RunConfig) -> Tokens | None:
         """The calibration windows of a configuration (runs of one session may have several seeds), kept once read."""
@@ -280,6 +295,8 @@ class Session:
             "device": self.device.type,
             "calib_batch": config.calib_batch,
         }
+        if self.device.type == "cuda":
+            decided["deterministic"] = config.deterministic  # a CPU always is
         found: Record = json.loads(json.dumps(decided))  # as it will be read back: tuples are lists
         if config.resume is not None:
             found["start"] = self._resumed(config.resume, found)
@@ -304,25 +321,30 @@ class Session:
         self._quantize_job(self._checked(config), progress)
 
     def run_all(
-        self, configs: Sequence[RunConfig], progress: Callable[[str], Progress] = lambda _: silent
+        self,
+        configs: Sequence[RunConfig],
+        progress: Callable[[str], Progress] = lambda _: silent,
+        kept: FullPrecision | None = None,
     ) -> list[Record]:
         """`run` for several methods: all are quantized, then evaluated side by side, so full precision runs once.
 
-        progress: gives the callback for a method's name.
+        progress: gives the callback for a method's name. kept: what the session's earlier calls left of full precision;
+        filled by the first.
         """
         jobs = [self._checked(config) for config in configs]
         for job in jobs:
             job.blocks = self._quantize_job(job, progress(job.config.method))
         waiting = [job for job in jobs if job.results is None]
-        started = time.perf_counter()
-        shown = progress(waiting[0].config.method if len(waiting) == 1 else "all")
-        scores, zero_shot = self._evaluate(waiting, shown), self._run_tasks(waiting, shown)
-        share = (time.perf_counter() - started) / max(1, len(waiting))
+        shown, kept = progress(waiting[0].config.method if len(waiting) == 1 else "all"), kept or FullPrecision()
+        with self._measured(waiting, "evaluate") as evaluating:
+            scores = self._evaluate(waiting, shown, kept.streams)
+        with self._measured(waiting, "tasks") as answering:
+            zero_shot = self._run_tasks(waiting, shown, kept.tasks)
         for job in waiting:
             scored = self._scored(job, scores, zero_shot)
             job.results = self._results(job.config, job.blocks) | scored
             job.results |= {"configuration_sha256": job.digest, "evaluation": self._evaluation_request(job.config)}
-            job.results["seconds"]["evaluate"] = share
+            job.results["seconds"] |= evaluating | answering
         return [self._finished(job, job in waiting, progress(job.config.method)) for job in jobs]
 
     def _checked(self, config: RunConfig) -> Job:
@@ -344,29 +366,42 @@ class Session:
         return Job(config, recipe, target, digest, configuration["blocks"], previous)
 
     def _quantize_job(self, job: Job, progress: Progress) -> list[BlockSummary]:
+        with self._measured([job], "quantize") as spent:
+            blocks = self._quantize(job, progress) if job.recipe else []
+        job.seconds = spent["quantize"]
+        return blocks
+
+    @contextmanager
+    def _measured(self, jobs: Sequence[Job], stage: str) -> Iterator[dict[str, float]]:
+        """Keep the peak memory of a stage with the jobs that share it; give a job's share of its seconds, once known."""
+        seconds: dict[str, float] = {}
         machine.reset_peak(self.device)
         started = time.perf_counter()
-        blocks = self._quantize(job, progress) if job.recipe else []
-        job.seconds = time.perf_counter() - started
-        job.peak = machine.peak_bytes(self.device)
-        return blocks
+        yield seconds
+        seconds[stage] = (time.perf_counter() - started) / max(1, len(jobs))
+        for job in jobs:
+            job.peaks[stage] = machine.peak_bytes(self.device)
 
     def _finished(self, job: Job, new: bool, progress: Progress) -> Record:
         """Save the checkpoint if asked for and write results.json if something in it is new."""
         config, results, target = job.config, job.results, job.target
         assert results is not None
         if config.save is not None and not _saved(config.save, job.digest, config.format):
-            clock = time.perf_counter()
             progress("save", 0, 1, str(config.save))
-            self._save(job, config.save)
-            results["seconds"]["export"] = time.perf_counter() - clock
+            with self._measured([job], "export") as spent:
+                self._save(job, config.save)
+            results["seconds"] |= spent
             results["checkpoint_bytes"] = sum(f.stat().st_size for f in config.save.iterdir())
             progress("save", 1, 1, str(config.save))
             new = True
         if new:
             seconds = results["seconds"] | {"load": self.load_seconds}
-            seconds["total"] = self.load_seconds + job.seconds + seconds["evaluate"] + seconds["export"]
-            results |= {"seconds": seconds, "peak_bytes": job.peak}
+            seconds["total"] = (
+                self.load_seconds + job.seconds + sum(seconds.get(k, 0.0) for k in ("evaluate", "tasks", "export"))
+            )
+            stages = results.get("peak_bytes_by_stage", {}) | {"load": self.load_peak} | job.peaks
+            highest = {where: max(peak[where] for peak in stages.values()) for where in ("device", "host")}
+            results |= {"seconds": seconds, "peak_bytes": highest, "peak_bytes_by_stage": stages}
             write_json(target.path / "results.json", results)
         return results | {"run_dir": str(target.path)}
 
@@ -570,9 +605,10 @@ class Session:
 
         return {str(job.target.path): deployed(job) for job in jobs if job.recipe}
 
-    def _evaluate(self, jobs: Sequence[Job], progress: Progress) -> dict[str, dict[str, Scores]]:
+    def _evaluate(
+        self, jobs: Sequence[Job], progress: Progress, full_streams: dict[str, BlockStream]
+    ) -> dict[str, dict[str, Scores]]:
         """Scores of every job (by its directory) and of full precision on every corpus, in one pass over the blocks."""
-
         variants = self._variants(jobs)
         full = any(job.config.full_precision_eval for job in jobs)
         if not jobs or not self.evaluation or not (variants or full):
@@ -588,15 +624,19 @@ class Session:
             directory=jobs[0].target.path,
             full_precision=full,
             full_act=self.act,
+            full_streams=full_streams,
             progress=lambda done, total: progress("evaluate", done, total, ""),
         )
 
-    def _run_tasks(self, jobs: Sequence[Job], progress: Progress) -> dict[str, dict[str, TaskScore]]:
-        """Scores of every job and of full precision on every task."""
+    def _run_tasks(
+        self, jobs: Sequence[Job], progress: Progress, full_scores: dict[str, TaskScore]
+    ) -> dict[str, dict[str, TaskScore]]:
+        """Scores of every job and of full precision on every task. full_scores: full precision's, filled if empty."""
         if not jobs or self.tasks is None:
             return {}
-        full = {FULL: Variant(lambda _, weights: weights, self.act)} if jobs[0].config.full_precision_eval else {}
         config = jobs[0].config
+        wanted = config.full_precision_eval and not full_scores
+        full = {FULL: Variant(lambda _, weights: weights, self.act)} if wanted else {}
         scorer = Scorer(
             self.model,
             full | self._variants(jobs),
@@ -606,7 +646,10 @@ class Session:
             jobs[0].target.path,
             lambda done, total: progress("tasks", done, total, ""),
         )
-        return run_tasks(scorer, self.tokenizer, self.tasks)
+        found = run_tasks(scorer, self.tokenizer, self.tasks)
+        if wanted:
+            full_scores |= {name: by_variant[FULL] for name, by_variant in found.items()}
+        return {n: found.get(n, {}) | ({FULL: full_scores[n]} if n in full_scores else {}) for n in self.tasks.members}
 
     def _scored(
         self, job: Job, scores: dict[str, dict[str, Scores]], zero_shot: dict[str, dict[str, TaskScore]]
@@ -666,7 +709,8 @@ class Session:
             "mean_relative_error": sum(r["relative_error"] for r in records) / len(records) if records else 0.0,
             "learning": learned,
             "verdicts": {v: sum(r["verdict"] == v for r in records) for v in ("ok", "look", "bad")},
-            "seconds": seconds | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0},
+            "seconds": seconds
+            | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0, "tasks": 0.0},
         }
 
 
