@@ -5,15 +5,16 @@
 
 Weights are random, which changes no time. A forward pass and its backward pass are three forward passes of work; what
 a step takes beyond that is transforms, rounding, the optimizer, and a teacher's pass where attention is in the loss.
+Losses are those of the methods' recipes. Eager attention is main.py's default.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=8, help="windows timed; 128 are extrapolated")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=20, help="extrapolated")
-    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    parser.add_argument("--attention", nargs="+", default=["eager", "sdpa"], choices=("eager", "sdpa"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
@@ -70,38 +71,44 @@ def main() -> None:
         whole = config.num_hidden_layers
         config.update({"num_hidden_layers": 1} if args.config else SMALL)
         write_random(config, directory, torch.float16)
-        model = load_model(
-            str(directory),
-            dtype=machine.pick_dtype(args.dtype, device),
-            cache_dir=directory,
-            attn_implementation=args.attention,
-        )
-        tokens = torch.randint(0, config.vocab_size, (args.nsamples, args.seqlen))
-        stream = BlockStream(model, tokens, device=device, batch=1, store="device")
-        stream.capture(model.outside_weights(device))
-        weights = model.block_weights(0, device)
-        shape = (
-            f"{config.hidden_size} x {config.intermediate_size}, {args.seqlen} tokens, {args.dtype}, {args.attention}"
-        )
+        shape = f"{config.hidden_size} x {config.intermediate_size}, {args.seqlen} tokens, {args.dtype}"
         hardware = machine.describe(device)
         out.print(f"block {shape}; {hardware}; torch {torch.__version__}\n", highlight=False, soft_wrap=True)
-        out.print("| method | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |\n" + "|---" * 6 + "|",
-                  highlight=False, soft_wrap=True)  # fmt: skip
-        for label in VARIANTS:
-            out.print(row(label, args, stream, weights, whole), highlight=False, soft_wrap=True)
+        out.print("| method | attention | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |\n"
+                  + "|---" * 7 + "|", highlight=False, soft_wrap=True)  # fmt: skip
+        for attention in args.attention:
+            stream = captured(directory, args, attention, config.vocab_size)
+            weights = stream.model.block_weights(0, device)
+            for label in VARIANTS:
+                out.print(row(label, attention, args, stream, weights, whole), highlight=False, soft_wrap=True)
 
 
-def row(label: str, args: argparse.Namespace, stream: BlockStream, weights: dict, whole: int) -> str:
-    """One variant's markdown row."""
+def captured(directory: Path, args: argparse.Namespace, attention: str, vocabulary: int) -> BlockStream:
+    """Random windows in front of the block, one a batch, with that implementation of attention."""
+    device = machine.pick_device(args.device)
+    model = load_model(
+        str(directory),
+        dtype=machine.pick_dtype(args.dtype, device),
+        cache_dir=directory,
+        attn_implementation=attention,
+    )
+    tokens = torch.randint(0, vocabulary, (args.nsamples, args.seqlen))
+    stream = BlockStream(model, tokens, device=device, batch=1, store="device")
+    return stream.capture(model.outside_weights(device))
+
+
+def row(label: str, attention: str, args: argparse.Namespace, stream: BlockStream, weights: dict, whole: int) -> str:
+    """One variant's markdown row. Its peak is its own: of the process since the row began."""
     method, wbits, abits, transform = VARIANTS[label]
     asked = Learning(transform=TransformSpec(**transform), clip=True, epochs=1)
-    learning = replace(recipes()[method](asked, wbits, abits), augmented=False)
+    learning = recipes()[method](asked, wbits, abits)
     model, device = stream.model, stream.device
     ranges = {n: InputRange(torch.ones(w), torch.zeros(w)) for n, (_, w) in model.linear_shapes().items()}
+    gc.collect()
     machine.reset_peak(device)
     learner = Learner(model, 0, weights, QuantSpec(wbits), ActSpec(abits, abits), learning, ranges)
-    target = stream.fork()
-    loss = BlockLoss(learner, weights, [target.hidden], stream if learning.attention else None)
+    targets = [stream.fork().hidden for _ in range(1 + learning.augmented)]
+    loss = BlockLoss(learner, weights, targets, stream if learning.attention else None)
 
     @torch.no_grad()
     def forward() -> None:
@@ -115,7 +122,7 @@ def row(label: str, args: argparse.Namespace, stream: BlockStream, weights: dict
     peak = machine.peak_bytes(device)
     hours = whole * args.epochs * 128 * (step + plain) / 3600  # the loss at the end of an epoch is a forward pass
     return (
-        f"| {label} | {plain * 1e3:.1f} | {step * 1e3:.1f} | {step / (3 * plain):.2f} "
+        f"| {label} | {attention} | {plain * 1e3:.1f} | {step * 1e3:.1f} | {step / (3 * plain):.2f} "
         f"| {(peak['device'] or peak['host']) / 1e9:.2f} | {hours:.2f} |"
     )
 
