@@ -17,8 +17,9 @@ ONLY_IN = {
         "quant/zero_shot.py",
     },  # there: what lm-eval's loader raises
     "lm_eval": {"quant/zero_shot.py"},
-    "numba": {"quant/kernels/cpu.py"},
-    "triton": {"quant/kernels/cuda.py"},
+    "numba": {"quant/kernels/cpu.py", "quant/kernels/packed_cpu.py"},
+    "llvmlite": {"quant/kernels/packed_cpu.py"},
+    "triton": {"quant/kernels/cuda.py", "quant/kernels/packed_cuda.py"},
     "jinja2": {"quant/report.py"},
     "matplotlib": {"quant/report.py"},
     "rich": {"quant/core/cli.py", "quant/core/flags.py", "quant/core/plan.py"},

@@ -18,8 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from quant.core.clip import FakeQuantize
 from quant.core.seams import ONLINE
+from quant.kernels.packed import IntegerInputs, PackedLinear, PackedWeight
 
 FULL_BITS = 16
+BYTE = 8  # bits up to which inputs are multiplied as integers, where weights are packed
+Deployed = Mapping[str, Tensor | PackedWeight]  # a block's parameters and buffers, linears packed or not
 METHODS = ("per_token", "per_tensor", "static")
 INPUT_RANGE = ".input_range"  # [2]: lowest and highest input of a linear over the calibration data, for ``static``
 SMALLEST_STEP = 1e-5  # of a token whose entries are all equal
@@ -60,17 +63,32 @@ def quantize_activations(
     rows = x if x.dtype == torch.float64 else x.float()
     if whole or span is not None:
         rows = rows.reshape(1, -1)
+    scale, zero = _grid(rows, bits, span, symmetric)
+    return FakeQuantize.apply(rows, scale, zero, 2**bits - 1).view(x.shape).to(x.dtype)
+
+
+def _grid(rows: Tensor, bits: int, span: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [..., 1] of rows [..., n], over the range of each or over ``span``."""
     if span is None:
         low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     else:
         low, high = span.to(rows.dtype).view(2, 1, 1)
-    qmax = 2**bits - 1
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scale = ((high - low) / qmax).clamp(min=SMALLEST_STEP)
-    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).detach()
-    return FakeQuantize.apply(rows, scale, zero, qmax).view(x.shape).to(x.dtype)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_STEP)
+    return scale, torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).detach()
+
+
+def integer_inputs(x: Tensor, spec: ActSpec, span: Tensor | None = None) -> IntegerInputs:
+    """The integers behind `quantize_activations` of x [n, in], at most 8 bits: x ≈ scale · (codes + offset), codes int8
+    around the middle of the grid, scale and offset float32 [n]."""
+    rows, middle = x.float(), 2 ** (spec.bits - 1)
+    whole = spec.method != "per_token" or span is not None
+    scale, zero = _grid(rows.reshape(1, -1) if whole else rows, spec.bits, span, spec.symmetric)
+    codes = (torch.round(rows / scale) + zero).clamp_(0, 2**spec.bits - 1) - middle
+    shape = (x.shape[0], 1)
+    return codes.to(torch.int8), scale.expand(shape).flatten(), (middle - zero).expand(shape).flatten()
 
 
 class AttentionProducts(TorchFunctionMode):
@@ -163,29 +181,64 @@ class _InputQuantizer:
 @contextmanager
 def instrumented(
     block: nn.Module,
-    weights: Mapping[str, Tensor],
+    weights: Deployed,
     spec: ActSpec | None = None,
     watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """For the length of a `with`: matrices behind norms, quantized activations, attention logits given to ``watch``.
+    """For the length of a `with`: packed linears, matrices behind norms, quantized activations, attention logits given
+    to ``watch``.
 
     Yields the weights that are the block's own parameters and buffers.
     """
-    own = {name: t for name, t in weights.items() if not name.endswith((ONLINE, INPUT_RANGE))}
     with ExitStack() as stack:
 
         def keep(handle: Any) -> None:
             stack.callback(handle.remove)
 
-        for name, matrix in weights.items():
-            if name.endswith(ONLINE):
+        own = {
+            name: t for name, t in weights.items() if isinstance(t, Tensor) and not name.endswith((ONLINE, INPUT_RANGE))
+        }
+        for name, value in weights.items():
+            if isinstance(value, PackedWeight):
+                linear = name.removesuffix(".weight")
+                bias = own.pop(f"{linear}.bias", None)
+                _mount(stack, block, linear, _packed_linear(value, bias, spec, _span(weights, linear)))
+            elif name.endswith(ONLINE):
                 norm = block.get_submodule(name.removesuffix(ONLINE))
-                keep(norm.register_forward_hook(lambda module, args, out, m=matrix: out @ m))
+                keep(norm.register_forward_hook(lambda module, args, out, m=value: out @ m))
         if spec is not None and spec.bits < FULL_BITS:
             shared = _InputQuantizer(spec)
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
-                    keep(module.register_forward_pre_hook(shared.hook(weights.get(name + INPUT_RANGE))))
+                    keep(module.register_forward_pre_hook(shared.hook(_span(weights, name))))
         if watch is not None or (spec is not None and spec.kv_bits < FULL_BITS):
             stack.enter_context(AttentionProducts(spec or ActSpec(), watch))
         yield own
+
+
+def _span(weights: Deployed, linear: str) -> Tensor | None:
+    """The fixed range of a linear's inputs, if there is one."""
+    found = weights.get(linear + INPUT_RANGE)
+    return found if isinstance(found, Tensor) else None
+
+
+def _packed_linear(
+    weight: PackedWeight, bias: Tensor | None, spec: ActSpec | None, span: Tensor | None
+) -> PackedLinear:
+    if spec is None or spec.bits >= FULL_BITS:
+        return PackedLinear(weight, bias)
+
+    def floats(x: Tensor) -> Tensor:
+        whole = spec.method != "per_token"
+        return quantize_activations(x, spec.bits, whole=whole, span=span, symmetric=spec.symmetric)
+
+    return PackedLinear(weight, bias, floats, (lambda x: integer_inputs(x, spec, span)) if spec.bits <= BYTE else None)
+
+
+def _mount(stack: ExitStack, block: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in a linear's place until the stack is closed."""
+    parent_name, _, own_name = name.rpartition(".")
+    parent = block.get_submodule(parent_name)
+    before = getattr(parent, own_name)
+    setattr(parent, own_name, module)
+    stack.callback(setattr, parent, own_name, before)

@@ -134,7 +134,7 @@ class NumbaKernels:
         free: Tensor | None = None,
     ) -> Tensor:
         """See `Kernels`."""
-        _share_threads()
+        share_threads()
         change = torch.empty(weight.shape)
         _coordinate_descent(
             residual.numpy(),
@@ -160,7 +160,7 @@ class NumbaKernels:
         outlier_above: Tensor | None = None,
     ) -> None:
         """See `Kernels`."""
-        _share_threads()
+        share_threads()
         threshold = torch.empty(0) if outlier_above is None else outlier_above
         _gptq(
             weight.numpy(),
@@ -175,7 +175,7 @@ class NumbaKernels:
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
         """Few changes are added one by one; many in a matrix product."""
         if int(torch.count_nonzero(change)) < SPARSE_BELOW * change.numel():
-            _share_threads()
+            share_threads()
             _propagate(correlation.numpy(), change.contiguous().numpy(), gram.contiguous().numpy())
         else:
             correlation.addmm_(change, gram)
@@ -185,6 +185,6 @@ def _arrays(grid: ColumnGrid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.fl
     return grid.scale.numpy(), grid.zero.numpy(), grid.group.numpy(), np.float32(grid.qmax)
 
 
-def _share_threads() -> None:
-    """As many threads as torch was given."""
+def share_threads() -> None:
+    """As many threads for the compiled loops as torch was given."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]

@@ -1,0 +1,223 @@
+"""Products with packed weights against float64: every width, grouping, number of tokens, awkward shapes, both layouts."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant.core.actquant import ActSpec, integer_inputs, quantize_activations
+from quant.core.grid import fit_grid
+from quant.core.stats import LayerStats
+from quant.core.types import Outliers, QuantizedWeight, QuantSpec
+from quant.gptq import gptq
+from quant.kernels import packed, packed_cpu
+from quant.kernels.packed import Expanded, PackedLinear, pack_small, pack_weight
+from quant.spqr import spqr
+
+ROOT = Path(__file__).parents[2]
+
+
+def random_weight(n_out, n_in, spec, scale=0.05, seed=0):
+    weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed)) * scale
+    grid = fit_grid(weight, spec)
+    return QuantizedWeight(grid.quantize(weight), grid, spec)
+
+
+def values(weight):
+    """Codes to values one at a time in float64."""
+    grid = weight.grid
+    found = (weight.codes.double() - grid.zero.double()[:, grid.g_idx]) * grid.scale.double()[:, grid.g_idx]
+    if weight.outliers is not None:
+        found.view(-1)[weight.outliers.index] += weight.outliers.value.double()
+    return found
+
+
+def product(x, weight):
+    """What is expected, and the size of its terms, which sets the rounding."""
+    return x.double() @ values(weight).T, x.double().abs() @ values(weight).abs().T
+
+
+def distance(found, expected, size=None):
+    return float((found.double() - expected).norm() / (expected if size is None else size).norm().clamp(min=1e-300))
+
+
+def check(weight, tokens=1, limit=1e-6):
+    generator = torch.Generator().manual_seed(1)
+    n_in, own = weight.codes.shape[1], pack_weight(weight)
+    x = torch.randn(tokens, n_in, generator=generator)
+    found = own.matmul(x)
+    assert found.shape == (tokens, weight.codes.shape[0]) and found.dtype == torch.float32
+    assert distance(found, *product(x, weight)) < limit
+    q = torch.randint(-128, 128, (tokens, n_in), generator=generator).to(torch.int8)
+    scale, offset = torch.rand(tokens, generator=generator) + 0.1, torch.randint(-9, 200, (tokens,)).float()
+    exact = (q.double() + offset.double()[:, None]) * scale.double()[:, None]
+    assert distance(own.integer_matmul(q, scale, offset), *product(exact, weight)) < limit
+    order = slice(None) if own.order is None else own.order
+    assert torch.equal(own.codes(), weight.codes[:, order])
+    assert distance(own.dequantize(), values(weight)) < 1e-6
+    return own
+
+
+@pytest.fixture(params=["planes", "expanded"])
+def layout(request, monkeypatch):
+    """The kernels of the CPU, and the plain reference that other devices get."""
+    if request.param == "expanded":
+        monkeypatch.setattr(packed, "layout_of", lambda device: Expanded())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width(bits, layout):
+    for group in (-1, 32, 128):
+        check(random_weight(48, 256, QuantSpec(bits, group)))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 20])
+@pytest.mark.parametrize("group", [-1, 4, 8, 16, 32, 64, 128])
+def test_every_group_and_number_of_tokens(group, tokens, layout):
+    check(random_weight(48, 256, QuantSpec(3, group)), tokens)
+
+
+def test_many_tokens_are_expanded(monkeypatch):
+    weight = random_weight(300, 96, QuantSpec(3, 32))
+    monkeypatch.setattr(packed_cpu, "EXPANDED", 96 * packed_cpu.TILE * 3)  # several stretches of tiles, the last short
+    check(weight, packed_cpu.LOOKED_UP // 3 + 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (5, 7), (33, 257), (64, 8), (31, 4096)])
+@pytest.mark.parametrize("bits", [3])
+def test_shapes_that_nothing_divides(bits, shape, layout):
+    check(random_weight(*shape, QuantSpec(bits)), 2)
+
+
+@pytest.mark.parametrize("group", [3, 5, 6, 12, 20])
+def test_groups_that_words_do_not_divide(group, layout):
+    check(random_weight(40, 60, QuantSpec(3, group)), 3)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e4, 1e6])
+def test_scales_of_any_size(scale, layout):
+    own = check(random_weight(16, 64, QuantSpec(4, 32), scale))
+    assert own.grid.scale.dtype == (torch.float32 if scale in (1e-7, 1e6) else torch.float16)
+
+
+def test_constant_rows_and_columns_without_input(layout):
+    weight = torch.randn(8, 64)
+    weight[0], weight[1], weight[:, 5] = 0, 0.25, 0
+    grid = fit_grid(weight, QuantSpec(4, 32))
+    check(QuantizedWeight(grid.quantize(weight), grid, QuantSpec(4, 32)))
+
+
+def test_symmetric_grids_store_no_zero_point_and_five_levels_take_three_bits(layout):
+    own = check(random_weight(16, 64, QuantSpec(4, 32, symmetric=True)))
+    assert own.grid.zero == 8
+    assert check(random_weight(16, 64, QuantSpec(2, levels=5))).bits == 3
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_outliers_are_added(columns, layout):
+    weight = random_weight(16, 64, QuantSpec(3, 32))
+    index = torch.tensor([0, 5, 64 * 7 + 3, 16 * 64 - 1])
+    if columns:
+        index = (torch.arange(16)[:, None] * 64 + torch.tensor([2, 63])).flatten()
+    value = torch.randn(index.numel(), generator=torch.Generator().manual_seed(0)).half()
+    for tokens in (1, 50):
+        check(replace(weight, outliers=Outliers(index, value, columns)), tokens)
+
+
+def test_outliers_behind_column_32767_keep_their_places():
+    weight = random_weight(2, 65536, QuantSpec(1))
+    weight = replace(
+        weight, outliers=Outliers(torch.tensor([40000, 65535, 65536 + 65535]), torch.tensor([30.0, -40, 50]).half())
+    )
+    check(weight)
+
+
+def test_act_order(layout):
+    stats = LayerStats(64)
+    stats.update(torch.randn(256, 64) * torch.linspace(0.1, 3, 64))
+    weight = gptq(torch.randn(24, 64), stats, QuantSpec(4, 16), act_order=True)
+    assert not weight.has_plain_groups()
+    check(weight, 2)
+
+
+@pytest.mark.parametrize("n_out", [16, 40])
+def test_scales_in_few_bits_stay_in_few_bits(n_out, layout):
+    stats = LayerStats(64)
+    stats.update(torch.randn(256, 64))
+    weight = spqr(torch.randn(n_out, 64), stats, QuantSpec(3, 16), outlier=0.3)
+    assert weight.grid.bilevel is not None and weight.outliers is not None
+    own = check(weight, 2)
+    assert own.grid.codes.width == 4 and own.grid.codes.data.shape == (2, -(-n_out // 32) * 32)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_small_integers(bits):
+    given = torch.randint(0, 2**bits, (5, 32))
+    small = pack_small(given, bits)
+    assert torch.equal(small.expand().long(), given)
+    assert small.data.numel() == -(-5 * small.width // 8) * 32
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, -1), (4, 128), (3, 128), (2, 64), (8, -1), (1, 32)])
+def test_memory_is_what_is_counted(bits, group):
+    weight = random_weight(256, 1024, QuantSpec(bits, group))
+    assert pack_weight(weight).nbytes() == pytest.approx(weight.storage_bits() / 8, rel=0.03)
+
+
+def test_memory_of_outliers_and_two_level_scales():
+    stats = LayerStats(1024)
+    stats.update(torch.randn(2048, 1024))
+    weight = spqr(torch.randn(256, 1024), stats, QuantSpec(4, 16), outlier=0.3)
+    assert pack_weight(weight).nbytes() == pytest.approx(weight.storage_bits() / 8, rel=0.05)
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "none"])
+def test_every_instruction_set_gives_the_same_products(level, tmp_path):
+    """Numba compiles for a lesser CPU in a process of its own; the integer products need AVX-512 and fall back."""
+    if level == "avx512" and packed_cpu.vector_level() != "avx512":
+        pytest.skip("this CPU has no AVX-512")
+    if level != "none" and packed_cpu.vector_level() == "none":
+        pytest.skip("this CPU has no AVX2")
+    script = """
+import torch
+from quant.kernels import packed_cpu
+from tests.quant.test_packed import check, random_weight
+from quant.core.types import QuantSpec
+print(packed_cpu.vector_level(), packed_cpu.has_byte_products())
+for tokens in (1, 60):
+    check(random_weight(40, 96, QuantSpec(3, 16)), tokens)
+"""
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    if level == "avx2":
+        env |= {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+sse4.2"}
+    elif level == "none":
+        env |= {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+sse2"}
+    found = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.split()[0] == level
+
+
+@pytest.mark.parametrize(
+    "spec", [ActSpec(8, 16), ActSpec(4, 16), ActSpec(8, 16, symmetric=True), ActSpec(6, 16, "per_tensor")]
+)
+def test_integer_inputs_are_the_quantized_ones(spec):
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * 3
+    x[2] = 0
+    codes, scale, offset = integer_inputs(x, spec)
+    expected = quantize_activations(x, spec.bits, whole=spec.method != "per_token", symmetric=spec.symmetric)
+    assert codes.dtype == torch.int8
+    assert torch.allclose((codes.float() + offset[:, None]) * scale[:, None], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_linear_keeps_shape_and_dtype():
+    weight = random_weight(16, 64, QuantSpec(4, 32))
+    linear = PackedLinear(pack_weight(weight), torch.arange(16.0))
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    out = linear(x)
+    assert out.shape == (2, 3, 16) and out.dtype == torch.bfloat16
+    expected = x.view(6, 64).double() @ values(weight).T + torch.arange(16.0)
+    assert distance(out.view(6, 16), expected) < 5e-3
