@@ -1,7 +1,9 @@
 """Run a table of quantizations: every row is a command, all rows of a model share its data and one evaluation.
 
-A table is a .tsv with a header of flag names (and, if wanted, a column ``command``), or a .yaml with ``command``,
-``fixed`` flags and a ``grid`` of lists whose product is taken; an entry of a list may be a set of flags by itself.
+A table is a .tsv with a header of flag names (and, if wanted, columns ``command`` and ``flags``, the latter with several
+flags in a cell), or a .yaml with ``command``, ``fixed`` flags, a ``grid`` of lists whose product is taken and ``rows``; an
+entry of a grid's list may be a set of flags by itself. scripts/papers.tsv is the papers' table: its rows are chosen with
+--paper, --family, --size and --setting, which take shell patterns.
 Finished rows are skipped, a row that fails does not stop the others, and the same command continues after a kill.
 """
 
@@ -9,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
+import hashlib
 import json
+import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -24,27 +29,50 @@ sys.path.insert(0, str(ROOT))  # the command lines are imported for their parser
 
 from quant.core.errors import InputError, RunError  # noqa: E402
 from quant.core.journal import write_atomically, write_json  # noqa: E402
-from quant.core.run import RunConfig, Session  # noqa: E402
+from quant.core.run import FullPrecision, RunConfig, Session  # noqa: E402
 from quant.report import open_run, write_report  # noqa: E402
 
 EXAMPLES = """examples:
   python scripts/sweep.py scripts/sweeps/demo.yaml                       # 150 rows on the embedded models
   python scripts/sweep.py mine.tsv --out runs/sweeps/mine                # model<TAB>wbits<TAB>quantization-method<TAB>seed
+  python scripts/sweep.py scripts/papers.tsv --paper omniquant --family llama-2 --size 7b --setting 'W4*' --seeds 0,1,2
+  python scripts/sweep.py scripts/papers.tsv --paper quantease --dry-run # the commands; nothing is run
+  python scripts/sweep.py scripts/papers.tsv --size 125m --models /data/models --flags='--seqlen 1024 --data-dir /data/text'
   python scripts/sweep.py mine.yaml --executor ray --gpus 1              # one model after the other on each GPU of a cluster
+  python scripts/sweep.py mine.yaml --executor ray --gpus 1 --rows-per-task 1     # each row by itself
   python scripts/sweep.py mine.yaml --executor slurm > array.sh          # prints a job array, one task a model
 
 Exit codes: 0 all rows done, 1 some failed, 2 a malformed table.
 """
+CHOICES = ("paper", "family", "size", "setting")
 COMMANDS = ("model_quantizer.py", "main.py")
-Row = dict[str, str]
-DONE, FAILED, WAITING = "done", "failed", "waiting"
+PAPERS = ("paper", "family", "sizes", "setting", "flags")  # the columns of scripts/papers.tsv
+HUB = {
+    "opt": "facebook/opt-{}",
+    "bloom": "bigscience/bloom-{}",
+    "falcon": "tiiuae/falcon-{}",
+    "llama": "huggyllama/llama-{}",
+    "llama-2": "meta-llama/Llama-2-{}-hf",
+}
+WAITING, QUANTIZED, DONE, FAILED = "waiting", "quantized", "done", "failed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One command of a table. flags: values by name, as on the command line ("": a flag without a value), and ``command``.
+    where: the row's place in the table; places: those of its entries. name: of the row, where the table names rows."""
+
+    flags: dict[str, str]
+    where: str
+    places: dict[str, str] = field(default_factory=dict)
+    name: str = ""
 
 
 @dataclass
 class Cell:
     """One row on its way. flags: as on the command line. config: what they mean. label: what tells it from others."""
 
-    flags: Row
+    flags: dict[str, str]
     config: RunConfig
     label: str
     status: str = WAITING
@@ -52,105 +80,282 @@ class Cell:
     results: dict[str, Any] = field(default_factory=dict)
 
 
-def read_table(path: Path) -> list[Row]:
-    """Rows of flags. Raises InputError with line and column where the table is malformed."""
+def read_table(path: Path, chosen: Mapping[str, str] | None = None, models: Path | None = None) -> list[Row]:
+    """Rows of flags. Raises InputError with line and column where the table is malformed, or empty.
+
+    chosen: patterns by column of PAPERS, for such a table alone. models: where its models are (default: the hub).
+    """
     if not path.is_file():
         raise InputError(f"no such table: {path}")
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 text") from error
     if path.suffix == ".tsv":
-        return _read_tsv(path)
-    if path.suffix in (".yaml", ".yml"):
-        return _read_yaml(path)
-    raise InputError(f"{path}: a table is a .tsv or a .yaml file")
-
-
-def _read_tsv(path: Path) -> list[Row]:
-    with path.open(newline="") as stream:
-        lines = [
-            (n, cells) for n, cells in enumerate(csv.reader(stream, delimiter="\t"), 1)
-            if cells and any(cells) and not cells[0].startswith("#")
-        ]  # fmt: skip
-    if len(lines) < 2:
-        raise InputError(f"{path}: needs a header of flag names and at least one row")
-    header = [name.strip().lstrip("-") for name in lines[0][1]]
-    for column, name in enumerate(header, 1):
-        if not name:
-            raise InputError(f"{path}, line {lines[0][0]}, column {column}: a column without a name")
-    rows = []
-    for number, cells in lines[1:]:
-        if len(cells) > len(header):
-            raise InputError(f"{path}, line {number}, column {len(header) + 1}: more cells than the header has names")
-        rows.append({name: cell.strip() for name, cell in zip(header, cells, strict=False) if cell.strip()})
+        header, lines = _cells_of_lines(path, text)
+        if set(header) == set(PAPERS):
+            rows = _papers(path, header, lines, chosen or {}, models)
+        else:
+            rows = [_row_of_line(path, header, number, cells) for number, cells in lines]
+    elif path.suffix in (".yaml", ".yml"):
+        rows, header = _read_yaml(path, text), []
+    else:
+        raise InputError(f"{path}: a table is a .tsv or a .yaml file")
+    if (chosen or models) and set(header) != set(PAPERS):
+        raise InputError(f"{path}: only a table with the columns {', '.join(PAPERS)} has rows to choose by them")
     return rows
 
 
-def _read_yaml(path: Path) -> list[Row]:
+def _cells_of_lines(path: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Names of the columns, and (line number, cells) of every row; empty lines and comments are left out."""
+    reader, lines = csv.reader(text.splitlines(), delimiter="\t", strict=True), []
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells) and not cells[0].startswith("#"):
+                lines.append((reader.line_num, [cell.strip() for cell in cells]))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}") from error
+    if len(lines) < 2:
+        raise InputError(f"{path}: needs a header of flag names and at least one row")
+    (first, names), *rows = lines
+    header = [name.lstrip("-") for name in names]
+    for column, name in enumerate(header, 1):
+        if not name or name in header[: column - 1]:
+            what = f"a second column {name!r}" if name else "a column without a name"
+            raise InputError(f"{path}, line {first}, column {column}: {what}")
+    for number, cells in rows:
+        if len(cells) > len(header):
+            raise InputError(f"{path}, line {number}, column {len(header) + 1}: more cells than the header has names")
+    return header, rows
+
+
+def _row_of_line(path: Path, header: Sequence[str], number: int, cells: Sequence[str]) -> Row:
+    """A line of a .tsv as flags; a cell of the column ``flags`` holds several."""
+    flags: dict[str, str] = {}
+    places: dict[str, str] = {}
+    for column, (name, cell) in enumerate(zip(header, cells, strict=False), 1):
+        place = f"{path}, line {number}, column {column}"
+        found = flags_of(cell, place) if name == "flags" else {name: cell} if cell else {}
+        flags |= found
+        places |= dict.fromkeys(found, place)
+    return Row({"command": COMMANDS[0]} | flags, f"{path}, line {number}", places)
+
+
+def flags_of(text: str, place: str) -> dict[str, str]:
+    """Flags written as on a command line. Raises InputError for words that belong to no flag."""
+    found: dict[str, str] = {}
+    name = None
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from error
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            found[name] = value
+        elif name is None or found[name]:
+            raise InputError(f"{place}: {word!r} belongs to no flag")
+        else:
+            found[name] = word
+    return found
+
+
+def _papers(
+    path: Path,
+    header: Sequence[str],
+    lines: Sequence[tuple[int, list[str]]],
+    chosen: Mapping[str, str],
+    models: Path | None,
+) -> list[Row]:
+    """Rows of a table of papers: one for every size of a line that the patterns choose."""
+    rows = []
+    for number, cells in lines:
+        if len(cells) < len(header):
+            raise InputError(f"{path}, line {number}, column {len(cells) + 1}: the {header[len(cells)]} are missing")
+        entry = dict(zip(header, cells, strict=True))
+        column = header.index("flags") + 1
+        if entry["family"] not in HUB:
+            raise InputError(
+                f"{path}, line {number}, column {header.index('family') + 1}: unknown family {entry['family']!r}; use {', '.join(HUB)}"
+            )
+        place = f"{path}, line {number}, column {column}"
+        flags = flags_of(entry["flags"], place)
+        own = (
+            {"command": "model_quantizer.py", "dataset": "c4"}
+            if entry["paper"] == "quantease"
+            else {"command": "main.py", "eval_ppl": ""}
+        )
+        for size in entry["sizes"].split(","):
+            values = entry | {"size": size}
+            if all(fnmatch(values[name], pattern) for name, pattern in chosen.items()):
+                model = (
+                    HUB[entry["family"]].format(size) if models is None else str(models / f"{entry['family']}-{size}")
+                )
+                name = f"{entry['paper']} {entry['setting']}"
+                rows.append(
+                    Row(own | {"model": model} | flags, f"{path}, line {number}", dict.fromkeys(flags, place), name)
+                )
+    if not rows:
+        raise InputError(f"{path}: no row has {', '.join(f'{name} {pattern!r}' for name, pattern in chosen.items())}")
+    return rows
+
+
+def _read_yaml(path: Path, text: str) -> list[Row]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{path}{where}: {error.problem}") from error
-    if not isinstance(content, dict) or not set(content) <= {"command", "fixed", "grid", "rows"}:
-        raise InputError(f"{path}: expected the entries command, fixed, grid or rows")
-    fixed = {"command": content.get("command", COMMANDS[0])} | content.get("fixed", {})
-    grid = {name: v if isinstance(v, list) else [v] for name, v in content.get("grid", {}).items()}
-    products = [_combined(grid, values) for values in itertools.product(*grid.values())] if grid else []
-    listed = [*products, *content.get("rows", [])]
-    return [{k: _text(v) for k, v in (fixed | row).items() if v is not False} for row in listed]
+        raise InputError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from error
+    names = ("command", "fixed", "grid", "rows")
+    entries = _mapping(path, root, "a table") if root is not None else {}
+    for name, (_, where) in entries.items():
+        if name not in names:
+            raise InputError(f"{where}: expected the entries command, fixed, grid or rows, not {name!r}")
+    shared = _flags(path, entries["fixed"][0], "fixed") if "fixed" in entries else {}
+    if "command" in entries:
+        shared["command"] = (_scalar(path, entries["command"][0], "command"), entries["command"][1])
+    products: list[Flags] = [{}] if "grid" in entries else []
+    for name, (node, where) in (_mapping(path, entries["grid"][0], "grid") if "grid" in entries else {}).items():
+        values = node.value if node.id == "sequence" else [node]
+        if not values:
+            raise InputError(f"{where}: the list of {name} is empty, so there are no rows")
+        choices = [
+            _flags(path, v, name) if v.id == "mapping" else {name: (_scalar(path, v, name), _at(path, v))}
+            for v in values
+        ]
+        products = [product | choice for product in products for choice in choices]
+    listed = [(product, f"{path}, row {n} of the grid") for n, product in enumerate(products, 1)]
+    if "rows" in entries:
+        node, where = entries["rows"]
+        if node.id != "sequence":
+            raise InputError(f"{_at(path, node)}: rows is a list of sets of flags")
+        listed += [(_flags(path, row, "a row"), _at(path, row)) for row in node.value]
+    if not listed or products == [{}]:
+        raise InputError(f"{path}: no rows; give a grid or rows")
+    return [_row_of_entries(shared | own, where) for own, where in listed]
 
 
-def _combined(grid: dict[str, list[Any]], values: Iterable[Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in zip(grid, values, strict=True):
-        found |= value if isinstance(value, dict) else {name: value}
+Flags = dict[str, tuple[Any, str]]  # value and place by name
+
+
+def _row_of_entries(entries: Flags, where: str) -> Row:
+    flags = {name: "" if value is True else str(value) for name, (value, _) in entries.items() if value is not False}
+    return Row({"command": COMMANDS[0]} | flags, where, {name: place for name, (_, place) in entries.items()})
+
+
+def _at(path: Path, node: Any) -> str:
+    return f"{path}, line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+
+
+def _mapping(path: Path, node: Any, name: str) -> dict[str, tuple[Any, str]]:
+    """Nodes of a mapping by key, with the places of the keys. Raises InputError if it is none or has a key twice."""
+    if node.id != "mapping":
+        raise InputError(f"{_at(path, node)}: {name} is a set of names and values")
+    found: dict[str, tuple[Any, str]] = {}
+    for key, value in node.value:
+        if key.id != "scalar" or key.value in found:
+            raise InputError(
+                f"{_at(path, key)}: {'stands there twice' if key.id == 'scalar' else 'a name is one word'}"
+            )
+        found[key.value] = (value, _at(path, key))
     return found
 
 
-def _text(value: Any) -> str:
-    return "" if value is True else str(value)
+def _flags(path: Path, node: Any, name: str) -> Flags:
+    return {
+        flag: (_scalar(path, value, flag), _at(path, value)) for flag, (value, _) in _mapping(path, node, name).items()
+    }
 
 
-def cells_of(rows: Sequence[Row], out: Path, table: Path) -> list[Cell]:
-    """Rows as configurations, by the command lines' own parsers. Raises InputError naming the row."""
+def _scalar(path: Path, node: Any, name: str) -> Any:
+    """A value as YAML reads it. Raises InputError for lists, sets and nothing."""
+    import yaml
+
+    value = yaml.safe_load(yaml.serialize(node)) if node.id == "scalar" else None
+    if value is None:
+        raise InputError(f"{_at(path, node)}: {name} needs one value")
+    return value
+
+
+def with_more(rows: Sequence[Row], seeds: Sequence[str], flags: Mapping[str, str]) -> list[Row]:
+    """Every row with further flags, once for each seed. Raises InputError where rows have seeds of their own."""
+    if seeds and (own := next((row for row in rows if "seed" in row.flags), None)):
+        raise InputError(f"{own.where}: has a seed of its own; drop --seeds")
+    more = [{**flags, "seed": seed} for seed in seeds] or [dict(flags)]
+    return [replace(row, flags=row.flags | extra) for row in rows for extra in more]
+
+
+def cells_of(rows: Sequence[Row], out: Path) -> list[Cell]:
+    """Rows as configurations, by the command lines' own parsers. Raises InputError naming the row, and the entry if it
+    is one of the table."""
     import main as learned
     import model_quantizer
 
-    found, seen = [], set()
-    names = dict.fromkeys(name for row in rows for name in row)
-    varying = [n for n in names if n != "seed" and (n == "model" or len({row.get(n) for row in rows}) > 1)]
-    for number, row in enumerate(rows, 1):
-        command = row.get("command", COMMANDS[0])
+    found: list[Cell] = []
+    seen: dict[str, Row] = {}
+    names = dict.fromkeys(name for row in rows for name in row.flags)
+    varying = [n for n in names if n != "seed" and (n == "model" or len({row.flags.get(n) for row in rows}) > 1)]
+    for row in rows:
+        flags, command = row.flags, row.flags["command"]
         if command not in COMMANDS:
-            raise InputError(f"{table}, row {number}: command {command!r}; use {' or '.join(COMMANDS)}")
-        words = [w for k, v in row.items() if k != "command" for w in ([f"--{k}", v] if v else [f"--{k}"])]
+            place = row.places.get("command", row.where)
+            raise InputError(f"{place}: command {command!r}; use {' or '.join(COMMANDS)}")
         module: Any = learned if command == "main.py" else model_quantizer
         try:
-            config = module.config_from(words)
+            config = module.config_from(words_of(flags))
         except InputError as error:
-            raise InputError(f"{table}, row {number}: {str(error).splitlines()[0]}") from error
-        slug = "".join(c if c.isalnum() or c in "._" else "-" for c in "-".join([command, *row.values(), *row]))
-        place = out / "rows" / f"{number:04d}-{slug[:80]}"
-        key = json.dumps(row, sort_keys=True)
+            message = str(error).splitlines()[0]
+            raise InputError(f"{_place_of(message, row)}: {message}") from error
+        key = json.dumps(flags, sort_keys=True)
         if key in seen:
-            raise InputError(f"{table}, row {number}: stands there twice")
-        seen.add(key)
-        label = " ".join(Path(row[n]).name if n == "model" else f"{n}={row[n]}" for n in varying if n in row)
-        found.append(Cell(row, replace(config, run_dir=place), label))
+            raise InputError(f"{row.where}: stands there twice, first as {seen[key].where}")
+        seen[key] = row
+        shown = [n for n in varying if n in flags and (n == "model" or not row.name)]
+        parts = [Path(flags[n]).name if n == "model" else f"{n}={flags[n]}" if flags[n] else n for n in shown]
+        label = " ".join([row.name, *parts] if row.name else parts)
+        slug = "".join(c if c.isalnum() or c in "._=" else "-" for c in label)[:80]
+        place = out / "rows" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
+        found.append(Cell(flags, replace(config, run_dir=place), label))
     return found
+
+
+def words_of(flags: Mapping[str, str]) -> list[str]:
+    """Flags as the words of a command line."""
+    return [w for k, v in flags.items() if k != "command" for w in ([f"--{k}", v] if v else [f"--{k}"])]
+
+
+def _place_of(message: str, row: Row) -> str:
+    """Where the entry stands that a mistake names; the row's place if it names none."""
+    spelt = {re.sub("[-_]", "", name).lower(): place for name, place in row.places.items()}
+    named = [re.sub("[-_]", "", flag).lower() for flag in re.findall(r"--([A-Za-z_-]+)", message)]
+    return next((spelt[name] for name in named if name in spelt), row.where)
 
 
 def session_key(config: RunConfig) -> str:
     """What rows must share to be evaluated together: the model as opened, and what it is evaluated on."""
     shifts = config.learning is not None and config.learning.transform.shift
-    parts = (config.model, config.seqlen, config.eval_datasets, config.limit, config.tasks, config.num_fewshot, config.dtype,
-             config.device, config.attn_implementation, config.full_precision_eval, config.calib_batch, shifts)  # fmt: skip
+    parts = (config.model, config.seqlen, config.eval_datasets, config.limit, config.tasks, config.task_path, config.num_fewshot,
+             config.data_dir, config.cache_dir, config.trust_remote_code, config.dtype, config.device, config.deterministic,
+             config.attn_implementation, config.full_precision_eval, config.calib_batch, config.activation_store, shifts)  # fmt: skip
     return repr(parts)
 
 
+def groups_of(cells: Sequence[Cell], rows_per_task: int | None) -> list[list[Cell]]:
+    """Rows that share a session, split into tasks of at most ``rows_per_task``."""
+    by_key: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_key.setdefault(session_key(cell.config), []).append(cell)
+    step = rows_per_task or len(cells)
+    return [group[i : i + step] for group in by_key.values() for i in range(0, len(group), step)]
+
+
 def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None] = lambda cell: None) -> float:
-    """Quantize every row, then evaluate those that worked, ``together`` at a time. Returns seconds of actual work.
+    """Quantize every row, then evaluate those that worked, ``together`` at a time, full precision once for all. Returns
+    seconds of actual work.
 
     A row that fails says why in its message.
     """
@@ -166,10 +371,13 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
             session.quantize(cell.config)
         except (InputError, RunError, OSError) as error:
             _fail(cell, error, moved)
-    alive = [cell for cell in cells if cell.status != FAILED]
+        else:
+            cell.status = QUANTIZED
+            moved(cell)
+    alive, kept = [cell for cell in cells if cell.status != FAILED], FullPrecision()
     for part in (alive[i : i + together] for i in range(0, len(alive), together)):
         try:
-            finished = session.run_all([replace(cell.config, overwrite=False) for cell in part])
+            finished = session.run_all([replace(cell.config, overwrite=False) for cell in part], kept=kept)
         except (InputError, RunError, OSError) as error:
             for cell in part:
                 _fail(cell, error, moved)
@@ -235,8 +443,11 @@ def markdown(summary: Sequence[dict[str, Any]], name: str) -> str:
     return "\n".join([*lines, ""])
 
 
+SHOWN = 30  # rows of the live table
+
+
 class Board:
-    """The rows so far: a live table on a terminal, else a line for every row that ends."""
+    """The rows so far: a live table on a terminal, else a line for every row that ends or is quantized."""
 
     def __init__(self, cells: Sequence[Cell], console: Any) -> None:
         from rich.live import Live
@@ -255,40 +466,50 @@ class Board:
             self.live.stop()
 
     def moved(self, cell: Cell) -> None:
-        """A row has ended."""
+        """A row is quantized, or has ended."""
         if self.live:
             self.live.update(self._table())
             return
-        shown = cell.message or "  ".join(f"{k} {v:.4g}" for k, v in figures(cell).items())
-        done = sum(c.status != WAITING for c in self.cells)
+        shown = cell.message or ("  ".join(f"{k} {v:.4g}" for k, v in figures(cell).items()) if cell.results else "")
+        done = sum(c.status in (DONE, FAILED) for c in self.cells)
         self.console.print(f"{done} of {len(self.cells)} {cell.status}: {cell.label} seed={cell.flags.get('seed', '-')}  {shown}",
                            highlight=False, soft_wrap=True)  # fmt: skip
 
     def _table(self) -> Any:
         from rich.table import Table
 
-        table = Table(title=f"{sum(c.status != WAITING for c in self.cells)} of {len(self.cells)} rows")
+        count = {status: sum(c.status == status for c in self.cells) for status in (DONE, FAILED, QUANTIZED, WAITING)}
+        table = Table(title=", ".join(f"{n} {status}" for status, n in count.items()) + f" of {len(self.cells)} rows")
         for name in ("row", "seed", "status", "bits", "perplexity", "relative error"):
             table.add_column(name)
-        for cell in [c for c in self.cells if c.status != WAITING][-30:]:
+        moving = [c for c in self.cells if c.status != WAITING][-SHOWN:]
+        waiting = [c for c in self.cells if c.status == WAITING][: max(3, SHOWN - len(moving))]
+        for cell in moving + waiting:
             f = figures(cell) if cell.status == DONE else {}
             perplexity = " ".join(f"{v:.3f}" for k, v in f.items() if k.startswith("ppl "))
             error = f"{f['error']:.4f}" if f else cell.message
             table.add_row(
-                cell.label, cell.flags.get("seed", "-"), cell.status, f"{f.get('bits', 0):.3f}", perplexity, error
+                cell.label, cell.flags.get("seed", "-"), cell.status, f"{f['bits']:.3f}" if f else "", perplexity, error
             )
         return table
 
 
 def slurm(groups: Sequence[Sequence[Cell]], args: argparse.Namespace) -> str:
-    """A job array: task i runs the rows of the i-th model, into the same directory."""
+    """A job array: task i runs the i-th group of rows, into the same directory."""
+    for name in ("gpus", "cpus"):
+        if getattr(args, name) != int(getattr(args, name)):
+            raise InputError(f"--{name} {getattr(args, name):g}: Slurm gives whole ones")
+    again = ["--out", str(args.out), "--together", str(args.together)]
+    for name in (*CHOICES, "models", "seeds", "flags", "rows_per_task"):
+        value = getattr(args, name)
+        again += [f"--{name.replace('_', '-')}={value}"] if value else []
     return f"""#!/usr/bin/env bash
 #SBATCH --array=0-{len(groups) - 1}
-#SBATCH --gres=gpu:{args.gpus}
-#SBATCH --cpus-per-task={args.cpus}
+#SBATCH --gres=gpu:{int(args.gpus)}
+#SBATCH --cpus-per-task={int(args.cpus)}
 #SBATCH --job-name={args.table.stem}
 # submit from the project's directory; afterwards the sweep command itself only collects: everything is done
-{sys.executable} scripts/sweep.py {args.table} --out {args.out} --only-group "$SLURM_ARRAY_TASK_ID"
+{shlex.join([sys.executable, "scripts/sweep.py", str(args.table), *again])} --only-group "$SLURM_ARRAY_TASK_ID"
 """
 
 
@@ -333,25 +554,51 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/sweeps/<name of the table>")
     parser.add_argument("--executor", default="local", choices=("local", "ray", "slurm"))
     parser.add_argument("--address", help="of the Ray cluster (default: one on this machine)")
-    parser.add_argument("--gpus", type=float, default=0, help="that a group of rows asks for (default: 0)")
-    parser.add_argument("--cpus", type=float, default=1, help="that a group of rows asks for (default: 1)")
+    parser.add_argument("--gpus", type=float, default=0, help="that a task asks for (default: 0)")
+    parser.add_argument("--cpus", type=float, default=1, help="that a task asks for (default: 1)")
+    parser.add_argument(
+        "--rows-per-task",
+        type=int,
+        metavar="N",
+        help="rows of one model that a task takes; full precision is then evaluated once a task (default: all)",
+    )
     parser.add_argument(
         "--together", type=int, default=16, metavar="N", help="rows evaluated in one pass (default: 16)"
     )
-    parser.add_argument("--only-group", type=int, help="run the rows of one model (a job array's task)")
+    parser.add_argument("--only-group", type=int, metavar="I", help="run the I-th task alone, from 0 (a job array's)")
+    for name in CHOICES:
+        parser.add_argument(f"--{name}", metavar="PATTERN", help=f"of scripts/papers.tsv: rows of this {name}")
+    parser.add_argument(
+        "--models", type=Path, metavar="DIR", help="of scripts/papers.tsv: DIR/<family>-<size>, not the hub"
+    )
+    parser.add_argument("--seeds", default="", metavar="A,B", help="every row once with each of these seeds")
+    parser.add_argument("--flags", default="", metavar="WORDS", help="more flags for every row, in one argument")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands; nothing is run")
     args = parser.parse_args()
     cli.set_logging("error")
+    for name in ("together", "rows_per_task"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     args.out = args.out or Path("runs") / "sweeps" / args.table.stem
-    cells = cells_of(read_table(args.table), args.out, args.table)
-    by_key: dict[str, list[Cell]] = {}
-    for cell in cells:
-        by_key.setdefault(session_key(cell.config), []).append(cell)
-    groups, console = list(by_key.values()), cli.console()
+    chosen = {name: getattr(args, name) for name in CHOICES if getattr(args, name)}
+    rows = read_table(args.table, chosen, args.models)
+    cells = cells_of(
+        with_more(rows, [s for s in args.seeds.split(",") if s], flags_of(args.flags, "--flags")), args.out
+    )
+    groups, console = groups_of(cells, args.rows_per_task), cli.console()
+    if args.dry_run:
+        for number, cell in ((number, cell) for number, group in enumerate(groups) for cell in group):
+            command = shlex.join(["python", cell.flags["command"], *words_of(cell.flags)])
+            console.print(f"task {number}: {command}", highlight=False, soft_wrap=True, markup=False)
+        return
     if args.executor == "slurm":
         sys.stdout.write(slurm(groups, args))
         return
     if args.only_group is not None:
-        groups = groups[args.only_group : args.only_group + 1]
+        if not 0 <= args.only_group < len(groups):
+            raise InputError(f"--only-group {args.only_group}: there are {len(groups)} tasks, from 0")
+        groups = [groups[args.only_group]]
     with Board(cells, console) as board:
         if args.executor == "ray":
             work = with_ray(groups, args, board.moved)
@@ -360,17 +607,22 @@ def main() -> None:
     ran = [cell for group in groups for cell in group]
     summary = over_seeds(ran)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = [{"flags": c.flags, "status": c.status, "message": c.message, "run_dir": str(c.config.run_dir)} for c in ran]
-    write_json(args.out / "sweep.json", {"table": str(args.table), "rows": rows, "summary": summary})
-    write_atomically(args.out / "sweep.md", markdown(summary, args.table.stem).encode())
+    ended = [
+        {"flags": c.flags, "status": c.status, "message": c.message, "run_dir": str(c.config.run_dir)} for c in ran
+    ]
+    name = "sweep" if args.only_group is None else f"sweep-task{args.only_group}"  # tasks end side by side
+    write_json(args.out / f"{name}.json", {"table": str(args.table), "rows": ended, "summary": summary})
+    write_atomically(args.out / f"{name}.md", markdown(summary, args.table.stem).encode())
     console.print(markdown(summary, args.table.stem), highlight=False, soft_wrap=True, markup=False)
     done = [cell.config.run_dir for cell in ran if cell.status == DONE and cell.config.run_dir]
-    if done:
-        console.print(str(write_report([open_run(path) for path in done], args.out)), highlight=False, soft_wrap=True)
+    if done and args.only_group is None:
+        console.print(
+            "report: " + str(write_report([open_run(path) for path in done], args.out)), highlight=False, soft_wrap=True
+        )
     total = time.perf_counter() - started
     failed = sum(cell.status == FAILED for cell in ran)
     console.print(f"{len(ran)} rows, {failed} failed; {total:.1f} s, of which {max(0.0, total - work):.1f} s are the sweep's own; "
-                  f"{args.out / 'sweep.json'}", highlight=False, soft_wrap=True)  # fmt: skip
+                  f"{args.out / name}.json", highlight=False, soft_wrap=True)  # fmt: skip
     if failed:
         raise RunError(f"{failed} of {len(ran)} rows failed, see above")
 
