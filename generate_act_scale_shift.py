@@ -100,7 +100,10 @@ def main() -> None:
         trust_remote_code=args.trust_remote_code,
         deterministic=args.deterministic,
     )
-    session, console = Session(config), cli.console()
+    try:
+        session, console = Session(config), cli.console()
+    except InputError as error:  # a run calls them otherwise
+        raise InputError(str(error).replace("--seqlen", "--seq-len").replace("--nsamples", "--num-samples")) from error
     with cli.ProgressBars(console) as bars:
         scales, shifts = measure(session, bars.for_method("activations"))
     name = Path(args.model).resolve().name

@@ -110,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
         "--patience", type=int, default=0, metavar="N", help="stop a block after N epochs without a better loss"
     )
     g.add_argument(
-        "--deactive_amp", action="store_true", help="train in float32 on a GPU too (default there: bfloat16)"
+        "--deactive_amp",
+        action="store_true",
+        help="train and evaluate in float32 on a GPU too, unless --dtype says otherwise (default there: bfloat16)",
     )
     g.add_argument("--resume", type=Path, metavar="DIR", help="start from the learned parameters of that run directory")
     g = p.add_argument_group("how it is rounded")
@@ -134,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="evaluate the first N windows and items only (default: -1, all)",
     )
-    g = add_machine_flags(p, Path("cache"))
+    g = add_machine_flags(p, Path("cache"), "bfloat16 on a GPU, whatever the checkpoint's; float32 on a CPU")
     g.add_argument(
         "--attn_implementation", default="eager", help="of transformers: eager, sdpa (faster) (default: eager)"
     )

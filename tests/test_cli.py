@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import model_quantizer
+from quant import evaluate
+from quant.core import cli
 from quant.core.cli import guarded
 
 
@@ -307,6 +311,43 @@ def test_a_solver_of_ones_own_in_one_file(command, small, tmp_path, monkeypatch)
     assert code == 0 and "halfway" in out
 
 
+def test_lines_of_progress_say_how_long_it_takes(monkeypatch):
+    """From the pace since a stage was first seen; a second run of one name counts anew."""
+    clock = iter([0.0, 10.0, 40.0, 400_000.0, 400_001.0])
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
+    out = io.StringIO()
+    show = cli.ProgressBars(Console(file=out, width=120)).for_method("x")
+    for done in (1, 2, 3, 10, 1, 2):
+        show("learn", done, 10, "block")
+    assert out.getvalue().splitlines() == [
+        "x learn: 1 of 10 block",
+        "x learn: 2 of 10 block, about 80 s left",
+        "x learn: 3 of 10 block, about 2 min left",
+        "x learn: 10 of 10 block",
+        "x learn: 1 of 10 block",
+        "x learn: 2 of 10 block, about 8 s left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--limit 0", "--limit 0: use 1 or more"),
+        ("--seqlen 1", "--seqlen 1: use 2 or more"),
+        ("--calib-batch 0", "--calib-batch 0: use 1 or more"),
+        ("--data-dir nothing", "--data-dir nothing is not a directory"),
+        ("--eval-datasets wikitext3", "wikitext2"),
+    ],
+)
+def test_mistakes_of_the_evaluation_are_one_line(flags, says, model_dir, monkeypatch, capsys):
+    words = ["quant.evaluate", "--model", str(model_dir("llama")), "--eval-datasets", "demo", *flags.split()]
+    monkeypatch.setattr(sys, "argv", words)
+    capsys.readouterr()
+    assert guarded(evaluate.main) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and says in line
+
+
 def test_interrupt_says_how_to_go_on(command, small, monkeypatch):
     from quant.core.run import Session
 
@@ -330,8 +371,6 @@ def test_deterministic_algorithms_are_asked_for_and_recorded(command, small, tmp
 
 
 def test_a_saved_checkpoint_is_measured_by_the_same_ruler(command, small, text, tmp_path, monkeypatch, capsys):
-    from quant import evaluate
-
     assert command(*small, "--quantization-method", "gptq", "--save", tmp_path / "saved")[0] == 0
     words = [
         "--model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -74,6 +75,7 @@ def test_the_main_job_prints_progress_and_one_table(command, small, tmp_path):
     assert code == 0 and "error" not in err
     assert "the family comes from the model's configuration" in out
     assert "learn: 6 of 6 block 3 of 3: loss" in out and "W3A16" in out
+    assert re.search(r"learn: 3 of 6 block 2 of 3: loss .* \(start .*\), about \d+ (s|min) left\n", out)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["method"] == "omniquant" and results["solver"] == "rtn" and results["abits"] == 16
     assert (tmp_path / "out" / "model.safetensors").exists() and len(results["learning"]) == 3
@@ -107,6 +109,8 @@ def test_statistics_from_a_file_are_those_measured(command, model_dir, text, tmp
     code, out, _ = command("--model", model, "--calib_dataset", text, "--seq-len", 32, "--num-samples", 6, "--scales-output-path",
                            tmp_path / "s", "--shifts-output-path", tmp_path / "z", of=generate_act_scale_shift)  # fmt: skip
     assert code == 0 and "18 linears" in out
+    code, _, err = command("--model", model, "--calib_dataset", text, of=generate_act_scale_shift)
+    assert code == 2 and err.startswith("error: --seq-len 2048: ") and "takes at most 64" in err
     scales, shifts = (load_file(tmp_path / d / "opt.safetensors") for d in "sz")
     assert scales.keys() == shifts.keys() and "model.decoder.layers.2.fc2" in scales
     both = ["--model", model, "--calib_dataset", text, "--seqlen", 32, "--nsamples", 6, "--wbits", 4, "--abits", 4, "--let",

@@ -96,7 +96,7 @@ def console() -> Console:
 
 
 class ProgressBars:
-    """A bar for each stage on a terminal; elsewhere one line each time a stage has moved on by a tenth."""
+    """A bar for each stage on a terminal; elsewhere a line, with the time left, when a stage has moved on by a tenth."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -112,7 +112,7 @@ class ProgressBars:
             disable=not console.is_terminal,
         )
         self.tasks: dict[str, Any] = {}
-        self.started: dict[str, float] = {}
+        self.started: dict[str, tuple[float, int]] = {}  # when a stage was first seen, and how far it was
 
     def __enter__(self) -> ProgressBars:
         self.bars.start()
@@ -128,11 +128,24 @@ class ProgressBars:
     def _update(self, name: str, done: int, total: int, note: str) -> None:
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=total, note=note)
-            self.started[name] = time.perf_counter()
+        if name not in self.started or done <= self.started[name][1]:
+            self.started[name] = (time.perf_counter(), done)
         self.bars.update(self.tasks[name], completed=done, note=note)
         step = max(1, total // 10)
         if not self.console.is_terminal and (done % step == 0 or done == total):
-            self.console.print(f"{name}: {done} of {total} {note}".rstrip(), highlight=False)
+            left = self._left(name, done, total)
+            self.console.print(f"{name}: {done} of {total} {note}".rstrip() + left, highlight=False)
+
+    def _left(self, name: str, done: int, total: int) -> str:
+        """How long the stage will still take, as what was seen of it took; nothing at its first step and its end."""
+        began, first = self.started[name]
+        if done in (first, total):
+            return ""
+        seconds = (time.perf_counter() - began) / (done - first) * (total - done)
+        for unit, size, limit in (("s", 1, 100), ("min", 60, 100 * 60)):
+            if seconds < limit:
+                return f", about {seconds / size:.0f} {unit} left"
+        return f", about {seconds / 3600:.1f} h left"
 
 
 def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:

@@ -47,15 +47,17 @@ def add_data_flags(p: argparse.ArgumentParser, seed: int) -> argparse._ArgumentG
     return g
 
 
-def add_machine_flags(p: argparse.ArgumentParser, cache_dir: Path) -> argparse._ArgumentGroup:
-    """Where and in which arithmetic it runs."""
+def add_machine_flags(
+    p: argparse.ArgumentParser, cache_dir: Path, dtype: str = "the checkpoint's; float32 on a CPU"
+) -> argparse._ArgumentGroup:
+    """Where and in which arithmetic it runs. dtype: what ``--dtype auto`` means."""
     g = p.add_argument_group("where it runs")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     g.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the arithmetic (default: the checkpoint's; float32 on a CPU)",
+        help=f"of the arithmetic (default: {dtype})",
     )
     g.add_argument(
         "--solver-precision",
