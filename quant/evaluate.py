@@ -7,7 +7,7 @@ entropy of each window over its seqlen - 1 predictions, exp of the mean over win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,48 +18,21 @@ from torch import Tensor
 
 from data.calibration import Tokens
 from models.load import LazyModel, Weights
-from quant.core.actquant import ActSpec, Deployed
+from quant.core.actquant import ActSpec
 from quant.core.stream import BlockStream
 
 FULL = "fp"
 RESAMPLES = 2000
 HEAD_ELEMENTS = 1 << 27  # logits computed at a time: half a gigabyte in float32
-Deploy = Callable[[int, Weights], Deployed]  # block index, full-precision weights -> the variant's weights
+Deploy = Callable[[int, Weights], Weights]  # block index, full-precision weights -> the variant's weights
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A form of the model: its blocks' weights, and how its activations are quantized.
-
-    packed: its linears are packed in every block, and none of theirs is taken from the full-precision weights.
-    """
+    """A form of the model: its blocks' weights, and how its activations are quantized."""
 
     deploy: Deploy
     act: ActSpec | None = None
-    packed: bool = False
-
-
-UNCHANGED = Variant(lambda _, weights: weights)
-
-
-def pass_blocks(
-    model: LazyModel,
-    variants: Mapping[str, Variant],
-    streams: Collection[Mapping[str, BlockStream]],
-    device: torch.device,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Carry streams (each by variant) through all blocks, side by side. Linears are read only where a variant needs them."""
-    n_blocks = len(model.blocks)
-    linears = [f"{name}.weight" for name in model.linear_shapes()]
-    without = linears if all(variant.packed for variant in variants.values()) else []
-    for index in range(n_blocks):
-        weights = model.block_weights(index, device, without=without)
-        for name, variant in variants.items():
-            own = variant.deploy(index, weights)
-            for by_variant in streams:
-                by_variant[name].run(index, own, advance=True, act=variant.act)
-        progress(index + 1, n_blocks)
 
 
 @dataclass(frozen=True)
@@ -86,18 +59,21 @@ def evaluate(
     batch: int,
     store: str = "cpu",
     directory: Path = Path(),
-    full: Variant | None = UNCHANGED,
+    full_precision: bool = True,
+    full_act: ActSpec | None = None,
     full_streams: dict[str, BlockStream] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, Scores]]:
-    """Scores by corpus and variant; full precision, where it is asked for, is the variant ``fp`` (of a quantized
-    checkpoint: itself).
+    """Scores by corpus and variant; full precision is the variant ``fp`` (with full_act: of a checkpoint that
+    quantizes activations itself).
 
     full_streams: full precision behind the last block by corpus, of an earlier call; filled if empty, else full precision
     does not pass the blocks again.
     """
     kept: dict[str, BlockStream] = {} if full_streams is None else full_streams
-    everything = ({FULL: full} if full is not None and not kept else {}) | dict(variants)
+    wanted = full_precision and not kept
+    full = {FULL: Variant(lambda _, weights: weights, full_act)} if wanted else {}
+    everything: dict[str, Variant] = full | dict(variants)
     outside = model.outside_weights(device)
     streams: dict[str, dict[str, BlockStream]] = {}
     for name, tokens in corpora.items():
@@ -105,10 +81,17 @@ def evaluate(
         first.capture(outside)
         streams[name] = {v: first if i == 0 else first.fork() for i, v in enumerate(everything)}
     del outside  # embeddings and head leave the device while blocks pass
-    pass_blocks(model, everything, streams.values(), device, progress)
-    if FULL in everything:
+    n_blocks = len(model.blocks)
+    for index in range(n_blocks):
+        weights = model.block_weights(index, device)
+        for name, variant in everything.items():
+            own = variant.deploy(index, weights)
+            for by_variant in streams.values():
+                by_variant[name].run(index, own, advance=True, act=variant.act)
+        progress(index + 1, n_blocks)
+    if wanted:
         kept |= {name: by_variant[FULL] for name, by_variant in streams.items()}
-    elif full is not None:
+    elif full_precision:
         streams = {name: {FULL: kept[name]} | by_variant for name, by_variant in streams.items()}
     outside = model.outside_weights(device)
     return {name: _scores(by_variant, outside) for name, by_variant in streams.items()}
