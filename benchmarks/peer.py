@@ -1,6 +1,6 @@
-"""Run by the Python of another environment: load a checkpoint with other people's software and say what it computes.
+"""Run by the Python of another environment: load checkpoints with other people's software and say what they compute.
 
-python benchmarks/peer.py load HOW MODEL TOKENS OUT    (HOW: transformers, gptqmodel, dequantize)
+python benchmarks/peer.py load JOBS.json               (a list of HOW, MODEL, TOKENS, OUT; HOW: see `opened`)
 python benchmarks/peer.py make MODEL TEXT OUT          (a checkpoint that gptqmodel made)
 """
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 
 def opened(how: str, model: str):
-    """The causal LM and versions."""
+    """The causal LM. how: transformers, gptqmodel, or dequantize (transformers, everything dequantized at loading)."""
     if how == "gptqmodel":
         from gptqmodel import BACKEND, GPTQModel
 
@@ -32,8 +32,14 @@ def opened(how: str, model: str):
     return AutoModelForCausalLM.from_pretrained(model, device_map="cpu", **more)
 
 
-def load(how: str, model: str, tokens: str, out: str) -> None:
-    """Logits of the first windows and the perplexity of all, written to ``out``."""
+def load(jobs: str) -> None:
+    """The answer of every job, one after the other."""
+    for how, model, tokens, out in json.loads(Path(jobs).read_text()):
+        answer(how, model, tokens, out)
+
+
+def answer(how: str, model: str, tokens: str, out: str) -> None:
+    """Logits of the first windows and the losses of all, written to ``out``."""
     lm = opened(how, model)
     ids = load_file(tokens)["ids"]
     losses, kept = [], []

@@ -76,7 +76,7 @@ RULES = (
     Rule("transformers", DEQUANTIZED, tried=ALL_BITS),
     *(Rule("transformers", name, (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, families=("falcon",),
            needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
-    Rule("transformers", "compressed-tensors", symmetric=True, activations=ANY, tried=(2, 3, 4, 8),
+    Rule("transformers", "compressed-tensors", symmetric=True, activations=ANY, families=("falcon",), tried=(2, 3, 4, 8),
          needs="compressed-tensors>=0.18"),
     Rule("transformers", "compressed-tensors", activations=ANY, tried=(3, 4),
          needs="compressed-tensors>=0.18 and CompressedTensorsConfig(dequantize=True)"),
