@@ -22,10 +22,10 @@ demo: venv
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-# Also what needs other software: Ray, and the readers of our checkpoints (an environment of their own, 2 GB)
+# Also what needs other software: Ray, a browser of Chromium's kind (pages are opened in it, else skipped), and the readers of our checkpoints (an environment of their own, 2 GB)
 test-all: test
 	$(BIN)/python -m pip install --quiet -r requirements-ray.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_sweep.py -k ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_sweep.py tests/test_report.py -k "ray or browser"
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet "setuptools>=84" wheel torch==2.13.0 "transformers>=5.23,<6"
 	.venv-peers/bin/python -m pip install --quiet --no-build-isolation -r requirements-pack.txt torch==2.13.0

@@ -7,27 +7,29 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("published.tsv")
-DATA, SEQLEN = "wikitext2", 2048  # the one protocol of the table
+SEQLEN = 2048  # of the table's protocols
 FULL = "FP16"
 
 
-def rows() -> list[tuple[str, str, str, str, dict[str, float]]]:
-    """(family, setting, method, source, perplexity by size) of every line."""
+def rows() -> list[tuple[str, str, str, str, str, dict[str, float]]]:
+    """(family, data, setting, method, source, perplexity by size) of every line."""
     found = []
     for line in TABLE.read_text().splitlines():
         if not line.startswith("#"):
-            family, setting, method, source, values = line.split("\t")
+            family, data, setting, method, source, values = line.split("\t")
             sizes = {size: float(value) for size, _, value in (pair.partition("=") for pair in values.split())}
-            found.append((family, setting, method, source, sizes))
+            found.append((family, data, setting, method, source, sizes))
     return found
 
 
 def setting_of(results: dict[str, Any]) -> str:
-    """W3, W3g128, W4A4, ... or FP16."""
+    """W3, W3g128, W4A4, ... or FP16; a star marks codes of one level more than 2^bits (W2*: five)."""
     if results["wbits"] == 16 and results.get("abits", 16) == 16:
         return FULL
     acts = f"A{results['abits']}" if results.get("abits", 16) < 16 else ""
-    return f"W{results['wbits']}{acts}" + (f"g{results['group_size']}" if results["group_size"] > 0 else "")
+    entropy = results.get("entropy_bits")
+    star = "*" if entropy is not None and entropy > results["wbits"] else ""
+    return f"W{results['wbits']}{star}{acts}" + (f"g{results['group_size']}" if results["group_size"] > 0 else "")
 
 
 def method_of(results: dict[str, Any]) -> str:
@@ -41,18 +43,25 @@ def method_of(results: dict[str, Any]) -> str:
 def published(model: str, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Figures for a model's name and the setting of results.json, full precision first; none where none is known.
 
-    Each has setting, method, source, perplexity, ours (where the row is full precision or the run's own method), and
+    Each has data, setting, method, source, perplexity, ours (where the row is full precision or the run's own method), and
     same_protocol: whether the run was measured as the figure was.
     """
     name = re.sub(r"-(hf|base)$", "", model.lower().replace("_", "-").split("/")[-1])
-    own = results["perplexity"].get(DATA)
     setting, found = setting_of(results), []
-    for family, its, method, source, sizes in rows():
+    for family, data, its, method, source, sizes in rows():
+        own = results["perplexity"].get(data)
         size = next((s for s in sizes if name == f"{family}-{s}"), None)
         if own is None or size is None or its not in (FULL, setting):
             continue
         ours = own["fp"] if its == FULL else own["quantized"] if method == method_of(results) else None
         whole = own["seqlen"] == SEQLEN and results.get("evaluation", {}).get("limit") is None
-        entry = {"setting": its, "method": method, "source": source, "perplexity": sizes[size], "ours": ours}
+        entry = {
+            "data": data,
+            "setting": its,
+            "method": method,
+            "source": source,
+            "perplexity": sizes[size],
+            "ours": ours,
+        }
         found.append(entry | {"same_protocol": whole})
     return found

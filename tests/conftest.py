@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,16 +44,31 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that reaches for the network fails at once."""
+    """A test that reaches for the network, or asks for the address of another machine, fails at once."""
 
-    connect = socket.socket.connect
+    def check(host: object) -> None:
+        if host and str(host) not in ("127.0.0.1", "::1", "localhost", "0.0.0.0", socket.gethostname()):
+            raise OSError(f"tests do not use the network ({host})")
 
-    def local_only(self: socket.socket, address: object) -> None:
-        if self.family != socket.AF_UNIX and str(address[0]) not in ("127.0.0.1", "::1", "localhost"):  # type: ignore[index]
-            raise OSError("tests do not use the network")
-        connect(self, address)  # type: ignore[arg-type]
+    def local_only(name: str) -> Callable:
+        real = getattr(socket.socket, name)
 
-    monkeypatch.setattr(socket.socket, "connect", local_only)
+        def call(self: socket.socket, *given: Any) -> Any:
+            if self.family != socket.AF_UNIX:
+                check(given[-1][0])  # the address comes last
+            return real(self, *given)
+
+        return call
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, local_only(name))
+    look_up = socket.getaddrinfo
+
+    def local_addresses(host: Any, *given: Any, **options: Any) -> Any:
+        check(host)
+        return look_up(host, *given, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", local_addresses)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """A run is repeated from its manifest alone."""
 
+import socket
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import main
+import model_quantizer
 from quant.core.actquant import ActSpec
 from quant.core.errors import InputError
 from quant.core.run import RunConfig, Session
@@ -33,6 +36,31 @@ def test_identical_and_not(learned, model_dir, text, tmp_path):
     tensors[name] = torch.where(tensors[name] == 0, 1, tensors[name])
     save_file(tensors, file, metadata)
     assert repeat(config.run_dir, tmp_path / "edited") == ["block 1: other codes"]
+
+
+def test_no_test_reaches_the_network():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams, socket.socket() as stream:
+        for reach in (lambda: stream.connect(("192.0.2.1", 80)), lambda: stream.connect_ex(("192.0.2.1", 80)),
+                      lambda: datagrams.sendto(b"x", ("192.0.2.1", 9)), lambda: socket.getaddrinfo("example.org", 80)):  # fmt: skip
+            with pytest.raises(OSError, match="tests do not use the network"):
+                reach()
+        assert socket.getaddrinfo("127.0.0.1", 80) and datagrams.sendto(b"x", ("127.0.0.1", 9)) == 1
+
+
+def test_a_deterministic_run_is_repeated_as_one(model_dir, text, tmp_path, monkeypatch):
+    """The flag is part of the request: sweeps and repetitions follow it, not the two command lines alone."""
+    asked_for = []
+    monkeypatch.setattr("quant.core.machine.be_deterministic", lambda: asked_for.append(True))
+    config = replace(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
+    Session(config).run(config)
+    assert asked_for == []
+    config = replace(config, deterministic=True, overwrite=True)
+    Session(config).run(config)
+    assert repeat(config.run_dir, tmp_path / "again") == [] and asked_for == [True, True]
+    words = ["--model", str(model_dir("llama")), "--dataset", "demo", "--deterministic"]
+    assert model_quantizer.config_from([*words, "--wbits", "3"]).deterministic
+    learned = ["--model", "x", "--wbits", "3", "--lwc", "--deterministic", "--device", "cpu", "--calib_dataset", "demo"]
+    assert main.config_from(learned).deterministic
 
 
 def test_what_cannot_be_repeated(model_dir, text, tmp_path):

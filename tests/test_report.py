@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -255,27 +256,52 @@ def test_mistakes(finished, tmp_path, monkeypatch, capsys, model_dir, text):
     assert code == 2 and "damaged" in err and "Traceback" not in err
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
-def test_in_a_browser_tables_sort_and_nothing_complains(finished, tmp_path):
-    path = report.write_report([report.open_run(finished["plain"])], tmp_path)
-    probe = """<script>
-    const head = [...document.querySelectorAll('#linears th button')].find(b => b.textContent === 'relative error');
-    const column = () => [...document.querySelectorAll('#linears tbody tr')].map(r => parseFloat(r.cells[2].textContent));
-    head.click(); const up = column(); head.click(); const down = column();
-    document.body.dataset.up = up.every((v, i) => !i || v >= up[i - 1]);
-    document.body.dataset.down = down.every((v, i) => !i || v <= down[i - 1]);
-    document.body.dataset.sort = head.parentElement.getAttribute('aria-sort');
-    </script></body>"""
-    (tmp_path / "probe.html").write_text(path.read_text().replace("</body>", probe))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+PROBE = """<script>
+onload = () => {
+  const table = document.querySelector('#linears, #runs');
+  const column = [...table.tHead.rows[0].cells].findIndex(c => c.textContent === 'relative error');
+  const head = table.tHead.rows[0].cells[column].querySelector('button');
+  const values = () => [...table.tBodies[0].rows].map(r => parseFloat(r.cells[column].textContent));
+  head.click(); const up = values(); head.click(); const down = values();
+  const page = document.documentElement;
+  page.dataset.up = up.length > 1 && up.every((v, i) => !i || v >= up[i - 1]);
+  page.dataset.down = down.every((v, i) => !i || v <= down[i - 1]);
+  page.dataset.sort = head.parentElement.getAttribute('aria-sort');
+  page.dataset.fits = page.scrollWidth <= innerWidth;
+  page.dataset.paper = getComputedStyle(document.body).backgroundColor;
+  if (window !== top) for (const [name, value] of Object.entries(page.dataset)) parent.document.documentElement.dataset[name] = value;
+};
+</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")
+@pytest.mark.parametrize(
+    ("names", "phone", "dark"), [(["plain"], False, False), (["plain", "gptq", "learned", "other"], True, True)]
+)
+def test_in_a_browser_tables_sort_and_nothing_complains(names, phone, dark, finished, tmp_path):
+    """A run's page as on a laptop; a sweep's page as on a phone (390 points wide), in the dark."""
+    path = report.write_report([report.open_run(finished[name]) for name in names], tmp_path)
+    page = path.read_text().replace("</body>", PROBE)
+    if phone:  # a window cannot be as narrow; a frame can
+        page = f'<!DOCTYPE html><title>phone</title><iframe width="390" height="844" srcdoc="{escape(page)}"></iframe>'
+    (tmp_path / "probe.html").write_text(page)
     done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
-         (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, check=False, timeout=120,
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", (tmp_path / "probe.html").as_uri()],
+        capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
-    assert (
-        'data-up="true"' in done.stdout
-        and 'data-down="true"' in done.stdout
-        and 'data-sort="descending"' in done.stdout
-    )
+    paper = "rgb(21, 25, 30)" if dark else "rgb(255, 255, 255)"
+    shown = re.search(r"<html[^>]*>", done.stdout)[0]
+    for expected in (
+        'data-up="true"',
+        'data-down="true"',
+        'data-sort="descending"',
+        'data-fits="true"',
+        f'data-paper="{paper}"',
+    ):
+        assert expected in shown, (expected, shown)
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
@@ -296,4 +322,23 @@ def test_published_figures_stand_beside_ours():
     assert kept["quantease+1%"] == 21.0 and kept["quantease"] is None
     scores["wikitext2"]["seqlen"] = 1024
     assert not any(entry["same_protocol"] for entry in published("opt-1.3b", results))
-    assert all(len(row[4]) > 0 and row[0] in ("opt", "bloom", "falcon", "llama", "llama-2") for row in rows())
+    # Five levels are another setting than four; activations, groups and other corpora have their own figures.
+    learned = results | {"method": "abq", "wbits": 2, "entropy_bits": 2.32, "options": {}}
+    own = {(e["setting"], e["method"]): e["perplexity"] for e in published("Llama-2-7b-hf", learned)}
+    assert own["W2*", "abq"] == 7.82 and not any(setting == "W2" for setting, _ in own)
+    own = {
+        (e["setting"], e["method"]): e["perplexity"]
+        for e in published("Llama-2-7b-hf", learned | {"entropy_bits": 2.0})
+    }
+    assert own["W2", "abq"] == 13.11
+    for bits, acts, group, model, method, figure in (
+        (4, 4, -1, "llama-7b", "omniquant", 11.26), (6, 6, -1, "llama-2-13b", "abq", 5.00), (2, 8, -1, "llama-13b", "abq", 9.20),
+        (2, 16, 128, "llama-2-70b", "omniquant", 6.55), (2, 16, 64, "opt-66b", "omniquant", 10.59)
+    ):  # fmt: skip
+        asked = results | {"wbits": bits, "abits": acts, "group_size": group}
+        assert figure in [e["perplexity"] for e in published(model, asked) if e["method"] == method]
+    elsewhere = results | {"perplexity": {"c4": scores["wikitext2"], "ptb": scores["wikitext2"]}}
+    found = {(e["data"], e["setting"], e["method"]): e["perplexity"] for e in published("opt-125m", elsewhere)}
+    assert found["c4", "FP16", "full precision"] == 24.60 and found["ptb", "W3", "omniquant"] == 45.29
+    assert len({row[:5] for row in rows()}) == len(rows()), "a line stands there twice"
+    assert all(len(row[5]) > 0 and row[0] in ("opt", "bloom", "falcon", "llama", "llama-2") for row in rows())

@@ -222,12 +222,13 @@ def show_published(model: str, finished: Sequence[dict[str, Any]], console: Cons
     found = [entry for results in finished for entry in published(model, results)]
     if not found:
         return
-    table = Table(title="published, WikiText-2", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
-    for column in ("setting", "method", "published", "ours", "source"):
+    table = Table(title="published", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    for column in ("data", "setting", "method", "published", "ours", "source"):
         table.add_column(column, justify="right" if column in ("published", "ours") else "left")
     seen = set()
     for entry in found:
         row = (
+            entry["data"],
             entry["setting"],
             entry["method"],
             f"{entry['perplexity']:.2f}",
@@ -247,6 +248,9 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     found, entropy = [], results["entropy_bits"]
     if entropy is not None and entropy != int(entropy):
         found.append(f"codes of {2**entropy:.0f} levels: {entropy:.2f} bits of entropy, stored in {math.ceil(entropy)}")
+    if packed := results.get("packed_bytes"):
+        counted = results["quantized_bytes"]
+        found.append(f"evaluated with packed weights: {packed / 1e6:.2f} MB in memory, {counted / 1e6:.2f} MB counted")
     online = sum(log["online_parameters"] for log in results["learning"])
     if online:
         found.append(
