@@ -396,9 +396,9 @@ class Session:
             new = True
         if new:
             seconds = results["seconds"] | {"load": self.load_seconds}
-            seconds["total"] = (
-                self.load_seconds + job.seconds + sum(seconds.get(k, 0.0) for k in ("evaluate", "tasks", "export"))
-            )
+            blocks = sum(seconds[k] for k in ("forward", "gram", "solve", "learn"))  # of earlier processes too
+            after = sum(seconds.get(k, 0.0) for k in ("evaluate", "tasks", "export"))
+            seconds["total"] = self.load_seconds + max(job.seconds, blocks) + after
             stages = results.get("peak_bytes_by_stage", {}) | {"load": self.load_peak} | job.peaks
             highest = {where: max(peak[where] for peak in stages.values()) for where in ("device", "host")}
             results |= {"seconds": seconds, "peak_bytes": highest, "peak_bytes_by_stage": stages}
