@@ -8,31 +8,48 @@ from torch import Tensor
 from quant.core.types import Grid, QuantSpec
 
 SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released code: 1.00, 0.99, ... 0.21
+ENDS = [1.0 + 0.05 * i for i in range(-10, 11) if i]  # then either end of the range by itself
+POWER, FEW_LEVELS_POWER, FEW_LEVELS = (
+    2.0,
+    2.4,
+    5,
+)  # of the error: squared, but on few levels that of GPTQ's released code
 CHUNK = 1 << 24  # weights searched at a time: bounds the memory of the search on very large layers
 
 
 def fit_scale_zero(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and integer zero point over the last dimension.
 
-    weight: float32 [..., n]. importance: [..., n], broadcastable, weights of the squared error for
-    ``range="mse"`` (the Gram diagonal); ignored by min-max. Returns (scale float32 [...], zero int32 [...]).
+    weight: float32 [..., n]. importance: [..., n], broadcastable, weights of the error |w - ŵ|² (|w - ŵ|^2.4 on
+    up to 5 levels) that ``range="mse"`` minimizes over the two ends of the range (the Gram diagonal); ignored by min-max. Returns (scale float32 [...], zero int32 [...]).
     The range always includes 0.
     """
     lo, hi = weight.amin(-1).clamp_(max=0), weight.amax(-1).clamp_(min=0)
     if spec.range == "minmax":
         return range_to_grid(lo, hi, spec)
-    best_scale, best_zero = range_to_grid(lo, hi, spec)
-    best_error = torch.full_like(lo, torch.inf)
-    for shrink in SHRINKS:
-        scale, zero = range_to_grid(lo * shrink, hi * shrink, spec)
-        s, z = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    power = FEW_LEVELS_POWER if spec.n_levels <= FEW_LEVELS else POWER
+    best_lo, best_hi, best_error = lo, hi, torch.full_like(lo, torch.inf)
+
+    def consider(low: Tensor, high: Tensor) -> None:
+        nonlocal best_lo, best_hi, best_error
+        s, z = (t.unsqueeze(-1) for t in range_to_grid(low, high, spec))
         residual = weight - ((weight / s).round_() + z).clamp_(0, spec.qmax).sub_(z).mul_(s)
-        squared = residual.square_() if importance is None else residual.square_().mul_(importance)
-        error = squared.sum(-1)
+        cost = residual.square_() if power == POWER else residual.abs_().pow_(power)
+        error = (cost if importance is None else cost.mul_(importance)).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        best_lo, best_hi = torch.where(better, low, best_lo), torch.where(better, high, best_hi)
+
+    for shrink in SHRINKS:
+        consider(lo * shrink, hi * shrink)
+    if not spec.symmetric:
+        shared_lo, shared_hi = best_lo, best_hi
+        for factor in ENDS:
+            consider(torch.maximum(shared_lo * factor, lo), shared_hi)
+        nearest_lo = best_lo
+        for factor in ENDS:
+            consider(nearest_lo, torch.minimum(shared_hi * factor, hi))
+    return range_to_grid(best_lo, best_hi, spec)
 
 
 def range_to_grid(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

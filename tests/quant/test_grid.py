@@ -64,19 +64,25 @@ def test_mse_never_has_more_weighted_error_than_minmax_and_wins_with_an_outlier(
         assert float(error["mse"].sum()) < 0.8 * float(error["minmax"].sum())
 
 
-def test_mse_is_the_best_of_all_shrinks_by_brute_force() -> None:
-    weight, importance = weights(5, 24), torch.rand(24)
-    spec = QuantSpec(3, range="mse")
-    scale, zero = fit_scale_zero(weight, spec, importance)
-    lo, hi = weight.amin(1), weight.amax(1)
-    tried = []
-    for i in range(80):
-        s, z = range_to_grid(lo * (1 - 0.01 * i), hi * (1 - 0.01 * i), spec)
-        codes = (torch.round(weight / s[:, None]) + z[:, None]).clamp(0, 7)
-        tried.append(((weight - s[:, None] * (codes - z[:, None])).square() * importance).sum(1))
-    codes = (torch.round(weight / scale[:, None]) + zero[:, None]).clamp(0, 7)
-    found = ((weight - scale[:, None] * (codes - zero[:, None])).square() * importance).sum(1)
-    torch.testing.assert_close(found, torch.stack(tried).amin(0))
+@pytest.mark.parametrize(("bits", "power"), [(2, 2.4), (3, 2.0)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_mse_is_the_best_of_all_shrinks_by_brute_force(bits: int, power: float, symmetric: bool) -> None:
+    weight, importance = weights(20, 24), torch.rand(24)
+    spec = QuantSpec(bits, range="mse", symmetric=symmetric)
+
+    def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        codes = (torch.round(weight / scale[:, None]) + zero[:, None]).clamp(0, spec.qmax)
+        return ((weight - scale[:, None] * (codes - zero[:, None])).abs().pow(power) * importance).sum(1)
+
+    lo, hi = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    shrunk = torch.stack([error(*range_to_grid(lo * (1 - i / 100), hi * (1 - i / 100), spec)) for i in range(80)]).amin(
+        0
+    )
+    found = error(*fit_scale_zero(weight, spec, importance))
+    if symmetric:
+        torch.testing.assert_close(found, shrunk)
+    else:  # the ends move by themselves too
+        assert bool((found <= shrunk * (1 + 1e-5)).all()) and float(found.sum()) < 0.97 * float(shrunk.sum())
 
 
 def test_awkward_rows() -> None:
