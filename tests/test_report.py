@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ import pytest
 
 import model_quantizer
 from quant import report
+from quant.core import cli
 from quant.core.cli import guarded
 from quant.core.errors import InputError
 from quant.core.run import RunConfig, Session
@@ -175,6 +177,18 @@ def test_scores_and_memory_are_on_the_page(finished, tmp_path):
     assert (tmp_path / "one" / "memory.png").exists()
     html = report.write_report([runs[0]] * 25, tmp_path / "many").read_text()
     assert "The 24 longest of 25 runs" in html and "without a plot" in html and "zero-shot" not in html
+
+
+def test_tasks_are_timed_apart_from_perplexity(model_dir, text, tmp_path, monkeypatch):
+    def slow(*_: object) -> dict:
+        time.sleep(0.4)
+        return {}
+
+    monkeypatch.setattr(Session, "_run_tasks", slow)
+    config = replace(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
+    seconds = Session(config).run(config)["seconds"]
+    assert 0.4 <= seconds["tasks"] <= seconds["total"] - seconds["evaluate"] - seconds["load"]
+    assert "tasks" in report.STAGES and "tasks" in cli.STAGES
 
 
 def test_a_command_writes_its_pages(model_dir, text, tmp_path, monkeypatch, capsys):

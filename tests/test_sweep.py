@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quant.core import run as sweep_run
 from quant.core.cli import guarded
 from quant.core.errors import InputError
 from quant.core.run import Session
 from quant.core.stream import BlockStream
 from scripts import sweep
+from tests.quant.test_zero_shot import local_task  # noqa: F401  (a fixture)
 from tests.test_run import config_for
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +148,27 @@ def test_full_precision_is_evaluated_once_however_many_rows_are_together(model_d
         found[together] = [{k: c.results[k] for k in ("perplexity", "fidelity")} for c in own]
     assert found[1] == found[3] and all(f["perplexity"]["words"]["fp"] > 1 for f in found[1])
     assert changes[:6] == ["quantized"] * 3 + ["done"] * 3
+
+
+def test_tasks_of_full_precision_are_scored_once(model_dir, text, tmp_path, local_task, monkeypatch):  # noqa: F811
+    config = config_for(
+        model_dir("llama"), text, tmp_path, method="rtn", options={}, tasks=("mine",), task_path=local_task
+    )
+    config = replace(config, nsamples=4, limit=4, eval_datasets=())
+    scored, run_tasks = [], sweep_run.run_tasks
+    monkeypatch.setattr(
+        sweep_run, "run_tasks", lambda scorer, *args: scored.append(len(scorer.variants)) or run_tasks(scorer, *args)
+    )
+    found = []
+    for together in (1, 2):
+        own = [
+            sweep.Cell({}, replace(config, wbits=bits, run_dir=tmp_path / f"{together}-{bits}"), str(bits))
+            for bits in (2, 3)
+        ]
+        sweep.run_group(own, together)
+        found.append([cell.results["zero_shot"] for cell in own])
+    assert scored == [2, 1, 3] and found[0] == found[1]
+    assert all(entry["mine"]["difference_ci95"] is not None for entry in found[0])
 
 
 def test_the_table_shows_what_waits():
