@@ -147,12 +147,6 @@ def parser() -> argparse.ArgumentParser:
         "--output_dir", type=Path, default=Path("../log/"), help="where run directories are made (default: ../log/)"
     )
     g.add_argument("--save_dir", type=Path, metavar="DIR", help="write the quantized checkpoint and results.json here")
-    g.add_argument(
-        "--real_quant",
-        action="store_true",
-        help="pack the checkpoint of --save_dir, in the first that can hold it of gptq (gptq_v2 where asymmetric), "
-        "compressed-tensors, bitplane",
-    )
     return p  # fmt: skip
 
 
@@ -182,7 +176,6 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(args.a_symmetric and args.abits == 16, "--a_symmetric is of activations: give --abits below 16")
     check(args.real_quant and 8 < args.abits < 16, f"--real_quant: no kernel takes activations of {args.abits} bits")
     check(args.real_quant and args.wbits == 16, "--real_quant packs quantized weights: give --wbits 1 to 8")
-    check(args.real_quant and args.save_dir is None, "--real_quant packs the checkpoint: give --save_dir DIR too")
     check(
         args.group_size is not None and args.group_size < 1 and args.group_size != -1,
         f"--group_size {args.group_size}: use a positive number, or leave it out",
@@ -319,6 +312,7 @@ def run_config(args: argparse.Namespace) -> Any:
         num_fewshot=args.num_fewshot,
         limit=None if args.limit == -1 else args.limit,
         full_precision_eval=not args.no_fp_eval,
+        packed=args.real_quant,
         data_dir=args.data_dir,
         cache_dir=args.cache_dir,
         device=args.device,
@@ -336,7 +330,8 @@ def run_config(args: argparse.Namespace) -> Any:
         trust_remote_code=args.trust_remote_code,
         deterministic=args.deterministic,
     )
-    return replace(config, format=packed_format(config)) if args.real_quant and args.format is None else config
+    packs = args.real_quant and args.format is None and args.save_dir is not None
+    return replace(config, format=packed_format(config)) if packs else config
 
 
 def packed_format(config: Any) -> str:

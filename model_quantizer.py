@@ -227,6 +227,7 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
             num_fewshot=args.num_fewshot,
             limit=args.limit,
             full_precision_eval=not args.no_fp_eval,
+            packed=args.real_quant,
             data_dir=args.data_dir,
             cache_dir=args.cache_dir,
             device=args.device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +81,16 @@ class LazyModel:
     def _misfit(self, name: str, found: tuple[int, ...], asked: tuple[int, ...]) -> str:
         return f"{name} has shape {found} in {self.checkpoint.path}, but config.json asks for {asked}"
 
-    def block_weights(self, index: int, device: torch.device, dtype: torch.dtype | None = None) -> Weights:
+    def block_weights(
+        self, index: int, device: torch.device, dtype: torch.dtype | None = None, without: Collection[str] = ()
+    ) -> Weights:
         """Parameters and buffers of a block by their names inside it, ready for ``functional_call``.
 
-        dtype: of the parameters, where it is not that of the arithmetic.
+        dtype: of the parameters, where it is not that of the arithmetic. without: parameters that are not read.
         """
         block, prefix = self.blocks[index], f"{self.family.blocks}.{index}."
-        weights = {name: self._read(prefix + name, p.shape, device, dtype) for name, p in block.named_parameters()}
+        wanted = {name: p for name, p in block.named_parameters() if name not in without}
+        weights = {name: self._read(prefix + name, p.shape, device, dtype) for name, p in wanted.items()}
         extra = {
             name.removeprefix(prefix): self.checkpoint.read(name).to(device, self.dtype)
             for name in self.checkpoint.extra

@@ -7,7 +7,7 @@ entropy of each window over its seqlen - 1 predictions, exp of the mean over win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,48 @@ from torch import Tensor
 
 from data.calibration import Tokens
 from models.load import LazyModel, Weights
-from quant.core.actquant import ActSpec
+from quant.core.actquant import ActSpec, Deployed
 from quant.core.stream import BlockStream
 
 FULL = "fp"
 RESAMPLES = 2000
 HEAD_ELEMENTS = 1 << 27  # logits computed at a time: half a gigabyte in float32
-Deploy = Callable[[int, Weights], Weights]  # block index, full-precision weights -> the variant's weights
+Deploy = Callable[[int, Weights], Deployed]  # block index, full-precision weights -> the variant's weights
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A form of the model: its blocks' weights, and how its activations are quantized."""
+    """A form of the model: its blocks' weights, and how its activations are quantized.
+
+    packed: its linears are packed in every block, and none of theirs is taken from the full-precision weights.
+    """
 
     deploy: Deploy
     act: ActSpec | None = None
+    packed: bool = False
+
+
+UNCHANGED = Variant(lambda _, weights: weights)
+
+
+def pass_blocks(
+    model: LazyModel,
+    variants: Mapping[str, Variant],
+    streams: Collection[Mapping[str, BlockStream]],
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Carry streams (each by variant) through all blocks, side by side. Linears are read only where a variant needs them."""
+    n_blocks = len(model.blocks)
+    linears = [f"{name}.weight" for name in model.linear_shapes()]
+    without = linears if all(variant.packed for variant in variants.values()) else []
+    for index in range(n_blocks):
+        weights = model.block_weights(index, device, without=without)
+        for name, variant in variants.items():
+            own = variant.deploy(index, weights)
+            for by_variant in streams:
+                by_variant[name].run(index, own, advance=True, act=variant.act)
+        progress(index + 1, n_blocks)
 
 
 @dataclass(frozen=True)
@@ -59,21 +86,18 @@ def evaluate(
     batch: int,
     store: str = "cpu",
     directory: Path = Path(),
-    full_precision: bool = True,
-    full_act: ActSpec | None = None,
+    full: Variant | None = UNCHANGED,
     full_streams: dict[str, BlockStream] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, Scores]]:
-    """Scores by corpus and variant; full precision is the variant ``fp`` (with full_act: of a checkpoint that
-    quantizes activations itself).
+    """Scores by corpus and variant; full precision, where it is asked for, is the variant ``fp`` (of a quantized
+    checkpoint: itself).
 
     full_streams: full precision behind the last block by corpus, of an earlier call; filled if empty, else full precision
     does not pass the blocks again.
     """
     kept: dict[str, BlockStream] = {} if full_streams is None else full_streams
-    wanted = full_precision and not kept
-    full = {FULL: Variant(lambda _, weights: weights, full_act)} if wanted else {}
-    everything: dict[str, Variant] = full | dict(variants)
+    everything = ({FULL: full} if full is not None and not kept else {}) | dict(variants)
     outside = model.outside_weights(device)
     streams: dict[str, dict[str, BlockStream]] = {}
     for name, tokens in corpora.items():
@@ -81,17 +105,10 @@ def evaluate(
         first.capture(outside)
         streams[name] = {v: first if i == 0 else first.fork() for i, v in enumerate(everything)}
     del outside  # embeddings and head leave the device while blocks pass
-    n_blocks = len(model.blocks)
-    for index in range(n_blocks):
-        weights = model.block_weights(index, device)
-        for name, variant in everything.items():
-            own = variant.deploy(index, weights)
-            for by_variant in streams.values():
-                by_variant[name].run(index, own, advance=True, act=variant.act)
-        progress(index + 1, n_blocks)
-    if wanted:
+    pass_blocks(model, everything, streams.values(), device, progress)
+    if FULL in everything:
         kept |= {name: by_variant[FULL] for name, by_variant in streams.items()}
-    elif full_precision:
+    elif full is not None:
         streams = {name: {FULL: kept[name]} | by_variant for name, by_variant in streams.items()}
     outside = model.outside_weights(device)
     return {name: _scores(by_variant, outside) for name, by_variant in streams.items()}
@@ -163,6 +180,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="ID|DIR", help="hub id or directory, also one of --save")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     group = add_data_flags(parser, seed=0)
+    group.add_argument("--real_quant", action="store_true", help="keep a quantized checkpoint packed in memory")
     group.add_argument("--limit", type=int, metavar="N", help="the first N windows and items only")
     add_machine_flags(parser, DEFAULT_CACHE)
     args = parser.parse_args()
@@ -198,6 +216,7 @@ def main() -> None:
             calib_batch=args.calib_batch,
             activation_store=args.activation_store,
             trust_remote_code=args.trust_remote_code,
+            packed=args.real_quant,
             deterministic=args.deterministic,
             run_dir=Path(directory) / "run",
         )

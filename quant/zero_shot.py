@@ -23,7 +23,7 @@ from torch import Tensor
 from models.load import LazyModel
 from quant.core.errors import InputError
 from quant.core.stream import BlockStream
-from quant.evaluate import FULL, HEAD_ELEMENTS, RESAMPLES, Variant
+from quant.evaluate import FULL, HEAD_ELEMENTS, RESAMPLES, Variant, pass_blocks
 
 HIDDEN_BYTES = 4 << 30  # of hidden states held at a time, all variants together
 PAD_TO = 32
@@ -86,14 +86,11 @@ class Scorer:
             ).capture(outside)
             streams[length] = {name: first if i == 0 else first.fork() for i, name in enumerate(self.variants)}
         del outside
-        n_blocks = len(self.model.blocks)
-        for index in range(n_blocks):
-            weights = self.model.block_weights(index, self.device)
-            for name, variant in self.variants.items():
-                own = variant.deploy(index, weights)
-                for by_variant in streams.values():
-                    by_variant[name].run(index, own, advance=True, act=variant.act)
-            self.progress(number * n_blocks + index + 1, n_chunks * n_blocks)
+
+        def progress(done: int, total: int) -> None:
+            self.progress(number * total + done, n_chunks * total)
+
+        pass_blocks(self.model, self.variants, streams.values(), self.device, progress)
         outside = self.model.outside_weights(self.device)
         for length, group in lengths.items():
             for name, stream in streams[length].items():

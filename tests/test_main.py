@@ -176,7 +176,7 @@ def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_pat
         ("--let --sf 0", "--sf 0: use a number above 0"),
         ("--let --stability_factor 1.5", "--sf 1.5: use a number above 0, at most 1"),
         ("--lwc --real_quant --abits 12", "no kernel takes activations of 12 bits"),
-        ("--lwc --wbits 4 --real_quant", "--real_quant packs the checkpoint: give --save_dir DIR too"),
+        ("--lwc --wbits 16 --real_quant", "--real_quant packs quantized weights: give --wbits 1 to 8"),
         ("--lwc --abits 1", "--abits 1: use 2 to 15"),
         ("--lwc --a_symmetric", "--a_symmetric is of activations: give --abits below 16"),
         ("--epochs 0 --wbits 8 --symmetric --abits 8 --save_dir out --format compressed-tensors", "use --kvbits 16"),

@@ -112,6 +112,12 @@ def add_result_flags(p: argparse.ArgumentParser, runs: str) -> argparse._Argumen
     g.add_argument(
         "--compute-quantization-recon-error", action="store_true", help="print the relative error of every linear"
     )
+    g.add_argument(
+        "--real_quant",
+        action="store_true",
+        help="evaluate with the weights packed in memory, and pack the checkpoint (without --format: the first that can "
+        "hold it of gptq, gptq_v2 where asymmetric, compressed-tensors, bitplane)",
+    )
     g.add_argument("--no-report", action="store_true", help="do not write report.html, report.csv and its pictures")
     g.add_argument("--dry-run", action="store_true", help="plan, memory, time and size; nothing is run")
     g.add_argument("--list", action="store_true", help="methods with their options, families, formats, data sets")

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from models.load import LazyModel, Weights, load_model, load_tokenizer
 from quant.core import machine
-from quant.core.actquant import ActSpec
+from quant.core.actquant import ActSpec, Deployed
 from quant.core.errors import InputError
 from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
 from quant.core.learn import LearnedBlock, Learning, learn_block
@@ -30,7 +30,7 @@ from quant.core.recipe import Recipe, compare_block, deploy, quantize_block
 from quant.core.registry import get_solver, solver_options
 from quant.core.stream import BlockStream
 from quant.core.transforms import InputRange, TransformSpec, check_seams
-from quant.core.types import QuantSpec
+from quant.core.types import QuantizedWeight, QuantSpec
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
 from quant.export import DEQUANTIZED, refusal
 from quant.export.formats import Content
@@ -45,6 +45,7 @@ from quant.export.write import (
     save_checkpoint,
 )
 from quant.kernels.blocks import kernels
+from quant.kernels.packed import pack_block
 from quant.zero_shot import Scorer, Tasks, TaskScore, open_tasks, run_tasks
 from quant.zero_shot import report as task_report
 
@@ -60,7 +61,7 @@ class RunConfig:
 
     method names the run; solver, where it is not the method itself, rounds. learning, act: see `Recipe`. resume: a run
     directory whose learned parameters are the start. format: of the checkpoint in ``save``; target: the software that is
-    to load it. act_scales, act_shifts: files of generate_act_scale_shift.py. deterministic: on CUDA, only deterministic
+    to load it. packed: evaluate with packed weights, as they would be used. act_scales, act_shifts: files of generate_act_scale_shift.py. deterministic: on CUDA, only deterministic
     algorithms.
     """
 
@@ -103,6 +104,7 @@ class RunConfig:
     save: Path | None = None
     format: str = DEQUANTIZED
     target: str | None = None
+    packed: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
     deterministic: bool = False
@@ -158,6 +160,7 @@ class Job:
     blocks: list[BlockSummary] = field(default_factory=list)
     seconds: float = 0.0
     peaks: dict[str, Mapping[str, int]] = field(default_factory=dict)  # bytes by stage
+    packed_bytes: dict[int, int] = field(default_factory=dict)  # by block, where it was evaluated packed
 
 
 @dataclass
@@ -345,6 +348,7 @@ class Session:
             job.results = self._results(job.config, job.blocks) | scored
             job.results |= {"configuration_sha256": job.digest, "evaluation": self._evaluation_request(job.config)}
             job.results["seconds"] |= evaluating | answering
+            job.results["packed_bytes"] = sum(job.packed_bytes.values())  # 0 where nothing was evaluated packed
         return [self._finished(job, job in waiting, progress(job.config.method)) for job in jobs]
 
     def _checked(self, config: RunConfig) -> Job:
@@ -437,6 +441,7 @@ class Session:
             "token_sha256": hashes,
             "limit": config.limit,
             "full_precision": config.full_precision_eval,
+            "packed": config.packed,
             "tasks": tasks if self.tasks else None,
         }
 
@@ -532,6 +537,27 @@ class Session:
         """The weights that a finished block deploys."""
         return deploy(weights, target.read_weights(index), self.model, target.read_changed(index))
 
+    def _packed(self, job: Job, index: int, weights: Weights, solved: Mapping[str, QuantizedWeight]) -> Deployed:
+        """A block with its solved linears packed; their memory is noted in the job."""
+        packed = pack_block(solved, self.device)
+        job.packed_bytes[index] = sum(weight.nbytes() for weight in packed.values())
+        return {**weights, **packed}
+
+    def _full(self, job: Job) -> Variant:
+        """The model itself; a quantized checkpoint may be asked to stay packed."""
+        checkpoint = self.model.checkpoint
+        if not (job.config.packed and isinstance(checkpoint, QuantizedCheckpoint)):
+            return Variant(lambda _, weights: weights, self.act)
+        whole = all(
+            set(checkpoint.solved(self.model, i)) == set(self.model.linear_shapes())
+            for i in range(len(self.model.blocks))
+        )
+
+        def own(index: int, weights: Weights) -> Deployed:
+            return self._packed(job, index, weights, checkpoint.solved(self.model, index))
+
+        return Variant(own, self.act, whole)
+
     def _resumed(self, path: Path, configuration: Record) -> str:
         """The hash of the run in ``path``, whose learned parameters a run of this configuration starts from.
 
@@ -598,10 +624,17 @@ class Session:
         """The quantized form of every job, by its directory."""
 
         def deployed(job: Job) -> Variant:
-            def own(index: int, weights: Weights) -> Weights:
-                return self._deployed(job.target, index, weights) if index < job.n_blocks else weights
+            packed = job.config.packed and job.config.wbits != FULL_BITS
 
-            return Variant(own, job.config.act)
+            def own(index: int, weights: Weights) -> Deployed:
+                if index >= job.n_blocks:
+                    return weights
+                if not packed:
+                    return self._deployed(job.target, index, weights)
+                changed = deploy(weights, {}, self.model, job.target.read_changed(index))
+                return self._packed(job, index, changed, job.target.read_weights(index))
+
+            return Variant(own, job.config.act, packed and job.n_blocks == len(self.model.blocks))
 
         return {str(job.target.path): deployed(job) for job in jobs if job.recipe}
 
@@ -622,8 +655,7 @@ class Session:
             batch=config.calib_batch,
             store=config.activation_store,
             directory=jobs[0].target.path,
-            full_precision=full,
-            full_act=self.act,
+            full=self._full(jobs[0]) if full else None,
             full_streams=full_streams,
             progress=lambda done, total: progress("evaluate", done, total, ""),
         )
@@ -636,7 +668,7 @@ class Session:
             return {}
         config = jobs[0].config
         wanted = config.full_precision_eval and not full_scores
-        full = {FULL: Variant(lambda _, weights: weights, self.act)} if wanted else {}
+        full = {FULL: self._full(jobs[0])} if wanted else {}
         scorer = Scorer(
             self.model,
             full | self._variants(jobs),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.load import LazyModel, Weights
-from quant.core.actquant import ActSpec, instrumented
+from quant.core.actquant import ActSpec, Deployed, instrumented
 from quant.core.errors import InputError
 
 STORES = ("device", "cpu", "disk")
@@ -199,7 +199,7 @@ class BlockStream:
     def run(
         self,
         index: int,
-        weights: Weights,
+        weights: Deployed,
         *,
         observe: Mapping[str, Callable[[Tensor], None]] | None = None,
         advance: bool = False,

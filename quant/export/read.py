@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
+from models.load import LazyModel
 from quant.core.actquant import INPUT_RANGE
 from quant.core.errors import InputError
 from quant.core.seams import ONLINE
@@ -95,6 +96,11 @@ class QuantizedCheckpoint(Checkpoint):
     def read(self, name: str) -> Tensor:
         """A tensor; a quantized one dequantized, in the model's dtype."""
         return self.quantized(name).dequantize().to(self.dtype) if name in self._weights else super().read(name)
+
+    def solved(self, model: LazyModel, index: int) -> dict[str, QuantizedWeight]:
+        """The quantized linears of a block of the model whose checkpoint this is, by name."""
+        keys = {name: model.key(f"{model.family.blocks}.{index}.{name}.weight") for name in model.linear_shapes()}
+        return {name: self.quantized(key) for name, key in keys.items() if key in self._weights}
 
     def quantized(self, name: str) -> QuantizedWeight:
         """Codes and grid of a weight. Raises InputError where they are not legal."""

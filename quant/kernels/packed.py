@@ -9,7 +9,7 @@ the bits that `QuantizedWeight.storage_bits` counts, but for zero points of 3 bi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -250,6 +250,11 @@ def pack_weight(weight: QuantizedWeight, device: torch.device | str = "cpu") -> 
         packed_grid = _bilevel(grid.bilevel, packed_grid, rows)
     outliers = None if weight.outliers is None else _pack_outliers(weight.outliers, n_out, n_in)
     return PackedWeight(layout, bits, n_out, n_in, group, layout.pack(codes, bits), packed_grid, order, outliers)
+
+
+def pack_block(solved: Mapping[str, QuantizedWeight], device: torch.device) -> dict[str, PackedWeight]:
+    """The answers of a block's linears, packed, by the names of their weights."""
+    return {f"{name}.weight": pack_weight(weight, device) for name, weight in solved.items()}
 
 
 def _scales(scale: Tensor, bits: int) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -35,7 +34,7 @@ _F32, _I32, _SIZE = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 def vector_level() -> str:
     """What the permutations are made of: ``avx512``, ``avx2`` or ``none``; numba's own settings narrow it."""
-    named = config.CPU_FEATURES  # NUMBA_CPU_FEATURES, where set: "+avx2,-avx512f,..."
+    named = config.CPU_FEATURES  # type: ignore[attr-defined]  # NUMBA_CPU_FEATURES, where set: "+avx2,-avx512f,..."
     has = set(named.split(",")) if named else {f"+{k}" for k, v in llvm.get_host_cpu_features().items() if v}
     if {"+avx512f", "+avx512bw"} <= has:
         return "avx512"
@@ -44,7 +43,7 @@ def vector_level() -> str:
 
 def has_byte_products() -> bool:
     """Whether the CPU multiplies bytes four at a time (AVX512-VNNI)."""
-    named = config.CPU_FEATURES
+    named = config.CPU_FEATURES  # type: ignore[attr-defined]
     found = "+avx512vnni" in named if named else llvm.get_host_cpu_features().get("avx512vnni", False)
     return bool(found) and vector_level() == "avx512"
 
@@ -267,12 +266,12 @@ def _read_grid(grid, tile, scale, zero):  # type: ignore[no-untyped-def]  # noqa
         for g in range(scale.shape[0]):
             for lane in range(TILE):
                 of = min((first + lane) // shared, base.shape[1] - 1)
-                scale[g, lane] = _as_float(base[g, of]) + scale[g, lane] * _as_float(step[g, of])
+                scale[g, lane] = _as_float(base[g, of]) + scale[g, lane] * _as_float(step[g, of])  # type: ignore[call-arg]
     else:
         for g in range(scale.shape[0]):
             row = base[g]
             for lane in range(TILE):
-                scale[g, lane] = _as_float(row[np.uint64(first + lane)])
+                scale[g, lane] = _as_float(row[np.uint64(first + lane)])  # type: ignore[call-arg]
     if zeros.size:
         _unpack_small(zeros, zero_width, first, zero)
     else:
@@ -288,7 +287,7 @@ def _multiply(planes, tables, sums, grid, group_quads, y, bits, quads):  # type:
         _read_grid(grid, tile, scale, zero)
         for g in range(n_groups):
             for n in range(n_tokens):
-                _lookup_sums(planes, tile, tables, n, g * group_quads, steps, out, bits, quads)
+                _lookup_sums(planes, tile, tables, n, g * group_quads, steps, out, bits, quads)  # type: ignore[call-arg]
                 for lane in range(TILE):
                     total[n, lane] += scale[g, lane] * (out[lane] - zero[g, lane] * sums[n, g])
         for n in range(n_tokens):
@@ -307,7 +306,7 @@ def _multiply_bytes(planes, x, sums, x_scale, offset, grid, group_quads, y, bits
         for first in range(0, x.shape[0], len(tokens)):
             total[:] = 0
             for g in range(n_groups):
-                _byte_sums(planes, tile, x, first, g * group_quads, steps, out, bits, quads, tokens)
+                _byte_sums(planes, tile, x, first, g * group_quads, steps, out, bits, quads, tokens)  # type: ignore[call-arg]
                 for n in range(1, len(tokens)):
                     for lane in range(TILE):
                         ones = np.float32(out[0, lane]) - zero[g, lane] * sums[first, g]

@@ -27,10 +27,10 @@ def random_weight(n_out, n_in, spec, scale=0.05, seed=0):
     return QuantizedWeight(grid.quantize(weight), grid, spec)
 
 
-def values(weight):
-    """Codes to values one at a time in float64."""
+def values(weight, sign=-1):
+    """Codes to values one at a time in float64; sign=1: the sizes of the two terms of each instead."""
     grid = weight.grid
-    found = (weight.codes.double() - grid.zero.double()[:, grid.g_idx]) * grid.scale.double()[:, grid.g_idx]
+    found = (weight.codes.double() + sign * grid.zero.double()[:, grid.g_idx]) * grid.scale.double()[:, grid.g_idx]
     if weight.outliers is not None:
         found.view(-1)[weight.outliers.index] += weight.outliers.value.double()
     return found
@@ -38,7 +38,7 @@ def values(weight):
 
 def product(x, weight):
     """What is expected, and the size of its terms, which sets the rounding."""
-    return x.double() @ values(weight).T, x.double().abs() @ values(weight).abs().T
+    return x.double() @ values(weight).T, x.double().abs() @ values(weight, 1).abs().T
 
 
 def distance(found, expected, size=None):

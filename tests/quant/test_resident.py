@@ -1,0 +1,156 @@
+"""Packed models: the evaluator's numbers, whole models in memory, text."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from quant import generate as command
+from quant.core.actquant import ActSpec, instrumented
+from quant.core.errors import InputError
+from quant.core.journal import RunDirectory
+from quant.core.resident import load_resident, open_quantized, open_run
+from quant.core.run import RunConfig, Session
+from quant.kernels.packed import PackedLinear
+
+CPU = torch.device("cpu")
+
+
+def run_of(path, text, tmp_path, name="run", **changes):
+    config = RunConfig(
+        model=str(path), dataset=str(text), eval_datasets=(str(text),), nsamples=4, seqlen=32, limit=6, method="rtn",
+        cache_dir=tmp_path / "cache", run_dir=tmp_path / name, **({"wbits": 4} | changes),
+    )  # fmt: skip
+    return config, Session(config).run(config)
+
+
+FORMS = {
+    "llama gqa, tied": {"group_size": 16},
+    "opt": {},
+    "bloom": {"act": ActSpec(8, 8), "wbits": 3},
+    "falcon 40b": {"symmetric": True},
+    "gemma2": {"num_layers": 1},
+}
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_packed_weights_give_the_perplexity_of_the_written_out_ones(family, model_dir, text, tmp_path):
+    asked = FORMS[family]
+    _, plain = run_of(model_dir(family), text, tmp_path, "plain", **asked)
+    _, packed = run_of(model_dir(family), text, tmp_path, "packed", packed=True, **asked)
+    assert packed["codes_sha256"] == plain["codes_sha256"]
+    for name, entry in plain["perplexity"].items():
+        assert packed["perplexity"][name]["quantized"] == pytest.approx(entry["quantized"], rel=2e-5)
+        assert packed["perplexity"][name]["fp"] == entry["fp"]
+    assert plain["packed_bytes"] == 0 and packed["packed_bytes"] > 0
+
+
+def test_a_packed_checkpoint_is_evaluated_packed(model_dir, text, tmp_path):
+    config, results = run_of(model_dir("llama"), text, tmp_path, save=tmp_path / "saved", format="bitplane")
+    base = RunConfig(model=str(config.save), eval_datasets=(str(text),), seqlen=32, limit=6, packed=True,
+                     cache_dir=tmp_path / "cache", run_dir=tmp_path / "base")  # fmt: skip
+    found = Session(base).run(base)
+    (name,) = results["perplexity"]
+    assert found["perplexity"][name]["fp"] == pytest.approx(results["perplexity"][name]["quantized"], rel=2e-5)
+    assert found["packed_bytes"] > 0
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tmp_path):
+    asked = {k: v for k, v in FORMS[family].items() if k != "act"}
+    config, _ = run_of(model_dir(family), text, tmp_path, save=tmp_path / "saved", **asked)
+    resident = load_resident(open_run(config.run_dir, torch.float32).quantized(), CPU)
+    reference = AutoModelForCausalLM.from_pretrained(config.save, dtype=torch.float32).eval()
+    ids = torch.randint(1, 60, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), instrumented(resident.blocks, resident.weights, resident.act):
+        packed = [m for m in resident.module.modules() if isinstance(m, PackedLinear)]
+        assert len(packed) == len(RunDirectory(config.run_dir).read_weights(0)) * len(
+            [i for i in range(len(resident.blocks)) if i < config.num_layers]
+        )
+        found = resident.module(ids, use_cache=False).logits
+    expected = reference(ids).logits
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+    tokens = list(command.generate(resident, ids, 8))
+    with torch.no_grad():
+        whole = reference.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert tokens == whole[0, 20:].tolist()
+
+
+def test_memory_of_a_model_is_what_is_counted(text, tmp_path):
+    path = command.Path(__file__).parents[2] / "models" / "demo" / "mistral"
+    config, results = run_of(path, text, tmp_path, group_size=64, packed=True)
+    resident = load_resident(open_run(config.run_dir, torch.float32).quantized(), CPU)
+    assert resident.packed_bytes == results["packed_bytes"]
+    assert resident.stored_bytes == results["quantized_bytes"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    linears = sum(m.weight.nbytes for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    rest = sum(p.nbytes for p in model.parameters()) - linears
+    assert resident.other_bytes == pytest.approx(rest, rel=0.01)
+    total = resident.packed_bytes + resident.other_bytes
+    assert total == pytest.approx(results["quantized_bytes"] + rest, rel=0.05)
+    assert resident.packed_bytes < linears / 6
+
+
+def run_command(monkeypatch, capsys, *words):
+    from quant.core.cli import guarded
+
+    monkeypatch.setattr("sys.argv", ["quant.generate", *map(str, words)])
+    code = guarded(command.main)
+    return code, *capsys.readouterr()
+
+
+def test_text_streams(text, tmp_path, monkeypatch, capsys):
+    path = command.Path(__file__).parents[2] / "models" / "demo" / "llama"
+    config, _ = run_of(path, text, tmp_path, save=tmp_path / "saved", format="bitplane", wbits=8)
+    said = []
+    for model in (config.run_dir, config.save, path):  # a run, a packed checkpoint, a plain one
+        code, out, _ = run_command(
+            monkeypatch, capsys, "--model", model, "--prompt", "Anna went", "--max-new-tokens", 12
+        )
+        assert code == 0 and out.startswith("Anna went ") and "tokens a second" in out
+        said.append(out.splitlines()[0])
+    assert said[0] == said[1] and len(said[0].split()) > 6
+    warm = ("--temperature", 1.5, "--seed", 3)
+    first, second = (
+        run_command(monkeypatch, capsys, "--model", path, "--prompt", "Anna went", *warm)[1].splitlines()[0]
+        for _ in "ab"
+    )
+    assert first == second != said[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--max-new-tokens", 0), "--max-new-tokens 0: use 1 or more"),
+        (("--temperature", -1), "--temperature -1: use 0 or more"),
+        (("--max-new-tokens", 100000), "the model takes at most"),
+        (("--prompt", ""), "--prompt is empty"),
+    ],
+)
+def test_mistakes(words, expected, monkeypatch, capsys):
+    path = command.Path(__file__).parents[2] / "models" / "demo" / "opt"
+    given = {"--model": path, "--prompt": "Anna"} | dict([words])
+    code, _, err = run_command(monkeypatch, capsys, *[part for pair in given.items() for part in pair])
+    assert code == 2 and expected in err and "Traceback" not in err
+
+
+def test_runs_that_cannot_be_opened(model_dir, text, tmp_path):
+    config, _ = run_of(model_dir("llama"), text, tmp_path)
+    copy = tmp_path / "other"
+    copy.mkdir()
+    for file in model_dir("llama").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    save_file(
+        {n: t.contiguous() + 1 for n, t in model.state_dict().items()}, copy / "model.safetensors", {"format": "pt"}
+    )
+    manifest = json.loads((config.run_dir / "manifest.json").read_text())
+    manifest["request"]["model"] = str(copy)
+    (config.run_dir / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="not the model of the run any more"):
+        open_quantized(str(config.run_dir), tmp_path / "cache")
+    (config.run_dir / "results.json").unlink()
+    with pytest.raises(InputError, match="not finished"):
+        open_quantized(str(config.run_dir), tmp_path / "cache")
