@@ -186,5 +186,5 @@ class TritonKernels:
         )  # fmt: skip
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
-        """A matrix product over the columns where something changed."""
+        """One dense product: finding the columns that changed would make the host wait for the device every block."""
         correlation.addmm_(change, gram)
