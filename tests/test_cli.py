@@ -23,7 +23,9 @@ def command(monkeypatch, capsys, tmp_path):
     def run(*arguments: object) -> tuple[int, str, str]:
         words = [str(a) for a in arguments]
         capsys.readouterr()  # what fixtures printed
-        monkeypatch.setattr(sys, "argv", ["model_quantizer.py", "--no-report", "--cache-dir", str(tmp_path / "cache"), *words])
+        monkeypatch.setattr(
+            sys, "argv", ["model_quantizer.py", "--no-report", "--cache-dir", str(tmp_path / "cache"), *words]
+        )
         try:
             code = guarded(model_quantizer.main)
         except SystemExit as stop:
