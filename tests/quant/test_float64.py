@@ -1,0 +1,71 @@
+"""The blocked paths in float64 through the plain kernels: the codes of the naive references, all of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quant.core.grid import fit_grid, fit_scale_zero
+from quant.core.linalg import upper_factor
+from quant.core.types import Grid, QuantSpec
+from quant.gptq import feedback_rounding, visiting_order
+from quant.kernels import blocks
+from quant.kernels.blocks import TorchKernels
+from quant.quantease import Descent, rounds
+from tests.references import inputs, make_stats, naive_coordinate_descent, naive_gptq, objective64, weights
+
+N_IN = 64
+ORDERS = {"plain": {}, "act-order": {"act_order": True}, "static": {"static": True},
+          "static, act-order": {"act_order": True, "static": True}, "group-aware": {"group_aware": True}}  # fmt: skip
+SPECS = [QuantSpec(3), QuantSpec(3, 16), QuantSpec(2, 16, range="mse"), QuantSpec(4, symmetric=True)]
+
+
+def equal(weight, gram, found, expected):
+    assert torch.equal(found[0], expected[0])
+    ours, reference = (objective64(weight - values, gram) for values in (found[1], expected[1]))
+    assert abs(ours / reference - 1) < 1e-6
+
+
+@pytest.mark.parametrize("order", ["plain", "act-order", "static, act-order"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_descent(spec, order):
+    options = ORDERS[order]
+    weight, stats = weights(10, N_IN), make_stats(inputs(N_IN, 300))
+    visit = stats.order() if options.get("act_order") else torch.arange(N_IN)
+    grid = fit_grid(weight, spec, stats.diagonal, None if options.get("static") or order == "plain" else visit)
+    schedule = [rounds(k, 12) for k in range(12)]
+    wide = Grid(grid.scale.double(), grid.zero, grid.g_idx[visit], grid.qmax)
+    gram = stats.gram.double()
+    descent = Descent(weight.double()[:, visit].contiguous(), gram[visit][:, visit].contiguous(), wide, 16)
+    descent.kernels = TorchKernels()
+    for rounding in schedule:
+        descent.sweep(rounding)
+    codes = naive_coordinate_descent(weight, gram, grid, visit, schedule)
+    found = descent.codes[:, torch.argsort(visit)]
+    equal(weight, gram, (found, grid.dequantize(found)), (codes, grid.dequantize(codes)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gptq(spec, order, monkeypatch):
+    monkeypatch.setattr(blocks, "_chosen", {"cpu": TorchKernels()})
+    options = ORDERS[order]
+    weight, stats = weights(10, N_IN), make_stats(inputs(N_IN, 300))
+    act = bool(options.get("act_order"))
+    visit = visiting_order(stats.diagonal, spec, act, order == "group-aware")
+    static = spec.group_size == -1 or bool(options.get("static"))
+    grid = fit_grid(weight, spec, stats.diagonal, visit if act and not static else None)
+    gram, importance = stats.gram.double(), stats.diagonal[visit]
+    upper, ok = upper_factor(gram[visit][:, visit], 0.01)
+    assert ok
+    visited = replace(grid, scale=grid.scale.double(), g_idx=grid.g_idx[visit])
+    fit = None if static else lambda part, columns: fit_scale_zero(part.float(), spec, importance[columns])
+    codes, scale, zero, _, _ = feedback_rounding(weight.double()[:, visit], upper, visited, spec, fit, 16)
+    values = (codes.double() - zero[:, visited.g_idx]) * scale[:, visited.g_idx]
+    back = torch.argsort(visit)
+    equal(
+        weight,
+        gram,
+        (codes[:, back], values[:, back]),
+        naive_gptq(weight, gram, spec, 0.01, visit, grid if static else None),
+    )
