@@ -38,6 +38,7 @@ TOLERANCE = 1e-3  # of the perplexity
 # the edge between two of its 256 levels turns that into a step (2e-2 in all, measured).
 LOGITS = {"transformers": 5e-3, "dequantize": 5e-3, "gptqmodel": 2e-2}
 LOGITS_A8 = 1e-2
+REFUSED = "refused by our rules"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def prepared(family: str, case: Case, base: Path) -> tuple[Case, Path]:
         return case, checkpoint
     rows = {runtime: (takes, needs) for runtime, takes, needs, _ in loadability(case.format, content)}
     takes, needs = rows["transformers"]
-    how = "gptqmodel" if not takes else "dequantize" if "dequantize" in needs else "transformers"
+    other = "gptqmodel" if case.format.startswith("gptq") else REFUSED
+    how = other if not takes else "dequantize" if "dequantize" in needs else "transformers"
     return replace(case, how=how), checkpoint
 
 
@@ -171,7 +173,7 @@ def compared(answer: Path, perplexity: float, logits: torch.Tensor, bound: float
 
 def of_family(peer: str, family: str, cases: Sequence[Case], base: Path) -> list[tuple[Case, dict[str, object]]]:
     """Rows of the table. Readers of GPTQ and of compressed-tensors get a process each."""
-    asked = [prepared(family, case, base) for case in cases]
+    asked = [(case, path) for case, path in (prepared(family, case, base) for case in cases) if case.how != REFUSED]
     answers = {path: ours(path, base) for path in dict.fromkeys(path for _, path in asked)}
     rows: list[tuple[Case, dict[str, object]]] = []
     for group in ("gptq", "compressed-tensors"):

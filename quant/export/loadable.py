@@ -47,7 +47,7 @@ class Rule:
                 yield "runs without activation quantization"
             return
         if content.model_type in self.families:
-            yield f"gives {content.model_type} models random weights without a word (it replaces plain nn.Linear only)"
+            yield f"does not compute {content.model_type} models as they are (benchmarks/results/loaders.md)"
         spec = content.spec
         if spec is None:
             yield "takes quantized weights only"
@@ -76,10 +76,13 @@ RULES = (
     Rule("transformers", DEQUANTIZED, tried=ALL_BITS),
     *(Rule("transformers", name, (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, families=("falcon",),
            needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
-    Rule("transformers", "compressed-tensors", symmetric=True, activations=ANY, families=("falcon",), tried=(2, 3, 4, 8),
+    Rule("transformers", "compressed-tensors", symmetric=True, families=("falcon",), tried=(2, 3, 4, 8),
          needs="compressed-tensors>=0.18"),
-    Rule("transformers", "compressed-tensors", activations=ANY, tried=(3, 4),
+    Rule("transformers", "compressed-tensors", tried=(3, 4),
          needs="compressed-tensors>=0.18 and CompressedTensorsConfig(dequantize=True)"),
+    # OPT flattens tokens before its fully connected part, and then one scale serves all of them
+    Rule("transformers", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
+         families=("falcon", "opt"), tried=(8,), needs="compressed-tensors>=0.18"),
     Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, groups=GPTQMODEL_GROUPS, inputs=32, outputs=32,
          tried=(3, 4)),
     Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, tried=(3, 4)),
