@@ -124,7 +124,9 @@ def load_resident(quantized: Quantized, device: torch.device) -> Resident:
     held = {name for name, _ in [*blocks.named_parameters(), *blocks.named_buffers()]}
     _assign(blocks, {name: tensor for name, tensor in state.items() if name in held})
     others = sum(t.nbytes for t in {t.data_ptr(): t for t in [*outside.values(), *state.values()]}.values())
-    return Resident(model.module, blocks, state | packed, quantized.act, packed_bytes, (stored_bits + 7) // 8, others)
+    return Resident(
+        model.module, blocks, {**state, **packed}, quantized.act, packed_bytes, (stored_bits + 7) // 8, others
+    )
 
 
 def _assign(module: nn.Module, tensors: Weights) -> None:

@@ -9,8 +9,10 @@ the bits that `QuantizedWeight.storage_bits` counts, but for zero points of 3 bi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from quant.core.types import BilevelScales, Outliers, QuantizedWeight
 
+log = logging.getLogger(__name__)
 TILE = 32  # rows are filled up to a multiple of it
 WORD = 32  # columns are filled up to a multiple of it
 QUAD = 4  # columns of a group are filled up to a multiple of it
@@ -191,9 +194,11 @@ class PackedWeight:
     def dequantize(self) -> Tensor:
         """The weight float32 [out, in], with its outliers."""
         own = -(-self.n_in // self.n_groups)
-        scale, zero = (t.repeat_interleave(own, 0).T for t in (self.grid.scales(), self.grid.zeros()))
-        zero = zero if zero.shape[0] == 1 else zero[: self.n_out, : self.n_in]
-        values = (self.codes().float() - zero[:, : self.n_in]) * scale[: self.n_out, : self.n_in]
+
+        def of_columns(values: Tensor) -> Tensor:
+            return values.expand(self.n_groups, -1).repeat_interleave(own, 0).T[: self.n_out, : self.n_in]
+
+        values = (self.codes().float() - of_columns(self.grid.zeros())) * of_columns(self.grid.scales())
         if self.order is not None:
             values = torch.empty_like(values).index_copy_(1, self.order, values)
         return values if self.outliers is None else self.outliers.add_to(values)
@@ -309,16 +314,22 @@ class Expanded:
         return self.matmul(floats_of(x, scale, offset, weight), weight)
 
 
+@cache
 def layout_of(device: torch.device) -> Layout:
-    """The layout of a device's kernels."""
+    """The layout of a device's kernels. On CUDA without Triton: one warning, and a byte a code."""
     if device.type == "cpu":
         from quant.kernels.packed_cpu import BitPlanes
 
         return BitPlanes()
     if device.type == "cuda":
-        from quant.kernels.packed_cuda import Fields
+        try:
+            from quant.kernels.packed_cuda import Fields
 
-        return Fields()
+            return Fields()
+        except ImportError as error:
+            log.warning(
+                "Triton is not usable (%s): packed weights take a byte a code and are multiplied by torch", error
+            )
     return Expanded()
 
 

@@ -45,20 +45,21 @@ def distance(found, expected, size=None):
     return float((found.double() - expected).norm() / (expected if size is None else size).norm().clamp(min=1e-300))
 
 
-def check(weight, tokens=1, limit=1e-6):
+def check(weight, tokens=1, limit=1e-6, device="cpu"):
     generator = torch.Generator().manual_seed(1)
-    n_in, own = weight.codes.shape[1], pack_weight(weight)
+    n_in, own = weight.codes.shape[1], pack_weight(weight, device)
     x = torch.randn(tokens, n_in, generator=generator)
-    found = own.matmul(x)
+    found = own.matmul(x.to(device)).cpu()
     assert found.shape == (tokens, weight.codes.shape[0]) and found.dtype == torch.float32
     assert distance(found, *product(x, weight)) < limit
     q = torch.randint(-128, 128, (tokens, n_in), generator=generator).to(torch.int8)
     scale, offset = torch.rand(tokens, generator=generator) + 0.1, torch.randint(-9, 200, (tokens,)).float()
     exact = (q.double() + offset.double()[:, None]) * scale.double()[:, None]
-    assert distance(own.integer_matmul(q, scale, offset), *product(exact, weight)) < limit
-    order = slice(None) if own.order is None else own.order
-    assert torch.equal(own.codes(), weight.codes[:, order])
-    assert distance(own.dequantize(), values(weight)) < 1e-6
+    found = own.integer_matmul(q.to(device), scale.to(device), offset.to(device)).cpu()
+    assert distance(found, *product(exact, weight)) < limit
+    order = slice(None) if own.order is None else own.order.cpu()
+    assert torch.equal(own.codes().cpu(), weight.codes[:, order])
+    assert distance(own.dequantize().cpu(), values(weight)) < 1e-6
     return own
 
 
@@ -152,6 +153,58 @@ def test_scales_in_few_bits_stay_in_few_bits(n_out, layout):
     assert weight.grid.bilevel is not None and weight.outliers is not None
     own = check(weight, 2)
     assert own.grid.codes.width == 4 and own.grid.codes.data.shape == (2, -(-n_out // 32) * 32)
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Where Triton's kernels run: on the GPU, or interpreted."""
+    pytest.importorskip("triton", reason="requirements-dev.txt brings it")
+    if torch.cuda.is_available():
+        return "cuda"
+    from quant.kernels.packed_cuda import Fields
+
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    monkeypatch.setattr(packed, "layout_of", lambda device: Fields())
+    return "cpu"
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_triton_every_width(bits, triton_device):
+    for tokens in (1, 5):
+        check(random_weight(40, 128, QuantSpec(bits, 64)), tokens, device=triton_device)
+
+
+@pytest.mark.parametrize("group", [-1, 4, 12, 16, 128])
+def test_triton_every_group(group, triton_device):
+    n_in = {4: 16, 12: 48}.get(group, 256)
+    for tokens in (1, 2 if group in (4, 12) else 17):
+        check(random_weight(70, n_in, QuantSpec(3, group, symmetric=group == 16)), tokens, device=triton_device)
+
+
+def test_triton_outliers_order_and_two_level_scales(triton_device):
+    stats = LayerStats(64)
+    stats.update(torch.randn(256, 64) * torch.linspace(0.1, 3, 64))
+    w = torch.randn(24, 64)
+    check(gptq(w, stats, QuantSpec(4, 16), act_order=True), 2, device=triton_device)
+    check(spqr(w, stats, QuantSpec(3, 16), outlier=0.3), 2, device=triton_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_takes_half_precision(dtype, triton_device):
+    if dtype == torch.bfloat16 and triton_device == "cpu":
+        pytest.skip("Triton's interpreter does not compute in bfloat16")
+    weight = random_weight(40, 128, QuantSpec(8, 64))
+    x = torch.randn(5, 128).to(dtype)
+    found = pack_weight(weight, triton_device).matmul(x.to(triton_device)).cpu()
+    assert distance(found, *product(x, weight)) < 1e-6, "codes less zero points are exact in half precision"
+
+
+def test_without_triton_a_warning_says_what_is_used(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "quant.kernels.packed_cuda", None)
+    packed.layout_of.cache_clear()
+    assert isinstance(packed.layout_of(torch.device("cuda")), Expanded)
+    assert "a byte a code" in caplog.text
+    packed.layout_of.cache_clear()
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
