@@ -202,7 +202,7 @@ def instrumented(
             if isinstance(value, PackedWeight):
                 linear = name.removesuffix(".weight")
                 bias = own.pop(f"{linear}.bias", None)
-                _mount(stack, block, linear, _packed_linear(value, bias, spec, _span(weights, linear)))
+                _mount(stack, block, linear, packed_linear(value, bias, spec, _span(weights, linear)))
             elif name.endswith(ONLINE):
                 norm = block.get_submodule(name.removesuffix(ONLINE))
                 keep(norm.register_forward_hook(lambda module, args, out, m=value: out @ m))
@@ -222,9 +222,10 @@ def _span(weights: Deployed, linear: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _packed_linear(
-    weight: PackedWeight, bias: Tensor | None, spec: ActSpec | None, span: Tensor | None
+def packed_linear(
+    weight: PackedWeight, bias: Tensor | None = None, spec: ActSpec | None = None, span: Tensor | None = None
 ) -> PackedLinear:
+    """A linear with packed weights that quantizes its inputs: to integers where they have at most 8 bits."""
     if spec is None or spec.bits >= FULL_BITS:
         return PackedLinear(weight, bias)
 
