@@ -162,7 +162,11 @@ def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_pat
     small[small.index("--model") + 1] = tmp_path / "out"
     code, out, _ = command(*small, "--wbits", 16, "--epochs", 0, "--run-dir", tmp_path / "again")
     again = json.loads((tmp_path / "again/results.json").read_text())
-    assert code == 0 and again["perplexity"]["words"]["fp"] == results["perplexity"]["words"]["quantized"]
+    # The run measured packed weights: sums in another order. On a symmetric grid a token's largest input lies half-way
+    # between two codes (127.5 steps), so that the last bit of a sum may move it by one.
+    close = 2e-3 if "--a_symmetric" in flags else 1e-5
+    assert code == 0
+    assert again["perplexity"]["words"]["fp"] == pytest.approx(results["perplexity"]["words"]["quantized"], rel=close)
 
 
 @pytest.mark.parametrize(

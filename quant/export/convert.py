@@ -12,8 +12,8 @@ from torch import nn
 
 from models.load import LazyModel, load_model, load_tokenizer
 from quant.core.errors import InputError
-from quant.core.journal import RunDirectory
-from quant.core.run import FULL_BITS, RunConfig, check_format, content_of
+from quant.core.resident import open_run
+from quant.core.run import RunConfig, check_format, content_of
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED, refusal
 from quant.export.formats import Content, Layers
@@ -54,20 +54,9 @@ def convert(source: Path, kind: str, target: Path, overwrite: bool = False, trus
 
 
 def _convert_run(source: Path, kind: str, target: Path) -> Content:
-    run = RunDirectory(source)
-    manifest, results = run.read("manifest.json"), run.read("results.json")
-    assert manifest is not None
-    if results is None:
-        raise InputError(f"{source} has no results.json: the run is not finished; the same command continues it")
-    config = replace(RunConfig.from_json(manifest["request"]), format=kind, target=None)
-    if config.wbits == FULL_BITS:
-        raise InputError(f"{source}: no weight was quantized there")
-    biases = config.learning is not None and config.learning.transform.shift
-    model = load_model(config.model, dtype=None, cache_dir=config.cache_dir, biases=biases,
-                       trust_remote_code=config.trust_remote_code)  # fmt: skip
-    if model.checkpoint.sha256() != manifest["model"]["sha256"]:
-        raise InputError(f"{config.model} is not the model of the run any more: its weights have another hash")
-    n_blocks = manifest["configuration"]["blocks"]
+    run = open_run(source)
+    model, n_blocks = run.model, run.n_blocks
+    config = replace(run.config, format=kind, target=None)
     content = content_of(config, model.linear_shapes(), len(model.blocks), model.config.model_type)
     check_format(config, content)
     check_space(target, size_of(model, kind, content, layers_of(model, n_blocks)))
@@ -75,13 +64,13 @@ def _convert_run(source: Path, kind: str, target: Path) -> Content:
     def replaced(index: int) -> Mapping[str, Any]:
         if index >= n_blocks:
             return {}
-        solved = {f"{name}.weight": weight for name, weight in run.read_weights(index).items()}
-        return run.read_changed(index) | solved
+        solved = {f"{name}.weight": weight for name, weight in run.directory.read_weights(index).items()}
+        return run.directory.read_changed(index) | solved
 
     stream = packed_entries(entries(model, replaced), kind, content, model.storage_dtype)
     described = model_config(model, kind, content, n_blocks)
     tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
-    save_checkpoint(stream, target, described, model_side_files(model, tokenizer), results | {"format": kind})
+    save_checkpoint(stream, target, described, model_side_files(model, tokenizer), run.results | {"format": kind})
     return content
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
@@ -170,6 +170,11 @@ class PackedWeight:
         """Groups along the inputs."""
         return self.grid.scale.shape[0]
 
+    @cached_property
+    def ones(self) -> Tensor:
+        """int8 [columns]: one for every column of the weight, zero where groups are filled up."""
+        return self.arranged(torch.ones(1, self.n_in, dtype=torch.int8, device=self.grid.scale.device))[0]
+
     def nbytes(self) -> int:
         """Memory of all of it."""
         parts = [*self.stored, *self.grid.tensors()]
@@ -228,8 +233,7 @@ def arrange(columns: Tensor, n_groups: int, group: int) -> Tensor:
 
 def floats_of(x: Tensor, scale: Tensor, offset: Tensor, weight: PackedWeight) -> Tensor:
     """What arranged integer inputs stand for; columns that fill up stay zero."""
-    filled = weight.arranged(torch.ones(1, weight.n_in, device=x.device))
-    return (x.float() + offset[:, None]) * scale[:, None] * filled
+    return (x.float() + offset[:, None]) * scale[:, None] * weight.ones
 
 
 def pack_weight(weight: QuantizedWeight, device: torch.device | str = "cpu") -> PackedWeight:

@@ -10,11 +10,13 @@ The permutations are named by LLVM intrinsics that numba passes on: AVX-512, AVX
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils, config
@@ -22,16 +24,18 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from quant.kernels.cpu import share_threads
-from quant.kernels.packed import QUAD, TILE, WORD, PackedGrid, PackedWeight, SmallInts, arrange, floats_of
+from quant.kernels.packed import QUAD, TILE, WORD, PackedGrid, PackedWeight, SmallInts, floats_of
 
 LOOKED_UP = 128  # tokens times bits up to which float inputs are looked up; above, rows are expanded and multiplied
 EXPANDED = 1 << 22  # weights expanded at a time: 16 MB of float32
+AHEAD = 2048  # bytes of planes that are asked for before they are read
 TOKENS = (2, 9)  # rows of int8 inputs, one of them ones, that meet a spread weight: compiled variants
 STEPS = (8, 4, 1)  # quads taken at a time: those of a word, or fewer where groups end inside words: compiled variants
 _OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 _F32, _I32, _SIZE = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
+@cache
 def vector_level() -> str:
     """What the permutations are made of: ``avx512``, ``avx2`` or ``none``; numba's own settings narrow it."""
     named = config.CPU_FEATURES  # type: ignore[attr-defined]  # NUMBA_CPU_FEATURES, where set: "+avx2,-avx512f,..."
@@ -41,6 +45,7 @@ def vector_level() -> str:
     return "avx2" if "+avx2" in has else "none"
 
 
+@cache
 def has_byte_products() -> bool:
     """Whether the CPU multiplies bytes four at a time (AVX512-VNNI)."""
     named = config.CPU_FEATURES  # type: ignore[attr-defined]
@@ -116,11 +121,21 @@ class _Emitter:
             [self.load(planes, self.builder.add(word, self.size(b * self.parts + p))) for p in range(self.parts)]
             for b in range(bits)
         ]
+        for i in range(bits * self.parts * self.lanes * 4 // 64):  # hardware does not run ahead far enough
+            self.prefetch(self.at(planes, self.builder.add(word, self.size((AHEAD + i * 64) // (self.lanes * 4)))))
         if quads == WORD // QUAD:
             return found
         place = self.builder.shl(self.builder.and_(quad, self.size(7)), self.size(2))
         shift = self.broadcast(self.builder.trunc(place, _I32), self.ints)
         return [[self.builder.lshr(w, shift) for w in plane] for plane in found]
+
+    def prefetch(self, pointer: Any) -> None:
+        """Ask for a cache line that is read soon."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        self.builder.call(function, [self.builder.bitcast(pointer, byte), read, keep, data])
 
     def table(self, tables: Any, quad: Any) -> list[Any]:
         """The 16 sums of a quad, in one register or two, or their address."""
@@ -317,10 +332,10 @@ def _multiply_bytes(planes, x, sums, x_scale, offset, grid, group_quads, y, bits
                     y[first + n, tile * TILE + lane] = total[n, lane] * x_scale[first + n]
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(**_OPTIONS)
 def _tables(x, tables):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """The 16 sums of subsets of every four inputs."""
-    for n in prange(x.shape[0]):
+    """The 16 sums of subsets of every four inputs; too little work to wake threads for."""
+    for n in range(x.shape[0]):
         for q in range(tables.shape[1]):
             table = tables[n, q]
             table[0] = np.float32(0)
@@ -412,20 +427,20 @@ class BitPlanes:
         n = x.shape[0]
         size = next((t for t in TOKENS if t > n), TOKENS[-1])
         blocks = -(-n // (size - 1))
-        ones = arrange(torch.ones(1, weight.n_in, dtype=torch.int8), weight.n_groups, weight.group)
-
-        def led(rows: Tensor, first: Tensor) -> Tensor:
-            filled = torch.cat([rows, rows.new_zeros(blocks * (size - 1) - n, *rows.shape[1:])])
-            filled = filled.view(blocks, size - 1, *rows.shape[1:])
-            return torch.cat([first.expand(blocks, 1, *rows.shape[1:]), filled], 1).flatten(0, 1)
-
-        inputs = led(x, ones)
+        inputs, factors = x.new_zeros(blocks, size, x.shape[1]), scale.new_zeros(2, blocks, size)
+        inputs[:, 0] = weight.ones
+        if n < blocks * (size - 1):  # the last block is filled up
+            x, scale, offset = (
+                F.pad(t, (0,) * (2 * t.dim() - 1) + (blocks * (size - 1) - n,)) for t in (x, scale, offset)
+            )
+        inputs[:, 1:] = x.view(blocks, size - 1, -1)
+        factors[:, :, 1:] = torch.stack([scale, offset]).view(2, blocks, -1)
+        inputs, factors = inputs.flatten(0, 1), factors.flatten(1)
         y = torch.empty(inputs.shape[0], weight.stored[0].shape[0] * TILE)
-        quads, bits = _quads(weight.group), (0,) * weight.bits
         _multiply_bytes(
             _words(weight.stored[0]), inputs.numpy().view(np.int32), _group_sums(inputs, weight).numpy(),
-            led(scale, torch.ones(1)).numpy(), led(offset, torch.zeros(1)).numpy(), _grid(weight.grid),
-            weight.group // QUAD, y.numpy(), bits, quads, (0,) * size,
+            factors[0].numpy(), factors[1].numpy(), _grid(weight.grid), weight.group // QUAD, y.numpy(),
+            (0,) * weight.bits, _quads(weight.group), (0,) * size,
         )  # fmt: skip
         return y.view(blocks, size, -1)[:, 1:].flatten(0, 1)[:n]
 
