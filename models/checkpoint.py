@@ -32,6 +32,17 @@ def resolve(model: str, cache_dir: Path, with_weights: bool = True) -> Path:
     A checkpoint that has `.bin` files only is converted, shard by shard, under ``cache_dir``.
     Raises InputError where there is no such directory, no configuration, or no way to the hub.
     """
+    check_name(model)
+    path = Path(model) if Path(model).is_dir() else _download(model, with_weights)
+    if with_weights and not any((path / name).exists() for name in (SINGLE, INDEX)):
+        if any((path / name).exists() for name in (BIN_SINGLE, BIN_INDEX)):
+            return _convert_bin(path, cache_dir)
+        raise InputError(f"{model} holds no weights: expected {SINGLE} or {INDEX}")
+    return path
+
+
+def check_name(model: str) -> None:
+    """Raise InputError for what is neither a model directory nor can be a hub id; nothing is read or fetched."""
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -40,13 +51,6 @@ def resolve(model: str, cache_dir: Path, with_weights: bool = True) -> Path:
         raise InputError(f"{model} is a file: --model takes a model directory or a hub id")
     elif path.is_absolute() or model.startswith(".") or model.count("/") != 1 and "/" in model:
         raise InputError(f"no such model directory: {model}")
-    else:
-        path = _download(model, with_weights)
-    if with_weights and not any((path / name).exists() for name in (SINGLE, INDEX)):
-        if any((path / name).exists() for name in (BIN_SINGLE, BIN_INDEX)):
-            return _convert_bin(path, cache_dir)
-        raise InputError(f"{model} holds no weights: expected {SINGLE} or {INDEX}")
-    return path
 
 
 def _download(model: str, with_weights: bool) -> Path:

@@ -203,6 +203,12 @@ def test_planned_memory_is_what_a_solver_takes(method, options, shape):
 
 BAD = {
     "no model": ([], "--model is missing"),
+    "no such model": (["--model", "/no/such", "--wbits", 11], "no such model directory: /no/such"),
+    "no such device": (["--device", "cuda:7", "--wbits", 11], "--device cuda:7 is not there"),
+    "an option of others": (
+        ["--wbits", 3, "--quantization-method", "rtn,spqr", "--num-iter", 7],
+        "--num-iter is an option of gptq_quantease, quantease, not of rtn, spqr",
+    ),
     "bits": (["--wbits", 11], "--wbits 11: use 1 to 8, or 16"),
     "one symmetric bit": (["--wbits", 1, "--sym"], "drop --sym"),
     "group": (["--groupsize", 0], "--groupsize 0"),

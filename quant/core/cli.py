@@ -248,6 +248,8 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     found, entropy = [], results["entropy_bits"]
     if entropy is not None and entropy != int(entropy):
         found.append(f"codes of {2**entropy:.0f} levels: {entropy:.2f} bits of entropy, stored in {math.ceil(entropy)}")
+    if share := results.get("outlier_share"):
+        found.append(f"{share:.2%} of the weights are kept as outliers (counted in bits per weight)")
     if packed := results.get("packed_bytes"):
         counted = results["quantized_bytes"]
         found.append(f"evaluated with packed weights: {packed / 1e6:.2f} MB in memory, {counted / 1e6:.2f} MB counted")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.checkpoint import check_name
 from quant.core.errors import InputError
+from quant.core.machine import pick_device
 from quant.core.registry import recipes, solver_options, solvers
 from quant.core.types import QuantizedWeight
 from quant.export import FORMATS
@@ -123,6 +125,34 @@ def add_result_flags(p: argparse.ArgumentParser, runs: str) -> argparse._Argumen
     g.add_argument("--list", action="store_true", help="methods with their options, families, formats, data sets")
     g.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return g
+
+
+def place_mistakes(args: argparse.Namespace) -> list[str]:
+    """What is wrong with --model and --device before anything is opened."""
+    found = []
+    for check, given in ((check_name, args.model), (pick_device, args.device)):
+        try:
+            if given:
+                check(given)
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def unused_options(args: argparse.Namespace, parser: argparse.ArgumentParser, methods: Sequence[str]) -> list[str]:
+    """A line for every flag of a method's option that was given, where none of the methods has that option."""
+    known = {name: solver_options(function) for name, function in solvers().items()}
+    taken = {option for method in methods for option in known.get(method, {})}
+    given = [
+        option
+        for option in dict.fromkeys(option for options in known.values() for option in options)
+        if option not in taken and hasattr(args, option) and getattr(args, option) != parser.get_default(option)
+    ]
+    return [
+        f"--{option.replace('_', '-')} is an option of {', '.join(n for n, o in known.items() if option in o)}, "
+        f"not of {', '.join(methods)}"
+        for option in given
+    ]
 
 
 def options_of(args: argparse.Namespace, method: str, function: Callable[..., QuantizedWeight]) -> dict[str, Any]:

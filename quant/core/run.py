@@ -44,7 +44,7 @@ from quant.export.write import (
     packed_entries,
     save_checkpoint,
 )
-from quant.kernels.blocks import kernels
+from quant.kernels.blocks import describe as describe_kernels
 from quant.kernels.packed import pack_block
 from quant.zero_shot import Scorer, Tasks, TaskScore, open_tasks, run_tasks
 from quant.zero_shot import report as task_report
@@ -465,7 +465,7 @@ class Session:
             "versions": machine.versions(),
             "commit": machine.commit(),
             "hardware": machine.describe(self.device),
-            "kernels": kernels(self.device).name,
+            "kernels": describe_kernels(self.device),
         }  # fmt: skip
 
     def _check_space(self, config: RunConfig, path: Path) -> None:
@@ -733,6 +733,9 @@ class Session:
             "group_size": config.group_size,
             "symmetric": config.symmetric,
             "bits_per_weight": bits / count if count else float(torch.finfo(self.model.storage_dtype).bits),
+            "outlier_share": sum(r["outlier_share"] * r["shape"][0] * r["shape"][1] for r in records) / count
+            if records
+            else 0.0,
             "entropy_bits": math.log2(config.levels or 2**config.wbits) if records else None,
             "quantized_bytes": (bits + 7) // 8,
             "checkpoint_bytes": 0,

@@ -80,9 +80,12 @@ class Kernels(Protocol):
 
 
 class TorchKernels:
-    """The reference: a loop over columns, vectorized over rows."""
+    """The reference: a loop over columns, vectorized over rows. instead: why it stands in for faster ones."""
 
     name = "torch"
+
+    def __init__(self, instead: str = "") -> None:
+        self.instead = instead
 
     def coordinate_descent_(
         self,
@@ -152,6 +155,13 @@ def kernels(device: torch.device) -> Kernels:
     return _chosen[device.type]
 
 
+def describe(device: torch.device) -> str:
+    """The implementation of a device, and why it is not a faster one where that is so."""
+    chosen = kernels(device)
+    reason = getattr(chosen, "instead", "")
+    return f"{chosen.name}: {reason}" if reason else chosen.name
+
+
 def _choose(device: torch.device) -> Kernels:
     if device.type == "cpu":
         from quant.kernels.cpu import NumbaKernels
@@ -163,6 +173,7 @@ def _choose(device: torch.device) -> Kernels:
 
             return TritonKernels().check(device)
         except (ImportError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            log.warning("Triton kernels are not usable (%s: %s); using torch", type(error).__name__, reason)
+            reason = f"Triton kernels are not usable ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            log.warning("%s; using torch", reason)
+            return TorchKernels(reason)
     return TorchKernels()

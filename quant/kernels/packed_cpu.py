@@ -416,7 +416,8 @@ class BitPlanes:
         return y
 
     def takes_integers(self, weight: PackedWeight, n: int) -> bool:
-        """Wherever the CPU multiplies bytes (benchmarks/packed.py: as fast for one token of 2 bits, faster everywhere else)."""
+        """Wherever the CPU multiplies bytes. Measured (benchmarks/results/packed.md): faster for several tokens at every width,
+        for one token where weights are large or have 4 bits and more; elsewhere slower by a quarter at most."""
         return has_byte_products()
 
     def integer_matmul(self, x: Tensor, scale: Tensor, offset: Tensor, weight: PackedWeight) -> Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -136,3 +137,21 @@ def test_a_triton_that_does_not_work_is_reported_once(monkeypatch, caplog):
         chosen = [blocks.kernels(torch.device("cuda")) for _ in range(2)]
     assert [c.name for c in chosen] == ["torch", "torch"]
     assert len(caplog.records) == 1 and "using torch" in caplog.text
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_why_triton_is_not_used_is_in_the_manifests_entry(missing, monkeypatch):
+    if not missing:
+        cuda = pytest.importorskip("quant.kernels.cuda")
+
+        def failing(self, device):
+            raise RuntimeError("the kernel does not compile: no ptxas")
+
+        monkeypatch.setattr(cuda.TritonKernels, "check", failing)
+    else:
+        monkeypatch.setitem(sys.modules, "quant.kernels.cuda", None)
+    monkeypatch.setattr(blocks, "_chosen", {})
+    said = blocks.describe(torch.device("cuda"))
+    assert said.startswith("torch: Triton kernels are not usable")
+    assert ("ModuleNotFoundError" in said) if missing else ("no ptxas" in said)
+    assert blocks.describe(torch.device("cpu")) == "numba"
