@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quant.kernels.blocks import ColumnGrid, inverse_diagonal
 
+_GIVEN = torch.get_num_threads()
 TILE = 64
 SPARSE_BELOW = 0.1  # share of changed entries below which they are propagated one by one
 NO_CODES, NO_FLAGS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_)
@@ -186,5 +187,12 @@ def _arrays(grid: ColumnGrid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.fl
 
 
 def share_threads() -> None:
-    """As many threads for the compiled loops as torch was given."""
+    """As many threads for the compiled loops as torch has."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
+# Loading the loops has started numba's threads, and numba then tells OpenMP, which torch shares, to use all cores: torch
+# would compute with as many from here on, whatever it was told.
+share_threads()
+torch.set_num_threads(_GIVEN)
+share_threads()

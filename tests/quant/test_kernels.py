@@ -2,7 +2,9 @@
 
 import logging
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,3 +157,24 @@ def test_why_triton_is_not_used_is_in_the_manifests_entry(missing, monkeypatch):
     assert said.startswith("torch: Triton kernels are not usable")
     assert ("ModuleNotFoundError" in said) if missing else ("no ptxas" in said)
     assert blocks.describe(torch.device("cpu")) == "numba"
+
+
+def test_compiled_loops_leave_torch_its_threads():
+    """In a process of its own: numba starts its threads once."""
+    script = """
+import torch
+torch.set_num_threads(1)
+from quant.quantease import quantease
+from quant.core.stats import LayerStats
+from quant.core.types import QuantSpec
+stats = LayerStats(8)
+stats.update(torch.randn(32, 8))
+quantease(torch.randn(70, 8), stats, QuantSpec(3), num_iter=3)
+from quant.kernels.packed import pack_weight
+import numba
+pack_weight(quantease(torch.randn(70, 8), stats, QuantSpec(3), num_iter=3)).matmul(torch.randn(1, 8))
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+    root = Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
+    assert found.stdout.split() == ["1", "1"]

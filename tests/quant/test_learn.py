@@ -476,11 +476,15 @@ def test_ranges_from_a_file(model_dir, text, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["opt", "bloom", "falcon", "llama", "mistral"])
 def test_loss_falls_on_every_block_of_the_demo_models(family, tmp_path):
-    for method, wbits, abits in (("omniquant", 3, 16), ("abq", 4, 4)):
+    for method, wbits, abits, matrices in (
+        ("omniquant", 3, 16, {}),
+        ("affinequant", 4, 4, {"matrix": True, "stability": 0.1}),
+        ("abq", 4, 4, {}),
+    ):
         config = config_for(
             DEMO / family, "demo", tmp_path, seqlen=128, nsamples=12, eval_datasets=(), wbits=wbits, method=method,
             act=ActSpec(abits, abits), run_dir=tmp_path / method,
-            learning=asked(method, wbits, abits, epochs=3, lwc_lr=0.05),
+            learning=asked(method, wbits, abits, epochs=3, lwc_lr=0.05, **matrices),
         )  # fmt: skip
         results = Session(config).run(config)
         for block, log in enumerate(results["learning"]):
