@@ -143,7 +143,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
     from data.calibration import CALIBRATION, KNOWN, check_source
     from quant.core.errors import InputError
-    from quant.core.flags import place_mistakes, unused_options
+    from quant.core.flags import place_mistakes
     from quant.core.registry import get_solver
 
     found: list[str] = []
@@ -197,8 +197,6 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         args.task_path is not None and not args.task_path.is_dir(), f"--task-path {args.task_path} is not a directory"
     )
     check(args.data_dir is not None and not args.data_dir.is_dir(), f"--data-dir {args.data_dir} is not a directory")
-    if args.wbits != 16:
-        found += [line for line in unused_options(args, parser(), args.methods) if not line.startswith("--outlier")]
     return found + place_mistakes(args)
 
 
@@ -285,6 +283,9 @@ def main() -> None:
     prepare(args)
     configs = run_configs(args)
     console = cli.console()
+    if args.wbits != 16:
+        for line in flags.unused_options(args, parser(), args.methods):
+            console.print(f"note: {line}", highlight=False, soft_wrap=True)
     if args.dry_run:
         from quant.core.plan import show_plan
 

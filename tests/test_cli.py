@@ -205,10 +205,6 @@ BAD = {
     "no model": ([], "--model is missing"),
     "no such model": (["--model", "/no/such", "--wbits", 11], "no such model directory: /no/such"),
     "no such device": (["--device", "cuda:7", "--wbits", 11], "--device cuda:7 is not there"),
-    "an option of others": (
-        ["--wbits", 3, "--quantization-method", "rtn,spqr", "--num-iter", 7],
-        "--num-iter is an option of gptq_quantease, quantease, not of rtn, spqr",
-    ),
     "bits": (["--wbits", 11], "--wbits 11: use 1 to 8, or 16"),
     "one symmetric bit": (["--wbits", 1, "--sym"], "drop --sym"),
     "group": (["--groupsize", 0], "--groupsize 0"),
@@ -246,6 +242,13 @@ def test_mistakes_are_one_line_and_exit_2(case, command):
     code, out, err = command(*model, *arguments)
     assert code == 2 and message in err and out == ""
     assert "Traceback" not in err and all(line.startswith("error: ") for line in err.splitlines())
+
+
+def test_an_option_that_no_method_takes_is_noted(command, small):
+    code, out, _ = command(*small, "--quantization-method", "rtn,spqr", "--num-iter", 7, "--dry-run")
+    assert code == 0 and "note: --num-iter is an option of gptq_quantease, quantease, not of rtn, spqr" in out
+    code, out, _ = command(*small, "--quantization-method", "rtn,quantease", "--num-iter", 7, "--dry-run")
+    assert code == 0 and "note:" not in out
 
 
 def test_all_mistakes_at_once(command):
