@@ -154,7 +154,6 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
     from data.calibration import CALIBRATION, KNOWN, check_source
     from quant.core.errors import InputError
-    from quant.core.flags import place_mistakes
     from quant.core.registry import get_solver
 
     found: list[str] = []
@@ -226,7 +225,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         args.task_path is not None and not args.task_path.is_dir(), f"--task-path {args.task_path} is not a directory"
     )
     check(args.data_dir is not None and not args.data_dir.is_dir(), f"--data-dir {args.data_dir} is not a directory")
-    return found + place_mistakes(args)  # fmt: skip
+    return found  # fmt: skip
 
 
 def resolve(args: argparse.Namespace) -> None:
@@ -370,7 +369,7 @@ def main() -> None:
         flags.show_list()
         return
     resolve(args)
-    if found := mistakes(args):
+    if found := mistakes(args) + flags.place_mistakes(args):
         raise InputError("\n".join(found))
     console = cli.console()
     for given, notice in (

@@ -143,7 +143,6 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
     from data.calibration import CALIBRATION, KNOWN, check_source
     from quant.core.errors import InputError
-    from quant.core.flags import place_mistakes
     from quant.core.registry import get_solver
 
     found: list[str] = []
@@ -197,7 +196,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         args.task_path is not None and not args.task_path.is_dir(), f"--task-path {args.task_path} is not a directory"
     )
     check(args.data_dir is not None and not args.data_dir.is_dir(), f"--data-dir {args.data_dir} is not a directory")
-    return found + place_mistakes(args)
+    return found
 
 
 def run_configs(args: argparse.Namespace) -> list[Any]:
@@ -248,15 +247,17 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
     ]
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """What flags imply. Raises InputError for everything that is wrong with them."""
+def prepare(args: argparse.Namespace, here: bool = True) -> None:
+    """What flags imply. Raises InputError for everything that is wrong with them. here: the run is to be on this machine,
+    which must have the model and the device."""
     from quant.core.errors import InputError
+    from quant.core.flags import place_mistakes
 
     if args.preset == "best":
         args.range, args.search_grid, args.refit_grid = "mse", True, True
     args.methods = [m for m in args.quantization_method.split(",") if m] if args.wbits != 16 else ["quantease"]
     args.corpora = [d for d in args.eval_datasets.split(",") if d]
-    if found := mistakes(args):
+    if found := mistakes(args) + (place_mistakes(args) if here else []):
         raise InputError("\n".join(found))
 
 
@@ -265,7 +266,7 @@ def config_from(words: list[str]) -> Any:
     from quant.core.errors import InputError
 
     args = parser().parse_args(words)
-    prepare(args)
+    prepare(args, here=False)
     if len(args.methods) != 1:
         raise InputError("--quantization-method: a row of a sweep has one method")
     return run_configs(args)[0]
