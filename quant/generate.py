@@ -59,7 +59,7 @@ def generate(
                 clock.decode += spent
             else:
                 clock.prompt = spent
-            kept = {argument: output.past_key_values}
+            kept = {argument: output[argument]}
             given, clock.tokens = ids.new_tensor([[token]]), clock.tokens + 1
             if token == stop:
                 return

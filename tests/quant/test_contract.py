@@ -192,9 +192,9 @@ def test_options_are_read_from_the_signature():
 @pytest.mark.parametrize("shape", [(768, 256), (256, 768)], ids=str)
 def test_cuda_gives_the_answer_of_the_cpu(name, spec, shape):
     weight, stats = weights(*shape), make_stats(inputs(shape[1], 3 * shape[1]))
-    there = LayerStats.from_gram(stats.gram.cuda(), stats.n_tokens)
+    there = LayerStats.from_gram(stats.gram.to("cuda"), stats.n_tokens)
     answer = SOLVERS[name](weight, stats, spec).check()
-    found = SOLVERS[name](weight.cuda(), there, spec).to("cpu").check()
+    found = SOLVERS[name](weight.to("cuda"), there, spec).to("cpu").check()
     errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (found, answer)]
     # Sums are ordered differently: a value on the edge between two codes may fall either way, and later ones follow.
     assert abs(errors[0] / errors[1] - 1) < 0.01
