@@ -416,8 +416,8 @@ class BitPlanes:
         return y
 
     def takes_integers(self, weight: PackedWeight, n: int) -> bool:
-        """Wherever the CPU multiplies bytes. Measured (benchmarks/results/packed.md): faster for several tokens at every width,
-        for one token where weights are large or have 4 bits and more; elsewhere slower by a quarter at most."""
+        """Wherever the CPU multiplies bytes (benchmarks/results/packed.md compares it with float inputs: for one token either
+        may be ahead, from 8 tokens on integers are)."""
         return has_byte_products()
 
     def integer_matmul(self, x: Tensor, scale: Tensor, offset: Tensor, weight: PackedWeight) -> Tensor:
