@@ -5,9 +5,10 @@
 Floors: quantease 2·out·in² flops a sweep in blocks of 128 columns; gptq the products of its block updates,
 out·in² flops, and one Cholesky factorization; gram the dense product, 2·tokens·in² flops. column loop: the published
 accelerated formulation restated, one product of the whole matrix a sweep and one matrix-vector product over the columns
-before it a column; run once, over all sweeps, and the objective that it and ours end at is shown. Other times are the
-best of a few runs; "times the floor" is a row's seconds divided by the floor of the same row. peak MB: of the process
-(of the device on CUDA) while the row ran, what was in use before included.
+before it a column; run once, over all sweeps, and the objective that it and ours end at is shown, in float64 as well:
+a weight on the edge between two codes goes either way with the last bit of float32, and the paths part there. Other
+times are the best of a few runs; "times the floor" is a row's seconds divided by the floor of the same row. peak MB: of
+the process (of the device on CUDA) while the row ran, what was in use before included.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from quant.core.types import Grid, QuantSpec
 from quant.gptq import gptq
 from quant.kernels import blocks
 from quant.kernels.blocks import Kernels, TorchKernels, kernels
-from quant.quantease import quantease, rounds
+from quant.quantease import Descent, quantease, rounds
 
 BLOCK = 128
 HEADER = "| out x in | what | backend | seconds | floor, seconds | times the floor | column loop / ours | peak MB |"
@@ -94,8 +96,9 @@ def problem(n_out: int, n_in: int, device: str) -> tuple[Tensor, Tensor]:
     return torch.randn(n_out, n_in, generator=generator).to(device), x.to(device)
 
 
-def measured(n_out: int, n_in: int, device: str, sweeps: int, backends: list[Kernels], precision: str) -> list[str]:
+def measured(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Kernels]) -> list[str]:
     """The rows of one shape."""
+    device, sweeps, precision = args.device, args.sweeps, args.precision
     weight, x = problem(n_out, n_in, device)
     stats, spec = LayerStats(n_in, device), QuantSpec(3)
     stats.update(x)
@@ -136,10 +139,23 @@ def measured(n_out: int, n_in: int, device: str, sweeps: int, backends: list[Ker
             row("quantease", lower, ours, repeats=2)
             answer = ours().dequantize()
         ends[lower] = relative_error(weight, answer, gram)
+    if args.float64:
+        ends |= in_float64(weight, gram, grid, schedule)
     for name, end in ends.items():
         against = f"{end / ends['column loop'] - 1:+.1e} relative"
         rows.append(f"| {shape} | objective after {sweeps} sweeps | {name} | {end:.7f} | | {against} | | |")
     return rows
+
+
+def in_float64(weight: Tensor, gram: Tensor, grid: Grid, schedule: list[bool]) -> dict[str, float]:
+    """Relative errors that the column loop and our order of sums end at when neither rounds to float32."""
+    wide, products, exact = weight.double(), gram.double(), replace(grid, scale=grid.scale.double())
+    blocks._chosen[weight.device.type] = TorchKernels()
+    descent = Descent(wide, products, exact, BLOCK)
+    for rounding in schedule:
+        descent.sweep(rounding)
+    answers = {"column loop": column_loop(wide, products, exact, schedule), "torch": wide - descent.residual}
+    return {f"{name}, float64": relative_error(wide, answer, products) for name, answer in answers.items()}
 
 
 def main() -> None:
@@ -152,6 +168,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--reference", action=argparse.BooleanOptionalAction, default=True, help="also time the plain torch loops"
+    )
+    parser.add_argument(
+        "--float64", action=argparse.BooleanOptionalAction, default=True, help="objectives in float64 too"
     )
     parser.add_argument(
         "--precision", default="highest", choices=("highest", "high", "medium"), help="also measure this"
@@ -174,7 +193,7 @@ def main() -> None:
         out.print(line, highlight=False, soft_wrap=True)
     for shape in args.shapes:
         n_out, n_in = map(int, shape.split("x"))
-        for line in measured(n_out, n_in, args.device, args.sweeps, backends, args.precision):
+        for line in measured(n_out, n_in, args, backends):
             lines.append(line)
             out.print(line, highlight=False, soft_wrap=True)
     if args.out:

@@ -131,6 +131,24 @@ def test_huge_values_saturate_alike():
         assert codes.flatten().tolist() == [7, 0, 6]
 
 
+def test_the_check_of_triton_runs_both_kernels_and_finds_one_that_is_wrong(monkeypatch):
+    kernels, device = backend("triton")
+    assert kernels.check(torch.device(device)) is kernels
+    for name in ("coordinate_descent_", "gptq_"):
+        with monkeypatch.context() as patch:
+            right = getattr(kernels, name)
+
+            def wrong(*arguments, right=right):
+                answer = right(*arguments)
+                codes = next(a for a in arguments if isinstance(a, torch.Tensor) and a.dtype == torch.uint8)
+                codes[:, -8:] = 0
+                return answer
+
+            patch.setattr(kernels, name, wrong)
+            with pytest.raises(RuntimeError, match="disagrees with torch"):
+                kernels.check(torch.device(device))
+
+
 def test_a_triton_that_does_not_work_is_reported_once(monkeypatch, caplog):
     monkeypatch.setattr(blocks, "_chosen", {})
     if CUDA:
