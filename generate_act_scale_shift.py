@@ -71,9 +71,10 @@ def main() -> None:
 
     from data.calibration import CALIBRATION, check_source
     from quant.core import cli
+    from quant.core.config import RunConfig
     from quant.core.errors import InputError
     from quant.core.journal import write_atomically
-    from quant.core.run import RunConfig, Session
+    from quant.core.run import Session
 
     args = parser().parse_args()
     cli.set_logging(args.log_level)

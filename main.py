@@ -277,9 +277,9 @@ def run_config(args: argparse.Namespace) -> Any:
     from quant.abq import balanced_levels
     from quant.core import machine
     from quant.core.actquant import ActSpec
+    from quant.core.config import RunConfig
     from quant.core.flags import options_of
     from quant.core.registry import get_solver
-    from quant.core.run import RunConfig
 
     learning = learning_of(args)
     dtype = args.dtype
@@ -337,8 +337,8 @@ def run_config(args: argparse.Namespace) -> Any:
 def packed_format(config: Any) -> str:
     """The format of --real_quant, from the shapes of the model and what the configuration makes of it."""
     from models.load import load_config
+    from quant.core.config import content_of
     from quant.core.plan import shapes_of
-    from quant.core.run import content_of
     from quant.export import first_holding
 
     declared, _ = load_config(config.model, config.cache_dir, config.trust_remote_code, with_weights=False)

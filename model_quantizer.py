@@ -201,9 +201,9 @@ def mistakes(args: argparse.Namespace) -> list[str]:
 
 def run_configs(args: argparse.Namespace) -> list[Any]:
     """One RunConfig for each method."""
+    from quant.core.config import RunConfig
     from quant.core.flags import options_of
     from quant.core.registry import get_solver
-    from quant.core.run import RunConfig
 
     several = len(args.methods) > 1
     return [

@@ -18,9 +18,10 @@ from quant.abq import balanced_levels
 from quant.core import machine
 from quant.core.actquant import ActSpec
 from quant.core.cli import ProgressBars, console, set_logging
+from quant.core.config import RunConfig
 from quant.core.learn import Learning
 from quant.core.registry import get_solver, recipes, solver_options
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 from quant.core.transforms import TransformSpec
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from data.demo import text
 from quant.core.actquant import ActSpec
-from quant.core.run import RunConfig, Session
+from quant.core.config import RunConfig
+from quant.core.run import Session
 from quant.export.convert import convert
 from quant.export.loadable import loadability
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from quant.core import machine
 from quant.core.cli import console, set_logging
+from quant.core.config import RunConfig
 from quant.core.registry import get_solver, solver_options
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "quantease, minmax": ("quantease", "minmax", {}),

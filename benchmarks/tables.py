@@ -18,8 +18,9 @@ from typing import Any
 
 from quant.core import machine
 from quant.core.cli import ProgressBars, console, set_logging
+from quant.core.config import RunConfig
 from quant.core.registry import get_solver, solver_options
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 
 ROOT = Path(__file__).parents[1]
 DEMO = [str(Path("models/demo") / family) for family in ("opt", "bloom", "falcon", "llama", "mistral")]

@@ -171,10 +171,11 @@ def main() -> None:
 
     from data.calibration import KNOWN, check_source
     from quant.core import cli
+    from quant.core.config import RunConfig
     from quant.core.errors import InputError
     from quant.core.flags import DEFAULT_CACHE, add_data_flags, add_machine_flags
     from quant.core.journal import write_json
-    from quant.core.run import RunConfig, Session
+    from quant.core.run import Session
 
     parser: Any = cli.Parser(prog="python -m quant.evaluate", description=main.__doc__)
     parser.add_argument("--model", required=True, metavar="ID|DIR", help="hub id or directory, also one of --save")

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quant.core.config import RunConfig
 from quant.core.errors import InputError, RunError
 from quant.core.journal import RunDirectory
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 
 EXAMPLES = """examples:
   python -m quant.repeat runs/llama-gptq-w3-10556a3f

@@ -27,9 +27,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the command lines are imported for their parsers
 
+from quant.core.config import RunConfig  # noqa: E402
 from quant.core.errors import InputError, RunError  # noqa: E402
 from quant.core.journal import write_atomically, write_json  # noqa: E402
-from quant.core.run import FullPrecision, RunConfig, Session  # noqa: E402
+from quant.core.run import FullPrecision, Session  # noqa: E402
 from quant.report import open_run, write_report  # noqa: E402
 
 EXAMPLES = """examples:

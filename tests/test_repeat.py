@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 import main
 import model_quantizer
 from quant.core.actquant import ActSpec
+from quant.core.config import RunConfig
 from quant.core.errors import InputError
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 from quant.repeat import repeat
 from tests.quant.test_learn import asked
 from tests.test_run import config_for

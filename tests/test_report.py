@@ -22,8 +22,9 @@ import model_quantizer
 from quant import report
 from quant.core import cli
 from quant.core.cli import guarded
+from quant.core.config import RunConfig
 from quant.core.errors import InputError
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 from tests.quant.test_learn import asked
 from tests.test_run import config_for
 

@@ -14,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.calibration import calibration_tokens, evaluation_tokens
+from quant.core.config import RunConfig
 from quant.core.errors import InputError, RunError
 from quant.core.journal import RunDirectory
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 from quant.core.types import QuantSpec
 from quant.evaluate import ratio_interval
 from quant.gptq import gptq

@@ -50,8 +50,8 @@ from models import family_of
 from models.load import build_meta, load_config
 from quant.core import machine
 from quant.core.cli import loadability_table
+from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of
 from quant.core.registry import get_solver
-from quant.core.run import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of
 from quant.core.stats import BLOCK, LayerStats
 from quant.core.types import QuantSpec
 from quant.export.loadable import loadability

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from models.load import LazyModel, Weights, load_model
 from quant.core.actquant import ActSpec, Deployed
+from quant.core.config import FULL_BITS, RunConfig
 from quant.core.errors import InputError
 from quant.core.journal import RunDirectory
-from quant.core.run import FULL_BITS, RunConfig
 from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.kernels.packed import PackedWeight, pack_block

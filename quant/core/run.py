@@ -11,30 +11,29 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from models.load import LazyModel, Weights, load_model, load_tokenizer
 from quant.core import machine
 from quant.core.actquant import ActSpec, Deployed
+from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of
 from quant.core.errors import InputError
 from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
-from quant.core.learn import LearnedBlock, Learning, learn_block
+from quant.core.learn import LearnedBlock, learn_block
 from quant.core.recipe import Recipe, compare_block, deploy, quantize_block
-from quant.core.registry import get_solver, solver_options
+from quant.core.registry import get_solver
+from quant.core.starts import check_ranges, configuration_sha256, input_ranges, resumed
 from quant.core.stream import BlockStream
-from quant.core.transforms import InputRange, TransformSpec, check_seams
+from quant.core.transforms import check_seams
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
-from quant.export import DEQUANTIZED, refusal
 from quant.export.formats import Content
-from quant.export.loadable import nearest, objections
 from quant.export.read import QuantizedCheckpoint, open_checkpoint, read_json
 from quant.export.write import (
     check_target,
@@ -49,98 +48,8 @@ from quant.kernels.packed import pack_block
 from quant.zero_shot import Scorer, Tasks, TaskScore, open_tasks, run_tasks
 from quant.zero_shot import report as task_report
 
-FULL_BITS = 16  # --wbits 16: nothing is quantized, the base model is evaluated
-DEFAULT_MAX_SEQLEN = 2048
 TASK_BATCH = 16  # sequences of a task that pass a block at a time; they are short
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that a run is told. Paths are as given; ``options`` are the solver's own keyword options.
-
-    method names the run; solver, where it is not the method itself, rounds. learning, act: see `Recipe`. resume: a run
-    directory whose learned parameters are the start. format: of the checkpoint in ``save``; target: the software that is
-    to load it. packed: evaluate with packed weights, as they would be used. act_scales, act_shifts: files of generate_act_scale_shift.py. deterministic: on CUDA, only deterministic
-    algorithms.
-    """
-
-    model: str
-    dataset: str = "c4"
-    seed: int = 0
-    nsamples: int = 128
-    seqlen: int | None = None
-    method: str = "quantease"
-    wbits: int = FULL_BITS
-    group_size: int = -1
-    symmetric: bool = False
-    range: str = "minmax"
-    levels: int | None = None
-    solver: str | None = None
-    learning: Learning | None = None
-    act: ActSpec = field(default_factory=ActSpec)
-    resume: Path | None = None
-    act_scales: Path | None = None
-    act_shifts: Path | None = None
-    attn_implementation: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    true_sequential: bool = False
-    num_layers: int = 1000
-    eval_datasets: tuple[str, ...] = ("wikitext2", "ptb", "c4")
-    limit: int | None = None
-    full_precision_eval: bool = True
-    tasks: tuple[str, ...] = ()
-    task_path: Path | None = None
-    num_fewshot: int | None = None
-    data_dir: Path | None = None
-    cache_dir: Path = Path.home() / ".cache" / "llm-quantizer"
-    device: str = "auto"
-    dtype: str = "auto"
-    solver_precision: str = "highest"
-    activation_store: str = "cpu"
-    calib_batch: int = 4
-    runs: Path = Path("runs")
-    run_dir: Path | None = None
-    save: Path | None = None
-    format: str = DEQUANTIZED
-    target: str | None = None
-    packed: bool = False
-    overwrite: bool = False
-    trust_remote_code: bool = False
-    deterministic: bool = False
-
-    def to_json(self) -> Record:
-        """The configuration as JSON can hold it; `from_json` takes it back."""
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        found: Record = json.loads(json.dumps(plain))
-        return found
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> RunConfig:
-        """A configuration that was kept by `to_json`. Raises InputError where an entry is unknown."""
-        kinds = {f.name: str(f.type) for f in fields(cls)}
-        unknown = sorted(set(found) - set(kinds))
-        if unknown:
-            raise InputError(f"the run was made by another version: unknown entry {unknown[0]!r}")
-        values: dict[str, Any] = {}
-        for name, value in found.items():
-            if "Path" in kinds[name] and value is not None:
-                value = Path(value)
-            elif kinds[name].startswith("tuple"):
-                value = tuple(value)
-            elif name == "act":
-                value = ActSpec(**value)
-            elif name == "learning" and value is not None:
-                transform = value["transform"]
-                spec = TransformSpec(**{**transform, "kinds": tuple(transform["kinds"])})
-                value = Learning(**{**value, "transform": spec})
-            values[name] = value
-        return cls(**values)
-
-    @property
-    def quantizes(self) -> bool:
-        """False where only the base model is evaluated."""
-        return self.wbits != FULL_BITS or self.act.active or self.learning is not None
 
 
 def silent(stage: str, done: int, total: int, note: str) -> None:
@@ -302,14 +211,14 @@ class Session:
             decided["deterministic"] = config.deterministic  # a CPU always is
         found: Record = json.loads(json.dumps(decided))  # as it will be read back: tuples are lists
         if config.resume is not None:
-            found["start"] = self._resumed(config.resume, found)
+            found["start"] = resumed(config.resume, found, self.model_sha256)
         return found
 
     def run_path(self, config: RunConfig) -> Path:
         """``--run-dir``, or a name under ``runs`` that the configuration decides."""
         if config.run_dir is not None:
             return config.run_dir
-        digest = _sha256_of(self.configuration(config))[:8]
+        digest = configuration_sha256(self.configuration(config))[:8]
         bits = f"w{config.wbits}" + (f"a{config.act.bits}" if config.act.active else "")
         bits += f"g{config.group_size}" if config.group_size > 0 else ""
         name = Path(config.model).resolve().name if Path(config.model).exists() else config.model.replace("/", "--")
@@ -355,13 +264,13 @@ class Session:
         """Everything that can be wrong with a configuration, before any work; its directory is opened."""
         recipe = self.recipe(config) if config.quantizes else None
         if config.learning is not None:
-            self.check_ranges(config)
+            check_ranges(config, self.model, self.model_sha256)
         configuration = self.configuration(config)
         target = RunDirectory(self.run_path(config))
         previous = None if config.overwrite else target.read("results.json")
         if previous is not None and previous.get("evaluation") != self._evaluation_request(config):
             previous = None
-        digest = _sha256_of(configuration)
+        digest = configuration_sha256(configuration)
         self.check_export(config)
         if config.save is not None and not _saved(config.save, digest, config.format):
             check_target(config.save, config.overwrite, self.model.checkpoint.path)
@@ -558,68 +467,6 @@ class Session:
 
         return Variant(own, self.act, whole)
 
-    def _resumed(self, path: Path, configuration: Record) -> str:
-        """The hash of the run in ``path``, whose learned parameters a run of this configuration starts from.
-
-        Raises InputError if they were learned on another model or for another quantization, or if a block is missing.
-        """
-        manifest = RunDirectory(path).read("manifest.json")
-        if manifest is None:
-            raise InputError(f"--resume {path}: no manifest.json; give the run directory that holds learned parameters")
-        found: Record = manifest["configuration"]
-        if found["model_sha256"] != self.model_sha256:
-            raise InputError(
-                f"--resume {path}: its parameters were learned on another model ({manifest['model']['id']})"
-            )
-        if not found.get("learning"):
-            raise InputError(f"--resume {path}: nothing was learned there ({found['method']})")
-        theirs, own = _learned_for(found), _learned_for(configuration)
-        for name in own:
-            if theirs.get(name) != own[name]:
-                raise InputError(
-                    f"--resume {path}: its parameters were learned for another configuration "
-                    f"({name}: {theirs.get(name)}, here {own[name]})"
-                )
-        for index in range(configuration["blocks"]):
-            if not RunDirectory(path).block_file(index).exists():
-                raise InputError(f"--resume {path}: block {index} was not finished there; finish that run first")
-        return _sha256_of(found)
-
-    def check_ranges(self, config: RunConfig) -> None:
-        """Raise InputError where a file of ranges was measured on another model, or lacks an entry of this one."""
-        for path in (config.act_scales, config.act_shifts):
-            if path is None:
-                continue
-            with _vectors(path) as file:
-                digest = (file.metadata() or {}).get("model_sha256", self.model_sha256)  # others' files do not say
-                if digest != self.model_sha256:
-                    raise InputError(
-                        f"{path} was not made from this model but from one of hash {digest[:12]}, "
-                        f"this one's is {self.model_sha256[:12]}; run generate_act_scale_shift.py on this one"
-                    )
-                names = set(file.keys())
-                for index in range(min(config.num_layers, len(self.model.blocks))):
-                    for name, (_, n_in) in self.model.linear_shapes().items():
-                        key = self._range_key(index, name)
-                        if key not in names or file.get_slice(key).get_shape() != [n_in]:
-                            raise InputError(f"{path} was not made from this model: it has no {key} of {n_in} channels")
-
-    def input_ranges(self, config: RunConfig, index: int) -> dict[str, InputRange] | None:
-        """Ranges of block ``index`` from the files given, which `check_ranges` found whole; None if there are none."""
-        if config.act_scales is None:
-            return None
-        keys = {name: self._range_key(index, name) for name in self.model.linear_shapes()}
-        with _vectors(config.act_scales) as file:
-            scales = {name: file.get_tensor(key).float() for name, key in keys.items()}
-        shifts = {name: torch.zeros_like(scale) for name, scale in scales.items()}
-        if config.act_shifts is not None:
-            with _vectors(config.act_shifts) as file:
-                shifts = {name: file.get_tensor(key).float() for name, key in keys.items()}
-        return {name: InputRange(scales[name], shifts[name]) for name in keys}
-
-    def _range_key(self, index: int, linear: str) -> str:
-        return f"{self.model.family.blocks}.{index}.{linear}"
-
     def _variants(self, jobs: Sequence[Job]) -> dict[str, Variant]:
         """The quantized form of every job, by its directory."""
 
@@ -779,7 +626,7 @@ class _Pair:
             self.recipe.act,
             self.learning,
             exact=self._exact(index),
-            ranges=self.session.input_ranges(self.job.config, index),
+            ranges=input_ranges(self.job.config, self.session.model, index),
             start=None if self.start is None else self.start.read_learned(index),
             progress=progress,
         )
@@ -800,69 +647,10 @@ def _note(records: Sequence[Record], learned: LearnedBlock | None) -> str:
     return ", ".join(part for part in (loss, error) if part)
 
 
-@contextmanager
-def _vectors(path: Path) -> Iterator[Any]:
-    """A safetensors file of named vectors, opened. Raises InputError if it is not one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path} is not a safetensors file ({error}); make it with generate_act_scale_shift.py"
-        ) from error
-
-
-def _learned_for(configuration: Record) -> Record:
-    """What the meaning of a configuration's learned parameters depends on, by name.
-
-    How they were trained (epochs, rates, losses), where they started and what rounds afterwards may differ.
-    """
-    learning: Record = configuration["learning"] or {}
-    names = ("wbits", "group_size", "symmetric", "levels")
-    found = {"method": configuration["method"].split("+")[0].strip()} | {name: configuration[name] for name in names}
-    found |= {f"activations, {name}": value for name, value in configuration["act"].items()}
-    transform = learning.get("transform", {})
-    found |= {name: learning.get(name) for name in ("clip", "compensation")}
-    return found | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}
-
-
 def _file_digest(path: Path | None) -> str | None:
     if path is None or not path.exists():
         return None
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _sha256_of(configuration: Record) -> str:
-    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
-
-
-def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int, model_type: str) -> Content:
-    """What a checkpoint of a configuration has to hold, before work begins."""
-    options, spec = config.options, None
-    if config.wbits != FULL_BITS:
-        spec = QuantSpec(config.wbits, config.group_size, config.symmetric, config.range, config.levels)
-    ordered = options.get("static_groups") or options.get("group_aware") or config.group_size == -1
-    return Content(
-        spec,
-        shapes,
-        config.act,
-        reordered=bool(options.get("act_order")) and not ordered,
-        outliers=options.get("outlier", 0) > 0
-        or "scale_bits" in solver_options(get_solver(config.solver or config.method)),
-        online=config.learning is not None and config.learning.transform.norm_matrix,
-        whole=config.num_layers >= n_blocks,
-        model_type=model_type,
-    )
-
-
-def check_format(config: RunConfig, content: Content) -> None:
-    """Raise InputError where the format cannot hold the content, or the target does not take it in that format."""
-    if against := refusal(config.format, content):
-        raise InputError(f"--format {config.format}: {against}")
-    if config.target is not None and (found := objections(config.target, config.format, content)):
-        near = nearest(config.target, config.format, content)
-        hint = f"; it takes {near}" if near else ""
-        raise InputError(f"--target {config.target}: with --format {config.format}, it {'; '.join(found)}{hint}")
 
 
 def _saved(save: Path, digest: str, kind: str) -> bool:

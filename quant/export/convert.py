@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from models.load import LazyModel, load_model, load_tokenizer
+from quant.core.config import RunConfig, check_format, content_of
 from quant.core.errors import InputError
 from quant.core.resident import open_run
-from quant.core.run import RunConfig, check_format, content_of
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED, refusal
 from quant.export.formats import Content, Layers

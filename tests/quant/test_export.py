@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from models.load import load_model
 from quant.core.actquant import INPUT_RANGE, ActSpec
+from quant.core.config import RunConfig
 from quant.core.errors import InputError
 from quant.core.grid import fit_grid
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 from quant.core.seams import ONLINE
 from quant.core.stats import LayerStats
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec

@@ -19,13 +19,15 @@ from quant.core import grid as grid_module
 from quant.core import learn, seams
 from quant.core.actquant import ActSpec
 from quant.core.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
+from quant.core.config import RunConfig
 from quant.core.errors import InputError
 from quant.core.journal import RunDirectory
 from quant.core.learn import Learner, Learning, learn_block
 from quant.core.recipe import Recipe, deploy, quantize_block
 from quant.core.registry import get_solver, recipes
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 from quant.core.seams import ONLINE
+from quant.core.starts import check_ranges
 from quant.core.stream import BlockStream
 from quant.core.transforms import InputRange, TransformSpec, dominance
 from quant.core.types import QuantSpec
@@ -469,7 +471,7 @@ def test_ranges_from_a_file(model_dir, text, tmp_path):
     with pytest.raises(InputError, match="not made from this model but from one of hash 000000000000"):
         session.run(refused)
     save_file(whole, other, {"model_sha256": session.model_sha256})
-    session.check_ranges(refused)
+    check_ranges(refused, session.model, session.model_sha256)
     assert not refused.run_dir.exists()
 
 

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from quant import generate as command
 from quant.core.actquant import ActSpec, instrumented
+from quant.core.config import RunConfig
 from quant.core.errors import InputError
 from quant.core.journal import RunDirectory
 from quant.core.resident import load_resident, open_quantized, open_run
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 from quant.kernels.packed import PackedLinear
 
 CPU = torch.device("cpu")

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models.load import load_model, load_tokenizer
 from quant import zero_shot
 from quant.core.actquant import ActSpec
+from quant.core.config import RunConfig
 from quant.core.errors import InputError
-from quant.core.run import RunConfig, Session
+from quant.core.run import Session
 from quant.evaluate import FULL, Variant
 from quant.zero_shot import Scorer, TaskScore, difference_interval, open_tasks, report
 from tests.conftest import VOCABULARY
