@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +25,14 @@ from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
 from quant.core.learn import LearnedBlock, learn_block
 from quant.core.recipe import Recipe, compare_block, deploy, quantize_block
 from quant.core.registry import get_solver
+from quant.core.results import is_saved, manifest_of, results_of
 from quant.core.starts import check_ranges, configuration_sha256, input_ranges, resumed
 from quant.core.stream import BlockStream
 from quant.core.transforms import check_seams
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
 from quant.export.formats import Content
-from quant.export.read import QuantizedCheckpoint, open_checkpoint, read_json
+from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.export.write import (
     check_target,
     entries,
@@ -43,7 +41,6 @@ from quant.export.write import (
     packed_entries,
     save_checkpoint,
 )
-from quant.kernels.blocks import describe as describe_kernels
 from quant.kernels.packed import pack_block
 from quant.zero_shot import Scorer, Tasks, TaskScore, open_tasks, run_tasks
 from quant.zero_shot import report as task_report
@@ -254,7 +251,7 @@ class Session:
             zero_shot = self._run_tasks(waiting, shown, kept.tasks)
         for job in waiting:
             scored = self._scored(job, scores, zero_shot)
-            job.results = self._results(job.config, job.blocks) | scored
+            job.results = results_of(job.config, job.blocks, self.model) | scored
             job.results |= {"configuration_sha256": job.digest, "evaluation": self._evaluation_request(job.config)}
             job.results["seconds"] |= evaluating | answering
             job.results["packed_bytes"] = sum(job.packed_bytes.values())  # 0 where nothing was evaluated packed
@@ -272,10 +269,12 @@ class Session:
             previous = None
         digest = configuration_sha256(configuration)
         self.check_export(config)
-        if config.save is not None and not _saved(config.save, digest, config.format):
+        if config.save is not None and not is_saved(config.save, digest, config.format):
             check_target(config.save, config.overwrite, self.model.checkpoint.path)
         self._check_space(config, target.path)
-        target.open(self._manifest(config, configuration), config.overwrite)
+        calibration, evaluated = self.calibration(config), self.evaluation.values()
+        manifest = manifest_of(config, configuration, self.model, self.device, calibration, evaluated)
+        target.open(manifest, config.overwrite)
         return Job(config, recipe, target, digest, configuration["blocks"], previous)
 
     def _quantize_job(self, job: Job, progress: Progress) -> list[BlockSummary]:
@@ -299,7 +298,7 @@ class Session:
         """Save the checkpoint if asked for and write results.json if something in it is new."""
         config, results, target = job.config, job.results, job.target
         assert results is not None
-        if config.save is not None and not _saved(config.save, job.digest, config.format):
+        if config.save is not None and not is_saved(config.save, job.digest, config.format):
             progress("save", 0, 1, str(config.save))
             with self._measured([job], "export") as spent:
                 self._save(job, config.save)
@@ -353,29 +352,6 @@ class Session:
             "packed": config.packed,
             "tasks": tasks if self.tasks else None,
         }
-
-    def _manifest(self, config: RunConfig, configuration: Record) -> Record:
-        tokens = {t.name: {"protocol": t.protocol, "sha256": t.sha256, "text_sha256": t.text_sha256,
-                           "shape": list(t.ids.shape)} for t in self.evaluation.values()}  # fmt: skip
-        calibration = self.calibration(config)
-        return {
-            "schema": 1,
-            "command": sys.argv,
-            "request": config.to_json(),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "configuration": configuration,
-            "seed": config.seed,
-            "model": {"id": config.model, "sha256": self.model_sha256, "model_type": self.model.config.model_type,
-                      "added_biases": len(self.model.added)},
-            "calibration": calibration and {
-                "name": calibration.name, "protocol": calibration.protocol, "sha256": calibration.sha256,
-                "text_sha256": calibration.text_sha256, "shape": list(calibration.ids.shape)},
-            "evaluation": tokens,
-            "versions": machine.versions(),
-            "commit": machine.commit(),
-            "hardware": machine.describe(self.device),
-            "kernels": describe_kernels(self.device),
-        }  # fmt: skip
 
     def _check_space(self, config: RunConfig, path: Path) -> None:
         """Raise InputError where the blocks, and the checkpoint if asked for, cannot fit on the disk."""
@@ -556,45 +532,6 @@ class Session:
                 progress("compare", index + 1, n_blocks, "")
         return records
 
-    def _results(self, config: RunConfig, blocks: list[BlockSummary]) -> Record:
-        """The entries that come from the codes and the journal."""
-        records = [record for block in blocks for record in block.records]
-        bits, count = (
-            sum(r["storage_bits"] for r in records),
-            sum(r["shape"][0] * r["shape"][1] for r in records),
-        )
-        learned = [block.learning for block in blocks if block.learning]
-        bits += 16 * sum(log["online_parameters"] for log in learned)
-        if not count and isinstance(self.model.checkpoint, QuantizedCheckpoint):
-            bits, count = self.model.checkpoint.storage()
-        seconds = {k: sum(block.seconds.get(k, 0.0) for block in blocks) for k in ("forward", "gram", "solve", "learn")}
-        digest = hashlib.sha256("".join(block.codes_sha256 for block in blocks).encode()).hexdigest()
-        return {
-            "schema": 1,
-            "method": config.method if config.quantizes else "base",
-            "wbits": config.wbits,
-            "abits": config.act.bits,
-            "kv_bits": config.act.kv_bits,
-            "solver": config.solver or config.method,
-            "options": dict(config.options),
-            "group_size": config.group_size,
-            "symmetric": config.symmetric,
-            "bits_per_weight": bits / count if count else float(torch.finfo(self.model.storage_dtype).bits),
-            "outlier_share": sum(r["outlier_share"] * r["shape"][0] * r["shape"][1] for r in records) / count
-            if records
-            else 0.0,
-            "entropy_bits": math.log2(config.levels or 2**config.wbits) if records else None,
-            "quantized_bytes": (bits + 7) // 8,
-            "checkpoint_bytes": 0,
-            "codes_sha256": digest,
-            "zero_shot": {},
-            "mean_relative_error": sum(r["relative_error"] for r in records) / len(records) if records else 0.0,
-            "learning": learned,
-            "verdicts": {v: sum(r["verdict"] == v for r in records) for v in ("ok", "look", "bad")},
-            "seconds": seconds
-            | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0, "tasks": 0.0},
-        }
-
 
 class _Pair:
     """The two streams of learning: full precision, and the quantized prefix in training batches."""
@@ -651,10 +588,3 @@ def _file_digest(path: Path | None) -> str | None:
     if path is None or not path.exists():
         return None
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _saved(save: Path, digest: str, kind: str) -> bool:
-    """Whether ``save`` holds the checkpoint of the configuration with this hash, in this format."""
-    path = save / "results.json"
-    found = read_json(path) if path.exists() else {}
-    return found.get("configuration_sha256") == digest and found.get("format") == kind
