@@ -163,7 +163,12 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(args.seqlen is not None and args.seqlen < 2, f"--seqlen {args.seqlen}: use 2 or more")
     check(args.limit is not None and args.limit < 1, f"--limit {args.limit}: use 1 or more")
     check(not 0 < args.percdamp <= 1, f"--percdamp {args.percdamp:g}: use a number above 0, at most 1")
-    check(args.outlier < 0, f"--outlier {args.outlier:g}: use 0 or a positive number")
+    check(not 0 <= args.outlier < float("inf"), f"--outlier {args.outlier:g}: use 0 or a positive number")
+    check(not 0 < args.alpha <= 2, f"--alpha {args.alpha:g}: use a number above 0, at most 2")
+    check(
+        args.outlier > 0 and {"quantease", "spqr"} <= set(args.methods),
+        "--outlier is a share of the weights for quantease and a threshold for spqr: run them one by one",
+    )
     check(
         args.outlier > 0 and not {"quantease", "spqr"} & set(args.methods),
         "--outlier works with quantease and spqr only",
@@ -176,12 +181,18 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(args.act_order and args.group_aware, "--act-order and --group-aware are two orders: give one of them")
     check(bool(args.preset) and "quantease" not in args.methods, f"--preset {args.preset} is for quantease")
     check(args.compare_layers and args.wbits == 16, "--compare-layers needs --wbits 1 to 8")
+    check(
+        args.compare_layers and args.true_sequential,
+        "--compare-layers solves all linears of a block from one pass of full precision: drop --true-sequential",
+    )
     check(args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save")
     check(
         args.format is not None and args.save is None and not args.dry_run,
         f"--format {args.format} is of a checkpoint: give --save DIR too",
     )
+    check(not args.methods, "--quantization-method names no method: quantease, gptq, ... (--list)")
     for method in args.methods:
+        check(args.methods.count(method) > 1, f"--quantization-method: {method} is named twice")
         try:
             get_solver(method)
         except InputError as error:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every GPU check and benchmark of the project in one command of under 9 minutes: benchmarks/gpu_suite.sh [OUT.md]
 # Needs a CUDA build of torch with Triton, and about 16 GB of disk under TMPDIR for a random LLaMA-2-7B.
-# Every stage has a limit (540 seconds in all); rows that a stage printed before it was stopped are kept.
+# Every stage has a limit (515 seconds in all); rows that a stage printed before it was stopped are kept.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/gpu.md}
@@ -40,13 +40,13 @@ stage() {
 checks='"$0" -m pytest -q -p no:cacheprovider tests/quant/test_kernels.py tests/quant/test_packed.py -k triton &&
         "$0" -m pytest -q -p no:cacheprovider -m gpu tests/quant/test_contract.py tests/quant/test_learn.py tests/test_run.py'
 stage "kernels and solvers against the CPU" 70 bash -c "$checks" "$python"
-stage "solvers" 75 "$python" -m benchmarks.solvers --device cuda --precision high --no-float64 \
+stage "solvers" 70 "$python" -m benchmarks.solvers --device cuda --precision high --no-float64 \
   --shapes 768x768 3072x768 768x3072 2048x2048 4096x4096
-stage "LLaMA-2-7B, random weights" 180 "$python" -m benchmarks.end_to_end --device cuda \
+stage "LLaMA-2-7B, random weights" 175 "$python" -m benchmarks.end_to_end --device cuda \
   --config benchmarks/configs/llama-2-7b --methods quantease gptq
-stage "a block of Falcon-180B" 130 "$python" -m benchmarks.end_to_end --device cuda \
+stage "a block of Falcon-180B" 120 "$python" -m benchmarks.end_to_end --device cuda \
   --config benchmarks/configs/falcon-180b --blocks 1 --methods quantease gptq --activation-store cpu --calib-batch 1
-stage "training steps" 60 "$python" -m benchmarks.training --config benchmarks/configs/llama-2-7b --seqlen 2048 --nsamples 4 \
+stage "training steps" 55 "$python" -m benchmarks.training --config benchmarks/configs/llama-2-7b --seqlen 2048 --nsamples 4 \
   --device cuda --dtype bfloat16
 stage "packed products" 25 "$python" -m benchmarks.packed --device cuda
 

@@ -26,8 +26,7 @@ from torch import Tensor
 from quant.core import machine
 from quant.core.cli import console
 from quant.core.grid import fit_grid
-from quant.core.linalg import relative_error
-from quant.core.recipe import products_in
+from quant.core.linalg import products_in, relative_error
 from quant.core.stats import LayerStats
 from quant.core.types import Grid, QuantSpec
 from quant.gptq import gptq

@@ -93,6 +93,8 @@ def feedback_rounding(
     scale and zero float32 [out, G], the compensated weights at which columns were rounded, and the errors
     (weight minus what is kept) [out, in].
     """
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: use 1 or more columns")
     work, n_in = weight.clone(memory_format=torch.contiguous_format), weight.shape[1]
     feedback = upper.div_(upper.diagonal().clone())
     scale, zero, group = grid.scale.clone(), grid.zero.float(), grid.g_idx

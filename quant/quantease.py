@@ -24,6 +24,7 @@ from quant.core.stats import LayerStats
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.blocks import ColumnGrid, kernels
 
+MAX_ALPHA = 2.0  # a gradient step of alpha / (2 λmax) ends no higher up to here; with the projection, up to 1
 FACTORS, SEARCH_SWEEPS = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15), 3
 
 
@@ -35,6 +36,8 @@ class Descent:
     """
 
     def __init__(self, target: Tensor, gram: Tensor, grid: Grid, block_size: int) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size}: use 1 or more columns")
         self.target, self.gram, self.block_size = target, gram, block_size
         self.scale, self.zero = grid.scale.clone(), grid.zero.float()
         self.group, self.qmax = grid.g_idx, grid.qmax
@@ -143,6 +146,10 @@ def quantease(
     """
     if num_iter < 1:
         raise ValueError(f"num_iter={num_iter}: coordinate descent needs at least one sweep")
+    if not 0 <= outlier < 1:
+        raise ValueError(f"outlier={outlier:g}: a share of the weights, 0 or more and below 1")
+    if not 0 < alpha <= MAX_ALPHA:
+        raise ValueError(f"alpha={alpha:g}: a step above 0, at most {MAX_ALPHA:g} (beyond it the outliers diverge)")
     weight = weight.detach().float()
     stats.check()
     order = stats.order() if act_order else torch.arange(weight.shape[1], device=weight.device)
@@ -190,12 +197,16 @@ class OutlierSet:
         if self.count >= whole:
             what = "columns" if structured else "weights"
             raise ValueError(f"outlier={share:g} makes all {whole} {what} outliers and leaves nothing to quantize")
+        if not structured and 2 * self.count >= whole > 2:  # 32 bits each, with their places
+            raise ValueError(
+                f"outlier={share:g}: these outliers alone take the bits of the whole layer and leave nothing to quantize; use a share below 0.5"
+            )
         # In the metric of the Gram diagonal d, columns count by what they do to the output; the plain one is published.
         d = gram.diagonal() if metric == "gram" else torch.ones_like(gram.diagonal())
         self.metric = d.clamp_min(1e-6 * max(float(d.mean()), torch.finfo(torch.float32).tiny))
         root = self.metric.sqrt()
-        bound = max(largest_eigenvalue(gram / root / root[:, None]), torch.finfo(torch.float32).tiny)
-        self.step = alpha / (2 * bound * self.metric)
+        bound = largest_eigenvalue(gram / root / root[:, None])
+        self.step = alpha / (2 * bound * self.metric) if bound > 0 else torch.zeros_like(self.metric)  # all inputs zero
         self.chosen = self._largest(weight)
         self.values = weight * self.chosen
 

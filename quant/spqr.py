@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quant.core.grid import fit_grid, fit_scale_zero, range_to_grid
@@ -46,11 +47,17 @@ def spqr(
     stats.check()
     order = visiting_order(stats.diagonal, spec, act_order)
     upper, used_damp = damped_factor(stats.gram[order][:, order] if act_order else stats.gram, percdamp, auto_damp)
-    sensitivity = upper.diagonal().square()  # 1 / U_jj² of the inverse's factor
+    # 1 / U_jj² of the inverse's factor; the factor holds a 1 for a column without inputs, where no error counts.
+    sensitivity = upper.diagonal().square().masked_fill(stats.diagonal[order] == 0, 0.0)
     given = grid is not None
     grid = grid or fit_grid(weight, replace(spec, range="minmax"), None, order if act_order else None)
     spread = weight.var(0, correction=0)[order] * sensitivity
-    threshold = outlier * spread.mean() if outlier > 0 else torch.full((), torch.inf, device=weight.device)
+    # Weights that do not vary over the rows (a layer of one row) give no threshold, and no outliers.
+    threshold = (
+        torch.where(spread.mean() > 0, outlier * spread.mean(), torch.inf)
+        if outlier > 0
+        else spread.new_tensor(torch.inf)
+    )
     levels: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def fit(part: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -128,12 +135,18 @@ def _two_levels(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantized scales [out] of one group: (scale, codes [out], base and step [ceil(out / rows)]).
 
-    Of the two codes next to the wanted scale, the one with the lower weighted error of the kept weights.
+    Of the code at or below the wanted scale and the next, the one with the lower weighted error of the kept weights.
     """
     wanted, _ = range_to_grid(lo, hi, spec)
     n_out, n_blocks = wanted.numel(), -(-wanted.numel() // rows)
-    padded = torch.cat([wanted, wanted[-1:].expand(n_blocks * rows - n_out)]).view(n_blocks, rows)
-    base = padded.amin(1)
+    # A row without a range takes any scale: the smallest of its block, so that the others' steps stay what they were.
+    empty = (lo == 0) & (hi == 0)
+    padded = F.pad(wanted.masked_fill(empty, torch.inf), (0, n_blocks * rows - n_out), value=torch.inf).view(
+        n_blocks, rows
+    )
+    base = padded.amin(1, keepdim=True).nan_to_num(posinf=1.0)
+    padded = torch.where(padded.isinf(), base, padded)
+    wanted, base = padded.flatten()[:n_out], base.squeeze(1)
     step = (padded.amax(1) - base) / (2**bits - 1)
     small = base.half()
     exact = bool(((small.float() - base).abs() <= base / 64).all()) and bool(
@@ -145,7 +158,7 @@ def _two_levels(
     position = torch.where(wide_step > 0, (wanted - wide_base) / wide_step, 0.0)
     best = best_codes = torch.empty(0)
     best_error: Tensor | None = None
-    for codes in (position.floor(), position.ceil()):
+    for codes in (position.floor(), position.floor() + 1):
         codes = codes.clamp_(0, 2**bits - 1)
         scale = wide_base + codes * wide_step
         zero = zero_point(lo, hi, scale, spec)[:, None]

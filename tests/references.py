@@ -95,12 +95,12 @@ def naive_gptq(
 
 
 def naive_outlier_descent(
-    weight: Tensor, gram: Tensor, grid: Grid, count: int, structured: bool, sweeps: int
+    weight: Tensor, gram: Tensor, grid: Grid, count: int, structured: bool, sweeps: int, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """QuantEase's Algorithm 3 with rounding sweeps and step 1 / (2 λmax): (codes, outliers float64 [out, in])."""
+    """QuantEase's Algorithm 3 with rounding sweeps and step alpha / (2 λmax): (codes, outliers float64 [out, in])."""
     w, sigma = weight.double(), gram.double()
     scale, zero = grid.scale.double()[:, grid.g_idx], grid.zero.double()[:, grid.g_idx]
-    step = 1 / (2 * float(torch.linalg.eigvalsh(sigma)[-1]))
+    step = alpha / (2 * float(torch.linalg.eigvalsh(sigma)[-1]))
 
     def project(h: Tensor) -> Tensor:
         score = h.square().sum(0).expand_as(h) if structured else h.abs()
@@ -138,12 +138,46 @@ def naive_leave_one_out(part: Tensor, spec: QuantSpec, importance: Tensor, thres
     return found
 
 
-def naive_spqr_sweep(weight: Tensor, upper: Tensor, grid: Grid, relative: float) -> tuple[Tensor, Tensor]:
-    """SpQR's sweep on a fixed grid: (codes, what the outliers add), float64 throughout."""
+def naive_two_level_grid(part: Tensor, keep: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [out] of one group: in every block of 16 rows the scales are base + code * step with codes
+    of 3 bits; a row takes the neighbour of the scale it wants that leaves the lower error of the kept weights."""
+    wanted = [fit_scale_zero(torch.cat([row[k], row.new_zeros(1)]), spec)[0] for row, k in zip(part, keep, strict=True)]
+    scales, zeros = torch.zeros(len(part)), torch.zeros(len(part))
+    for first in range(0, len(part), 16):
+        rows = range(first, min(first + 16, len(part)))
+        ranged = [float(wanted[r]) for r in rows if bool((part[r] * keep[r]).any())]
+        base = torch.tensor(min(ranged)).half().float()
+        step = torch.tensor((max(ranged) - min(ranged)) / 7).half().float()
+        for r in rows:
+            kept = torch.cat([part[r][keep[r]], part.new_zeros(1)])
+            lo, hi, lowest = float(kept.min()), float(kept.max()), float("inf")
+            near = torch.floor((wanted[r] - base) / step) if lo < hi else torch.tensor(0.0)
+            for code in (near, near + 1):
+                scale = base + code.clamp(0, 7) * step
+                zero = torch.round((spec.qmax - (hi + lo) / scale) / 2).clamp(1, spec.qmax)
+                zero = zero if lo < hi else torch.tensor(float((spec.qmax + 1) // 2))
+                _, value = round_column(part[r], scale, zero, spec.qmax)
+                error = float(((part[r] - value).square() * importance)[keep[r]].sum())
+                if error < lowest:
+                    lowest, scales[r], zeros[r] = error, scale, zero
+    return scales, zeros
+
+
+def naive_spqr_sweep(
+    weight: Tensor, upper: Tensor, grid: Grid, relative: float, fitted: QuantSpec | None = None
+) -> tuple[Tensor, Tensor]:
+    """SpQR's sweep: (codes, what the outliers add), float64 throughout. On the grid given; with fitted, that grid's
+    scales and zero points are overwritten by those fitted when the sweep reaches a group, its outliers left out."""
     w, u = weight.double().clone(), upper.double()
     threshold = relative * float((w.var(0, correction=0) / u.diagonal().square()).mean())
     codes, outliers = torch.zeros_like(w), torch.zeros_like(w)
     for j in range(w.shape[1]):
+        if fitted is not None and j % fitted.group_size == 0:
+            columns = slice(j, j + fitted.group_size)
+            part, importance = w[:, columns].float(), u.diagonal()[columns].float() ** -2
+            keep = ~naive_leave_one_out(part, fitted, importance, threshold)
+            scale, zero = naive_two_level_grid(part, keep, importance, fitted)
+            grid.scale[:, grid.g_idx[j]], grid.zero[:, grid.g_idx[j]] = scale, zero.int()
         scale, zero = (t.double()[:, grid.g_idx[j]] for t in (grid.scale, grid.zero))
         codes[:, j], value = round_column(w[:, j], scale, zero, grid.qmax)
         error = (w[:, j] - value) / u[j, j]

@@ -215,6 +215,15 @@ BAD = {
         "quantease and spqr only",
     ),
     "all are outliers": (["--wbits", 3, "--outlier", 1], "a share of the weights, below 1"),
+    "outliers that are no number": (["--wbits", 3, "--outlier", "nan"], "--outlier nan"),
+    "outliers with two meanings": (
+        ["--wbits", 3, "--quantization-method", "quantease,spqr", "--outlier", 0.1],
+        "a share of the weights for quantease and a threshold for spqr",
+    ),
+    "a step backwards": (["--wbits", 3, "--alpha", -5], "--alpha -5"),
+    "a step that is no number": (["--wbits", 3, "--alpha", "nan"], "--alpha nan"),
+    "no method": (["--wbits", 3, "--quantization-method", ","], "names no method"),
+    "a method twice": (["--wbits", 3, "--quantization-method", "gptq,gptq"], "gptq is named twice"),
     "columns of nothing": (["--wbits", 3, "--structure-outlier"], "--structure-outlier needs --outlier"),
     "a preset of another method": (
         ["--wbits", 3, "--quantization-method", "rtn", "--preset", "best"],
@@ -222,6 +231,10 @@ BAD = {
     ),
     "two orders": (["--wbits", 3, "--act-order", "--group-aware"], "are two orders"),
     "comparing the base model": (["--compare-layers"], "--compare-layers needs --wbits"),
+    "comparing from two streams": (
+        ["--wbits", 3, "--compare-layers", "--true-sequential"],
+        "drop --true-sequential",
+    ),
     "a format of nothing": (["--wbits", 3, "--format", "gptq"], "give --save DIR too"),
     "software": (["--wbits", 3, "--target", "vlm"], "invalid choice: 'vlm'"),
     "tasks": (["--tasks", "demo_yesno", "--task-path", "nowhere"], "--task-path nowhere is not a directory"),
@@ -271,6 +284,8 @@ BAD_INPUT = {
     "save to a full directory": (lambda p: {"--save": short(p).parent}, "is not empty"),
     "other files in the way": (lambda p: {"--run-dir": short(p).parent}, "holds other files"),
     "option": (lambda p: {"--solver-option": "steps=3"}, "quantease takes num_iter"),
+    "an option's value": (lambda p: {"--solver-option": "block_size=-1"}, "block_size=-1: use 1 or more columns"),
+    "an option's budget": (lambda p: {"--outlier": "0.9"}, "leave nothing to quantize"),
     "option's type": (lambda p: {"--solver-option": "num_iter=many"}, "num_iter is a int"),
 }
 

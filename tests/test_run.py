@@ -21,6 +21,8 @@ from quant.core.run import Session
 from quant.core.types import QuantSpec
 from quant.evaluate import ratio_interval
 from quant.gptq import gptq
+from quant.kernels import blocks
+from quant.kernels.blocks import TorchKernels
 from tests.conftest import CONFIGS
 from tests.references import make_stats
 
@@ -96,6 +98,19 @@ def test_results_follow_the_contract(model_dir, text, tmp_path):
         assert record["verdict"] in ("ok", "look") and record["peak_bytes"] > 0 and record["seconds"] > 0
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["calibration"]["shape"] == [12, SEQLEN] and manifest["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "chosen", [None, TorchKernels("Triton kernels are not usable (no ptxas)")], ids=["own", "other"]
+)
+def test_manifest_and_journal_name_the_kernels(chosen, model_dir, text, tmp_path, monkeypatch):
+    if chosen is not None:
+        monkeypatch.setitem(blocks._chosen, "cpu", chosen)
+    run(config_for(model_dir("llama"), text, tmp_path, method="gptq", options={}, num_layers=1))
+    said = "numba" if chosen is None else "torch: Triton kernels are not usable (no ptxas)"
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["kernels"] == said
+    records = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").open()]
+    assert {record["kernels"] for record in records} == {said}, "of the process that solved it, which may be another"
 
 
 def test_without_true_sequential_all_linears_see_the_same_pass(model_dir, text, tmp_path):

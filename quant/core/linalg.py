@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -57,13 +60,26 @@ def damped_factor(gram: Tensor, percdamp: float, auto_damp: bool = False) -> tup
     return upper, trial
 
 
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Float32 matrix products in that precision, for the length of the context."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def objective(error: Tensor, gram: Tensor) -> float:
-    """tr(E Σ Eᵀ) = ‖E X‖² for error [out, in]; products in the tensors' dtype, the sum in float64.
+    """tr(E Σ Eᵀ) = ‖E X‖² for error [out, in]; products in the tensors' dtype, in full precision whatever a solver's own
+    products have, the sum in float64.
 
     By strips of rows: the products and their float64 copies would be the largest tensors of a whole run.
     """
     strips = error.split(max(ROWS, STRIP // error.shape[1]))
-    return max(0.0, float(torch.stack([(rows @ gram).double().mul_(rows).sum() for rows in strips]).sum()))
+    with products_in("highest"):
+        return max(0.0, float(torch.stack([(rows @ gram).double().mul_(rows).sum() for rows in strips]).sum()))
 
 
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
@@ -73,8 +89,11 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float
 
 
 def largest_eigenvalue(gram: Tensor, steps: int = 60) -> float:
-    """Largest eigenvalue of a positive semidefinite matrix, from below, by power iteration from a fixed start."""
-    vector = gram.diagonal().clone() + gram.diagonal().mean()
+    """Largest eigenvalue of a positive semidefinite matrix, from below, by power iteration.
+
+    The start is random, of a fixed seed: one made of the matrix can be orthogonal to the eigenvector that is wanted.
+    """
+    vector = torch.randn(gram.shape[0], generator=torch.Generator().manual_seed(0)).to(gram)
     value = 0.0
     for _ in range(steps):
         vector = vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)

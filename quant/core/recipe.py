@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,11 +17,12 @@ from quant.core.actquant import FULL_BITS, INPUT_RANGE, ActSpec
 from quant.core.errors import InputError, RunError
 from quant.core.journal import Record
 from quant.core.learn import LearnedBlock, Learning
-from quant.core.linalg import SingularGramError, relative_error
+from quant.core.linalg import SingularGramError, products_in, relative_error
 from quant.core.machine import peak_bytes
 from quant.core.stats import LayerStats
 from quant.core.stream import BlockStream
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.kernels.blocks import describe as describe_kernels
 from quant.rtn import rtn
 
 log = logging.getLogger(__name__)
@@ -152,6 +152,16 @@ def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Se
     return records
 
 
+def check_options(recipe: Recipe, device: torch.device) -> None:
+    """Raise InputError where the solver refuses its options: it solves one small layer, so that no work is lost later."""
+    assert recipe.spec is not None
+    n_in = max(1, 128 // recipe.spec.group_size) * recipe.spec.group_size if recipe.spec.group_size > 0 else 128
+    weight = torch.linspace(-1, 1, 4 * n_in, device=device).view(4, n_in)
+    solve_linear(
+        f"{recipe.method} with these options", weight, LayerStats.from_gram(torch.eye(n_in, device=device)), recipe
+    )
+
+
 def solve_linear(
     where: str, weight: Tensor, stats: LayerStats, recipe: Recipe, grid: Grid | None = None
 ) -> tuple[QuantizedWeight, Record]:
@@ -183,7 +193,8 @@ def solve_linear(
         "storage_bits": quantized.storage_bits(),
         "scale_bits": quantized.grid.scale_bits,
         "n_tokens": stats.n_tokens,
-        "verdict": verdict(error_now, error_rtn),
+        "verdict": verdict(error_now, error_rtn, quantized.bits_per_weight()),
+        "kernels": describe_kernels(weight.device),
         **ranges_of(weight, stats, quantized),
         **({"info": dict(quantized.info)} if quantized.info else {}),
     }
@@ -202,19 +213,9 @@ def ranges_of(weight: Tensor, stats: LayerStats, quantized: QuantizedWeight) -> 
     }
 
 
-@contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """Float32 matrix products in that precision, for the length of the context."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def verdict(error: float, error_rtn: float) -> str:
-    """``bad``: not finite, no output left, or worse than round-to-nearest; ``look``: above LOOK_ABOVE; else ``ok``."""
-    if not math.isfinite(error) or error >= 1 or error > error_rtn * 1.05 + 1e-12:
+def verdict(error: float, error_rtn: float, bits: float) -> str:
+    """``bad``: not finite, no output left, worse than round-to-nearest, or stored in as many bits as weights have that
+    are not quantized; ``look``: above LOOK_ABOVE; else ``ok``."""
+    if not math.isfinite(error) or error >= 1 or error > error_rtn * 1.05 + 1e-12 or bits >= FULL_BITS:
         return "bad"
     return "look" if error > LOOK_ABOVE else "ok"

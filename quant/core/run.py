@@ -23,7 +23,7 @@ from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_fo
 from quant.core.errors import InputError
 from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
 from quant.core.learn import LearnedBlock, learn_block
-from quant.core.recipe import Recipe, compare_block, deploy, quantize_block
+from quant.core.recipe import Recipe, check_options, compare_block, deploy, quantize_block
 from quant.core.registry import get_solver
 from quant.core.results import is_saved, manifest_of, results_of
 from quant.core.starts import check_ranges, configuration_sha256, input_ranges, resumed
@@ -164,7 +164,7 @@ class Session:
                     spec.n_groups(n_in)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
-        return Recipe(
+        recipe = Recipe(
             config.method,
             get_solver(config.solver or config.method),
             spec,
@@ -174,6 +174,9 @@ class Session:
             config.learning,
             config.act,
         )
+        if spec is not None:
+            check_options(recipe, self.device)
+        return recipe
 
     def configuration(self, config: RunConfig) -> Record:
         """What decides the codes: two runs with equal configurations on one machine give the same bits."""

@@ -242,6 +242,8 @@ class QuantizedWeight:
             legal = bool((index.diff() > 0).all()) and (index.numel() == 0 or 0 <= int(index[0]) <= int(index[-1]))
             if not legal or (index.numel() and int(index[-1]) >= n_out * n_in) or index.shape != value.shape:
                 raise ValueError(f"outliers must have ascending positions in 0..{n_out * n_in - 1}, one value each")
+            if bool(torch.isnan(value).any()):
+                raise ValueError("an outlier is not a number")
             if value.dtype != torch.float16 or not bool(torch.isfinite(value).all()):
                 raise ValueError("an outlier is larger than float16 can hold")
         return self

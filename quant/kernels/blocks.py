@@ -142,6 +142,9 @@ def inverse_diagonal(gram: Tensor) -> Tensor:
     return torch.where(diagonal > 0, 1 / diagonal, 0.0)
 
 
+# What an import of Triton, its compiler, a driver or a wrong answer of the trial raises.
+UNUSABLE = (ImportError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError, ArithmeticError,
+            AttributeError, LookupError, TypeError, ValueError)  # fmt: skip
 _chosen: dict[str, Kernels] = {}
 
 
@@ -172,7 +175,7 @@ def _choose(device: torch.device) -> Kernels:
             from quant.kernels.cuda import TritonKernels
 
             return TritonKernels().check(device)
-        except (ImportError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
+        except UNUSABLE as error:
             reason = f"Triton kernels are not usable ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
             log.warning("%s; using torch", reason)
             return TorchKernels(reason)

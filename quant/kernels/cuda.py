@@ -115,19 +115,23 @@ def _gptq(  # type: ignore[no-untyped-def]
 
 
 def _trial(kernel: Kernels, device: torch.device, n_groups: int) -> list[Tensor]:
-    """Codes of a block of random weights by coordinate descent and by GPTQ; with more than one group, some entries are
-    free and some are outliers."""
-    n_rows, n_columns = 2 * ROWS + 1, 128
+    """Codes of a block of random weights by coordinate descent, after a sweep that does not round, and by GPTQ.
+
+    With more than one group, some entries are free and some are outliers, and the block is narrower than its tile.
+    """
+    grouped, n_rows = n_groups > 1, 2 * ROWS + 1
+    n_columns = 96 if grouped else 128
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(n, n_columns, generator=generator).to(device) for n in (n_rows, 2 * n_columns))
     gram = x.T @ x
     group = torch.arange(n_columns, device=device) * n_groups // n_columns
     scale, zero = (torch.full((n_rows, n_groups), v, device=device) for v in (0.3, 4.0))
     grid = ColumnGrid(scale, zero, group, 7)
-    grouped = n_groups > 1
     free, above = (weight > 2, torch.full((n_columns,), 0.2, device=device)) if grouped else (None, None)
     codes = [torch.zeros(weight.shape, dtype=torch.uint8, device=device) for _ in range(2)]
-    kernel.coordinate_descent_(torch.zeros_like(weight), torch.zeros_like(weight), weight, gram, grid, codes[0], free)
+    residual = 0.2 * weight
+    for stored in (None, codes[0]):
+        kernel.coordinate_descent_(residual, residual @ gram, weight, gram, grid, stored, free)
     feedback = (gram / gram.diagonal()[:, None]).triu()
     kernel.gptq_(weight.clone(), weight, feedback, grid, codes[1], torch.zeros_like(weight), above)
     return codes

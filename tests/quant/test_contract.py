@@ -149,6 +149,27 @@ def test_non_finite_calibration_is_an_error(name):
 
 
 @every_solver
+def test_blocks_of_no_columns_are_an_error(name):
+    weight, stats = problem()
+    if "block_size" in solver_options(SOLVERS[name]):
+        for size in (0, -1):
+            with pytest.raises(ValueError, match=f"block_size={size}"):
+                SOLVERS[name](weight, stats, QuantSpec(8), block_size=size)
+
+
+@every_solver
+@pytest.mark.parametrize("factor", [1.0, 0.02])
+def test_a_row_of_zeros_costs_the_others_nothing(name, factor):
+    weight, stats = problem()
+    weight *= factor
+    spec = QuantSpec(3, 16)
+    some = weight.clone()
+    some[5] = 0
+    errors = [relative_error(w, SOLVERS[name](w, stats, spec).check().dequantize(), stats.gram) for w in (some, weight)]
+    assert errors[0] < 1.25 * errors[1]
+
+
+@every_solver
 def test_group_size_must_divide(name):
     weight, stats = problem()
     with pytest.raises(ValueError, match="does not divide"):

@@ -1,9 +1,13 @@
 """GPTQ's codes as a start: never worse than GPTQ; refitted grids; group-aware order."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
 from quant.core.grid import fit_grid, refit_scale_zero
+from quant.core.linalg import relative_error
 from quant.core.types import QuantSpec
 from quant.gptq import gptq, visiting_order
 from quant.gptq_quantease import gptq_quantease
@@ -25,6 +29,37 @@ def test_never_worse_than_gptq(spec, options):
             assert torch.equal(answer.grid.scale, start.grid.scale), "GPTQ's grid is kept"
         gains.append(after / before)
     assert sum(gains) / 4 < 0.97
+
+
+def test_options_reach_both_halves_and_the_better_answer_is_kept(monkeypatch):
+    weight, stats, spec = weights(16, 64), make_stats(inputs(64, 300)), QuantSpec(2, 16)
+    plain = gptq_quantease(weight, stats, spec)
+    refitted = gptq_quantease(weight, stats, spec, refit_grid=True)
+    assert not torch.equal(refitted.grid.scale, plain.grid.scale)
+    costs = [objective64(weight - a.dequantize(), stats.gram) for a in (refitted, plain)]
+    assert costs[0] < costs[1]
+    static = gptq_quantease(weight, stats, spec, act_order=True, static_groups=True)
+    assert static.has_plain_groups() and torch.equal(static.grid.scale, fit_grid(weight, spec, stats.diagonal).scale)
+    start = gptq(weight, stats, spec)
+
+    def spoiled(*arguments, **options):
+        answer = quantease(*arguments, **options)
+        return replace(answer, codes=answer.codes.flip(0))
+
+    monkeypatch.setattr(sys.modules["quant.gptq_quantease"], "quantease", spoiled)
+    assert torch.equal(gptq_quantease(weight, stats, spec).codes, start.codes)
+
+
+def test_group_aware_order_keeps_most_of_the_gain_of_act_order():
+    errors = {"plain": 0.0, "act_order": 0.0, "group_aware": 0.0}
+    for seed in range(6):
+        weight, stats = weights(32, 128, seed), make_stats(inputs(128, 400, seed))
+        for name in errors:
+            options = {} if name == "plain" else {name: True}
+            answer = gptq(weight, stats, QuantSpec(3, 16), **options)
+            errors[name] += relative_error(weight, answer.dequantize(), stats.gram)
+            assert answer.has_plain_groups() == (name != "act_order")
+    assert errors["plain"] - errors["group_aware"] > 0.5 * (errors["plain"] - errors["act_order"]) > 0, errors
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
