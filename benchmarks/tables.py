@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "spqr, g16": ("spqr", {"outlier": 0.2, "group_size": 16}),
     "gptq, mse range": ("gptq", {"range": "mse"}),
     "quantease, mse range": ("quantease", {"range": "mse"}),
+    "quantease, searched and refitted": ("quantease", BEST),
     "quantease, preset best": ("quantease", {"range": "mse", **BEST}),
 }
 BASIC = ("rtn", "gptq", "quantease")
