@@ -7,8 +7,8 @@ disk: the same command continues a run that was interrupted, with identical bits
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ EXAMPLES = """examples:
 Exit codes: 0 done, 2 bad arguments or unusable input, 1 a failure after work began, 130 interrupted.
 """
 SEAMS = ("norm", "vo", "qk", "mul")
+WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
         "--a_dynamic_method",
         default="per_token",
         choices=("per_token", "per_tensor", "static"),
-        help="range of activations: every token's, every call's, or fixed by calibration (default: per_token)",
+        help="range of activations: every token's, every call's, or fixed by calibration once a block is learned "
+        "(it trains with every call's, so the loss is not that of what is deployed) (default: per_token)",
     )
     g.add_argument(
         "--a_symmetric", action="store_true", help="symmetric range of the linears' inputs, as W8A8 runtimes compute"
@@ -138,7 +140,10 @@ def parser() -> argparse.ArgumentParser:
     )
     g = add_machine_flags(p, Path("cache"), "bfloat16 on a GPU, whatever the checkpoint's; float32 on a CPU")
     g.add_argument(
-        "--attn_implementation", default="eager", help="of transformers: eager, sdpa (faster) (default: eager)"
+        "--attn_implementation",
+        default="eager",
+        choices=("eager", "sdpa"),
+        help="of transformers: eager, sdpa (faster) (default: eager)",
     )
     g.add_argument("--multigpu", action="store_true", help="accepted; blocks pass one device at a time")
     g.add_argument("--net", help="accepted; the family comes from the configuration")
@@ -177,19 +182,30 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(args.real_quant and 8 < args.abits < 16, f"--real_quant: no kernel takes activations of {args.abits} bits")
     check(args.real_quant and args.wbits == 16, "--real_quant packs quantized weights: give --wbits 1 to 8")
     check(
+        args.bit_balance == "on" and args.wbits > WIDEST_BALANCED,
+        f"--bit-balance on: give --wbits 1 to {WIDEST_BALANCED} (2^bits + 1 levels have to fit in a byte)",
+    )
+    check(
         args.group_size is not None and args.group_size < 1 and args.group_size != -1,
         f"--group_size {args.group_size}: use a positive number, or leave it out",
     )
     for name in ("nsamples", "batch_size", "calib_batch", "num_iter"):
         check(getattr(args, name) < 1, f"--{name} {getattr(args, name)}: use 1 or more")
     for name in ("let_lr", "lwc_lr"):
-        check(getattr(args, name) <= 0, f"--{name} {getattr(args, name):g}: use a positive rate")
+        check(not 0 < getattr(args, name) < math.inf, f"--{name} {getattr(args, name):g}: use a positive rate")
+    check(not 0 <= args.wd < math.inf, f"--wd {args.wd:g}: use 0 or a positive number")
+    check(args.patience < 0, f"--patience {args.patience}: use 1 or more epochs, or 0 to train them all")
     check(args.seqlen is not None and args.seqlen < 2, f"--seqlen {args.seqlen}: use 2 or more")
     check(args.limit == 0 or args.limit < -1, f"--limit {args.limit}: use 1 or more, or -1 for all")
     check(args.epochs < 0, f"--epochs {args.epochs}: use 0 or more")
     check(
         args.epochs > 0 and not (args.lwc or args.let),
         f"--epochs {args.epochs} with nothing to learn: give --lwc, --let or both, or --epochs 0",
+    )
+    check(args.lwc and args.wbits == 16, "--lwc clips quantized weights: give --wbits 1 to 8, or drop --lwc")
+    check(
+        args.let and min(args.wbits, args.abits, args.kvbits) == 16,
+        "--let makes weights and activations easy to quantize: give one of --wbits, --abits, --kvbits below 16",
     )
     check(
         args.resume is not None and not (args.lwc or args.let),
@@ -206,6 +222,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     )
     check(not 0 < args.sf <= 1, f"--sf {args.sf:g}: use a number above 0, at most 1")
     check(not 0 <= args.alpha <= 1, f"--alpha {args.alpha:g}: use a number from 0 to 1")
+    check(args.let_seams is not None and not args.let, "--let-seams needs --let")
     for seam in args.seams:
         check(seam not in SEAMS, f"--let-seams {seam}: use {', '.join(SEAMS)}")
     check(args.act_scales is not None and not args.let, "--act-scales only matters with --let")
@@ -213,6 +230,14 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     for name in ("act_scales", "act_shifts"):
         path = getattr(args, name)
         check(path is not None and not path.is_file(), f"--{name.replace('_', '-')} {path}: no such file")
+    for name in ("resume", "act_scales", "act_shifts"):
+        if (path := getattr(args, name)) is not None and args.run_dir is not None:
+            start, place = path.resolve(), args.run_dir.resolve()
+            check(
+                start == place or (args.overwrite and start.is_relative_to(place)),
+                f"--{name.replace('_', '-')} {path} is in the run directory, and a run cannot start from what it replaces: "
+                "use another --run-dir",
+            )
     check(
         args.format is not None and args.save_dir is None and not args.dry_run,
         f"--format {args.format} is of a checkpoint: give --save_dir",
@@ -280,6 +305,7 @@ def run_config(args: argparse.Namespace) -> Any:
     from quant.core.config import RunConfig
     from quant.core.flags import options_of
     from quant.core.registry import get_solver
+    from quant.export.choice import in_packed_format
 
     learning = learning_of(args)
     dtype = args.dtype
@@ -331,20 +357,7 @@ def run_config(args: argparse.Namespace) -> Any:
         deterministic=args.deterministic,
     )
     packs = args.real_quant and args.format is None and args.save_dir is not None
-    return replace(config, format=packed_format(config)) if packs else config
-
-
-def packed_format(config: Any) -> str:
-    """The format of --real_quant, from the shapes of the model and what the configuration makes of it."""
-    from models.load import load_config
-    from quant.core.config import content_of
-    from quant.core.plan import shapes_of
-    from quant.export import first_holding
-
-    declared, _ = load_config(config.model, config.cache_dir, config.trust_remote_code, with_weights=False)
-    shapes = shapes_of(declared, config.trust_remote_code)
-    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
-    return first_holding(content_of(config, named, shapes.n_blocks, declared.model_type))
+    return in_packed_format(config) if packs else config
 
 
 def config_from(words: list[str]) -> Any:

@@ -215,9 +215,10 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
     from quant.core.config import RunConfig
     from quant.core.flags import options_of
     from quant.core.registry import get_solver
+    from quant.export.choice import in_packed_format
 
     several = len(args.methods) > 1
-    return [
+    configs = [
         RunConfig(
             model=args.model,
             dataset=args.dataset,
@@ -256,6 +257,8 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
         )
         for method in args.methods
     ]
+    packs = args.real_quant and args.format is None and args.wbits != 16 and (args.save is not None or args.dry_run)
+    return [in_packed_format(config) for config in configs] if packs else configs
 
 
 def prepare(args: argparse.Namespace, here: bool = True) -> None:

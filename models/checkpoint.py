@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from quant.core.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # *.py: classes that a config.json with auto_map names
+RESULTS = "results.json"  # of checkpoints that this toolkit wrote: hashes of their files
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -72,7 +74,8 @@ def _download(model: str, with_weights: bool) -> Path:
 class Checkpoint:
     """Tensors of a safetensors checkpoint by name, read when asked for.
 
-    Raises InputError on opening where a shard is missing, truncated or not safetensors.
+    Raises InputError on opening where a shard is missing, truncated or not safetensors, or where anything is not what the
+    checkpoint's own results.json says was written.
     """
 
     extra: Sequence[str] = ()  # tensors of blocks that are no parameters of the library's modules
@@ -89,6 +92,9 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file} is truncated or not a safetensors file ({error})") from error
             self._where.update(dict.fromkeys(handle.keys(), handle))
+        results = path / RESULTS
+        if results.exists() and (changed := unlike_written(path, read_json(results))):
+            raise InputError(changed)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -106,6 +112,10 @@ class Checkpoint:
         tensor: Tensor = self._where[name].get_tensor(name)
         return tensor
 
+    def stored(self, name: str) -> Tensor:
+        """A tensor in the dtype that a plain checkpoint keeps it in."""
+        return self.read(name)
+
     def sha256(self) -> str:
         """Hash over the files' own hashes; the hub's cache names its files by theirs, others are read."""
         return hashlib.sha256("".join(_file_sha256(file) for file in self.files).encode()).hexdigest()
@@ -115,16 +125,63 @@ def _file_sha256(file: Path) -> str:
     name = file.resolve().name
     if SHA256.fullmatch(name):
         return name
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+    return sha256_of_file(file)
 
 
-def _digest(stream: Any) -> str:
-    """What hashlib.file_digest does, for Python 3.10."""
+def sha256_of_file(file: Path) -> str:
+    """Hash of a file, read in pieces, once as long as its size and time stay."""
+    stat = file.stat()
+    return _sha256_of(file, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _sha256_of(file: Path, size: int, modified: int) -> str:
     digest = hashlib.sha256()
-    while chunk := stream.read(1 << 20):
-        digest.update(chunk)
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
+
+
+def json_sha256(value: Mapping[str, Any]) -> str:
+    """Hash of a JSON object, whatever the order of its entries."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file. Raises InputError where it is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is truncated or no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return found
+
+
+def unlike_written(path: Path, results: Mapping[str, Any]) -> str | None:
+    """What of the checkpoint ``path`` is not as its results.json says, in words; None if all is, or nothing is said.
+
+    ``files_sha256`` has the hash of every file; ``config_sha256`` that of config.json, which says what the tensors mean
+    (``quantization_sha256``, of its quantization_config, is all that earlier versions wrote).
+    """
+    hashes = results.get("files_sha256", {})
+    if not isinstance(hashes, dict):
+        return f"{path / RESULTS}: files_sha256 is no JSON object; delete the file, or make the checkpoint again"
+    for name, digest in hashes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{file} is missing, but {RESULTS} says that it was written; make the checkpoint again"
+        if sha256_of_file(file) != digest:
+            return f"{file} is not what was written (its hash differs): truncated, edited or damaged"
+    config = path / "config.json"
+    declared = read_json(config) if config.is_file() else {}
+    parts = (("quantization_sha256", ": quantization_config", declared.get("quantization_config")),
+             ("config_sha256", "", declared))  # fmt: skip
+    for key, where, part in parts:
+        if results.get(key) is not None and json_sha256(part or {}) != results[key]:
+            return f"{config}{where} is not what was written (its hash differs): edited or damaged"
+    return None
 
 
 def _shards(path: Path, single: str, index: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from models.checkpoint import Checkpoint, resolve
 from models.family import ModelFamily
 from quant.core.errors import InputError
 
+RECOMPUTED = (r"rotary_emb\.inv_freq$",)  # tensors of older files that the library computes itself
 Weights = dict[str, Tensor]
 Opener = Callable[[Path, Mapping[str, Any]], Checkpoint]
 
@@ -139,13 +141,38 @@ class LazyModel:
         return {name: (found[name].out_features, found[name].in_features) for name in declared}
 
     def check_tensors(self) -> None:
-        """Raise InputError if a tensor is missing in the checkpoint or has another shape (headers only)."""
+        """Raise InputError if a tensor is missing in the checkpoint, has another shape, or belongs to a block that is not
+        there (headers only, but for biases)."""
         for name, parameter in self.module.named_parameters():
             if name in self.added:
                 continue
             shape = self.checkpoint.shape(self.key(name))
             if shape != tuple(parameter.shape):
                 raise InputError(self._misfit(name, shape, tuple(parameter.shape)))
+        if surplus := next(self._surplus(), None):
+            raise InputError(
+                f"{self.checkpoint.path}: {surplus} belongs to none of the {len(self.blocks)} blocks that config.json "
+                "describes; the checkpoint does not fit its config.json"
+            )
+
+    def _surplus(self) -> Iterator[str]:
+        """Tensors under the blocks' prefix that the module has no place for, and that would change what it computes."""
+        prefix = f"{self.module.base_model_prefix}."
+        inside = {
+            f"{spelt}."
+            for spelt in (self.family.blocks, self.family.blocks.removeprefix(prefix), prefix + self.family.blocks)
+        }
+        held = [*self.module.named_parameters(), *self.module.named_buffers()]
+        known = {spelt for name, _ in held for spelt in (name, name.removeprefix(prefix), prefix + name)}
+        ignored = (*RECOMPUTED, *(getattr(self.module, "_keys_to_ignore_on_load_unexpected", None) or ()))
+        for name in self.checkpoint.names():
+            if name in known or name in self.checkpoint.extra or not name.startswith(tuple(inside)):
+                continue
+            if any(re.search(pattern, name) for pattern in ignored):
+                continue
+            # auto-gptq wrote biases of zeros where a model has none
+            if not (name.endswith(".bias") and not bool(self.checkpoint.read(name).any())):
+                yield name
 
 
 def load_config(

@@ -11,12 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import generate_act_scale_shift
 import main as main_command
 import model_quantizer
+from models.load import load_config
+from quant.core import machine
+from quant.core.actquant import ActSpec
 from quant.core.cli import guarded
+from quant.core.learn import Learning
+from quant.core.plan import estimate, shapes_of
+from quant.core.transforms import TransformSpec
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,6 +207,23 @@ def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_pat
         ("--lwc --epochs 0 --resume somewhere", "no manifest.json"),
         ("--lwc --group_size 7", "does not divide"),
         ("--lwx", "did you mean --lwc?"),
+        ("--lwc --attn_implementation flex_attention", "--attn_implementation: invalid choice: 'flex_attention'"),
+        ("--lwc --let-seams norm,vo", "--let-seams needs --let"),
+        ("--let --use_matrix --let-seams norm", "--use_matrix needs seams between heads"),
+        ("--let --use_ln_matrix --let-seams vo", "--use_ln_matrix needs the norm seams"),
+        ("--lwc --wd -1", "--wd -1: use 0"),
+        ("--lwc --wd nan", "--wd nan: use 0"),
+        ("--lwc --lwc_lr nan", "--lwc_lr nan: use a positive rate"),
+        ("--let --let_lr inf", "--let_lr inf: use a positive rate"),
+        ("--let --let_lr nan", "--let_lr nan: use a positive rate"),
+        ("--lwc --patience -1", "--patience -1: use 1 or more epochs, or 0"),
+        ("--lwc --wbits 16 --epochs 1", "--lwc clips quantized weights: give --wbits 1 to 8"),
+        ("--let --wbits 16 --abits 16", "--let makes weights and activations easy to quantize: give one of --wbits"),
+        ("--lwc --bit-balance on --wbits 8", "--bit-balance on: give --wbits 1 to 7"),
+        ("--lwc --group_size 7 --dry-run", "does not divide"),
+        ("--let --use_matrix --let-seams norm --dry-run", "--use_matrix needs seams between heads"),
+        ("--lwc --wbits 5 --format gptq --dry-run", "--format gptq"),
+        ("--lwc --wbits 4 --target gptqmodel --dry-run", "--target gptqmodel"),
     ],
 )
 def test_mistakes_get_one_clear_line(command, small, flags, says, tmp_path, monkeypatch):
@@ -215,8 +239,9 @@ def test_mistakes_get_one_clear_line(command, small, flags, says, tmp_path, monk
 
 
 def test_post_norm_blocks_are_explained(command, small, model_dir):
-    code, _, err = command(*small, "--model", model_dir("opt post-norm, projected"), "--let")
-    assert code == 2 and "the residual reads the norms' outputs" in err and "--let-seams vo,qk,mul" in err
+    for plan in ([], ["--dry-run"]):
+        code, _, err = command(*small, "--model", model_dir("opt post-norm, projected"), "--let", *plan)
+        assert code == 2 and "the residual reads the norms' outputs" in err and "--let-seams vo,qk,mul" in err
     code, _, err = command(
         *small, "--model", model_dir("opt post-norm, projected"), "--let", "--let-seams", "vo,mul", "--epochs", 1
     )
@@ -237,6 +262,179 @@ def test_another_configuration_and_another_model_are_refused(command, small, mod
                            "--run-dir", tmp_path / "next")  # fmt: skip
     assert code == 2 and "learned for another configuration (wbits: 4, here 3)" in err
     assert not (tmp_path / "next").exists()
+
+
+def test_a_start_in_the_run_directory_is_not_discarded(command, small, tmp_path):
+    """--overwrite would delete the parameters before they are read; so would it files of ranges."""
+    learned = tmp_path / "run"
+    assert command(*small, "--lwc", "--epochs", 1)[0] == 0
+    before = {file: file.read_bytes() for file in learned.rglob("*") if file.is_file()}
+    (tmp_path / "link").symlink_to(learned)
+    scales = learned / "scales.safetensors"
+    save_file({"x": torch.ones(1)}, scales)
+    again = [*small, "--lwc", "--let", "--epochs", 0, "--overwrite", "--run-dir"]
+    for flags in (["--resume", learned], ["--resume", tmp_path / "link"], ["--act-scales", scales]):
+        code, _, err = command(*again, learned, *flags)
+        assert (
+            code == 2
+            and f"{flags[0]} {flags[1]} is in the run directory, and a run cannot start from what it replaces" in err
+        )
+    code, _, err = command(*small, "--lwc", "--epochs", 0, "--resume", learned)
+    assert code == 2 and "is in the run directory" in err
+    assert before == {file: file.read_bytes() for file in before}
+    assert (
+        command(*small, "--lwc", "--epochs", 0, "--overwrite", "--resume", learned, "--run-dir", tmp_path / "b")[0] == 0
+    )
+
+
+def test_a_start_that_is_no_run_or_is_damaged_is_named(command, small, tmp_path):
+    assert command(*small, "--lwc", "--epochs", 1)[0] == 0
+    learned, manifest = tmp_path / "run", tmp_path / "run" / "manifest.json"
+    again = [*small, "--lwc", "--epochs", 0, "--resume", learned, "--run-dir", tmp_path / "next"]
+    whole = manifest.read_text()
+    for content, says in (
+        ("{}", "manifest.json is not of a run of this version (no 'configuration')"),
+        ("[]", "manifest.json is not of a run of this version"),
+        ('{"configuration": {"model_sha256": "0"}}', "manifest.json is not of a run of this version"),
+        ("{", "manifest.json is damaged"),
+    ):
+        manifest.write_text(content)
+        code, _, err = command(*again)
+        assert code == 2 and err.startswith(f"error: --resume {learned}: {says}") and "--overwrite" not in err
+    manifest.write_text(whole)
+    block = learned / "blocks" / "00002.safetensors"
+    block.write_bytes(block.read_bytes()[:-8])
+    code, _, err = command(*again)
+    assert code == 2 and f"--resume {learned}: 00002.safetensors is damaged" in err and "--overwrite" not in err
+    assert not (tmp_path / "next").exists()
+
+
+# Every flag of learning: what it changes of the configuration, alone.
+WIRING = {
+    "--let_lr 0.011": ("learning.let_lr", 0.011),
+    "--lwc_lr 0.012": ("learning.lwc_lr", 0.012),
+    "--wd 0.013": ("learning.weight_decay", 0.013),
+    "--epochs 7": ("learning.epochs", 7),
+    "--batch_size 3": ("learning.batch", 3),
+    "--patience 2": ("learning.patience", 2),
+    "--aug_loss": ("learning.augmented", True),
+    "--use_matrix": ("learning.transform.matrix", True),
+    "--use_ln_matrix": ("learning.transform.norm_matrix", True),
+    "--sf 0.25": ("learning.transform.stability", 0.25),
+    "--alpha 0.75": ("learning.transform.alpha", 0.75),
+    "--let-rope untied": ("learning.transform.tied", False),
+    "--inverse-dtype float64": ("learning.transform.precise", True),
+    "--let-seams vo,mul": ("learning.transform.kinds", ("vo", "mul")),
+    "--abits 7": ("act.bits", 7),
+    "--kvbits 5": ("act.kv_bits", 5),
+    "--a_dynamic_method static": ("act.method", "static"),
+    "--a_symmetric": ("act.symmetric", True),
+    "--wbits 3": ("wbits", 3),
+    "--group_size 64": ("group_size", 64),
+    "--symmetric": ("symmetric", True),
+    "--disable_zero_point": ("symmetric", True),
+    "--bit-balance on": ("levels", 17),
+    "--resume there": ("resume", Path("there")),
+    "--solver gptq": ("solver", "gptq"),
+    "--true-sequential": ("true_sequential", True),
+    "--attn_implementation sdpa": ("attn_implementation", "sdpa"),
+    "--calib_dataset c4": ("dataset", "c4"),
+    "--nsamples 9": ("nsamples", 9),
+    "--seqlen 99": ("seqlen", 99),
+    "--seed 4": ("seed", 4),
+    "--calib-batch 5": ("calib_batch", 5),
+}
+BASE = ["--model", "x", "--method", "affinequant", "--lwc", "--let", "--abits", "6", "--kvbits", "6"]
+
+
+def flattened(record: dict, prefix: str = "") -> dict:
+    """Entries of nested records by dotted names."""
+    found: dict = {}
+    for key, value in record.items():
+        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+@pytest.mark.parametrize("flags", WIRING)
+def test_every_flag_reaches_its_own_entry(flags):
+    entry, value = WIRING[flags]
+    plain, given = (flattened(main_command.config_from([*BASE, *more]).to_json()) for more in ([], shlex.split(flags)))
+    changed = {key for key in plain.keys() | given.keys() if plain.get(key) != given.get(key)}
+    follows = {"--solver gptq": {"method", "options.percdamp", "options.act_order", "options.static_groups",
+                                 "options.group_aware", "options.auto_damp"}}.get(flags, set())  # fmt: skip
+    assert entry in changed and changed - {entry} <= follows, changed
+    assert given[entry] == json.loads(json.dumps(value if not isinstance(value, Path) else str(value)))
+
+
+def test_all_flags_of_learning_at_once(tmp_path):
+    for name in ("s", "z"):
+        (tmp_path / name).touch()
+    words = [*BASE, *shlex.split(
+        "--method abq --wbits 2 --abits 7 --kvbits 5 --a_dynamic_method per_tensor --a_symmetric --use_matrix "
+        "--use_ln_matrix --sf 0.25 --alpha 0.75 --let-seams vo,norm --let-rope untied --inverse-dtype float64 --epochs 7 "
+        "--batch_size 3 --let_lr 0.011 --lwc_lr 0.012 --wd 0.013 --patience 2 --solver gptq --percdamp 0.2"
+    ), "--act-scales", str(tmp_path / "s"), "--act-shifts", str(tmp_path / "z")]  # fmt: skip
+    config = main_command.config_from(words)
+    transform = TransformSpec(let=True, kinds=("vo", "norm"), matrix=True, norm_matrix=True, shift=True, alpha=0.75,
+                              tied=False, stability=0.25, precise=True)  # fmt: skip
+    assert config.learning == Learning(
+        transform, clip=True, compensation=True, epochs=7, let_lr=0.011, lwc_lr=0.012, weight_decay=0.013, batch=3,
+        augmented=True, distribution=True, attention=True, patience=2,
+    )  # fmt: skip
+    assert config.act == ActSpec(bits=7, kv_bits=5, method="per_tensor", symmetric=True)
+    assert (config.method, config.solver, config.levels, config.options["percdamp"]) == ("abq+gptq", "gptq", 5, 0.2)
+    assert (config.act_scales, config.act_shifts) == (tmp_path / "s", tmp_path / "z")
+
+
+@pytest.mark.parametrize(
+    ("flags", "levels"),
+    [("--wbits 1", 3), ("--wbits 2", 5), ("--wbits 3", None), ("--wbits 2 --bit-balance off", None),
+     ("--wbits 3 --bit-balance on", 9), ("--wbits 2 --method omniquant", None),
+     ("--wbits 2 --method omniquant --bit-balance on", 5)],
+)  # fmt: skip
+def test_who_gets_balanced_levels(flags, levels):
+    config = main_command.config_from(["--model", "x", "--method", "abq", "--lwc", *flags.split()])
+    assert config.levels == levels
+
+
+def test_arithmetic_on_a_gpu(monkeypatch):
+    """The papers' automatic mixed precision is bfloat16 here; --deactive_amp turns it off."""
+    monkeypatch.setattr(machine, "pick_device", lambda name: torch.device("cuda"))
+    for flags, dtype in (([], "bfloat16"), (["--deactive_amp"], "float32"), (["--dtype", "float16"], "float16"),
+                         (["--deactive_amp", "--dtype", "bfloat16"], "bfloat16")):  # fmt: skip
+        assert main_command.config_from([*BASE, *flags]).dtype == dtype
+
+
+def test_a_plan_refuses_what_the_run_refuses_and_nothing_else(command, small, tmp_path):
+    """Matrices behind norms fit no dequantized checkpoint, which only matters where one is written."""
+    matrices = [*small, "--wbits", 4, "--abits", 16, "--let", "--use_ln_matrix", "--epochs", 0]
+    code, out, err = command(*matrices, "--dry-run")
+    assert code == 0 and "nothing is run" in out, err
+    assert command(*matrices)[0] == 0
+    for plan in (["--dry-run"], []):
+        code, _, err = command(*matrices, "--target", "vllm", "--run-dir", tmp_path / "x", *plan)
+        assert code == 2 and "matrices behind norms" in err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("wbits", [4, 16])
+def test_planned_bits_are_the_bits_of_the_run(command, small, model_dir, wbits, tmp_path):
+    """Matrices behind norms are in both, also where no weight is quantized; the tiny model is kept in 32 bits."""
+    words = [*map(str, small), "--wbits", str(wbits), "--abits", "8", "--let", "--use_ln_matrix", "--epochs", "0"]
+    assert command(*words)[0] == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    config = main_command.config_from(words)
+    shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
+    plan = estimate(config, shapes, 4, (1e12, 1e12), (0.0, 0.0))
+    weights = sum(out * n_in for _, out, n_in in shapes.linears)
+    online = 16 * 2 * 32**2 / weights
+    if wbits == 16:
+        assert plan["bits per weight"] == pytest.approx(16 + online)
+        assert results["bits_per_weight"] == pytest.approx(32 + online)
+        assert results["quantized_bytes"] == 3 * (weights * 4 + 2 * 2 * 32**2)
+    else:
+        assert plan["bits per weight"] == pytest.approx(results["bits_per_weight"])
+        assert plan["bits per weight"] > 4 + online
+        assert plan["quantized bytes"] == pytest.approx(results["quantized_bytes"])
 
 
 def test_the_plan_of_a_learned_run(command):
@@ -284,6 +482,7 @@ def test_every_row_of_the_papers_is_a_command_without_mistakes(tmp_path):
             assert args.method == paper and f"W{args.wbits}A{args.abits}" == setting.split("g")[0]
             assert (f"g{args.group_size}" if args.group_size else "") == setting.removeprefix(setting.split("g")[0])
             assert args.epochs == (40 if args.wbits == 2 else 20)
+            assert args.deactive_amp == (paper != "omniquant"), "AffineQuant and ABQ-LLM train in float32"
         else:
             args.methods, args.corpora = [args.quantization_method], []
         assert of.mistakes(args) == []

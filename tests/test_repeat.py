@@ -1,7 +1,9 @@
 """A run is repeated from its manifest alone."""
 
+import shutil
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,14 +31,19 @@ def test_identical_and_not(learned, model_dir, text, tmp_path):
     assert RunConfig.from_json(config.to_json()) == config
     Session(config).run(config)
     assert repeat(config.run_dir, tmp_path / "again") == []
-    file = config.run_dir / "blocks" / "00001.safetensors"
-    tensors = load_file(file)
-    with safe_open(file, "pt") as opened:
+    other = replace(config, seed=1, run_dir=tmp_path / "other")
+    Session(other).run(other)
+    file = Path("blocks") / "00001.safetensors"
+    shutil.copy(other.run_dir / file, config.run_dir / file)
+    assert repeat(config.run_dir, tmp_path / "another") == ["block 1: other codes"]
+    tensors = load_file(config.run_dir / file)
+    with safe_open(config.run_dir / file, "pt") as opened:
         metadata = opened.metadata()
     name = next(n for n in tensors if n.endswith(".codes"))
     tensors[name] = torch.where(tensors[name] == 0, 1, tensors[name])
-    save_file(tensors, file, metadata)
-    assert repeat(config.run_dir, tmp_path / "edited") == ["block 1: other codes"]
+    save_file(tensors, config.run_dir / file, metadata)
+    with pytest.raises(InputError, match="00001.safetensors is damaged"):
+        repeat(config.run_dir, tmp_path / "edited")
 
 
 def test_no_test_reaches_the_network():

@@ -373,7 +373,12 @@ def test_no_space_in_the_middle_leaves_nothing_half_written(model_dir, text, tmp
 def test_singular_gram_names_the_linear(model_dir, text, tmp_path, monkeypatch):
     from quant.core import linalg
 
-    monkeypatch.setattr(linalg, "upper_factor", lambda gram, percdamp: (gram, False))
+    real = linalg.upper_factor
+
+    def fails(gram, percdamp):  # of calibration data; the check of the options has a diagonal one
+        return real(gram, percdamp) if torch.equal(gram, gram.diag().diag()) else (gram, False)
+
+    monkeypatch.setattr(linalg, "upper_factor", fails)
     with pytest.raises(RunError, match="block 0 self_attn.q_proj: the Gram matrix is singular"):
         run(config_for(model_dir("llama"), text, tmp_path, method="gptq", options={}))
 
@@ -413,6 +418,175 @@ def test_ratio_interval_covers_the_truth():
         low, high = ratio_interval(base + change, base)
         covered += low <= float(torch.tensor(0.05).exp()) <= high
     assert 0.90 <= covered / 300 <= 0.98
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_epsilon(path: Path) -> None:
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [("model.safetensors", cut), ("model.safetensors", Path.unlink), ("config.json", other_epsilon), ("config.json", Path.unlink)],
+    ids=["cut", "deleted", "config edited", "config deleted"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["dequantized", "bitplane"])
+def test_a_damaged_checkpoint_is_not_taken_for_done(kind, name, harm, model_dir, text, tmp_path):
+    config = config_for(
+        model_dir("llama"), text, tmp_path, save=tmp_path / "saved", format=kind, method="rtn", options={}
+    )
+    run(config)
+    written = (tmp_path / "saved" / name).read_bytes()
+    stamp = (tmp_path / "saved" / name).stat().st_mtime_ns
+    run(config)
+    assert (tmp_path / "saved" / name).stat().st_mtime_ns == stamp, "what is whole is not written again"
+    harm(tmp_path / "saved" / name)
+    assert not (tmp_path / "saved" / name).exists() or (tmp_path / "saved" / name).read_bytes() != written
+    with pytest.raises(InputError, match="saved is not empty; use another directory or --overwrite"):
+        run(config)
+    run(replace(config, overwrite=True))
+    assert (tmp_path / "saved" / name).read_bytes() == written
+
+
+def test_overwrite_saves_again(model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path, save=tmp_path / "saved", method="rtn", options={})
+    run(config)
+    stamp = (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns
+    run(replace(config, overwrite=True))
+    assert (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns > stamp
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors", "bitplane"])
+def test_a_packed_format_of_nothing_quantized_is_refused_before_work(kind, model_dir, text, tmp_path):
+    config = config_for(model_dir("llama"), text, tmp_path, wbits=16, options={}, save=tmp_path / "saved", format=kind)
+    with pytest.raises(InputError, match=f"{kind} holds quantized weights, .*: use --format dequantized"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+    run(replace(config, format="dequantized"))
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def with_a_tiny_row(source: Path, target: Path) -> Path:
+    """A copy of a model with a row whose scale is no fp16 number."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] *= 1e-6
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_a_late_refusal_loses_no_scores(model_dir, text, tmp_path):
+    """What only the answers tell is found when they are written: the scores of every method are there, and `convert`
+    and another --format take the run as it is."""
+    from quant.export.convert import convert
+
+    model = with_a_tiny_row(model_dir("llama"), tmp_path / "model")
+    config = config_for(model, text, tmp_path, wbits=4, symmetric=True, method="rtn", options={}, format="gptq",
+                        save=tmp_path / "saved")  # fmt: skip
+    other = replace(config, method="gptq", run_dir=tmp_path / "other", save=tmp_path / "other-saved")
+    with pytest.raises(
+        RunError, match=r"layers.1.mlp.up_proj: gptq .* cannot hold these exactly: use --format bitplane"
+    ):
+        Session(config).run_all([config, other])
+    assert not (tmp_path / "saved").exists() and not list(tmp_path.glob(".*"))
+    for place in ("run", "other"):
+        found = json.loads((tmp_path / place / "results.json").read_text())
+        assert found["perplexity"]["words"]["quantized"] > 1 and found["checkpoint_bytes"] == 0
+    with pytest.raises(InputError, match="use --format bitplane"):
+        convert(tmp_path / "run", "gptq", tmp_path / "converted")
+    convert(tmp_path / "run", "bitplane", tmp_path / "converted")
+    results = run(replace(config, format="bitplane"))
+    assert results["checkpoint_bytes"] == sum(f.stat().st_size for f in (tmp_path / "saved").iterdir())
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["checkpoint_bytes"] > 0
+
+
+def test_a_format_that_was_chosen_falls_back(model_dir, text, tmp_path, caplog):
+    from quant.export.choice import in_packed_format
+    from quant.export.read import QuantizedCheckpoint
+
+    model = with_a_tiny_row(model_dir("llama"), tmp_path / "model")
+    config = config_for(model, text, tmp_path, wbits=4, symmetric=True, method="rtn", options={}, packed=True,
+                        save=tmp_path / "saved")  # fmt: skip
+    config = in_packed_format(config)
+    assert (config.format, config.fallback) == ("gptq", "bitplane")
+    assert in_packed_format(replace(config, target="gptqmodel")).fallback is None, "the target may not load that"
+    assert RunConfig.from_json(config.to_json()) == config
+    run(config)
+    assert "cannot hold these exactly: use --format bitplane; saved as bitplane" in caplog.text
+    assert QuantizedCheckpoint(tmp_path / "saved").format.name == "bitplane"
+    stamp = (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns
+    run(config)
+    assert (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns == stamp, "the fallback is what was asked for"
+
+
+def edit_block(path: Path, change) -> None:
+    """Change the tensors of a block's file and keep what it says of them."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+HARM = {
+    "codes": (lambda t: t["mlp.up_proj.codes"][0].bitwise_xor_(1), "another hash than when they were written"),
+    "scales": (lambda t: t["mlp.up_proj.scale"].mul_(2), "another hash than when they were written"),
+    "gone": (None, "00001.safetensors is missing; the command of the run solves it again"),
+}
+
+
+@pytest.mark.parametrize("case", HARM)
+def test_blocks_are_what_was_solved(case, model_dir, text, tmp_path):
+    from quant.core.resident import load_resident, open_run
+    from quant.export.convert import convert
+
+    change, message = HARM[case]
+    config = config_for(model_dir("llama"), text, tmp_path, method="rtn", options={})
+    run(config)
+    file = tmp_path / "run" / "blocks" / "00001.safetensors"
+    file.unlink() if change is None else edit_block(file, change)
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / "run", "bitplane", tmp_path / "out")
+    with pytest.raises(InputError, match=message):
+        load_resident(open_run(tmp_path / "run", torch.float32).quantized(), torch.device("cpu"))
+    if change is not None:
+        with pytest.raises(InputError, match=message):
+            run(replace(config, limit=6))
+        with pytest.raises(InputError, match=message):
+            RunDirectory(tmp_path / "run").read_changed(1)
+
+
+def test_illegal_codes_with_a_right_hash_are_refused(model_dir, text, tmp_path, monkeypatch):
+    from quant.core import journal
+
+    run(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}))
+    edit_block(tmp_path / "run" / "blocks" / "00001.safetensors", lambda t: t["mlp.up_proj.codes"].fill_(200))
+    monkeypatch.setattr(journal.RunDirectory, "_verify", lambda *given: None)
+    with pytest.raises(InputError, match=r"00001.safetensors is damaged .codes must be uint8 in 0..7"):
+        RunDirectory(tmp_path / "run").read_weights(1)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"request": {}, "model": {}}', '{"request": 1}'])
+def test_a_manifest_of_nothing_is_one_line(content, model_dir, text, tmp_path):
+    from quant.core.resident import open_run
+
+    config = config_for(model_dir("llama"), text, tmp_path, method="rtn", options={})
+    run(config)
+    (tmp_path / "run" / "manifest.json").write_text(content)
+    for action in (lambda: open_run(tmp_path / "run"), lambda: run(config)):
+        with pytest.raises(InputError, match="manifest.json") as error:
+            action()
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.gpu

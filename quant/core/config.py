@@ -28,8 +28,8 @@ class RunConfig:
     """Everything that a run is told. Paths are as given; ``options`` are the solver's own keyword options.
 
     method names the run; solver, where it is not the method itself, rounds. learning, act: see `Recipe`. resume: a run
-    directory whose learned parameters are the start. format: of the checkpoint in ``save``; target: the software that is
-    to load it. packed: evaluate with packed weights, as they would be used. act_scales, act_shifts: files of generate_act_scale_shift.py. deterministic: on CUDA, only deterministic
+    directory whose learned parameters are the start. format: of the checkpoint in ``save``; fallback: the format to
+    save in where an answer turns out not to fit the first (None: that is a failure); target: the software that is to load it. packed: evaluate with packed weights, as they would be used. act_scales, act_shifts: files of generate_act_scale_shift.py. deterministic: on CUDA, only deterministic
     algorithms.
     """
 
@@ -71,6 +71,7 @@ class RunConfig:
     run_dir: Path | None = None
     save: Path | None = None
     format: str = DEQUANTIZED
+    fallback: str | None = None
     target: str | None = None
     packed: bool = False
     overwrite: bool = False
@@ -127,6 +128,8 @@ def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_block
         online=config.learning is not None and config.learning.transform.norm_matrix,
         whole=config.num_layers >= n_blocks,
         model_type=model_type,
+        true_sequential=config.true_sequential,
+        static_groups=bool(options.get("static_groups")),
     )
 
 

@@ -65,6 +65,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.blocks = path / "blocks"
+        self._verified: set[int] = set()  # blocks whose tensors had their hash when they were first read
 
     def open(self, manifest: Record, overwrite: bool) -> None:
         """Start a run, or continue the one that is here if its configuration is the same.
@@ -84,7 +85,11 @@ class RunDirectory:
                 raise InputError(f"{self.path} holds other files ({others[0]}, ...); give --run-dir an empty directory")
             write_json(self.path / "manifest.json", manifest)
             return
-        old, new = found["configuration"], manifest["configuration"]
+        old, new = found.get("configuration"), manifest["configuration"]
+        if not isinstance(old, dict):
+            raise InputError(
+                f"{self.path / 'manifest.json'} is no manifest of a run; delete {self.path} or use --overwrite"
+            )
         changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         if changed:
             raise InputError(
@@ -98,9 +103,11 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            content: Record = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            content: Any = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is damaged; delete {self.path} or use --overwrite") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{path} holds no JSON object; delete {self.path} or use --overwrite")
         return content
 
     def block_file(self, index: int) -> Path:
@@ -150,6 +157,7 @@ class RunDirectory:
         tensors |= {LEARNED + name: tensor.cpu().contiguous() for name, tensor in (learned or {}).items()}
         metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(asdict(summary))}
         write_atomically(self.block_file(index), save(tensors, metadata))
+        self._verified.discard(index)
         with (self.path / "journal.jsonl").open("a") as stream:
             stream.write("".join(json.dumps(record) + "\n" for record in records))
         return summary
@@ -160,18 +168,33 @@ class RunDirectory:
             return BlockSummary(**json.loads(file.metadata()["summary"]))
 
     def read_weights(self, index: int) -> dict[str, QuantizedWeight]:
-        """The solved linears of a finished block, by name."""
+        """The solved linears of a finished block, by name. Raises InputError where they are not those that were solved."""
         with self._opened(index) as file:
+            self._verify(index, file)
             entries = json.loads(file.metadata()["linears"])
-            return {name: _quantized(file, name, entry) for name, entry in entries.items()}
+            return {name: _quantized(file, name, entry).check() for name, entry in entries.items()}
 
     def read_changed(self, index: int) -> dict[str, Tensor]:
         """What a finished block deploys otherwise than the checkpoint, besides the solved linears."""
+        with self._opened(index) as file:
+            self._verify(index, file)
         return self._read_prefixed(index, CHANGED)
 
     def read_learned(self, index: int) -> dict[str, Tensor]:
         """The learned parameters of a finished block."""
         return self._read_prefixed(index, LEARNED)
+
+    def _verify(self, index: int, file: Any) -> None:
+        """Raise ValueError where what a block deploys has not the hash that was kept with it; once a block."""
+        if index in self._verified:
+            return
+        names = [name for name in file.keys() if not name.startswith(LEARNED)]  # noqa: SIM118
+        if (
+            _digest({name: file.get_tensor(name) for name in names})
+            != json.loads(file.metadata()["summary"])["codes_sha256"]
+        ):
+            raise ValueError("its tensors have another hash than when they were written")
+        self._verified.add(index)
 
     def _read_prefixed(self, index: int, prefix: str) -> dict[str, Tensor]:
         with self._opened(index) as file:
@@ -179,12 +202,14 @@ class RunDirectory:
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[Any]:
-        """A block's file. Raises InputError if it is damaged."""
+        """A block's file. Raises InputError if it is damaged or not there."""
         path = self.block_file(index)
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
-        except (SafetensorError, KeyError, TypeError) as error:
+        except FileNotFoundError as error:
+            raise InputError(f"{path} is missing; the command of the run solves it again") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{path} is damaged ({error}); delete it and the later blocks, or use --overwrite"
             ) from error

@@ -68,7 +68,7 @@ class Learning:
     @property
     def ranges(self) -> bool:
         """Whether the starting scales need the ranges of the inputs."""
-        return bool(self.transform.kinds)
+        return self.transform.let and bool(self.transform.kinds)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class LearnedBlock:
 
     weights: transformed, in the arithmetic's dtype. targets: float32 weights of the linears for the solver. grids:
     theirs; empty where weights stay in full precision. tensors: what a checkpoint holds otherwise than the original,
-    besides the solved linears. parameters: what was learned. log: losses and events.
+    besides the solved linears. parameters: what was learned. log: losses and events, numbers of matrices behind norms,
+    and the seams that are shifted besides scaled.
     """
 
     weights: Weights
@@ -211,7 +212,7 @@ class Learner:
             grids=grids,
             tensors=keep,
             parameters={k: p.detach().clone() for k, p in effective.items()},
-            log={**record, "online_parameters": online},
+            log={**record, "online_parameters": online, "shifted": [t.name for t in self.transforms if t.shift]},
         )
 
 

@@ -17,8 +17,9 @@ Memory (bytes)
   learning    4·6 for every parameter of a block (original, transformed, rounded, and what their gradients need) and
               --batch_size x seqlen x (17·hidden + 2.5·heads·seqlen) x bytes of the dtype for the backward pass
               (Korthikanti et al. 2022, equation 2)
-  quantized   codes, scales, zero points; with --outlier of quantease 32 bits more for each outlier (16 for each
-              weight of an outlier column); spqr's outliers depend on the weights and are not in it
+  quantized   codes, scales, zero points; 16 bits for every number of a matrix behind a norm; with --outlier of
+              quantease 32 bits more for each outlier (16 for each weight of an outlier column); spqr's outliers depend
+              on the weights and are not in it
   device      block + the largest of statistics + solver, statistics + batch, and learning + embeddings and head while they are in use
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
               two of them, one more for --aug_loss and one for an attention loss
@@ -51,9 +52,13 @@ from models.load import build_meta, load_config
 from quant.core import machine
 from quant.core.cli import loadability_table
 from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of
+from quant.core.errors import InputError
 from quant.core.registry import get_solver
 from quant.core.stats import BLOCK, LayerStats
+from quant.core.transforms import check_seams_of
 from quant.core.types import QuantSpec
+from quant.export import DEQUANTIZED
+from quant.export.formats import Content
 from quant.export.loadable import loadability
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
@@ -63,7 +68,8 @@ SAMPLE_ROWS = 256
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes of a model: blocks, parameters of one block and outside, linears as groups of (name, out, in)."""
+    """Sizes of a model: blocks, parameters of one block and outside, linears as groups of (name, out, in), norms of a
+    block that a matrix may stand behind."""
 
     n_blocks: int
     block: int
@@ -72,6 +78,7 @@ class Shapes:
     max_length: int
     groups: list[list[tuple[str, int, int]]]
     heads: int = 1
+    norms: int = 0
 
     @property
     def linears(self) -> list[tuple[str, int, int]]:
@@ -93,7 +100,8 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
     outside = sum(p.numel() for p in module.parameters()) - per_block * len(blocks)
     longest = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQLEN)
     heads = family.heads(config).q[1].shape[0]
-    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups, heads)
+    norms = sum(seam.kind == "norm" for seam in family.seams(config))
+    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups, heads, norms)
 
 
 def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -155,6 +163,8 @@ def estimate(
         side = sum(out * spec.n_groups(n_in) * group_bits for _, out, n_in in shapes.linears)
     if config.method == "quantease":
         side += weights * config.options.get("outlier", 0.0) * (16 if config.options.get("structure_outlier") else 32)
+    if config.learning is not None and config.learning.transform.norm_matrix:
+        side += 16 * shapes.norms * shapes.hidden**2
 
     sizes = [sum(out * n_in for _, out, n_in in group) for group in shapes.groups]
     before = [sum(sizes[:i]) / weights for i in range(len(sizes))]  # share of the block in front of each group
@@ -232,6 +242,7 @@ def show_plan(configs: Sequence[RunConfig], console: Console) -> None:
     model_config, path = load_config(first.model, first.cache_dir, first.trust_remote_code, with_weights=False)
     dtype = machine.pick_dtype(first.dtype, device) or getattr(model_config, "dtype", None) or torch.float16
     shapes = shapes_of(model_config, first.trust_remote_code)
+    contents = _checked(configs, shapes, model_config)
     rates = product_rates(device, dtype)
     plans = [estimate(c, shapes, dtype.itemsize, rates, solver_cost(device, c)) for c in configs if c.quantizes]
     parameters = (shapes.outside + shapes.block * shapes.n_blocks) / 1e9
@@ -247,13 +258,32 @@ def show_plan(configs: Sequence[RunConfig], console: Console) -> None:
     for key in plans[0] if plans else ():
         table.add_row(key.replace(" bytes", ""), *(_readable(key, plan[key]) for plan in plans))
     console.print(table)
-    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
-    for config in configs:
-        if config.quantizes:
-            content = content_of(config, named, shapes.n_blocks, model_config.model_type)
-            check_format(config, content)
-            console.print(loadability_table(config.format, loadability(config.format, content)))
+    for kind, content in contents:
+        console.print(loadability_table(kind, loadability(kind, content)))
     console.print(f"configuration: {path}; formulas: quant/core/plan.py", highlight=False, soft_wrap=True)
+
+
+def _checked(configs: Sequence[RunConfig], shapes: Shapes, model_config: Any) -> list[tuple[str, Content]]:
+    """Format and content of a checkpoint of every configuration that quantizes. Raises InputError where `Session` would:
+    for seams that are not there, groups that do not divide, and formats that are to be written."""
+    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
+    found = []
+    for config in (c for c in configs if c.quantizes):
+        if config.learning is not None:
+            check_seams_of(family_of(model_config.model_type), model_config, config.learning.transform)
+        where = "the grid"
+        try:
+            content = content_of(config, named, shapes.n_blocks, model_config.model_type)
+            for name, (_, n_in) in named.items():
+                where = name
+                if content.spec is not None:
+                    content.spec.n_groups(n_in)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
+        if config.save is not None or config.target is not None or config.format != DEQUANTIZED:
+            check_format(config, content)
+        found.append((config.format, content))
+    return found
 
 
 def _readable(key: str, value: float) -> str:

@@ -54,18 +54,23 @@ def open_run(source: Path, dtype: torch.dtype | None = None) -> FinishedRun:
     """A finished run. Raises InputError where it is not finished, or its model is not the same any more."""
     directory = RunDirectory(source)
     manifest, results = directory.read("manifest.json"), directory.read("results.json")
-    assert manifest is not None
+    if manifest is None:
+        raise InputError(f"{source} is no run directory: it has no manifest.json")
     if results is None:
         raise InputError(f"{source} has no results.json: the run is not finished; the same command continues it")
-    config = RunConfig.from_json(manifest["request"])
+    try:
+        config = RunConfig.from_json(manifest["request"])
+        expected, n_blocks = manifest["model"]["sha256"], int(manifest["configuration"]["blocks"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{source / 'manifest.json'} is no manifest of a run ({error}); run it again") from error
     if config.wbits == FULL_BITS:
         raise InputError(f"{source}: no weight was quantized there")
     biases = config.learning is not None and config.learning.transform.shift
     model = load_model(config.model, dtype=dtype, cache_dir=config.cache_dir, biases=biases,
                        trust_remote_code=config.trust_remote_code)  # fmt: skip
-    if model.checkpoint.sha256() != manifest["model"]["sha256"]:
+    if model.checkpoint.sha256() != expected:
         raise InputError(f"{config.model} is not the model of the run any more: its weights have another hash")
-    return FinishedRun(config, model, directory, manifest["configuration"]["blocks"], results)
+    return FinishedRun(config, model, directory, n_blocks, results)
 
 
 def open_quantized(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from data.calibration import Tokens
+from models.checkpoint import RESULTS, read_json, unlike_written
 from models.load import LazyModel
 from quant.core import machine
 from quant.core.config import RunConfig
 from quant.core.journal import BlockSummary, Record
-from quant.export.read import QuantizedCheckpoint, read_json
+from quant.export.read import QuantizedCheckpoint
 from quant.kernels.blocks import describe as describe_kernels
 
 
@@ -65,7 +66,11 @@ def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyMod
     records = [record for block in blocks for record in block.records]
     bits = sum(r["storage_bits"] for r in records)
     count = sum(r["shape"][0] * r["shape"][1] for r in records)
+    stored = torch.finfo(model.storage_dtype).bits
     learned = [block.learning for block in blocks if block.learning]
+    if not records:  # nothing was solved: the linears of these blocks stay in the checkpoint's dtype
+        count = len(blocks) * sum(out * n_in for out, n_in in model.linear_shapes().values())
+        bits = stored * count
     bits += 16 * sum(log["online_parameters"] for log in learned)
     if not count and isinstance(model.checkpoint, QuantizedCheckpoint):
         bits, count = model.checkpoint.storage()
@@ -81,7 +86,7 @@ def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyMod
         "options": dict(config.options),
         "group_size": config.group_size,
         "symmetric": config.symmetric,
-        "bits_per_weight": bits / count if count else float(torch.finfo(model.storage_dtype).bits),
+        "bits_per_weight": bits / count if count else float(stored),
         "outlier_share": sum(r["outlier_share"] * r["shape"][0] * r["shape"][1] for r in records) / count
         if records
         else 0.0,
@@ -98,8 +103,10 @@ def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyMod
     }
 
 
-def is_saved(save: Path, digest: str, kind: str) -> bool:
-    """Whether ``save`` holds the checkpoint of the configuration with this hash, in this format."""
-    path = save / "results.json"
+def is_saved(save: Path, digest: str, kinds: Collection[str]) -> bool:
+    """Whether ``save`` holds, whole and unchanged, the checkpoint of the configuration with this hash in one of these
+    formats."""
+    path = save / RESULTS
     found = read_json(path) if path.exists() else {}
-    return found.get("configuration_sha256") == digest and found.get("format") == kind
+    same = found.get("configuration_sha256") == digest and found.get("format") in kinds
+    return same and bool(found.get("files_sha256")) and unlike_written(save, found) is None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from models.load import LazyModel, Weights, load_model, load_tokenizer
 from quant.core import machine
 from quant.core.actquant import ActSpec, Deployed
 from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of
-from quant.core.errors import InputError
+from quant.core.errors import InputError, RunError
 from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
 from quant.core.learn import LearnedBlock, learn_block
 from quant.core.recipe import Recipe, check_options, compare_block, deploy, quantize_block
 from quant.core.registry import get_solver
 from quant.core.results import is_saved, manifest_of, results_of
+from quant.core.seams import ONLINE
 from quant.core.starts import check_ranges, configuration_sha256, input_ranges, resumed
 from quant.core.stream import BlockStream
 from quant.core.transforms import check_seams
@@ -47,6 +49,9 @@ from quant.zero_shot import report as task_report
 
 TASK_BATCH = 16  # sequences of a task that pass a block at a time; they are short
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
+
+
+log = logging.getLogger(__name__)
 
 
 def silent(stage: str, done: int, total: int, note: str) -> None:
@@ -258,7 +263,8 @@ class Session:
             job.results |= {"configuration_sha256": job.digest, "evaluation": self._evaluation_request(job.config)}
             job.results["seconds"] |= evaluating | answering
             job.results["packed_bytes"] = sum(job.packed_bytes.values())  # 0 where nothing was evaluated packed
-        return [self._finished(job, job in waiting, progress(job.config.method)) for job in jobs]
+            self._write_results(job, job.results)  # before anything is saved: where that fails, no score is lost
+        return [self._finished(job, progress(job.config.method)) for job in jobs]
 
     def _checked(self, config: RunConfig) -> Job:
         """Everything that can be wrong with a configuration, before any work; its directory is opened."""
@@ -272,7 +278,7 @@ class Session:
             previous = None
         digest = configuration_sha256(configuration)
         self.check_export(config)
-        if config.save is not None and not is_saved(config.save, digest, config.format):
+        if config.save is not None and (config.overwrite or not is_saved(config.save, digest, _kinds(config))):
             check_target(config.save, config.overwrite, self.model.checkpoint.path)
         self._check_space(config, target.path)
         calibration, evaluated = self.calibration(config), self.evaluation.values()
@@ -297,28 +303,34 @@ class Session:
         for job in jobs:
             job.peaks[stage] = machine.peak_bytes(self.device)
 
-    def _finished(self, job: Job, new: bool, progress: Progress) -> Record:
-        """Save the checkpoint if asked for and write results.json if something in it is new."""
-        config, results, target = job.config, job.results, job.target
+    def _finished(self, job: Job, progress: Progress) -> Record:
+        """Save the checkpoint if asked for, and say so in results.json."""
+        config, results = job.config, job.results
         assert results is not None
-        if config.save is not None and not is_saved(config.save, job.digest, config.format):
+        if config.save is None:
+            return results | {"run_dir": str(job.target.path)}
+        if config.overwrite or not is_saved(config.save, job.digest, _kinds(config)):
             progress("save", 0, 1, str(config.save))
             with self._measured([job], "export") as spent:
                 self._save(job, config.save)
             results["seconds"] |= spent
-            results["checkpoint_bytes"] = sum(f.stat().st_size for f in config.save.iterdir())
             progress("save", 1, 1, str(config.save))
-            new = True
-        if new:
-            seconds = results["seconds"] | {"load": self.load_seconds}
-            blocks = sum(seconds[k] for k in ("forward", "gram", "solve", "learn"))  # of earlier processes too
-            after = sum(seconds.get(k, 0.0) for k in ("evaluate", "tasks", "export"))
-            seconds["total"] = self.load_seconds + max(job.seconds, blocks) + after
-            stages = results.get("peak_bytes_by_stage", {}) | {"load": self.load_peak} | job.peaks
-            highest = {where: max(peak[where] for peak in stages.values()) for where in ("device", "host")}
-            results |= {"seconds": seconds, "peak_bytes": highest, "peak_bytes_by_stage": stages}
-            write_json(target.path / "results.json", results)
-        return results | {"run_dir": str(target.path)}
+        size = sum(f.stat().st_size for f in config.save.iterdir())
+        if size != results["checkpoint_bytes"]:
+            results["checkpoint_bytes"] = size
+            self._write_results(job, results)
+        return results | {"run_dir": str(job.target.path)}
+
+    def _write_results(self, job: Job, results: Record) -> None:
+        """results.json, with the seconds and the peak memory of all stages so far."""
+        seconds = results["seconds"] | {"load": self.load_seconds}
+        blocks = sum(seconds[k] for k in ("forward", "gram", "solve", "learn"))  # of earlier processes too
+        after = sum(seconds.get(k, 0.0) for k in ("evaluate", "tasks", "export"))
+        seconds["total"] = self.load_seconds + max(job.seconds, blocks) + after
+        stages = results.get("peak_bytes_by_stage", {}) | {"load": self.load_peak} | job.peaks
+        highest = {where: max(peak[where] for peak in stages.values()) for where in ("device", "host")}
+        results |= {"seconds": seconds, "peak_bytes": highest, "peak_bytes_by_stage": stages}
+        write_json(job.target.path / "results.json", results)
 
     def content(self, config: RunConfig) -> Content:
         """What a checkpoint of this configuration has to hold."""
@@ -326,11 +338,13 @@ class Session:
 
     def check_export(self, config: RunConfig) -> None:
         """Raise InputError where the format cannot hold the configuration, or the target does not take it."""
-        if (config.save is not None or config.target is not None) and config.quantizes:
-            check_format(config, self.content(config))
+        if config.save is not None or config.target is not None:
+            online = any(name.endswith(ONLINE) for name in self.model.checkpoint.extra)
+            content = self.content(config)
+            check_format(config, replace(content, online=content.online or online))
 
     def _save(self, job: Job, target: Path) -> None:
-        """The checkpoint, from the codes on disk."""
+        """The checkpoint, from the codes on disk. Raises RunError where the format turns out not to hold them."""
         config, content = job.config, self.content(job.config)
 
         def replaced(index: int) -> Mapping[str, Any]:
@@ -339,10 +353,19 @@ class Session:
             solved = job.target.read_weights(index)
             return job.target.read_changed(index) | {f"{name}.weight": weight for name, weight in solved.items()}
 
-        stream = packed_entries(entries(self.model, replaced), config.format, content, self.model.storage_dtype)
-        described = model_config(self.model, config.format, content, job.n_blocks)
-        results = dict(job.results or {}) | {"format": config.format}
-        save_checkpoint(stream, target, described, model_side_files(self.model, self.tokenizer), results)
+        def write(kind: str) -> None:
+            stream = packed_entries(entries(self.model, replaced), kind, content, self.model.storage_dtype)
+            described = model_config(self.model, kind, content, job.n_blocks)
+            results = dict(job.results or {}) | {"format": kind}
+            save_checkpoint(stream, target, described, model_side_files(self.model, self.tokenizer), results)
+
+        try:
+            write(config.format)
+        except InputError as error:
+            if config.fallback in (None, config.format):
+                raise RunError(f"{error} ({job.target.path} holds codes and scores)") from error
+            write(str(config.fallback))
+            log.warning("%s; saved as %s", error, config.fallback)
 
     def _evaluation_request(self, config: RunConfig) -> Record:
         """What decides the numbers once the codes are there."""
@@ -577,6 +600,11 @@ class _Pair:
         if model.dtype in (model.storage_dtype, torch.float32, torch.float64):
             return None
         return model.block_weights(index, self.session.device, torch.float32)
+
+
+def _kinds(config: RunConfig) -> tuple[str, ...]:
+    """The formats in which a configuration's checkpoint may have been saved."""
+    return (config.format,) if config.fallback is None else (config.format, config.fallback)
 
 
 def _note(records: Sequence[Record], learned: LearnedBlock | None) -> str:

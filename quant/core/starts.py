@@ -20,8 +20,9 @@ from quant.core.transforms import InputRange
 
 
 def check_ranges(config: RunConfig, model: LazyModel, model_sha256: str) -> None:
-    """Raise InputError where a file of ranges was measured on another model, or lacks an entry of this one."""
-    for path in (config.act_scales, config.act_shifts):
+    """Raise InputError where a file of ranges was measured on another model, lacks an entry of this one, or holds what
+    cannot be a range: numbers that are not finite, or scales below 0."""
+    for flag, path in (("--act-scales", config.act_scales), ("--act-shifts", config.act_shifts)):
         if path is None:
             continue
         with _vectors(path) as file:
@@ -37,6 +38,14 @@ def check_ranges(config: RunConfig, model: LazyModel, model_sha256: str) -> None
                     key = f"{model.family.blocks}.{index}.{name}"
                     if key not in names or file.get_slice(key).get_shape() != [n_in]:
                         raise InputError(f"{path} was not made from this model: it has no {key} of {n_in} channels")
+                    vector = file.get_tensor(key)
+                    if not bool(torch.isfinite(vector).all()):
+                        raise InputError(f"{flag} {path}: {key} has entries that are not finite; make the file again")
+                    if path is config.act_scales and bool((vector < 0).any()):
+                        raise InputError(
+                            f"{flag} {path}: {key} has negative entries, which no largest |x| is; "
+                            "are --act-scales and --act-shifts exchanged?"
+                        )
 
 
 def input_ranges(config: RunConfig, model: LazyModel, index: int) -> dict[str, InputRange] | None:
@@ -65,20 +74,38 @@ def _vectors(path: Path) -> Iterator[Any]:
         ) from error
 
 
+def _manifest(path: Path) -> Record:
+    """The manifest of the run in ``path``. Raises InputError if there is none, or if it is damaged."""
+    try:
+        found: Record = json.loads((path / "manifest.json").read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(
+            f"--resume {path}: no manifest.json; give the run directory that holds learned parameters"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"--resume {path}: manifest.json is damaged; give another run directory") from error
+    return found
+
+
 def resumed(path: Path, configuration: Record, model_sha256: str) -> str:
     """The hash of the run in ``path``, whose learned parameters a run of this configuration starts from.
 
-    Raises InputError if they were learned on another model or for another quantization, or if a block is missing.
+    Raises InputError if that is no run, if they were learned on another model or for another quantization, or if a
+    block is missing or damaged.
     """
-    manifest = RunDirectory(path).read("manifest.json")
-    if manifest is None:
-        raise InputError(f"--resume {path}: no manifest.json; give the run directory that holds learned parameters")
-    found: Record = manifest["configuration"]
-    if found["model_sha256"] != model_sha256:
-        raise InputError(f"--resume {path}: its parameters were learned on another model ({manifest['model']['id']})")
+    manifest = _manifest(path)
+    try:
+        found: Record = manifest["configuration"]
+        theirs, own = _learned_for(found), _learned_for(configuration)
+        digest, model = found["model_sha256"], manifest["model"]["id"]
+    except (AttributeError, KeyError, TypeError) as error:  # JSON of some other shape
+        raise InputError(
+            f"--resume {path}: manifest.json is not of a run of this version (no {error}); give a run directory"
+        ) from error
+    if digest != model_sha256:
+        raise InputError(f"--resume {path}: its parameters were learned on another model ({model})")
     if not found.get("learning"):
         raise InputError(f"--resume {path}: nothing was learned there ({found['method']})")
-    theirs, own = _learned_for(found), _learned_for(configuration)
     for name in own:
         if theirs.get(name) != own[name]:
             raise InputError(
@@ -86,8 +113,16 @@ def resumed(path: Path, configuration: Record, model_sha256: str) -> str:
                 f"({name}: {theirs.get(name)}, here {own[name]})"
             )
     for index in range(configuration["blocks"]):
-        if not RunDirectory(path).block_file(index).exists():
+        file = RunDirectory(path).block_file(index)
+        if not file.exists():
             raise InputError(f"--resume {path}: block {index} was not finished there; finish that run first")
+        try:
+            with safe_open(file, framework="pt"):  # reads the header, and compares it with the size of the file
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"--resume {path}: {file.name} is damaged ({error}); delete it and the later blocks and finish that run"
+            ) from error
     return configuration_sha256(found)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from quant.core.errors import InputError
 from quant.core.seams import Affine, apply_seam
 
 SMALLEST_SCALE = 1e-2  # OmniQuant keeps |s| above it
+HEAD_KINDS = ("qk", "vo")  # seams between heads, where ``matrix`` puts one for each
 Parameters = dict[str, Tensor]
 
 
@@ -81,7 +83,7 @@ class Transform:
     def dense(self) -> bool:
         """Whether it is a matrix."""
         return (self.spec.norm_matrix and self.seam.kind == "norm") or (
-            self.spec.matrix and self.seam.kind in ("qk", "vo")
+            self.spec.matrix and self.seam.kind in HEAD_KINDS
         )
 
     @property
@@ -206,20 +208,34 @@ def dominance(matrix: Tensor) -> Tensor:
 
 def check_seams(model: LazyModel, spec: TransformSpec) -> None:
     """Raise InputError where seams are asked for that the model's architecture does not have."""
-    reason = model.family.no_norm_seams(model.config)
-    if "norm" in spec.kinds and reason:
+    check_seams_of(model.family, model.config, spec)
+
+
+def check_seams_of(family: ModelFamily, config: Any, spec: TransformSpec) -> None:
+    """`check_seams` from a configuration alone, for plans."""
+    if not spec.let:
+        return
+    reason, kinds = family.no_norm_seams(config), sorted(spec.kinds)
+    if "norm" in kinds and reason:
         raise InputError(
-            f"this {model.config.model_type} model's norms cannot be rescaled ({reason}); "
+            f"this {config.model_type} model's norms cannot be rescaled ({reason}); "
             "use --let-seams vo,qk,mul for the others, or drop --let"
         )
-    if spec.norm_matrix and "norm" not in spec.kinds:
+    if spec.norm_matrix and "norm" not in kinds:
         raise InputError("--use_ln_matrix needs the norm seams: add norm to --let-seams")
+    there = {seam.kind for seam in family.seams(config)}
+    if not there.intersection(kinds):
+        raise InputError(
+            f"--let: {config.model_type} blocks have no {' or '.join(kinds)} seam; use --let-seams {','.join(sorted(there))}"
+        )
+    if spec.matrix and not there.intersection(kinds, HEAD_KINDS):
+        raise InputError("--use_matrix needs seams between heads: add vo, or qk where the model has it, to --let-seams")
 
 
 def transforms_for(family: ModelFamily, config: object, weights: Weights, spec: TransformSpec) -> list[Transform]:
-    """The transforms of a block. Shifts stand where producer and readers have biases."""
+    """The transforms of a block; none without ``let``. Shifts stand where producer and readers have biases."""
     found, layout = [], family.heads(config).to(next(iter(weights.values())).device)
-    for seam in family.seams(config):
+    for seam in family.seams(config) if spec.let else ():
         if seam.kind not in spec.kinds:
             continue
         holders = (layout.v[0] if seam.kind == "vo" else seam.producer, *seam.consumers)

@@ -34,9 +34,10 @@ def first_holding(content: Content) -> str:
 
 def format_of(config: dict) -> Format:
     """The format of a config.json's ``quantization_config``. Raises InputError for one that is not read."""
-    method = config.get("quant_method")
+    method, version = config.get("quant_method"), config.get("checkpoint_format") or config.get("format") or "gptq"
+    if not isinstance(method, str) or not isinstance(version, str):
+        raise InputError(f"config.json: quant_method {method!r} with format {version!r} are no names")
     if method == "gptq":
-        version = config.get("checkpoint_format") or config.get("format") or "gptq"
         if config.get("format", version) != version:
             raise InputError(f"config.json says checkpoint_format {version!r} and format {config['format']!r}")
         if version in PACKED:

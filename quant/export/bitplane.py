@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.core.actquant import ActSpec
+from quant.core.actquant import FULL_BITS, METHODS, ActSpec
 from quant.core.errors import InputError
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
-from quant.export.formats import Content, Header, Layers, Read, in_order, plain_groups, uneven_groups
+from quant.export.formats import Content, Header, Layers, Read, check_grid, in_order, plain_groups, uneven_groups
 from quant.export.packing import pack_planes, unpack_planes
 
 VERSION = 1
@@ -43,6 +43,7 @@ class Bitplane:
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Everything that `QuantizedWeight.storage_bits` counts, and nothing else."""
         grid = weight.grid
+        check_grid(weight, content, self.name)
         tensors = {"planes": pack_planes(weight.codes, content.bits)}
         if weight.codes.shape[1] % 32:
             tensors["in_features"] = torch.tensor(weight.codes.shape[1])
@@ -119,8 +120,12 @@ class Bitplane:
         return QuantizedWeight(codes, grid, spec, outliers=_decode_outliers(part, n_out, n_in))
 
     def act(self, config: Mapping[str, Any]) -> ActSpec:
-        """As written."""
-        return ActSpec(**config["activations"])
+        """As written. Raises InputError for settings that are none."""
+        act = ActSpec(**config["activations"])
+        bits = all(isinstance(n, int) and 2 <= n <= FULL_BITS for n in (act.bits, act.kv_bits))
+        if not bits or act.method not in METHODS or not isinstance(act.symmetric, bool):
+            raise InputError(f"config.json: activations {config['activations']} are none that a run can have")
+        return act
 
 
 def _encode_outliers(outliers: Outliers, n_out: int, n_in: int) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ int-quantized: ``weight`` int8 [O, I], ``weight_scale`` [O, 1]. (compressed_tens
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from quant.export.formats import (
     check_encodable,
     half_scales,
     in_order,
+    matches,
     plain_groups,
     uneven_groups,
 )
@@ -179,14 +179,54 @@ class CompressedTensors:
         return QuantizedWeight(codes, grid, spec)
 
     def act(self, config: Mapping[str, Any]) -> ActSpec:
-        """Of the first group. Raises InputError for activations that are not quantized per token."""
-        found = [group.get("input_activations") for group in config["config_groups"].values()]
-        inputs = next((settings for settings in found if settings), None)
-        if inputs is None:
+        """Of all groups. Raises InputError for activations that are not quantized per token, or not by all groups alike,
+        and for every other setting that changes what the checkpoint computes.
+        """
+        _refuse_what_is_not_read(config)
+        first, *others = (group.get("input_activations") or None for group in config["config_groups"].values())
+        for other in others:
+            if _grid_of(other) != _grid_of(first):
+                raise InputError("config.json: config_groups disagree on input_activations, which is not read")
+        if first is None:
             return ActSpec()
-        if inputs.get("strategy") != "token" or inputs.get("type", "int") != "int" or not inputs.get("dynamic"):
-            raise InputError("activations of this checkpoint are not integers per token, which is all that is read")
-        return ActSpec(int(inputs["num_bits"]), symmetric=bool(inputs.get("symmetric", True)))
+        if first.get("strategy") != "token" or first.get("type", "int") != "int" or first.get("dynamic") is not True:
+            raise InputError(
+                "config.json: input_activations are not integers per token (dynamic), which is all that is read"
+            )
+        bits = int(first["num_bits"])
+        if not 2 <= bits <= 8:
+            raise InputError(f"config.json: input_activations of {bits} bits; 2 to 8 are read")
+        return ActSpec(bits, symmetric=bool(first.get("symmetric", True)))
+
+
+def _refuse_what_is_not_read(config: Mapping[str, Any]) -> None:
+    """Raise InputError that names a setting which changes the numbers and that no reader here follows."""
+    sparsity = config.get("sparsity_config")
+    dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"  # nothing is left out of the tensors
+    groups = config["config_groups"].items()
+    for entry, value in (
+        ("transform_config", config.get("transform_config")),
+        ("kv_cache_scheme", config.get("kv_cache_scheme")),
+        ("sparsity_config", None if dense else sparsity),
+        *((f"config_groups.{name}.output_activations", group.get("output_activations")) for name, group in groups),
+    ):
+        if value:
+            raise InputError(
+                f"config.json: quantization_config.{entry} is set, which is not read: it changes the model"
+            )
+
+
+def _grid_of(inputs: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    """What of a group's input_activations decides numbers, apart from how its ranges were observed."""
+    defaults = {
+        "num_bits": None,
+        "type": "int",
+        "symmetric": True,
+        "strategy": None,
+        "dynamic": False,
+        "group_size": None,
+    }
+    return None if inputs is None else tuple(inputs.get(key, default) for key, default in defaults.items())
 
 
 def _is_w8a8(content: Content) -> bool:
@@ -201,7 +241,7 @@ def _settings_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     groups = config["config_groups"].values()
     for fits in (
         lambda target: target == name or name.endswith("." + target),
-        lambda target: target.startswith("re:") and re.match(target[3:], name),
+        lambda target: target.startswith("re:") and matches(target[3:], name),
         lambda target: target == "Linear",
     ):
         for group in groups:

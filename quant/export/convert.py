@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from models.checkpoint import RESULTS, read_json
 from models.load import LazyModel, load_model, load_tokenizer
 from quant.core.config import RunConfig, check_format, content_of
 from quant.core.errors import InputError
@@ -17,10 +18,11 @@ from quant.core.resident import open_run
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED, refusal
 from quant.export.formats import Content, Layers
-from quant.export.read import QuantizedCheckpoint, open_checkpoint, read_json
+from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.export.write import (
     check_space,
     check_target,
+    copy_code,
     entries,
     layers_of,
     model_config,
@@ -95,8 +97,9 @@ def _convert_checkpoint(source: Path, kind: str, target: Path, trust_remote_code
         for pattern in SIDE_FILES:
             for file in source.glob(pattern):
                 shutil.copy(file, directory)
+        copy_code(source, directory, declared)
 
-    old = source / "results.json"
+    old = source / RESULTS
     results = read_json(old) if old.exists() else {}
     save_checkpoint(stream, target, declared, side_files, results | {"format": kind})
     return content
@@ -116,10 +119,13 @@ def _layers_in(model: LazyModel, checkpoint: QuantizedCheckpoint) -> Layers:
 
 
 def same_codes(first: QuantizedWeight, second: QuantizedWeight) -> bool:
-    """Whether two answers hold the same codes, scales, zero points, groups and outliers."""
+    """Whether two answers hold the same codes, scales, zero points, groups and outliers on the same grid. How the range
+    of a grid was found is not told by a checkpoint, and not compared; a grid is its codes and groups, whatever named them.
+    """
+    grids = [(w.spec.bits, w.spec.levels, w.spec.group_size, w.spec.symmetric, w.grid.qmax) for w in (first, second)]
     pairs = [(first.codes, second.codes), (first.grid.scale, second.grid.scale), (first.grid.zero, second.grid.zero),
              (first.grid.g_idx, second.grid.g_idx)]  # fmt: skip
-    if (first.outliers is None) != (second.outliers is None):
+    if grids[0] != grids[1] or (first.outliers is None) != (second.outliers is None):
         return False
     if first.outliers is not None and second.outliers is not None:
         pairs += [(first.outliers.index, second.outliers.index), (first.outliers.value, second.outliers.value)]

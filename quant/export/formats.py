@@ -5,6 +5,7 @@ Codes, scales and zero points go from the solver's answer into the tensors as th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,7 +27,8 @@ class Content:
 
     spec: None where weights stay in full precision. shapes: (out, in) of the linears. reordered: columns change their
     group (act-order without static groups). outliers, online: sparse parts, matrices behind norms. whole: whether
-    every block is quantized. model_type: of config.json.
+    every block is quantized. model_type: of config.json. true_sequential, static_groups: what GPTQ's config tells of
+    how the codes came about.
     """
 
     spec: QuantSpec | None
@@ -37,6 +39,8 @@ class Content:
     online: bool = False
     whole: bool = True
     model_type: str = ""
+    true_sequential: bool = False
+    static_groups: bool = False
 
     @property
     def bits(self) -> int:
@@ -108,12 +112,39 @@ def check_encodable(weight: QuantizedWeight, content: Content, name: str) -> Non
     """
     if weight.outliers is not None:
         raise InputError(f"{name} cannot hold sparse outliers: use --format bitplane")
+    check_grid(weight, content, name)
+
+
+def check_grid(weight: QuantizedWeight, content: Content, name: str) -> None:
+    """Raise InputError where an answer's grid is not the one that config.json will name for every linear."""
+    assert content.spec is not None
     if weight.spec.code_bits != content.bits:
         raise InputError(
             f"{name} holds one number of bits, {content.bits}, and this linear has {weight.spec.code_bits}"
         )
+    found = (weight.spec.group_size, weight.grid.qmax, weight.spec.symmetric)
+    asked = (content.spec.group_size, content.spec.qmax, content.spec.symmetric)
+    for what, own, whole in zip(("group_size", "largest code", "symmetric"), found, asked, strict=True):
+        if own != whole:
+            raise InputError(f"{name} holds one grid, of {what} {whole}, and this linear has {own}: quantize it again")
     if content.centered and bool((weight.grid.zero != 2 ** (content.bits - 1)).any()):
         raise InputError(f"{name}: zero points of a symmetric grid must be {2 ** (content.bits - 1)}")
+
+
+def check_shape(linear: str, weight: QuantizedWeight, content: Content) -> None:
+    """Raise InputError where an answer is not of the shape that the model has under the linear's full name."""
+    shape = (weight.codes.shape[0], weight.codes.shape[1])
+    known = (s for name, s in content.shapes.items() if linear == name or linear.endswith(f".{name}"))
+    if (expected := next(known, None)) != shape:
+        raise InputError(f"{linear} has codes of {shape}, but the model's linear is {expected}: quantize it again")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of a config.json fits a linear's name from its start. Raises InputError for no pattern."""
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise InputError(f"config.json: {pattern!r} is no regular expression ({error})") from error
 
 
 def half_scales(weight: QuantizedWeight, name: str) -> Tensor:

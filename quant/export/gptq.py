@@ -17,7 +17,17 @@ from torch import Tensor
 from quant.core.actquant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
-from quant.export.formats import Content, Header, Layers, Read, check_encodable, half_scales, in_order, plain_groups
+from quant.export.formats import (
+    Content,
+    Header,
+    Layers,
+    Read,
+    check_encodable,
+    half_scales,
+    in_order,
+    matches,
+    plain_groups,
+)
 from quant.export.packing import pack, unpack
 
 BITS = (2, 3, 4, 8)
@@ -71,8 +81,8 @@ class Gptq:
             "group_size": content.spec.group_size,
             "desc_act": content.reordered,
             "sym": content.centered,
-            "static_groups": False,
-            "true_sequential": True,
+            "static_groups": content.static_groups,
+            "true_sequential": content.true_sequential,
             "damp_percent": 0.01,
             "lm_head": any(not name.startswith(f"{layers.blocks}.") for name in layers.quantized),
             "checkpoint_format": self.name,
@@ -86,7 +96,8 @@ class Gptq:
             not content.whole
         ):  # GPTQModel and vLLM read the first, optimum (which compares the ends of names) the second
             found["dynamic"] = {pattern: {} for pattern in _skipping(layers)}
-            found["modules_in_block_to_quantize"] = [list(layers.quantized)]
+            inside = f"{layers.blocks}."
+            found["modules_in_block_to_quantize"] = [[name for name in layers.quantized if name.startswith(inside)]]
         return found
 
     def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
@@ -135,6 +146,11 @@ class Gptq:
             raise InputError(
                 f"{name} has {n_groups} groups of {n_in} inputs, but config.json says group_size {group_size}"
             )
+        if not settings.get("desc_act") and not torch.equal(g_idx, plain_groups(n_in, group_size)):
+            raise InputError(
+                f"{name}: config.json says desc_act false, but g_idx is not in order, which readers would ignore: "
+                "set desc_act to true if the software that made it ordered by activations"
+            )
         zero = unpack(zeros, bits, n_out).t().to(torch.int32) + self.offset
         if symmetric and bool((zero != 2 ** (bits - 1)).any()):
             raise InputError(
@@ -158,7 +174,7 @@ def _skipping(layers: Layers) -> list[str]:
     inside = f"{layers.blocks}."
     of_block = {name: int(name.removeprefix(inside).split(".")[0]) for name in (*layers.quantized, *layers.untouched)
                 if name.startswith(inside)}  # fmt: skip
-    begun = {of_block[name] for name in layers.quantized}
+    begun = {of_block[name] for name in layers.quantized if name in of_block}  # a head belongs to no block
     left = sorted(set(of_block.values()) - begun)
     singly = [n for n in layers.untouched if n in of_block and of_block[n] in begun]
     whole = [rf"-:{re.escape(layers.blocks)}\.({'|'.join(map(str, left))})\..*"] if left else []
@@ -168,6 +184,6 @@ def _skipping(layers: Layers) -> list[str]:
 def _settings_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings of a linear: the config's, or those that ``dynamic`` gives it (``+:`` or no sign before the pattern)."""
     for pattern, more in (config.get("dynamic") or {}).items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+        if not pattern.startswith("-:") and matches(pattern.removeprefix("+:"), name):
             return {**config, **more}
     return config

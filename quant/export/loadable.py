@@ -18,36 +18,47 @@ from quant.export.formats import Content
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 MARLIN_GROUPS = (-1, 32, 64, 128)
 ALL_BITS = tuple(range(1, 9))
+# Model types that a runtime knows, of those that this toolkit quantizes (auto_gptq/modeling/_const.py of 0.7.1; the
+# converters of llama.cpp, conversion/)
+AUTO_GPTQ_MODELS = ("bloom", "falcon", "llama", "mistral", "opt", "qwen2")
+LLAMA_CPP_MODELS = ("bloom", "falcon", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 NONE, ONLY, ANY = "none", "only", "any"  # what a rule says of quantized activations
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a runtime takes of a format. None: anything. inputs, outputs: multiples of. activations: whether it takes
-    none, only quantized ones, or any. families: model types that it reads without an error but computes wrongly."""
+    """What a runtime takes of a format. None: anything. groups: sizes, -1 for one scale a row. row_by_size: also groups of
+    as many columns as the inputs have. grouped: any size, but not whole rows. inputs, outputs: multiples of.
+    activations: whether it takes none, only quantized ones, or any. models: the types that it knows (a model whose type is
+    not known passes). families: model types that it reads without an error but computes wrongly."""
 
     runtime: str
     format: str
     bits: tuple[int, ...] | None = None
     symmetric: bool = False
     groups: tuple[int, ...] | None = None
+    row_by_size: bool = False
+    grouped: bool = False
     inputs: int = 1
     outputs: int = 1
     partial: bool = True
     reordered: bool = True
     activations: str = NONE
+    models: tuple[str, ...] | None = None
     families: tuple[str, ...] = ()
     needs: str = ""
     tried: tuple[int, ...] = ()
 
     def objections(self, content: Content) -> Iterator[str]:
         """What it does not take, in words."""
+        if self.models is not None and content.model_type and content.model_type not in self.models:
+            yield f"does not know {content.model_type} models"
+        if content.model_type in self.families:
+            yield f"does not compute {content.model_type} models as they are (benchmarks/results/loaders.md)"
         if self.format == DEQUANTIZED:
             if content.act.active:
                 yield "runs without activation quantization"
             return
-        if content.model_type in self.families:
-            yield f"does not compute {content.model_type} models as they are (benchmarks/results/loaders.md)"
         spec = content.spec
         if spec is None:
             yield "takes quantized weights only"
@@ -56,8 +67,11 @@ class Rule:
             yield f"takes {_listed(self.bits)} bits, not {content.bits}"
         if self.symmetric and not content.centered:
             yield "takes symmetric grids only (--sym)"
-        if self.groups is not None and spec.group_size not in self.groups:
+        whole = self.row_by_size and all(n_in == spec.group_size for _, n_in in content.shapes.values())
+        if self.groups is not None and spec.group_size not in self.groups and not whole:
             yield f"takes groups of {_listed(self.groups)}"
+        if self.grouped and spec.group_size == -1:
+            yield "takes groups, not one scale a row"
         for name, (n_out, n_in) in content.shapes.items():
             if n_in % self.inputs or n_out % self.outputs:
                 yield f"needs inputs in multiples of {self.inputs} and outputs of {self.outputs} ({name} is {n_out}x{n_in})"
@@ -74,8 +88,8 @@ class Rule:
 
 RULES = (
     Rule("transformers", DEQUANTIZED, tried=ALL_BITS),
-    *(Rule("transformers", name, (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, families=("falcon",),
-           needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
+    *(Rule("transformers", name, (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, row_by_size=True, inputs=32, outputs=32,
+           families=("falcon",), needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
     Rule("transformers", "compressed-tensors", symmetric=True, families=("falcon",), tried=(2, 3, 4, 8),
          needs="compressed-tensors>=0.18"),
     Rule("transformers", "compressed-tensors", tried=(3, 4),
@@ -83,9 +97,10 @@ RULES = (
     # OPT flattens tokens before its fully connected part, and then one scale serves all of them
     Rule("transformers", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          families=("falcon", "opt"), tried=(8,), needs="compressed-tensors>=0.18"),
-    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, groups=GPTQMODEL_GROUPS, inputs=32, outputs=32,
+    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, groups=GPTQMODEL_GROUPS, row_by_size=True, inputs=32,
+         outputs=32, tried=(3, 4)),
+    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, row_by_size=True, inputs=32, outputs=32,
          tried=(3, 4)),
-    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, inputs=32, outputs=32, tried=(3, 4)),
     Rule("vllm", DEQUANTIZED),
     Rule("vllm", "gptq", (4, 8), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64),
     Rule("vllm", "compressed-tensors", (4, 8), groups=MARLIN_GROUPS, inputs=128, outputs=64),
@@ -95,12 +110,12 @@ RULES = (
          needs="a version with asymmetric grids of these bits (its pull request 46528)"),
     Rule("vllm", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          needs="a GPU before Blackwell"),
-    Rule("llama.cpp", DEQUANTIZED),
-    Rule("llama.cpp", "gptq", (2, 4, 8)),
-    Rule("llama.cpp", "gptq_v2", (2, 4, 8)),
-    Rule("llama.cpp", "compressed-tensors", (2, 4, 8), groups=(16, 32, 64, 128, 256)),
-    Rule("auto-gptq", "gptq", (2, 3, 4), outputs=32, inputs=32, reordered=False, partial=False),
-    Rule("auto-gptq", "gptq", (8,), outputs=32, inputs=32, reordered=False, partial=False,
+    Rule("llama.cpp", DEQUANTIZED, models=LLAMA_CPP_MODELS),
+    Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_MODELS),
+    Rule("llama.cpp", "gptq_v2", (2, 4, 8), models=LLAMA_CPP_MODELS),
+    Rule("llama.cpp", "compressed-tensors", (2, 4, 8), grouped=True, models=LLAMA_CPP_MODELS),
+    Rule("auto-gptq", "gptq", (2, 3, 4), outputs=32, inputs=32, reordered=False, partial=False, models=AUTO_GPTQ_MODELS),
+    Rule("auto-gptq", "gptq", (8,), outputs=32, inputs=32, reordered=False, partial=False, models=AUTO_GPTQ_MODELS,
          needs="its torch kernels: those in CUDA cut the zero points of 8 bits"),
     Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS),
     *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS) for name in PACKED),

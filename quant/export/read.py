@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, read_json
 from models.load import LazyModel
 from quant.core.actquant import INPUT_RANGE
 from quant.core.errors import InputError
@@ -18,7 +17,7 @@ from quant.core.seams import ONLINE
 from quant.core.types import QuantizedWeight
 from quant.export import format_of
 from quant.export.formats import Content, in_order
-from quant.export.write import Entry, json_sha256, sha256_of_file
+from quant.export.write import Entry
 
 SPARSE = "outlier_values"
 UNFIT = (ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError)  # what a wrong config.json leads to
@@ -44,7 +43,6 @@ class QuantizedCheckpoint(Checkpoint):
         self.linears = self.format.linears(self._where, self.quantization)
         if not self.linears:
             raise InputError(f"{path}: config.json says {self.format.name}, but no tensor is quantized")
-        self._check_hashes()
         try:
             self.act = self.format.act(self.quantization)
         except UNFIT as error:
@@ -54,18 +52,6 @@ class QuantizedCheckpoint(Checkpoint):
         self._check_orphans()
         self.extra = [name for name in self._plain if name.endswith((ONLINE, INPUT_RANGE))]
         self._weights = {f"{linear}.weight": linear for linear in self.linears}
-
-    def _check_hashes(self) -> None:
-        """Of the files, and of the settings that say what their tensors mean."""
-        results = self.path / "results.json"
-        known = read_json(results) if results.exists() else {}
-        for name, digest in known.get("files_sha256", {}).items():
-            file = self.path / name
-            if file.exists() and sha256_of_file(file) != digest:
-                raise InputError(f"{file} is not what was written (its hash differs): truncated, edited or damaged")
-        expected = known.get("quantization_sha256")
-        if expected is not None and json_sha256(self.quantization) != expected:
-            raise InputError(f"{self.path / 'config.json'}: quantization_config is not what was written (edited)")
 
     def _check_orphans(self) -> None:
         """Raise InputError for a part of a quantized linear without the others."""
@@ -94,7 +80,13 @@ class QuantizedCheckpoint(Checkpoint):
             raise InputError(f"{self.path}: {linear} does not fit config.json ({_said(error)})") from error
 
     def read(self, name: str) -> Tensor:
-        """A tensor; a quantized one dequantized, in the model's dtype."""
+        """A tensor; a quantized one dequantized, in float32: its values are scale · (code - zero), which the model's dtype
+        would round.
+        """
+        return self.quantized(name).dequantize() if name in self._weights else super().read(name)
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as a plain checkpoint keeps it: a quantized one dequantized and rounded to the model's dtype."""
         return self.quantized(name).dequantize().to(self.dtype) if name in self._weights else super().read(name)
 
     def solved(self, model: LazyModel, index: int) -> dict[str, QuantizedWeight]:
@@ -146,18 +138,9 @@ class QuantizedCheckpoint(Checkpoint):
             online=any(name.endswith(ONLINE) for name in self.extra),
             whole=whole,
             model_type=self.declared["model_type"],
+            true_sequential=bool(self.quantization.get("true_sequential")),  # GPTQ's config tells, the others' do not
+            static_groups=bool(self.quantization.get("static_groups")),
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file. Raises InputError where it is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is truncated or no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return found
 
 
 def _said(error: Exception) -> str:

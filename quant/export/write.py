@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import INDEX, SINGLE, write_tensors
+from models.checkpoint import INDEX, RESULTS, SINGLE, json_sha256, read_json, sha256_of_file, write_tensors
 from models.load import LazyModel
 from quant.core.actquant import INPUT_RANGE
 from quant.core.errors import InputError
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
-from quant.export.formats import Content, Layers
+from quant.export.formats import Content, Layers, check_shape
 
 SHARD_BYTES = 5_000_000_000
 Entry = tuple[str, Tensor | QuantizedWeight]
@@ -30,17 +29,21 @@ def check_target(target: Path, overwrite: bool, source: Path) -> None:
     anything but a checkpoint that may be overwritten.
     """
     if target.exists() and not target.is_dir():
-        raise InputError(f"--save {target} is a file; give a directory")
+        raise InputError(f"{target} is a file; give a directory for the checkpoint")
     if target.resolve() == source.resolve():
-        raise InputError(f"--save {target} is where the weights come from; use another directory")
+        raise InputError(f"{target} is where the weights come from; use another directory")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise InputError(f"--save {target} is not empty; use another directory or --overwrite")
-        if not (target / "config.json").exists() or not any((target / name).exists() for name in (SINGLE, INDEX)):
-            raise InputError(f"--save {target} holds no checkpoint, and --overwrite replaces nothing else")
+            raise InputError(f"{target} is not empty; use another directory or --overwrite")
+        whole = (target / "config.json").exists() and any((target / name).exists() for name in (SINGLE, INDEX))
+        ours = (target / RESULTS).exists() and read_json(target / RESULTS).get("files_sha256")  # whatever is left of it
+        if not whole and not ours:
+            raise InputError(
+                f"{target} holds no checkpoint, and --overwrite replaces nothing else; use another directory"
+            )
     parent = next(p for p in (target, *target.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
-        raise InputError(f"--save {target} cannot be written")
+        raise InputError(f"{target} cannot be written; use another directory for the checkpoint")
 
 
 def check_space(target: Path, size: int) -> None:
@@ -66,7 +69,7 @@ def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | Qu
     inside = f"{model.family.blocks}."
     for name, _ in model.module.named_parameters():
         if not name.startswith(inside):
-            yield name, model.checkpoint.read(model.key(name))
+            yield name, model.checkpoint.stored(model.key(name))
     for index, block in enumerate(model.blocks):
         new = dict(replaced(index))
         for name, parameter in block.named_parameters():
@@ -78,7 +81,7 @@ def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | Qu
             elif full in model.added:
                 yield full, torch.zeros(parameter.shape, dtype=model.storage_dtype)
             else:
-                yield full, model.checkpoint.read(model.key(full))
+                yield full, model.checkpoint.stored(model.key(full))
         for name, extra in new.items():  # what no module of the library holds: matrices behind norms, input ranges
             assert isinstance(extra, Tensor)
             yield f"{inside}{index}.{name}", extra
@@ -96,15 +99,19 @@ def layers_of(model: LazyModel, quantized_blocks: int) -> Layers:
 def packed_entries(
     stream: Iterable[Entry], kind: str, content: Content, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a format. Raises InputError, with the linear's name, where it cannot hold one."""
+    """The tensors of a format. Raises InputError, with the linear's name, where it cannot hold one, or where one is not
+    of the shape that the content announced.
+    """
     for name, value in stream:
         if not isinstance(value, QuantizedWeight):
             if kind in PACKED or not name.endswith(INPUT_RANGE):
                 yield name, value
-        elif kind not in PACKED:
+            continue
+        linear = name.removesuffix(".weight")
+        check_shape(linear, value, content)
+        if kind not in PACKED:
             yield name, value.dequantize().to(dtype)
         else:
-            linear = name.removesuffix(".weight")
             try:
                 parts = PACKED[kind].encode(value, content)
             except InputError as error:
@@ -121,8 +128,8 @@ def save_checkpoint(
 ) -> None:
     """Write config.json, side files, weights (sharded above 5 GB), results.json with a hash of every weight file.
 
-    results.json also holds the hash of ``quantization_config``, which says what the tensors mean. Nothing is left
-    behind where anything fails, and a checkpoint that was there before is then still there.
+    results.json also holds the hash of config.json, which says what the tensors mean (and one of its quantization_config
+    alone). Nothing is left behind where anything fails, and a checkpoint that was there before is then still there.
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,8 +147,9 @@ def save_checkpoint(
         written = {
             "files_sha256": {file.name: sha256_of_file(file) for file in files},
             "quantization_sha256": json_sha256(quantization) if quantization else None,
+            "config_sha256": json_sha256(config),
         }
-        _write_json(temporary / "results.json", dict(results or {}) | written)
+        _write_json(temporary / RESULTS, dict(results or {}) | written)
         _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -173,29 +181,24 @@ def model_config(model: LazyModel, kind: str, content: Content, quantized_blocks
 
 
 def model_side_files(model: LazyModel, tokenizer: Any) -> Callable[[Path], None]:
-    """Writes tokenizer and generation config."""
+    """Writes tokenizer, generation config, and the classes that the model brings."""
+    source = model.checkpoint.path
 
     def write(directory: Path) -> None:
         tokenizer.save_pretrained(directory)
-        generation = model.checkpoint.path / "generation_config.json"
+        generation = source / "generation_config.json"
         if generation.exists():
             shutil.copy(generation, directory)
+        copy_code(source, directory, model.config.to_dict())
 
     return write
 
 
-def sha256_of_file(file: Path) -> str:
-    """Hash of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def json_sha256(value: Mapping[str, Any]) -> str:
-    """Hash of a JSON object, whatever the order of its entries."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def copy_code(source: Path, directory: Path, config: Mapping[str, Any]) -> None:
+    """Copy the Python files that a config.json with ``auto_map`` names: without them nobody opens the checkpoint."""
+    if config.get("auto_map"):
+        for file in source.glob("*.py"):
+            shutil.copy(file, directory)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 TILE = 32  # rows are filled up to a multiple of it
 WORD = 32  # columns are filled up to a multiple of it
 QUAD = 4  # columns of a group are filled up to a multiple of it
+PRODUCTS = 16 << 20  # bytes of the products of inputs and sparse outliers that are held at a time
 IntegerInputs = tuple[Tensor, Tensor, Tensor]  # int8 [n, in], scale float32 [n], offset float32 [n]
 
 
@@ -127,9 +128,15 @@ class SparseRows:
         return weight.index_put_((row, self.column_numbers()), self.values.to(weight.dtype), accumulate=True)
 
     def matmul(self, x: Tensor) -> Tensor:
-        """x float32 [n, in] times the outliers: float32 [n, out]."""
-        values = x[:, self.column_numbers()] * self.values.float()
-        return torch.segment_reduce(values.T.contiguous(), "sum", offsets=self.rows.long(), axis=0).T
+        """x float32 [n, in] times the outliers: float32 [n, out]; products of so many tokens at a time as fit in
+        PRODUCTS bytes."""
+        columns, values, rows = self.column_numbers(), self.values.float()[:, None], self.rows.long()
+        step = max(1, PRODUCTS // (4 * max(1, columns.numel())))
+        out = x.new_empty(x.shape[0], rows.numel() - 1)
+        for own in (slice(first, first + step) for first in range(0, x.shape[0], step)):
+            products = x[own].T[columns].mul_(values)
+            out[own] = torch.segment_reduce(products, "sum", offsets=rows, axis=0).T
+        return out
 
 
 @dataclass(frozen=True)

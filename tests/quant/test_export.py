@@ -2,6 +2,7 @@
 is refused before work begins."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import main as main_command
+import model_quantizer
+from benchmarks.loaders import in_float32
 from models.load import load_model
 from quant.core.actquant import INPUT_RANGE, ActSpec
+from quant.core.cli import guarded
 from quant.core.config import RunConfig
 from quant.core.errors import InputError
 from quant.core.grid import fit_grid
@@ -32,7 +37,8 @@ from quant.gptq import gptq
 from quant.quantease import quantease
 from quant.spqr import spqr
 
-DEMO = Path(__file__).parents[2] / "models/demo/llama"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "models/demo/llama"
 LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
 
 
@@ -142,6 +148,44 @@ def test_gptq_is_compressed_tensors_transposed():
     assert "weight_zero_point" not in theirs, "must be absent where the grid is symmetric"
 
 
+def test_same_codes_are_on_the_same_grid():
+    weight = random_weight(32, 64, QuantSpec(4, 32))
+    for other in (
+        replace(weight, spec=QuantSpec(4, 32, symmetric=True)),
+        replace(weight, spec=QuantSpec(5, 32)),
+        replace(weight, spec=QuantSpec(4, 64)),
+        replace(weight, grid=replace(weight.grid, qmax=14)),
+    ):
+        assert not same_codes(weight, other)
+    assert same_codes(weight, replace(weight, spec=replace(weight.spec, range="mse"))), "no checkpoint tells the search"
+
+
+def test_a_quantized_head_belongs_to_no_block():
+    """In a checkpoint of a part of the blocks: named as quantized, and in no list of the blocks' linears."""
+    layers = Layers(["model.layers.0.a", "lm_head"], ["model.layers.1.a"], "model.layers", 2)
+    content = Content(QuantSpec(4, 32, True), {"a": (64, 64)}, whole=False)
+    written = PACKED["gptq"].config(content, layers)
+    assert written["lm_head"] is True and written["dynamic"] == {r"-:model\.layers\.(1)\..*": {}}
+    assert written["modules_in_block_to_quantize"] == [["model.layers.0.a"]]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+def test_gptqs_config_tells_what_the_run_did(sequential, static, tmp_path):
+    config = demo_config(tmp_path, DEMO, true_sequential=sequential, options={"static_groups": static, "act_order": static},
+                         num_layers=1, save=tmp_path / "out", format="gptq_v2")  # fmt: skip
+    config = replace(config, method="gptq", eval_datasets=())
+    Session(config).run(config)
+    convert(tmp_path / "out", "gptq", tmp_path / "converted")
+    for name in ("out", "converted"):
+        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert (written["true_sequential"], written["static_groups"], written["desc_act"]) == (
+            sequential,
+            static,
+            False,
+        )
+
+
 def test_a_zero_point_of_zero_is_refused_by_version_one():
     weight = random_weight(32, 64, QuantSpec(4))
     weight.grid.zero[3, 0] = 0
@@ -246,6 +290,26 @@ def test_what_no_option_announced_is_refused_where_it_is_written():
                 PACKED[kind].encode(weight, asked)
 
 
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_block_of_another_run_is_refused_where_it_is_written(kind):
+    """Answers with legal hashes that are not what the manifest asked for."""
+    content = Content(QuantSpec(4, 32), {"layer": (64, 128)})
+    few = random_weight(64, 128, QuantSpec(4, 32))
+    for weight, said in (
+        (random_weight(64, 128, QuantSpec(4, 64)), "holds one grid, of group_size 32, and this linear has 64"),
+        (replace(few, grid=replace(few.grid, qmax=9)), "of largest code 15, and this linear has 9"),
+        (random_weight(64, 128, QuantSpec(4, 32, symmetric=True)), "of symmetric False, and this linear has True"),
+        (
+            random_weight(32, 128, QuantSpec(4, 32)),
+            r"a.layer has codes of .32, 128., but the model's linear is .64, 128.",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            list(write.packed_entries([("a.layer.weight", weight)], kind, content, torch.float16))
+    with pytest.raises(InputError, match="but the model's linear is None"):
+        list(write.packed_entries([("a.other.weight", few)], kind, content, torch.float16))
+
+
 def test_groups_that_do_not_divide_are_those_of_their_size():
     """96 inputs in groups of 64: 64 and 32, not twice 48."""
     assert plain_groups(96, 64).tolist() == [0] * 64 + [1] * 32
@@ -344,17 +408,23 @@ def perplexity(path, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def whole(tmp_path_factory):
+    """The demo model in float32: what is measured is then no matter of how written-out weights are rounded."""
+    return in_float32("llama", tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, whole):
     """A run of the demo model, saved as gptq_v2."""
     base = tmp_path_factory.mktemp("exported")
-    config = demo_config(base, DEMO, save=base / "saved", format="gptq_v2")
+    config = demo_config(base, whole, save=base / "saved", format="gptq_v2")
     results = Session(config).run(config)
     for kind in FORMATS:
         convert(base / "run", kind, base / f"as-{kind}")
     return base, results
 
 
-def test_every_format_measures_what_the_run_measured(exported):
+def test_every_format_measures_what_the_run_measured(exported, whole):
     base, results = exported
     expected = results["perplexity"]["text"]["quantized"]
     for kind in FORMATS:
@@ -362,7 +432,7 @@ def test_every_format_measures_what_the_run_measured(exported):
         assert found == expected, kind
         assert kind == "dequantized" or bits == pytest.approx(results["bits_per_weight"])
         for file in (base / f"as-{kind}").glob("*.json"):
-            assert str(DEMO.parent) not in file.read_text() and str(base) not in file.read_text(), file.name
+            assert str(whole.parent) not in file.read_text() and str(base) not in file.read_text(), file.name
 
 
 def test_conversions_lose_nothing(exported):
@@ -414,6 +484,43 @@ def edit_config(hashed=False, **changes):
         (path / "config.json").write_text(json.dumps(config))
         if not hashed:
             (path / "results.json").unlink()
+
+    return edit
+
+
+def model_entry(hashed=True, **changes):
+    """Change entries of config.json itself."""
+
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+        if not hashed:
+            (path / "results.json").unlink()
+
+    return edit
+
+
+def edit_group(**changes):
+    """Change entries of the only group of compressed-tensors' settings."""
+
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        config["quantization_config"]["config_groups"]["group_0"] |= changes
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "results.json").unlink()
+
+    return edit
+
+
+def second_group(**changes):
+    """Give one linear a group of settings of its own."""
+
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        groups = config["quantization_config"]["config_groups"]
+        groups["group_1"] = groups["group_0"] | {"targets": ["model.layers.0.mlp.up_proj"]} | changes
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "results.json").unlink()
 
     return edit
 
@@ -489,6 +596,27 @@ DAMAGE = {
     "bitplane, symmetric": (PLANES, edit_config(spec={"symmetric": True}), "and zero points, but config.json says .* symmetric"),
     "bitplane, version": (PLANES, edit_config(version=99), "bitplane of version 99 is not read, only version 1"),
     "bitplane, unknown entry": (PLANES, edit_config(spec={"colour": 1}), "does not fit config.json"),
+    "gptq, order": (GPTQ, edit_tensors("g_idx", lambda t: t.flip(0)), "says desc_act false, but g_idx is not in order"),
+    "gptq, method list": (GPTQ, edit_config(quant_method=["gptq"]), "quant_method .'gptq'. with format 'gptq_v2' are no names"),
+    "gptq, version list": (GPTQ, edit_config(**both(["gptq"])), "with format .'gptq'. are no names"),
+    "gptq, pattern": (GPTQ, edit_config(dynamic={"+:(": {"bits": 4}}), "'.' is no regular expression"),
+    "gptq, hashes": (GPTQ, broken("results.json", '{"files_sha256": []}'), "files_sha256 is no JSON object"),
+    "gptq, hashes of no file": (GPTQ, lambda p: (p / "quantize_config.json").unlink(), "quantize_config.json is missing, but"),
+    "gptq, epsilon": (GPTQ, model_entry(rms_norm_eps=1e-2), "config.json is not what was written"),
+    "gptq, fewer blocks": (GPTQ, model_entry(hashed=False, num_hidden_layers=2), "layers.2.* belongs to none of the 2 blocks"),
+    "plain, edited": ("dequantized", edit_tensors("up_proj.weight", lambda t: t + 1, hashed=True), "its hash differs"),
+    "plain, epsilon": ("dequantized", model_entry(rms_norm_eps=1e-2), "config.json is not what was written"),
+    "plain, fewer blocks": ("dequantized", model_entry(hashed=False, num_hidden_layers=2), "belongs to none of the 2 blocks"),
+    "ct, pattern": (CT, edit_group(targets=["re:("]), "'.' is no regular expression"),
+    "ct, transforms": (CT, edit_config(transform_config={"config_groups": {"R1": {}}}), "quantization_config.transform_config is set"),
+    "ct, keys": (CT, edit_config(kv_cache_scheme={"num_bits": 8}), "quantization_config.kv_cache_scheme is set"),
+    "ct, sparsity": (CT, edit_config(sparsity_config={"format": "sparse-24-bitmask"}), "quantization_config.sparsity_config is set"),
+    "ct, outputs": (CT, edit_group(output_activations={"num_bits": 8}), "config_groups.group_0.output_activations is set"),
+    "ct, two inputs": (CT, second_group(input_activations={"num_bits": 8}), "config_groups disagree on input_activations"),
+    "ct, inputs": (CT, edit_group(input_activations={"num_bits": 8, "strategy": "token", "dynamic": "local"}), "not integers per token"),
+    "ct, input bits": (CT, edit_group(input_activations={"num_bits": 99, "strategy": "token", "dynamic": True}), "of 99 bits"),
+    "bitplane, activation bits": (PLANES, edit_config(activations={"bits": "x"}), "are none that a run can have"),
+    "bitplane, activation method": (PLANES, edit_config(activations={"bits": 8, "method": "foo"}), "are none that a run can have"),
     "bitplane, activations": (PLANES, edit_config(activations={"bitz": 8}), "is not complete"),
 }  # fmt: skip
 
@@ -503,6 +631,55 @@ def test_damage_is_one_line(case, exported, tmp_path):
         for index in range(len(model.blocks)):
             model.block_weights(index, torch.device("cpu"))
     assert "\n" not in str(error.value)
+
+
+HARMLESS = {
+    "empty": edit_config(transform_config={}, kv_cache_scheme=None, sparsity_config={}),
+    "dense": edit_config(sparsity_config={"format": "dense", "global_sparsity": 0.1}),
+    "two groups alike": second_group(),
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_settings_that_change_nothing_are_read(case, exported, tmp_path):
+    path = damaged(exported[0], tmp_path, HARMLESS[case], CT)
+    read = QuantizedCheckpoint(path)
+    name = next(iter(read._weights))
+    assert same_codes(read.quantized(name), QuantizedCheckpoint(exported[0] / f"as-{CT}").quantized(name))
+
+
+def test_checkpoints_of_earlier_versions_are_read(exported, tmp_path):
+    """Their results.json has the hash of the quantization_config alone."""
+
+    def older(path):
+        results = json.loads((path / "results.json").read_text())
+        del results["config_sha256"]
+        (path / "results.json").write_text(json.dumps(results))
+
+    path = damaged(exported[0], tmp_path, older)
+    assert perplexity(path, tmp_path)[0] == exported[1]["perplexity"]["text"]["quantized"]
+    edit_config(hashed=True, group_size=64)(path)
+    with pytest.raises(InputError, match="quantization_config is not what was written"):
+        QuantizedCheckpoint(path)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_of_zeros_belong_to_no_block_and_do_no_harm(value, exported, tmp_path):
+    """As auto-gptq wrote them where a model has none; rotary frequencies are of older files of everybody."""
+    more = {"model.layers.0.self_attn.q_proj.bias": torch.full((128,), value),
+            "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(16)}  # fmt: skip
+
+    def edit(path):
+        file = path / "model.safetensors"
+        save_file(load_file(file) | more, file, {"format": "pt"})
+        (path / "results.json").unlink()
+
+    path = damaged(exported[0], tmp_path, edit)
+    if value:
+        with pytest.raises(InputError, match="layers.0.self_attn.q_proj.bias belongs to none of the 4 blocks"):
+            perplexity(path, tmp_path)
+    else:
+        assert perplexity(path, tmp_path)[0] == exported[1]["perplexity"]["text"]["quantized"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "results.json"])
@@ -665,9 +842,9 @@ def test_a_target_that_cannot_load_is_refused_before_work(tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
-def test_activation_quantizers_come_back(tmp_path):
+def test_activation_quantizers_come_back(tmp_path, whole):
     config = replace(
-        demo_config(tmp_path, DEMO, save=tmp_path / "w8a8", format="compressed-tensors"),
+        demo_config(tmp_path, whole, save=tmp_path / "w8a8", format="compressed-tensors"),
         wbits=8, group_size=-1, symmetric=True, act=ActSpec(8),
     )  # fmt: skip
     expected = Session(config).run(config)["perplexity"]["text"]["quantized"]
@@ -676,9 +853,9 @@ def test_activation_quantizers_come_back(tmp_path):
     assert checkpoint.act == ActSpec(8) and checkpoint.quantization["format"] == "int-quantized"
 
 
-def test_part_of_a_model(tmp_path):
+def test_part_of_a_model(tmp_path, whole):
     """Which linears are left alone is known after any chain of conversions."""
-    config = demo_config(tmp_path, DEMO, num_layers=2, save=tmp_path / "part", format="gptq_v2")
+    config = demo_config(tmp_path, whole, num_layers=2, save=tmp_path / "part", format="gptq_v2")
     expected = Session(config).run(config)["perplexity"]["text"]["quantized"]
     assert perplexity(tmp_path / "part", tmp_path)[0] == expected
 
@@ -720,3 +897,307 @@ def test_rows_without_outliers():
     weight = replace(weight, outliers=Outliers(torch.tensor([5, 40]), torch.tensor([1.0, -2.0]).half()))
 
     assert same_codes(weight, round_trip("bitplane", weight)[0])
+
+
+# FORMATS §3 (who accepts what) row by row, as (runtime, format, what of W4 sym g128 256x256 llama is otherwise, accepted).
+V1, V2, PLAIN = "gptq", "gptq_v2", "dequantized"
+
+
+def bits(n, symmetric=True, group=128):
+    return {"spec": QuantSpec(n, group, symmetric)}
+
+
+def dims(n_out, n_in, **more):
+    return {"shapes": {"a": (n_out, n_in)}, **more}
+
+
+def of(model_type):
+    return {"model_type": model_type}
+
+
+ACCEPTED = [
+    # AutoGPTQ 0.7.1, torch: 2, 3, 4, 8 bits, both, any group, outputs in 32s; a closed list of models; no v2; act-order
+    # and layers that are left alone are not for it
+    *(("auto-gptq", V1, bits(n, sym, group), True) for n in (2, 3, 4, 8) for sym in (True, False) for group in (-1, 48, 128)
+      if 256 % group == 0 or group == -1),
+    ("auto-gptq", V2, {}, False), ("auto-gptq", V1, bits(5), False), ("auto-gptq", V1, {"reordered": True}, False),
+    ("auto-gptq", V1, {"whole": False}, False), ("auto-gptq", CT, {}, False),
+    *(("auto-gptq", V1, of(name), True) for name in ("opt", "bloom", "falcon", "llama", "mistral", "qwen2", "")),
+    *(("auto-gptq", V1, of(name), False) for name in ("qwen3", "gemma2")),
+    # GPTQModel 7: groups of a list, or of as many columns as the inputs have; asymmetric v1 is refused
+    *(("gptqmodel", V2, bits(n, sym), True) for n in (2, 3, 4, 8) for sym in (True, False)),
+    *(("gptqmodel", kind, bits(4, True, group), True) for kind in (V1, V2) for group in (-1, 16, 32, 64, 128, 256)),
+    ("gptqmodel", V2, dims(96, 96, **bits(4, True, 96)), True), ("gptqmodel", V2, bits(4, True, 8), False),
+    ("gptqmodel", V2, {"shapes": {"a": (96, 96), "b": (96, 192)}, **bits(4, True, 96)}, False),
+    ("gptqmodel", V1, bits(4, False), False), ("gptqmodel", V1, {"whole": False}, True), ("gptqmodel", CT, {}, False),
+    # transformers with optimum: both versions, both symmetries; Falcon's own linear class is not replaced
+    *(("transformers", kind, bits(n, sym), True) for kind in (V1, V2) for n in (2, 3, 4, 8) for sym in (True, False)),
+    ("transformers", V1, dims(96, 96, **bits(4, True, 96)), True), ("transformers", V1, bits(4, True, 8), False),
+    ("transformers", V1, of("falcon"), False), ("transformers", CT, bits(5), True), ("transformers", CT, bits(1, False), True),
+    # vLLM after PR 38288: as Marlin, 4 and 8 bits, symmetric, v1
+    *(("vllm", V1, bits(n, True, group), True) for n in (4, 8) for group in (-1, 32, 64, 128)),
+    ("vllm", V1, bits(3), False), ("vllm", V1, bits(2), False), ("vllm", V1, bits(4, False), False), ("vllm", V2, {}, False),
+    ("vllm", V1, bits(4, True, 16), False), ("vllm", V1, dims(96, 256), False), ("vllm", V1, dims(64, 192, **bits(4, True, 64)), False),
+    ("vllm", CT, bits(3), True), ("vllm", CT, bits(4, False), True), ("vllm", CT, bits(3, False), True),
+    ("vllm", CT, {"act": ActSpec(8), **bits(8, True, -1)}, True), ("vllm", CT, {"act": ActSpec(8), **bits(8, False, -1)}, False),
+    # llama.cpp's converter: 2, 4, 8 bits, both, any group, both versions; 3 bits are not implemented; compressed-tensors in
+    # groups of any size only; it has no OPT
+    *(("llama.cpp", kind, bits(n, sym, group), True) for kind in (V1, V2) for n in (2, 4, 8) for sym in (True, False)
+      for group in (-1, 8, 128)),
+    ("llama.cpp", V1, bits(3), False), ("llama.cpp", V2, bits(3, False), False),
+    ("llama.cpp", CT, bits(4, True, 8), True), ("llama.cpp", CT, bits(4, True, 512), True), ("llama.cpp", CT, bits(4, True, -1), False),
+    ("llama.cpp", CT, bits(3), False),
+    *(("llama.cpp", kind, of("opt"), False) for kind in (V1, V2, CT, PLAIN)),
+    *(("llama.cpp", kind, of(name), True) for kind in (V1, PLAIN) for name in ("llama", "qwen3", "gemma2", "bloom")),
+    ("vllm", PLAIN, of("opt"), True), ("transformers", PLAIN, {"act": ActSpec(8)}, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ACCEPTED, ids=str)
+def test_every_row_of_who_accepts_what(row):
+    runtime, kind, changes, accepted = row
+    content = Content(
+        **({"spec": QuantSpec(4, 128, True), "shapes": {"a": (512, 512)}, "model_type": "llama"} | changes)
+    )
+    against = objections(runtime, kind, content)
+    assert (against == []) == accepted, against
+
+
+CODE = {
+    "configuration_own.py": "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'llama'\n",
+    "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+    "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+}
+AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+
+
+def test_classes_that_a_model_brings_come_along(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = tmp_path / "model"
+    shutil.copytree(DEMO, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+    for name, code in CODE.items():
+        (source / name).write_text(code)
+    asked = demo_config(tmp_path, source, trust_remote_code=True, save=tmp_path / "saved", format="gptq_v2")
+    Session(asked).run(asked)
+    for start, kind in (("run", "dequantized"), ("saved", "bitplane")):
+        convert(tmp_path / start, kind, tmp_path / f"{start}-{kind}", trust_remote_code=True)
+    for place in ("saved", "run-dequantized", "saved-bitplane"):
+        assert json.loads((tmp_path / place / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert {name: (tmp_path / place / name).read_text() for name in CODE} == CODE
+    evaluated = replace(asked, model=str(tmp_path / "saved"), wbits=16, save=None, format="dequantized",
+                        run_dir=tmp_path / "again")  # fmt: skip
+    session = Session(evaluated)
+    assert type(session.model.module).__name__ == "OwnModel"
+    assert session.run(evaluated)["perplexity"]["text"]["fp"] > 1
+
+
+def called(module, monkeypatch, capsys, *words):
+    """A command in this process: exit code, standard output, standard error."""
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["x.py", *map(str, words)])
+    code = guarded(module.main)
+    return code, *capsys.readouterr()
+
+
+QUICK = ["--eval-datasets", "demo", "--seqlen", 64, "--nsamples", 2, "--limit", 2, "--no-report"]
+
+
+def test_convert_as_a_process(exported, tmp_path):
+    """What a person types: a table of who loads it, the flags of this command in its messages, exit codes."""
+
+    def convert_command(*words):
+        command = [sys.executable, "-m", "quant.export", "convert", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    done = convert_command(exported[0] / "run", "--to", "compressed-tensors", "--out", tmp_path / "ct")
+    assert done.returncode == 0 and "transformers" in done.stdout and "MB" in done.stdout, done.stderr
+    assert perplexity(tmp_path / "ct", tmp_path)[0] == exported[1]["perplexity"]["text"]["quantized"]
+    again = convert_command(tmp_path / "ct", "--to", "gptq_v2", "--out", tmp_path / "ct")
+    assert (
+        again.returncode == 2
+        and again.stderr == f"error: {tmp_path / 'ct'} is where the weights come from; use another directory\n"
+    )
+    full = convert_command(exported[0] / "run", "--to", "gptq_v2", "--out", tmp_path / "ct")
+    assert full.returncode == 2 and "is not empty; use another directory or --overwrite" in full.stderr
+    online = damaged(exported[0], tmp_path, add_to_blocks(ONLINE), "bitplane")
+    refused = convert_command(online, "--to", "gptq", "--out", tmp_path / "x")
+    assert refused.returncode == 2 and "cannot hold matrices behind norms: use --to bitplane" in refused.stderr
+    for found in (again, full, refused):
+        assert not any(flag in found.stderr for flag in ("--save", "--format", "Traceback")), found.stderr
+
+
+def test_a_plan_shows_who_loads_it_and_refuses_for_a_target(monkeypatch, capsys):
+    asked = ["--model", DEMO, "--dataset", "demo", "--wbits", 4, "--group-size", 32, *QUICK, "--dry-run"]
+    code, out, _ = called(model_quantizer, monkeypatch, capsys, *asked, "--sym", "--format", "gptq")
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip().startswith(RUNTIMES)}
+    assert code == 0 and {"transformers", "vllm", "llama.cpp", "auto-gptq"} <= rows.keys()
+    assert " yes " in rows["transformers"] and " yes " in rows["auto-gptq"]
+    code, _, err = called(model_quantizer, monkeypatch, capsys, *asked, "--format", "gptq", "--target", "vllm")
+    assert (
+        code == 2
+        and "--target vllm: with --format gptq, it takes symmetric grids only" in err
+        and "Traceback" not in err
+    )
+    for flags, expected in (([], "gptq_v2"), (["--sym"], "gptq"), (["--outlier", 0.01], "bitplane")):
+        code, out, _ = called(model_quantizer, monkeypatch, capsys, *asked, *flags, "--real_quant")
+        assert code == 0 and f"will a {expected} checkpoint of this load?" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [((), "gptq_v2"), (("--sym",), "gptq"), (("--outlier", 0.01), "bitplane")]
+)
+def test_real_quant_saves_packed(flags, expected, monkeypatch, capsys, tmp_path):
+    """model_quantizer.py, as its help says."""
+    words = ["--model", DEMO, "--dataset", "demo", "--wbits", 4, "--group-size", 32, "--num-iter", 2, *QUICK, *flags,
+             "--cache-dir", tmp_path / "cache", "--run-dir", tmp_path / "run", "--real_quant", "--save", tmp_path / "out"]  # fmt: skip
+    code, _, err = called(model_quantizer, monkeypatch, capsys, *words)
+    assert code == 0, err
+    assert QuantizedCheckpoint(tmp_path / "out").format.name == expected
+    assert model_quantizer.config_from([*map(str, words), "--format", "dequantized"]).format == "dequantized"
+    assert model_quantizer.config_from([*map(str, words), "--wbits", "16"]).format == "dequantized"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("--wbits 4 --symmetric", "gptq"), ("--wbits 4", "gptq_v2"), ("--wbits 3 --solver spqr", "bitplane"),
+     ("--wbits 4 --abits 8", "bitplane")],
+)  # fmt: skip
+def test_real_quant_of_learned_methods_saves_packed(flags, expected, model_dir, text, monkeypatch, capsys, tmp_path):
+    words = ["--model", model_dir("llama"), "--calib_dataset", text, "--eval_ppl", "--eval-datasets", text, "--seqlen", 32,
+             "--nsamples", 4, "--limit", 4, "--epochs", 0, "--no-report", *flags.split(), "--cache-dir", tmp_path / "cache",
+             "--run-dir", tmp_path / "run", "--real_quant", "--save_dir", tmp_path / "out"]  # fmt: skip
+    code, _, err = called(main_command, monkeypatch, capsys, *words)
+    assert code == 0, err
+    assert QuantizedCheckpoint(tmp_path / "out").format.name == expected
+    results = json.loads((tmp_path / "run/results.json").read_text())["perplexity"]["words"]["quantized"]
+    assert read_back(tmp_path / "out", text, tmp_path) == pytest.approx(results, rel=1e-5)
+    code, _, err = called(
+        main_command, monkeypatch, capsys, *words, "--limit", 2, "--overwrite", "--save_dir", DEMO.parent
+    )
+    assert code == 2 and "holds no checkpoint" in err and "--save " not in err
+
+
+def read_back(path, text, tmp_path, **more):
+    config = RunConfig(model=str(path), eval_datasets=(str(text),), seqlen=32, limit=4, cache_dir=tmp_path / "cache",
+                       run_dir=tmp_path / f"eval-{path.name}", **more)  # fmt: skip
+    return Session(config).run(config)["perplexity"]["words"]["fp"]
+
+
+LEARNED = {
+    "folded": ("--let --lwc --wbits 4 --abits 16", ("gptq_v2", "compressed-tensors", "bitplane", "dequantized")),
+    "matrix": (
+        "--let --lwc --use_matrix --wbits 4 --abits 16",
+        ("gptq_v2", "compressed-tensors", "bitplane", "dequantized"),
+    ),
+    "matrix behind norms": ("--let --use_matrix --use_ln_matrix --wbits 4 --abits 16", ("bitplane",)),
+}
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_learned_models_are_what_was_measured_in_every_format(case, model_dir, text, tmp_path):
+    flags, kinds = LEARNED[case]
+    words = ["--model", model_dir("llama"), "--calib_dataset", text, "--eval_ppl", "--eval-datasets", text, "--seqlen", 32,
+             "--nsamples", 4, "--limit", 4, "--epochs", 2, *flags.split(), "--cache-dir", tmp_path / "cache",
+             "--run-dir", tmp_path / "run"]  # fmt: skip
+    config = main_command.config_from(list(map(str, words)))
+    results = Session(config).run(config)["perplexity"]["words"]
+    assert results["quantized"] != results["fp"]
+    for kind in kinds:
+        convert(tmp_path / "run", kind, tmp_path / kind)
+        assert read_back(tmp_path / kind, text, tmp_path) == pytest.approx(results["quantized"], rel=1e-6), kind
+    for kind in set(FORMATS) - {*kinds, "gptq"}:
+        with pytest.raises(InputError, match="use --format bitplane"):
+            convert(tmp_path / "run", kind, tmp_path / kind)
+
+
+def foreign_words(codes, bits):
+    """Codes [rows, n] in int32 words along the row, first code lowest, by numpy: dense, for widths that divide a word."""
+    per = 32 // bits
+    padded = np.pad(codes.numpy().astype(np.uint64), ((0, 0), (0, -codes.shape[1] % per)))
+    shifts = (np.arange(per) * bits).astype(np.uint64)
+    words = (padded.reshape(len(padded), -1, per) << shifts).sum(-1).astype(np.uint32)
+    return torch.from_numpy(words.view(np.int32))
+
+
+def foreign_args(bits, symmetric, group):
+    """Weight settings with every entry that llm-compressor writes."""
+    return {"actorder": None, "block_structure": None, "dynamic": False, "group_size": group, "num_bits": bits,
+            "observer": "memoryless_minmax", "observer_kwargs": {}, "scale_dtype": None, "strategy": "group" if group else "channel",
+            "symmetric": symmetric, "type": "int", "zp_dtype": None if symmetric else "torch.int8"}  # fmt: skip
+
+
+def foreign_checkpoint(path, reference, groups, ignore):
+    """A checkpoint of the demo model in llm-compressor's layout, and beside it what it stands for in float32.
+
+    groups: (targets, bits, symmetric, group) in order; the first whose pattern fits a linear counts.
+    """
+    for target in (path, reference):
+        shutil.copytree(DEMO, target, ignore=shutil.ignore_patterns("model.safetensors"))
+    packed, plain = {}, {}
+    for name, tensor in load_file(DEMO / "model.safetensors").items():
+        linear = name.removesuffix(".weight")
+        wanted = [
+            g for g in groups if any(re.match(t[3:], linear) if t.startswith("re:") else t == "Linear" for t in g[0])
+        ]
+        if ".layers." not in name or tensor.dim() != 2 or linear in ignore:
+            packed[name], plain[name] = tensor, tensor.float()
+            continue
+        _, bits, symmetric, group = wanted[0]
+        n_out, n_in = tensor.shape
+        w = tensor.float().view(n_out, -1, group or n_in)
+        top = 2 ** (bits - 1) - 1
+        if symmetric:
+            scale, zero = (w.abs().amax(-1) / (top + 0.5)).clamp(min=1e-4), torch.zeros(w.shape[:2])
+        else:
+            low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+            scale = ((high - low) / (2**bits - 1)).clamp(min=1e-4)
+            zero = (-top - 1 - low / scale).round().clamp(-top - 1, top)
+        scale = scale.half().float()
+        codes = ((w / scale[..., None]).round() + zero[..., None]).clamp(-top - 1, top)
+        plain[name] = ((codes - zero[..., None]) * scale[..., None]).view(n_out, n_in)
+        packed[f"{linear}.weight_packed"] = foreign_words(codes.view(n_out, n_in).long() + top + 1, bits)
+        packed[f"{linear}.weight_scale"] = scale.to(tensor.dtype)
+        packed[f"{linear}.weight_shape"] = torch.tensor([n_out, n_in])
+        if not symmetric:
+            packed[f"{linear}.weight_zero_point"] = foreign_words(zero.long().T + top + 1, bits).T.contiguous()
+    save_file(packed, path / "model.safetensors", {"format": "pt"})
+    save_file(plain, reference / "model.safetensors", {"format": "pt"})
+    config = json.loads((DEMO / "config.json").read_text())
+    (reference / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    settings = {
+        "config_groups": {
+            f"group_{i}": {"format": "pack-quantized", "input_activations": None, "output_activations": None,
+                           "targets": targets, "weights": foreign_args(bits, symmetric, group)}
+            for i, (targets, bits, symmetric, group) in enumerate(groups)
+        },
+        "format": "pack-quantized", "global_compression_ratio": None, "ignore": ["lm_head", *ignore], "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors", "quantization_status": "compressed", "sparsity_config": {},
+        "transform_config": {}, "version": "0.12.2",
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    (path / "recipe.yaml").write_text("default_stage: {}\n")
+
+
+FOREIGN = {
+    "W4A16": ([(["Linear"], 4, True, 32)], []),
+    "W4A16 asymmetric": ([(["Linear"], 4, False, 64)], []),
+    "W8A16 by rows": ([(["Linear"], 8, True, None)], []),
+    "mixed": ([(["re:.*down_proj$"], 8, False, None), (["re:.*(q|k|v|o|gate|up)_proj$"], 4, True, 32)],
+              ["model.layers.3.mlp.up_proj"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_checkpoints_in_the_layout_of_llm_compressor_are_read(case, tmp_path):
+    """Written by hand, without any of our writer: evaluated written out and packed as the weights it stands for."""
+    groups, ignore = FOREIGN[case]
+    foreign_checkpoint(tmp_path / "foreign", tmp_path / "plain", groups, ignore)
+    expected = perplexity(tmp_path / "plain", tmp_path)[0]
+    assert perplexity(tmp_path / "foreign", tmp_path)[0] == expected
+    config = replace(demo_config(tmp_path, tmp_path / "foreign"), wbits=16, packed=True, run_dir=tmp_path / "packed")
+    assert Session(config).run(config)["perplexity"]["text"]["fp"] == pytest.approx(expected, rel=1e-5)
+    if case != "mixed":
+        convert(tmp_path / "foreign", "bitplane", tmp_path / "planes")
+        assert perplexity(tmp_path / "planes", tmp_path)[0] == expected

@@ -1,17 +1,21 @@
 """Our checkpoints in transformers with compressed-tensors: the same perplexity and logits as in our evaluator."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from benchmarks import loaders
 from benchmarks.loaders import Case, reference_logits, request
 from quant.core.actquant import ActSpec
 from quant.core.run import Session
+from quant.core.types import QuantSpec
 from quant.export.convert import convert
-from quant.export.loadable import loadability
+from quant.export.formats import Content
+from quant.export.loadable import loadability, objections
 
 DEMO = Path(__file__).parents[2] / "models/demo"
 CT = "compressed-tensors"
@@ -58,3 +62,38 @@ def test_transformers_computes_what_we_compute(name, tmp_path):
     bound = ASYMMETRIC_INPUTS if case.act.active and not case.act.symmetric else DEQUANTIZED if more else SAME
     assert distance < bound, distance
     assert float(losses.double().mean().exp()) == pytest.approx(perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "refused", "said"),
+    [
+        ("opt", {"W8A8"}, ["same", "refused"]),
+        ("opt", set(), ["same", "NOT REFUSED"]),
+        ("llama", {"W4"}, ["same", "REFUSED"]),
+        ("llama", set(), ["same", "same"]),
+    ],
+)
+def test_refused_checkpoints_are_rows_of_the_table(family, refused, said, monkeypatch, tmp_path):
+    """By our rules, in the table of benchmarks/loaders.py: expected, missing, unexpected, none."""
+    cases = [Case(4, True, CT, "transformers"), Case(format=CT, how="transformers", act=ActSpec(8), **W8A8)]
+
+    def made(family, case, base):
+        return replace(case, how=loaders.REFUSED if case.kind in refused else case.how), base / case.name
+
+    monkeypatch.setattr(loaders, "prepared", made)
+    monkeypatch.setattr(loaders, "ours", lambda *given: (2.0, None, None))
+    monkeypatch.setattr(loaders, "ask", lambda *given: "")
+    monkeypatch.setattr(loaders, "compared", lambda *given: {"ours": 2.0, "theirs": 2.0, "logits": 0.0, "said": "same"})
+    rows = loaders.of_family("python", family, cases, tmp_path)
+    assert sorted(row["said"] for _, row in rows) == sorted(said)
+    for _, row in rows:
+        assert loaders.shown(row).startswith("- | - | - | ") == (row["said"] in ("refused", "REFUSED"))
+
+
+def test_refusals_that_the_table_expects_are_those_of_the_rules():
+    for family in loaders.FAMILIES:
+        for case in loaders.EVERY_FAMILY:
+            spec = QuantSpec(case.bits, case.group, case.symmetric)
+            content = Content(spec, {"a": (128, 128)}, case.act, model_type=family)
+            takes = not objections("transformers", case.format, content) or case.format == "gptq"
+            assert takes != (case.kind in loaders.EXPECTED_REFUSED.get(family, ())), (family, case)

@@ -129,6 +129,42 @@ def test_outliers_are_added(columns, layout):
         check(replace(weight, outliers=Outliers(index, value, columns)), tokens)
 
 
+OUTLIER_MEMORY = """
+import resource, torch
+from quant.kernels.packed import SparseRows
+n, tokens = 2048, 1024
+index = torch.randperm(n * n, generator=torch.Generator().manual_seed(0))[: n * n // 100].sort().values
+rows = torch.nn.functional.pad(torch.bincount(index // n, minlength=n).cumsum(0), (1, 0)).int()
+sparse, x = SparseRows(rows, (index % n).short(), torch.ones(index.numel()).half()), torch.randn(tokens, n)
+sparse.matmul(x[:1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+y = sparse.matmul(x)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - y.nbytes)
+"""
+
+
+def test_memory_of_products_with_outliers_does_not_grow_with_the_tokens():
+    """1% of a 2048x2048 weight and 1024 tokens: 172 MB for one copy of all products."""
+    command = [sys.executable, "-c", OUTLIER_MEMORY]
+    found = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=ROOT
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert int(found.stdout) < 3 * packed.PRODUCTS
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7, 8])
+def test_products_with_outliers_are_the_same_in_stretches(tokens, monkeypatch):
+    index = torch.tensor([0, 5, 64 * 7 + 3, 64 * 7 + 9, 16 * 64 - 1])
+    sparse = packed._pack_outliers(Outliers(index, torch.randn(5).half()), 16, 64)
+    x = torch.randn(tokens, 64)
+    whole = sparse.matmul(x)
+    for bytes_held in (1, 4 * 5 * 3):  # one token at a time, three
+        monkeypatch.setattr(packed, "PRODUCTS", bytes_held)
+        assert torch.equal(sparse.matmul(x), whole)
+    assert distance(whole, x.double() @ sparse.add_to(torch.zeros(16, 64)).double().T) < 1e-6
+
+
 def test_outliers_behind_column_32767_keep_their_places():
     weight = random_weight(2, 65536, QuantSpec(1))
     weight = replace(

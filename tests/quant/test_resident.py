@@ -1,10 +1,11 @@
 """Packed models: the evaluator's numbers, whole models in memory, text."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quant import generate as command
@@ -14,6 +15,8 @@ from quant.core.errors import InputError
 from quant.core.journal import RunDirectory
 from quant.core.resident import load_resident, open_quantized, open_run
 from quant.core.run import Session
+from quant.export.convert import convert
+from quant.export.read import QuantizedCheckpoint
 from quant.kernels.packed import PackedLinear
 
 CPU = torch.device("cpu")
@@ -21,8 +24,8 @@ CPU = torch.device("cpu")
 
 def run_of(path, text, tmp_path, name="run", **changes):
     config = RunConfig(
-        model=str(path), dataset=str(text), eval_datasets=(str(text),), nsamples=4, seqlen=32, limit=6, method="rtn",
-        cache_dir=tmp_path / "cache", run_dir=tmp_path / name, **({"wbits": 4} | changes),
+        model=str(path), nsamples=4, limit=6, method="rtn", cache_dir=tmp_path / "cache", run_dir=tmp_path / name,
+        **({"wbits": 4, "dataset": str(text), "eval_datasets": (str(text),), "seqlen": 32} | changes),
     )  # fmt: skip
     return config, Session(config).run(config)
 
@@ -56,6 +59,49 @@ def test_a_packed_checkpoint_is_evaluated_packed(model_dir, text, tmp_path):
     (name,) = results["perplexity"]
     assert found["perplexity"][name]["fp"] == pytest.approx(results["perplexity"][name]["quantized"], rel=2e-5)
     assert found["packed_bytes"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
+    """A packed checkpoint is code times scale, written out in float32 or packed; a dequantized one is rounded to its
+    dtype, and so is the model of a run that is evaluated written out."""
+    source, model = command.Path(__file__).parents[2] / "models/demo/llama", tmp_path / "model"
+    shutil.copytree(source, model)
+    tensors = {n: t.float().to(getattr(torch, dtype)) for n, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    described = json.loads((source / "config.json").read_text()) | {"dtype": dtype}
+    (model / "config.json").write_text(json.dumps(described))
+    asked = {
+        "wbits": 3,
+        "group_size": 32,
+        "symmetric": True,
+        "dataset": "demo",
+        "eval_datasets": ("demo",),
+        "seqlen": 64,
+    }
+    config, plain = run_of(model, text, tmp_path, "plain", save=tmp_path / "saved", **asked)
+    _, packed = run_of(model, text, tmp_path, "packed", packed=True, **asked)
+    formats = ("gptq", "compressed-tensors", "bitplane")
+    for kind in formats:
+        convert(config.run_dir, kind, tmp_path / kind)
+    found = {}
+    for kind, keep in [("saved", False), *((kind, keep) for kind in formats for keep in (False, True))]:
+        base = RunConfig(model=str(tmp_path / kind), eval_datasets=("demo",), seqlen=64, limit=6, packed=keep,
+                         cache_dir=tmp_path / "cache", run_dir=tmp_path / f"eval-{kind}-{keep}")  # fmt: skip
+        found[kind, keep] = Session(base).run(base)["perplexity"]["demo"]["fp"]
+    written_out, exact = (r["perplexity"]["demo"]["quantized"] for r in (plain, packed))
+    assert found["saved", False] == written_out
+    assert {found[kind, False] for kind in formats} == {found["gptq", False]}, "one set of codes, one number"
+    assert all(value == pytest.approx(exact, rel=2e-6) for (kind, _), value in found.items() if kind != "saved")
+    assert abs(written_out / exact - 1) > 2e-6
+    model_again = QuantizedCheckpoint(tmp_path / "bitplane")
+    name = next(n for n in model_again.names() if n.endswith("up_proj.weight"))
+    assert model_again.read(name).dtype == torch.float32 and str(model_again.stored(name).dtype) == f"torch.{dtype}"
+    base = RunConfig(model=str(tmp_path / "bitplane"), eval_datasets=(), seqlen=64, run_dir=tmp_path / "again",
+                     cache_dir=tmp_path / "cache", save=tmp_path / "plain-again")  # fmt: skip
+    Session(base).run(base)
+    first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("saved", "plain-again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first), "in its dtype again"
 
 
 @pytest.mark.parametrize("family", FORMS)
