@@ -222,7 +222,7 @@ def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_pat
         ("--lwc --bit-balance on --wbits 8", "--bit-balance on: give --wbits 1 to 7"),
         ("--lwc --group_size 7 --dry-run", "does not divide"),
         ("--let --use_matrix --let-seams norm --dry-run", "--use_matrix needs seams between heads"),
-        ("--lwc --wbits 5 --format gptq --dry-run", "--format gptq"),
+        ("--lwc --wbits 5 --format gptq --dry-run", "format gptq: "),
         ("--lwc --wbits 4 --target gptqmodel --dry-run", "--target gptqmodel"),
     ],
 )
@@ -294,18 +294,19 @@ def test_a_start_that_is_no_run_or_is_damaged_is_named(command, small, tmp_path)
     whole = manifest.read_text()
     for content, says in (
         ("{}", "manifest.json is not of a run of this version (no 'configuration')"),
-        ("[]", "manifest.json is not of a run of this version"),
+        ("[]", "holds no JSON object"),
         ('{"configuration": {"model_sha256": "0"}}', "manifest.json is not of a run of this version"),
-        ("{", "manifest.json is damaged"),
+        ("{", "is damaged; delete"),
     ):
         manifest.write_text(content)
         code, _, err = command(*again)
-        assert code == 2 and err.startswith(f"error: --resume {learned}: {says}") and "--overwrite" not in err
+        assert code == 2 and len(err.splitlines()) == 1 and str(learned) in err and says in err
+        assert "--overwrite" not in err, "it would be the flag of the new run"
     manifest.write_text(whole)
     block = learned / "blocks" / "00002.safetensors"
     block.write_bytes(block.read_bytes()[:-8])
     code, _, err = command(*again)
-    assert code == 2 and f"--resume {learned}: 00002.safetensors is damaged" in err and "--overwrite" not in err
+    assert code == 2 and f"{block} is damaged" in err and "--overwrite" not in err
     assert not (tmp_path / "next").exists()
 
 

@@ -462,7 +462,7 @@ def test_overwrite_saves_again(model_dir, text, tmp_path):
 @pytest.mark.parametrize("kind", ["gptq", "compressed-tensors", "bitplane"])
 def test_a_packed_format_of_nothing_quantized_is_refused_before_work(kind, model_dir, text, tmp_path):
     config = config_for(model_dir("llama"), text, tmp_path, wbits=16, options={}, save=tmp_path / "saved", format=kind)
-    with pytest.raises(InputError, match=f"{kind} holds quantized weights, .*: use --format dequantized"):
+    with pytest.raises(InputError, match=f"{kind} holds quantized weights, .*: use format dequantized"):
         run(config)
     assert not (tmp_path / "run").exists()
     run(replace(config, format="dequantized"))
@@ -491,15 +491,13 @@ def test_a_late_refusal_loses_no_scores(model_dir, text, tmp_path):
     config = config_for(model, text, tmp_path, wbits=4, symmetric=True, method="rtn", options={}, format="gptq",
                         save=tmp_path / "saved")  # fmt: skip
     other = replace(config, method="gptq", run_dir=tmp_path / "other", save=tmp_path / "other-saved")
-    with pytest.raises(
-        RunError, match=r"layers.1.mlp.up_proj: gptq .* cannot hold these exactly: use --format bitplane"
-    ):
+    with pytest.raises(RunError, match=r"layers.1.mlp.up_proj: gptq .* cannot hold these exactly: use format bitplane"):
         Session(config).run_all([config, other])
     assert not (tmp_path / "saved").exists() and not list(tmp_path.glob(".*"))
     for place in ("run", "other"):
         found = json.loads((tmp_path / place / "results.json").read_text())
         assert found["perplexity"]["words"]["quantized"] > 1 and found["checkpoint_bytes"] == 0
-    with pytest.raises(InputError, match="use --format bitplane"):
+    with pytest.raises(InputError, match="use format bitplane"):
         convert(tmp_path / "run", "gptq", tmp_path / "converted")
     convert(tmp_path / "run", "bitplane", tmp_path / "converted")
     results = run(replace(config, format="bitplane"))
@@ -519,7 +517,7 @@ def test_a_format_that_was_chosen_falls_back(model_dir, text, tmp_path, caplog):
     assert in_packed_format(replace(config, target="gptqmodel")).fallback is None, "the target may not load that"
     assert RunConfig.from_json(config.to_json()) == config
     run(config)
-    assert "cannot hold these exactly: use --format bitplane; saved as bitplane" in caplog.text
+    assert "cannot hold these exactly: use format bitplane; saved as bitplane" in caplog.text
     assert QuantizedCheckpoint(tmp_path / "saved").format.name == "bitplane"
     stamp = (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns
     run(config)

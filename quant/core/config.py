@@ -29,8 +29,9 @@ class RunConfig:
 
     method names the run; solver, where it is not the method itself, rounds. learning, act: see `Recipe`. resume: a run
     directory whose learned parameters are the start. format: of the checkpoint in ``save``; fallback: the format to
-    save in where an answer turns out not to fit the first (None: that is a failure); target: the software that is to load it. packed: evaluate with packed weights, as they would be used. act_scales, act_shifts: files of generate_act_scale_shift.py. deterministic: on CUDA, only deterministic
-    algorithms.
+    save in where an answer turns out not to fit the first (None: that is a failure); target: the software that is to
+    load it. packed: evaluate with packed weights, as they would be used. act_scales, act_shifts: files of
+    generate_act_scale_shift.py. deterministic: on CUDA, only deterministic algorithms.
     """
 
     model: str
@@ -112,14 +113,26 @@ class RunConfig:
         return self.wbits != FULL_BITS or self.act.active or self.learning is not None
 
 
-def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int, model_type: str) -> Content:
-    """What a checkpoint of a configuration has to hold, before work begins."""
-    options, spec = config.options, None
-    if config.wbits != FULL_BITS:
+def spec_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec | None:
+    """The grid asked for; None where weights stay. Raises InputError for none that there is, or that does not fit a linear."""
+    if config.wbits == FULL_BITS:
+        return None
+    where = "the grid"
+    try:
         spec = QuantSpec(config.wbits, config.group_size, config.symmetric, config.range, config.levels)
+        for where, (_, n_in) in shapes.items():  # noqa: B007
+            spec.n_groups(n_in)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+    return spec
+
+
+def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int, model_type: str) -> Content:
+    """What a checkpoint of a configuration has to hold, before work begins. Raises InputError where `spec_of` does."""
+    options = config.options
     ordered = options.get("static_groups") or options.get("group_aware") or config.group_size == -1
     return Content(
-        spec,
+        spec_of(config, shapes),
         shapes,
         config.act,
         reordered=bool(options.get("act_order")) and not ordered,
@@ -136,7 +149,7 @@ def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_block
 def check_format(config: RunConfig, content: Content) -> None:
     """Raise InputError where the format cannot hold the content, or the target does not take it in that format."""
     if against := refusal(config.format, content):
-        raise InputError(f"--format {config.format}: {against}")
+        raise InputError(f"format {config.format}: {against}")
     if config.target is not None and (found := objections(config.target, config.format, content)):
         near = nearest(config.target, config.format, content)
         hint = f"; it takes {near}" if near else ""

@@ -105,9 +105,9 @@ class RunDirectory:
         try:
             content: Any = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is damaged; delete {self.path} or use --overwrite") from error
+            raise InputError(f"{path} is damaged; delete {self.path} and run its command again") from error
         if not isinstance(content, dict):
-            raise InputError(f"{path} holds no JSON object; delete {self.path} or use --overwrite")
+            raise InputError(f"{path} holds no JSON object; delete {self.path} and run its command again")
         return content
 
     def block_file(self, index: int) -> Path:
@@ -211,7 +211,7 @@ class RunDirectory:
             raise InputError(f"{path} is missing; the command of the run solves it again") from error
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{path} is damaged ({error}); delete it and the later blocks, or use --overwrite"
+                f"{path} is damaged ({error}); delete it and the later blocks, and run the command of that run again"
             ) from error
 
 

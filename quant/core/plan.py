@@ -52,10 +52,9 @@ from models.load import build_meta, load_config
 from quant.core import machine
 from quant.core.cli import loadability_table
 from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of
-from quant.core.errors import InputError
 from quant.core.registry import get_solver
 from quant.core.stats import BLOCK, LayerStats
-from quant.core.transforms import check_seams_of
+from quant.core.transforms import check_seams
 from quant.core.types import QuantSpec
 from quant.export import DEQUANTIZED
 from quant.export.formats import Content
@@ -270,16 +269,8 @@ def _checked(configs: Sequence[RunConfig], shapes: Shapes, model_config: Any) ->
     found = []
     for config in (c for c in configs if c.quantizes):
         if config.learning is not None:
-            check_seams_of(family_of(model_config.model_type), model_config, config.learning.transform)
-        where = "the grid"
-        try:
-            content = content_of(config, named, shapes.n_blocks, model_config.model_type)
-            for name, (_, n_in) in named.items():
-                where = name
-                if content.spec is not None:
-                    content.spec.n_groups(n_in)
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from error
+            check_seams(family_of(model_config.model_type), model_config, config.learning.transform)
+        content = content_of(config, named, shapes.n_blocks, model_config.model_type)
         if config.save is not None or config.target is not None or config.format != DEQUANTIZED:
             check_format(config, content)
         found.append((config.format, content))

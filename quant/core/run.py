@@ -20,7 +20,7 @@ from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from models.load import LazyModel, Weights, load_model, load_tokenizer
 from quant.core import machine
 from quant.core.actquant import ActSpec, Deployed
-from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of
+from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of, spec_of
 from quant.core.errors import InputError, RunError
 from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
 from quant.core.learn import LearnedBlock, learn_block
@@ -31,7 +31,7 @@ from quant.core.seams import ONLINE
 from quant.core.starts import check_ranges, configuration_sha256, input_ranges, resumed
 from quant.core.stream import BlockStream
 from quant.core.transforms import check_seams
-from quant.core.types import QuantizedWeight, QuantSpec
+from quant.core.types import QuantizedWeight
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
 from quant.export.formats import Content
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
@@ -157,18 +157,9 @@ class Session:
 
     def recipe(self, config: RunConfig) -> Recipe:
         """The recipe of a configuration, checked against the model's shapes."""
-        where, spec = "the grid", None
         if config.learning is not None:
-            check_seams(self.model, config.learning.transform)
-        try:
-            if config.wbits != FULL_BITS:
-                spec = QuantSpec(config.wbits, config.group_size, config.symmetric, config.range, config.levels)
-            for name, (_, n_in) in self.model.linear_shapes().items():
-                where = name
-                if spec is not None:
-                    spec.n_groups(n_in)
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from error
+            check_seams(self.model.family, self.model.config, config.learning.transform)
+        spec = spec_of(config, self.model.linear_shapes())
         recipe = Recipe(
             config.method,
             get_solver(config.solver or config.method),

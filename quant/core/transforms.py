@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.family import HeadLayout, ModelFamily, Seam
-from models.load import LazyModel, Weights
+from models.load import Weights
 from quant.core.errors import InputError
 from quant.core.seams import Affine, apply_seam
 
@@ -206,13 +206,8 @@ def dominance(matrix: Tensor) -> Tensor:
     return 2 - size.sum(-1) / diagonal.clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
-def check_seams(model: LazyModel, spec: TransformSpec) -> None:
+def check_seams(family: ModelFamily, config: Any, spec: TransformSpec) -> None:
     """Raise InputError where seams are asked for that the model's architecture does not have."""
-    check_seams_of(model.family, model.config, spec)
-
-
-def check_seams_of(family: ModelFamily, config: Any, spec: TransformSpec) -> None:
-    """`check_seams` from a configuration alone, for plans."""
     if not spec.let:
         return
     reason, kinds = family.no_norm_seams(config), sorted(spec.kinds)

@@ -16,7 +16,6 @@ EXAMPLES = """examples:
 def main() -> None:
     """Parse, convert, say who loads it."""
     from quant.core import cli
-    from quant.core.errors import InputError
     from quant.export import FORMATS
     from quant.export.convert import convert
     from quant.export.loadable import loadability
@@ -31,10 +30,7 @@ def main() -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="of a checkpoint that brings its own classes")
     args = parser.parse_args()
     cli.set_logging("warning")
-    try:
-        content = convert(args.source, args.to, args.out, args.overwrite, args.trust_remote_code)
-    except InputError as error:
-        raise InputError(str(error).replace("--format", "--to")) from error  # as the flag is called here
+    content = convert(args.source, args.to, args.out, args.overwrite, args.trust_remote_code)
     console = cli.console()
     console.print(cli.loadability_table(args.to, loadability(args.to, content)))
     size = sum(file.stat().st_size for file in args.out.iterdir())

@@ -37,7 +37,7 @@ class Bitplane:
     def refuses(self, content: Content) -> str | None:
         """What is not quantized at all, and groups of others that do not divide the inputs."""
         if content.spec is None:
-            return f"{self.name} holds quantized weights, and these stay in full precision: use --format dequantized"
+            return f"{self.name} holds quantized weights, and these stay in full precision: use format dequantized"
         return uneven_groups(content, self.name)
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:

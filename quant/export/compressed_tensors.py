@@ -43,20 +43,18 @@ class CompressedTensors:
     def refuses(self, content: Content) -> str | None:
         """Sparse parts, act-order, activations other than W8A8."""
         if content.spec is None:
-            return f"{self.name} holds quantized weights, and these stay in full precision: use --format dequantized"
+            return f"{self.name} holds quantized weights, and these stay in full precision: use format dequantized"
         if content.outliers or content.online:
             what = "sparse outliers" if content.outliers else "matrices behind norms"
-            return f"{self.name} cannot hold {what}: use --format bitplane"
+            return f"{self.name} cannot hold {what}: use format bitplane"
         if content.reordered:
-            return (
-                f"{self.name} cannot hold groups in act-order: use --format gptq, or --group-aware or --static-groups"
-            )
+            return f"{self.name} cannot hold groups in act-order: use format gptq, or --group-aware or --static-groups"
         if uneven := uneven_groups(content, self.name):
             return uneven
         if content.act.active and not _is_w8a8(content):
             return (
                 f"{self.name} holds activations of 8 bits per token with symmetric 8-bit weights per row only, and no "
-                "quantized queries, keys and values: use --kvbits 16, or --format bitplane"
+                "quantized queries, keys and values: use --kvbits 16, or format bitplane"
             )
         return None
 
@@ -65,7 +63,7 @@ class CompressedTensors:
         bits, scale = content.bits, half_scales(weight, self.name)
         check_encodable(weight, content, self.name)
         if not in_order(weight):
-            raise InputError(f"{self.name} cannot hold groups in act-order: use --format bitplane")
+            raise InputError(f"{self.name} cannot hold groups in act-order: use format bitplane")
         if content.act.active:
             return {"weight": (weight.codes.to(torch.int16) - 128).to(torch.int8), "weight_scale": scale}
         tensors = {

@@ -102,7 +102,7 @@ def uneven_groups(content: Content, name: str) -> str | None:
     group = content.spec.group_size
     for linear, (_, n_in) in content.shapes.items():
         if group > 0 and n_in % group:
-            return f"{name} needs groups that divide the inputs, {linear} has {n_in}: use --format gptq_v2"
+            return f"{name} needs groups that divide the inputs, {linear} has {n_in}: use format gptq_v2"
     return None
 
 
@@ -111,7 +111,7 @@ def check_encodable(weight: QuantizedWeight, content: Content, name: str) -> Non
     solver did not tell before work began.
     """
     if weight.outliers is not None:
-        raise InputError(f"{name} cannot hold sparse outliers: use --format bitplane")
+        raise InputError(f"{name} cannot hold sparse outliers: use format bitplane")
     check_grid(weight, content, name)
 
 
@@ -150,7 +150,7 @@ def matches(pattern: str, name: str) -> bool:
 def half_scales(weight: QuantizedWeight, name: str) -> Tensor:
     """The scales in float16. Raises InputError where that would round them."""
     if weight.grid.scale_bits != 16:
-        raise InputError(f"{name} stores scales in float16 and cannot hold these exactly: use --format bitplane")
+        raise InputError(f"{name} stores scales in float16 and cannot hold these exactly: use format bitplane")
     return weight.grid.scale.half()
 
 

@@ -44,17 +44,17 @@ class Gptq:
     def refuses(self, content: Content) -> str | None:
         """Bits, shapes, sparse parts, activations."""
         if content.spec is None:
-            return f"{self.name} holds quantized weights, and these stay in full precision: use --format dequantized"
+            return f"{self.name} holds quantized weights, and these stay in full precision: use format dequantized"
         if content.outliers or content.online:
             what = "sparse outliers" if content.outliers else "matrices behind norms"
-            return f"{self.name} cannot hold {what}: use --format bitplane"
+            return f"{self.name} cannot hold {what}: use format bitplane"
         if content.act.active:
-            return f"{self.name} is weight-only and cannot hold activation quantization: use --format bitplane"
+            return f"{self.name} is weight-only and cannot hold activation quantization: use format bitplane"
         if content.bits not in BITS:
-            return f"{self.name} holds 2, 3, 4 or 8 bits, not {content.bits}: use --format compressed-tensors"
+            return f"{self.name} holds 2, 3, 4 or 8 bits, not {content.bits}: use format compressed-tensors"
         for name, shape in content.shapes.items():
             if any(n % MULTIPLE for n in shape):
-                return f"{self.name} needs inputs and outputs in multiples of {MULTIPLE}, {name} is {shape[0]}x{shape[1]}: use --format compressed-tensors"
+                return f"{self.name} needs inputs and outputs in multiples of {MULTIPLE}, {name} is {shape[0]}x{shape[1]}: use format compressed-tensors"
         return None
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
@@ -62,9 +62,9 @@ class Gptq:
         bits, zero = content.bits, weight.grid.zero
         check_encodable(weight, content, self.name)
         if not content.reordered and not in_order(weight):
-            raise InputError(f"{self.name} was to hold columns in order, and these are not: use --format bitplane")
+            raise InputError(f"{self.name} was to hold columns in order, and these are not: use format bitplane")
         if self.offset and bool((zero < self.offset).any()):
-            raise InputError("gptq stores zero points less one and cannot hold 0: use --format gptq_v2")
+            raise InputError("gptq stores zero points less one and cannot hold 0: use format gptq_v2")
         return {
             "qweight": pack(weight.codes, bits).t().contiguous(),
             "qzeros": pack((zero - self.offset).t(), bits),

@@ -1,15 +1,13 @@
-"""Checkpoint formats: what is written is what the solver said, what is read back is the same, and what cannot be held
-is refused before work begins."""
+"""Checkpoints: they measure what their run measured, conversions lose nothing, damage and what changes a model are
+said in one line."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,374 +20,17 @@ from quant.core.actquant import INPUT_RANGE, ActSpec
 from quant.core.cli import guarded
 from quant.core.config import RunConfig
 from quant.core.errors import InputError
-from quant.core.grid import fit_grid
 from quant.core.run import Session
 from quant.core.seams import ONLINE
-from quant.core.stats import LayerStats
-from quant.core.types import Outliers, QuantizedWeight, QuantSpec
-from quant.export import FORMATS, PACKED, first_holding, refusal, write
+from quant.export import FORMATS, PACKED, write
 from quant.export.convert import convert, same_codes
-from quant.export.formats import Content, Layers, plain_groups
-from quant.export.loadable import RUNTIMES, loadability, nearest, objections
-from quant.export.packing import pack, pack_planes, unpack, unpack_planes
+from quant.export.formats import Layers
+from quant.export.loadable import RUNTIMES
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
-from quant.gptq import gptq
-from quant.quantease import quantease
-from quant.spqr import spqr
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models/demo/llama"
 LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
-
-
-def reference_words(row, bits):
-    """A row as one big integer, cut into 32-bit words."""
-    whole = sum(int(code) << (k * bits) for k, code in enumerate(row))
-    count = -(-len(row) * bits // 32)
-    return np.array([(whole >> (32 * w)) & 0xFFFFFFFF for w in range(count)], dtype=np.uint32).view(np.int32)
-
-
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 96, 100])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_packing_is_one_little_endian_stream(bits, n):
-    codes = torch.randint(0, 2**bits, (3, n), dtype=torch.uint8)
-    words = pack(codes, bits)
-    assert np.array_equal(words.numpy(), np.stack([reference_words(row, bits) for row in codes.tolist()]))
-    assert torch.equal(unpack(words, bits, n), codes)
-    assert torch.equal(unpack_planes(pack_planes(codes, bits), n), codes)
-
-
-def random_weight(n_out, n_in, spec, scale=0.02):
-    weight = torch.randn(n_out, n_in) * scale
-    grid = fit_grid(weight, spec)
-    return QuantizedWeight(grid.quantize(weight), grid, spec)
-
-
-def content_for(weight, **more):
-    n_out, n_in = weight.codes.shape
-    return Content(weight.spec, {"layer": (n_out, n_in)}, reordered=not weight.has_plain_groups(),
-                   outliers=weight.outliers is not None or weight.grid.bilevel is not None, **more)  # fmt: skip
-
-
-def round_trip(kind, weight, **more):
-    content = content_for(weight, **more)
-    assert PACKED[kind].refuses(content) is None
-    tensors = {f"layer.{part}": t for part, t in PACKED[kind].encode(weight, content).items()}
-    config = json.loads(json.dumps(PACKED[kind].config(content, LAYERS)))
-    assert PACKED[kind].linears(tensors, config) == ["layer"]
-    return PACKED[kind].decode("layer", tensors.__getitem__, tensors, config).check(), tensors
-
-
-@pytest.mark.parametrize("group", [-1, 32, 64])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("kind", PACKED)
-def test_round_trip_is_exact(kind, bits, symmetric, group):
-    if symmetric and bits == 1:
-        pytest.skip("a symmetric grid of one bit does not exist")
-    weight = random_weight(96, 128, QuantSpec(bits, group, symmetric))
-    if PACKED[kind].refuses(content_for(weight)):
-        assert kind.startswith("gptq") and bits not in (2, 3, 4, 8)
-        return
-    back, _ = round_trip(kind, weight)
-    assert same_codes(weight, back)
-    assert torch.equal(weight.dequantize(), back.dequantize())
-    assert (back.spec.bits, back.spec.group_size, back.spec.symmetric) == (bits, group, symmetric)
-    assert back.storage_bits() == weight.storage_bits()
-
-
-@pytest.mark.parametrize("shape", [(1, 32), (33, 100), (7, 1)])
-@pytest.mark.parametrize("kind", ["compressed-tensors", "bitplane"])
-def test_shapes_that_no_word_divides(kind, shape):
-    weight = random_weight(*shape, QuantSpec(3))
-    back, _ = round_trip(kind, weight)
-    assert same_codes(weight, back)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6])
-def test_scales_that_float16_cannot_hold(scale):
-    weight = random_weight(32, 64, QuantSpec(4), scale)
-    back, _ = round_trip("bitplane", weight)
-    assert same_codes(weight, back)
-    if weight.grid.scale_bits == 32:
-        for kind in ("gptq", "compressed-tensors"):
-            with pytest.raises(InputError, match="float16 and cannot hold these exactly: use --format bitplane"):
-                PACKED[kind].encode(weight, content_for(weight))
-
-
-def test_constant_rows_and_zero_rows():
-    rows = torch.cat([torch.zeros(16, 64), torch.full((8, 64), 0.3), torch.full((8, 64), -0.3)])
-    grid = fit_grid(rows, QuantSpec(4, 32))
-    weight = QuantizedWeight(grid.quantize(rows), grid, QuantSpec(4, 32))
-    for kind in PACKED:
-        assert same_codes(weight, round_trip(kind, weight)[0])
-
-
-def test_known_words_of_gptq():
-    """From files of the software that made the format: symmetric zero points of 4, 3, 2 and 8 bits."""
-    words = {
-        4: (0x77777777, 0x88888888),
-        3: (0xDB6DB6DB, None),
-        2: (0x55555555, 0xAAAAAAAA),
-        8: (0x7F7F7F7F, 0x80808080),
-    }
-    for bits, expected in words.items():
-        weight = random_weight(32, 32, QuantSpec(bits, symmetric=True))
-        for kind, word in zip(("gptq", "gptq_v2"), expected, strict=True):
-            zeros = PACKED[kind].encode(weight, content_for(weight))["qzeros"]
-            assert word is None or int(zeros[0, 0]) & 0xFFFFFFFF == word
-
-
-def test_gptq_is_compressed_tensors_transposed():
-    weight = random_weight(64, 128, QuantSpec(3, 32, symmetric=True))
-    theirs = PACKED["compressed-tensors"].encode(weight, content_for(weight))
-    ours = PACKED["gptq"].encode(weight, content_for(weight))
-    assert torch.equal(ours["qweight"].t(), theirs["weight_packed"])
-    assert "weight_zero_point" not in theirs, "must be absent where the grid is symmetric"
-
-
-def test_same_codes_are_on_the_same_grid():
-    weight = random_weight(32, 64, QuantSpec(4, 32))
-    for other in (
-        replace(weight, spec=QuantSpec(4, 32, symmetric=True)),
-        replace(weight, spec=QuantSpec(5, 32)),
-        replace(weight, spec=QuantSpec(4, 64)),
-        replace(weight, grid=replace(weight.grid, qmax=14)),
-    ):
-        assert not same_codes(weight, other)
-    assert same_codes(weight, replace(weight, spec=replace(weight.spec, range="mse"))), "no checkpoint tells the search"
-
-
-def test_a_quantized_head_belongs_to_no_block():
-    """In a checkpoint of a part of the blocks: named as quantized, and in no list of the blocks' linears."""
-    layers = Layers(["model.layers.0.a", "lm_head"], ["model.layers.1.a"], "model.layers", 2)
-    content = Content(QuantSpec(4, 32, True), {"a": (64, 64)}, whole=False)
-    written = PACKED["gptq"].config(content, layers)
-    assert written["lm_head"] is True and written["dynamic"] == {r"-:model\.layers\.(1)\..*": {}}
-    assert written["modules_in_block_to_quantize"] == [["model.layers.0.a"]]
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("static", [False, True])
-def test_gptqs_config_tells_what_the_run_did(sequential, static, tmp_path):
-    config = demo_config(tmp_path, DEMO, true_sequential=sequential, options={"static_groups": static, "act_order": static},
-                         num_layers=1, save=tmp_path / "out", format="gptq_v2")  # fmt: skip
-    config = replace(config, method="gptq", eval_datasets=())
-    Session(config).run(config)
-    convert(tmp_path / "out", "gptq", tmp_path / "converted")
-    for name in ("out", "converted"):
-        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
-        assert (written["true_sequential"], written["static_groups"], written["desc_act"]) == (
-            sequential,
-            static,
-            False,
-        )
-
-
-def test_a_zero_point_of_zero_is_refused_by_version_one():
-    weight = random_weight(32, 64, QuantSpec(4))
-    weight.grid.zero[3, 0] = 0
-    with pytest.raises(InputError, match="cannot hold 0: use --format gptq_v2"):
-        PACKED["gptq"].encode(weight, content_for(weight))
-    assert same_codes(weight, round_trip("gptq_v2", weight)[0])
-
-
-def solved(solver, spec, **options):
-    torch.manual_seed(0)
-    x = torch.randn(256, 64) * torch.linspace(0.2, 3, 64)
-    stats = LayerStats(64, torch.device("cpu"))
-    stats.update(x)
-    return solver(torch.randn(48, 64), stats, spec, **options)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: solved(quantease, QuantSpec(3, 16), outlier=0.02),
-        lambda: solved(quantease, QuantSpec(3), outlier=0.05, structure_outlier=True),
-        lambda: solved(spqr, QuantSpec(3, 16)),
-        lambda: solved(gptq, QuantSpec(4, 16), act_order=True),
-        lambda: solved(gptq, QuantSpec(2, levels=5)),
-    ],
-    ids=["outliers", "outlier columns", "spqr", "act-order", "five levels"],
-)
-def test_bitplane_holds_what_others_cannot(make):
-    weight = make()
-    back, tensors = round_trip("bitplane", weight)
-    assert same_codes(weight, back)
-    assert torch.equal(weight.dequantize(), back.dequantize())
-    stored = sum(t.numel() * t.itemsize * 8 for t in tensors.values())
-    assert stored <= weight.storage_bits() * 1.2 + 4096, "the file holds little more than what is counted"
-
-
-def test_act_order_is_held_by_gptq_too():
-    weight = solved(gptq, QuantSpec(4, 16), act_order=True)
-    wide = replace(
-        weight,
-        codes=weight.codes.repeat(2, 1),
-        grid=replace(weight.grid, scale=weight.grid.scale.repeat(2, 1), zero=weight.grid.zero.repeat(2, 1)),
-    )
-    back, _ = round_trip("gptq", wide)
-    assert same_codes(wide, back)
-    assert PACKED["gptq"].config(content_for(wide), LAYERS)["desc_act"] is True
-
-
-def test_five_levels_are_three_bits():
-    weight = random_weight(32, 64, QuantSpec(2, levels=5))
-    content = content_for(weight)
-    assert PACKED["gptq"].config(content, LAYERS)["bits"] == 3
-    back, _ = round_trip("compressed-tensors", weight)
-    assert torch.equal(weight.dequantize(), back.dequantize())
-
-
-def test_w8a8_is_int_quantized():
-    weight = random_weight(32, 64, QuantSpec(8, symmetric=True))
-    back, tensors = round_trip("compressed-tensors", weight, act=ActSpec(8))
-    assert tensors["layer.weight"].dtype == torch.int8 and tensors["layer.weight_scale"].shape == (32, 1)
-    assert torch.equal(weight.dequantize(), back.dequantize())
-
-
-REFUSED = {
-    "gptq, one bit": ("gptq", {"spec": QuantSpec(1)}, "holds 2, 3, 4 or 8 bits, not 1: use --format compressed-tensors"),
-    "gptq, shapes": ("gptq", {"shapes": {"a": (32, 100)}, "spec": QuantSpec(4)}, "multiples of 32, a is 32x100: use --format compressed-tensors"),
-    "gptq, outliers": ("gptq", {"outliers": True}, "cannot hold sparse outliers: use --format bitplane"),
-    "gptq, activations": ("gptq_v2", {"act": ActSpec(8)}, "weight-only"),
-    "ct, act-order": ("compressed-tensors", {"reordered": True}, "use --format gptq, or --group-aware"),
-    "ct, W4A4": ("compressed-tensors", {"act": ActSpec(4)}, "symmetric 8-bit weights per row only"),
-    "ct, keys": ("compressed-tensors", {"act": ActSpec(8, 8), "spec": QuantSpec(8, symmetric=True)}, "use --kvbits 16, or --format bitplane"),
-    "ct, groups": ("compressed-tensors", {"spec": QuantSpec(4, 96)}, "groups that divide the inputs, a has 128: use --format gptq_v2"),
-    "plain, matrices": ("dequantized", {"online": True}, "plain checkpoint cannot hold matrices behind norms"),
-    "ct, matrices": ("compressed-tensors", {"online": True}, "cannot hold matrices behind norms: use --format bitplane"),
-    "bitplane, W16": ("bitplane", {"spec": None}, "use --format dequantized"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals_name_a_format_that_can(case):
-    kind, changes, message = REFUSED[case]
-    content = replace(Content(QuantSpec(4, 32), {"a": (64, 128)}), **changes)
-    against = refusal(kind, content)
-    assert against is not None and message in against
-    named = against.split("--format ")[1].split()[0].strip(",")
-    assert named in FORMATS and refusal(named, content) is None
-
-
-def test_what_no_option_announced_is_refused_where_it_is_written():
-    """A solver's answer that holds more than its options said."""
-    plain, ordered = random_weight(64, 128, QuantSpec(4, 32)), solved(gptq, QuantSpec(4, 16), act_order=True)
-    sparse = replace(plain, outliers=Outliers(torch.tensor([5]), torch.tensor([1.0]).half()))
-    content, middle = Content(plain.spec, {}), replace(plain, spec=QuantSpec(4, 32, symmetric=True))
-    for kind in ("gptq", "gptq_v2", "compressed-tensors"):
-        for weight, said, asked in (
-            (sparse, "cannot hold sparse outliers: use --format bitplane", content),
-            (ordered, "use --format bitplane", replace(content, spec=ordered.spec)),
-            (middle, "zero points of a symmetric grid must be 8", replace(content, spec=middle.spec)),
-            (random_weight(64, 128, QuantSpec(3, 32)), "holds one number of bits, 4, and this linear has 3", content),
-        ):
-            with pytest.raises(InputError, match=said):
-                PACKED[kind].encode(weight, asked)
-
-
-@pytest.mark.parametrize("kind", PACKED)
-def test_a_block_of_another_run_is_refused_where_it_is_written(kind):
-    """Answers with legal hashes that are not what the manifest asked for."""
-    content = Content(QuantSpec(4, 32), {"layer": (64, 128)})
-    few = random_weight(64, 128, QuantSpec(4, 32))
-    for weight, said in (
-        (random_weight(64, 128, QuantSpec(4, 64)), "holds one grid, of group_size 32, and this linear has 64"),
-        (replace(few, grid=replace(few.grid, qmax=9)), "of largest code 15, and this linear has 9"),
-        (random_weight(64, 128, QuantSpec(4, 32, symmetric=True)), "of symmetric False, and this linear has True"),
-        (
-            random_weight(32, 128, QuantSpec(4, 32)),
-            r"a.layer has codes of .32, 128., but the model's linear is .64, 128.",
-        ),
-    ):
-        with pytest.raises(InputError, match=said):
-            list(write.packed_entries([("a.layer.weight", weight)], kind, content, torch.float16))
-    with pytest.raises(InputError, match="but the model's linear is None"):
-        list(write.packed_entries([("a.other.weight", few)], kind, content, torch.float16))
-
-
-def test_groups_that_do_not_divide_are_those_of_their_size():
-    """96 inputs in groups of 64: 64 and 32, not twice 48."""
-    assert plain_groups(96, 64).tolist() == [0] * 64 + [1] * 32
-    weight = random_weight(32, 96, QuantSpec(4, 32))
-    two = replace(weight.grid, scale=weight.grid.scale[:, :2].contiguous(), zero=weight.grid.zero[:, :2].contiguous(),
-                  g_idx=plain_groups(96, 64))  # fmt: skip
-    weight = replace(weight, grid=two, spec=QuantSpec(4, 64))
-    content = Content(weight.spec, {"layer": (32, 96)})
-    tensors = {f"layer.{part}": t for part, t in PACKED["gptq_v2"].encode(weight, content).items()}
-    del tensors["layer.g_idx"]
-    config = PACKED["gptq_v2"].config(content, LAYERS)
-    assert same_codes(weight, PACKED["gptq_v2"].decode("layer", tensors.__getitem__, tensors, config))
-
-
-PACKS = {
-    "symmetric": (Content(QuantSpec(4, 32, True), {"a": (64, 64)}), "gptq"),
-    "asymmetric": (Content(QuantSpec(4, 32), {"a": (64, 64)}), "gptq_v2"),
-    "five bits": (Content(QuantSpec(5, 32, True), {"a": (64, 64)}), "compressed-tensors"),
-    "odd shapes": (Content(QuantSpec(4), {"a": (64, 100)}), "compressed-tensors"),
-    "outliers": (Content(QuantSpec(4), {"a": (64, 64)}, outliers=True), "bitplane"),
-    "W4A4": (Content(QuantSpec(4), {"a": (64, 64)}, ActSpec(4, 4)), "bitplane"),
-    "W8A8": (Content(QuantSpec(8, -1, True), {"a": (64, 64)}, ActSpec(8)), "compressed-tensors"),
-}
-
-
-@pytest.mark.parametrize("case", PACKS)
-def test_real_quant_takes_the_first_format_that_holds_it(case):
-    content, expected = PACKS[case]
-    assert first_holding(content) == expected
-
-
-def test_loadability_and_the_nearest_choice():
-    content = Content(QuantSpec(3, 128), {"a": (256, 256)})
-    assert {row[0] for row in loadability("gptq_v2", content)} == set(RUNTIMES)
-    (against,) = objections("vllm", "gptq_v2", content)
-    assert against == "does not read gptq_v2"
-    assert "symmetric" in " ".join(objections("gptqmodel", "gptq", content))
-    for runtime in RUNTIMES:
-        for kind in FORMATS:
-            near = nearest(runtime, kind, content)
-            words = near.split()
-            assert "without" not in words and "--abits" not in words, "nothing but the grid is in the way"
-            flags = dict(zip(words, words[1:], strict=False))
-            asked = replace(
-                content, spec=QuantSpec(int(flags["--wbits"]), int(flags["--group-size"]), "--sym" in words)
-            )
-            assert objections(runtime, flags["--format"], asked) == []
-
-
-NEAREST = {
-    "order": ("vllm", "compressed-tensors", {"reordered": True}, "--format gptq"),
-    "order, 3 bits": ("vllm", "compressed-tensors", {"reordered": True, "spec": QuantSpec(3, 128, True)},
-                      "--wbits 3 --group-size 128 --sym --format compressed-tensors without --act-order"),
-    "outliers": ("transformers", "gptq", {"outliers": True}, "--format gptq without --outlier"),
-    "matrices": ("gptqmodel", "gptq", {"online": True}, "--format gptq without --use_ln_matrix"),
-    "activations": ("vllm", "gptq", {"act": ActSpec(4)}, "--format gptq --abits 16"),
-    "several": ("vllm", "gptq", {"act": ActSpec(4), "outliers": True}, "--format gptq without --outlier --abits 16"),
-    "W8A8": ("vllm", "compressed-tensors", {"act": ActSpec(8), "spec": QuantSpec(8)},
-             "--wbits 8 --group-size -1 --sym --format compressed-tensors"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", NEAREST)
-def test_the_nearest_choice_says_what_has_to_go(case):
-    runtime, kind, changes, expected = NEAREST[case]
-    content = replace(Content(QuantSpec(4, 128, True), {"a": (256, 256)}), **changes)
-    assert objections(runtime, kind, content)
-    near = nearest(runtime, kind, content)
-    assert near is not None and near.endswith(expected)
-
-
-def test_rules_of_vllm():
-    """Asymmetric compressed-tensors of 4 and 8 bits load; W8A8 has not the shapes of Marlin's kernels."""
-    asymmetric = Content(QuantSpec(4, 128), {"a": (256, 256)})
-    assert objections("vllm", "compressed-tensors", asymmetric) == []
-    integers = Content(QuantSpec(8, -1, True), {"a": (48, 96)}, ActSpec(8))
-    assert objections("vllm", "compressed-tensors", integers) == []
-    assert objections("vllm", "compressed-tensors", replace(integers, act=ActSpec()))
-    known = {row[0]: row[3] for row in loadability("compressed-tensors", asymmetric)}
-    assert known["vllm"] == "read in its source" and known["transformers"] == "ran" and known["auto-gptq"] == ""
 
 
 def demo_config(tmp_path, model, **more):
@@ -819,7 +460,7 @@ def add_to_blocks(ending, **act):
 
 def test_what_a_plain_checkpoint_cannot_hold_is_not_dropped(exported, tmp_path):
     online = damaged(exported[0], tmp_path, add_to_blocks(ONLINE), "bitplane")
-    with pytest.raises(InputError, match="cannot hold matrices behind norms .*: use --format bitplane"):
+    with pytest.raises(InputError, match="cannot hold matrices behind norms .*: use format bitplane"):
         convert(online, "dequantized", tmp_path / "out")
     (tmp_path / "static").mkdir()
     static = damaged(exported[0], tmp_path / "static", add_to_blocks(INPUT_RANGE, bits=8, method="static"), "bitplane")
@@ -891,78 +532,6 @@ def test_part_of_a_block(exported, tmp_path):
     assert written["ignore"] == [name, "lm_head"]
 
 
-def test_rows_without_outliers():
-    """Outliers alone, no grid trouble: a weight whose rows hold none at all."""
-    weight = random_weight(8, 32, QuantSpec(2))
-    weight = replace(weight, outliers=Outliers(torch.tensor([5, 40]), torch.tensor([1.0, -2.0]).half()))
-
-    assert same_codes(weight, round_trip("bitplane", weight)[0])
-
-
-# FORMATS §3 (who accepts what) row by row, as (runtime, format, what of W4 sym g128 256x256 llama is otherwise, accepted).
-V1, V2, PLAIN = "gptq", "gptq_v2", "dequantized"
-
-
-def bits(n, symmetric=True, group=128):
-    return {"spec": QuantSpec(n, group, symmetric)}
-
-
-def dims(n_out, n_in, **more):
-    return {"shapes": {"a": (n_out, n_in)}, **more}
-
-
-def of(model_type):
-    return {"model_type": model_type}
-
-
-ACCEPTED = [
-    # AutoGPTQ 0.7.1, torch: 2, 3, 4, 8 bits, both, any group, outputs in 32s; a closed list of models; no v2; act-order
-    # and layers that are left alone are not for it
-    *(("auto-gptq", V1, bits(n, sym, group), True) for n in (2, 3, 4, 8) for sym in (True, False) for group in (-1, 48, 128)
-      if 256 % group == 0 or group == -1),
-    ("auto-gptq", V2, {}, False), ("auto-gptq", V1, bits(5), False), ("auto-gptq", V1, {"reordered": True}, False),
-    ("auto-gptq", V1, {"whole": False}, False), ("auto-gptq", CT, {}, False),
-    *(("auto-gptq", V1, of(name), True) for name in ("opt", "bloom", "falcon", "llama", "mistral", "qwen2", "")),
-    *(("auto-gptq", V1, of(name), False) for name in ("qwen3", "gemma2")),
-    # GPTQModel 7: groups of a list, or of as many columns as the inputs have; asymmetric v1 is refused
-    *(("gptqmodel", V2, bits(n, sym), True) for n in (2, 3, 4, 8) for sym in (True, False)),
-    *(("gptqmodel", kind, bits(4, True, group), True) for kind in (V1, V2) for group in (-1, 16, 32, 64, 128, 256)),
-    ("gptqmodel", V2, dims(96, 96, **bits(4, True, 96)), True), ("gptqmodel", V2, bits(4, True, 8), False),
-    ("gptqmodel", V2, {"shapes": {"a": (96, 96), "b": (96, 192)}, **bits(4, True, 96)}, False),
-    ("gptqmodel", V1, bits(4, False), False), ("gptqmodel", V1, {"whole": False}, True), ("gptqmodel", CT, {}, False),
-    # transformers with optimum: both versions, both symmetries; Falcon's own linear class is not replaced
-    *(("transformers", kind, bits(n, sym), True) for kind in (V1, V2) for n in (2, 3, 4, 8) for sym in (True, False)),
-    ("transformers", V1, dims(96, 96, **bits(4, True, 96)), True), ("transformers", V1, bits(4, True, 8), False),
-    ("transformers", V1, of("falcon"), False), ("transformers", CT, bits(5), True), ("transformers", CT, bits(1, False), True),
-    # vLLM after PR 38288: as Marlin, 4 and 8 bits, symmetric, v1
-    *(("vllm", V1, bits(n, True, group), True) for n in (4, 8) for group in (-1, 32, 64, 128)),
-    ("vllm", V1, bits(3), False), ("vllm", V1, bits(2), False), ("vllm", V1, bits(4, False), False), ("vllm", V2, {}, False),
-    ("vllm", V1, bits(4, True, 16), False), ("vllm", V1, dims(96, 256), False), ("vllm", V1, dims(64, 192, **bits(4, True, 64)), False),
-    ("vllm", CT, bits(3), True), ("vllm", CT, bits(4, False), True), ("vllm", CT, bits(3, False), True),
-    ("vllm", CT, {"act": ActSpec(8), **bits(8, True, -1)}, True), ("vllm", CT, {"act": ActSpec(8), **bits(8, False, -1)}, False),
-    # llama.cpp's converter: 2, 4, 8 bits, both, any group, both versions; 3 bits are not implemented; compressed-tensors in
-    # groups of any size only; it has no OPT
-    *(("llama.cpp", kind, bits(n, sym, group), True) for kind in (V1, V2) for n in (2, 4, 8) for sym in (True, False)
-      for group in (-1, 8, 128)),
-    ("llama.cpp", V1, bits(3), False), ("llama.cpp", V2, bits(3, False), False),
-    ("llama.cpp", CT, bits(4, True, 8), True), ("llama.cpp", CT, bits(4, True, 512), True), ("llama.cpp", CT, bits(4, True, -1), False),
-    ("llama.cpp", CT, bits(3), False),
-    *(("llama.cpp", kind, of("opt"), False) for kind in (V1, V2, CT, PLAIN)),
-    *(("llama.cpp", kind, of(name), True) for kind in (V1, PLAIN) for name in ("llama", "qwen3", "gemma2", "bloom")),
-    ("vllm", PLAIN, of("opt"), True), ("transformers", PLAIN, {"act": ActSpec(8)}, False),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("row", ACCEPTED, ids=str)
-def test_every_row_of_who_accepts_what(row):
-    runtime, kind, changes, accepted = row
-    content = Content(
-        **({"spec": QuantSpec(4, 128, True), "shapes": {"a": (512, 512)}, "model_type": "llama"} | changes)
-    )
-    against = objections(runtime, kind, content)
-    assert (against == []) == accepted, against
-
-
 CODE = {
     "configuration_own.py": "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'llama'\n",
     "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
@@ -1023,7 +592,7 @@ def test_convert_as_a_process(exported, tmp_path):
     assert full.returncode == 2 and "is not empty; use another directory or --overwrite" in full.stderr
     online = damaged(exported[0], tmp_path, add_to_blocks(ONLINE), "bitplane")
     refused = convert_command(online, "--to", "gptq", "--out", tmp_path / "x")
-    assert refused.returncode == 2 and "cannot hold matrices behind norms: use --to bitplane" in refused.stderr
+    assert refused.returncode == 2 and "cannot hold matrices behind norms: use format bitplane" in refused.stderr
     for found in (again, full, refused):
         assert not any(flag in found.stderr for flag in ("--save", "--format", "Traceback")), found.stderr
 
@@ -1108,96 +677,22 @@ def test_learned_models_are_what_was_measured_in_every_format(case, model_dir, t
         convert(tmp_path / "run", kind, tmp_path / kind)
         assert read_back(tmp_path / kind, text, tmp_path) == pytest.approx(results["quantized"], rel=1e-6), kind
     for kind in set(FORMATS) - {*kinds, "gptq"}:
-        with pytest.raises(InputError, match="use --format bitplane"):
+        with pytest.raises(InputError, match="use format bitplane"):
             convert(tmp_path / "run", kind, tmp_path / kind)
 
 
-def foreign_words(codes, bits):
-    """Codes [rows, n] in int32 words along the row, first code lowest, by numpy: dense, for widths that divide a word."""
-    per = 32 // bits
-    padded = np.pad(codes.numpy().astype(np.uint64), ((0, 0), (0, -codes.shape[1] % per)))
-    shifts = (np.arange(per) * bits).astype(np.uint64)
-    words = (padded.reshape(len(padded), -1, per) << shifts).sum(-1).astype(np.uint32)
-    return torch.from_numpy(words.view(np.int32))
-
-
-def foreign_args(bits, symmetric, group):
-    """Weight settings with every entry that llm-compressor writes."""
-    return {"actorder": None, "block_structure": None, "dynamic": False, "group_size": group, "num_bits": bits,
-            "observer": "memoryless_minmax", "observer_kwargs": {}, "scale_dtype": None, "strategy": "group" if group else "channel",
-            "symmetric": symmetric, "type": "int", "zp_dtype": None if symmetric else "torch.int8"}  # fmt: skip
-
-
-def foreign_checkpoint(path, reference, groups, ignore):
-    """A checkpoint of the demo model in llm-compressor's layout, and beside it what it stands for in float32.
-
-    groups: (targets, bits, symmetric, group) in order; the first whose pattern fits a linear counts.
-    """
-    for target in (path, reference):
-        shutil.copytree(DEMO, target, ignore=shutil.ignore_patterns("model.safetensors"))
-    packed, plain = {}, {}
-    for name, tensor in load_file(DEMO / "model.safetensors").items():
-        linear = name.removesuffix(".weight")
-        wanted = [
-            g for g in groups if any(re.match(t[3:], linear) if t.startswith("re:") else t == "Linear" for t in g[0])
-        ]
-        if ".layers." not in name or tensor.dim() != 2 or linear in ignore:
-            packed[name], plain[name] = tensor, tensor.float()
-            continue
-        _, bits, symmetric, group = wanted[0]
-        n_out, n_in = tensor.shape
-        w = tensor.float().view(n_out, -1, group or n_in)
-        top = 2 ** (bits - 1) - 1
-        if symmetric:
-            scale, zero = (w.abs().amax(-1) / (top + 0.5)).clamp(min=1e-4), torch.zeros(w.shape[:2])
-        else:
-            low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-            scale = ((high - low) / (2**bits - 1)).clamp(min=1e-4)
-            zero = (-top - 1 - low / scale).round().clamp(-top - 1, top)
-        scale = scale.half().float()
-        codes = ((w / scale[..., None]).round() + zero[..., None]).clamp(-top - 1, top)
-        plain[name] = ((codes - zero[..., None]) * scale[..., None]).view(n_out, n_in)
-        packed[f"{linear}.weight_packed"] = foreign_words(codes.view(n_out, n_in).long() + top + 1, bits)
-        packed[f"{linear}.weight_scale"] = scale.to(tensor.dtype)
-        packed[f"{linear}.weight_shape"] = torch.tensor([n_out, n_in])
-        if not symmetric:
-            packed[f"{linear}.weight_zero_point"] = foreign_words(zero.long().T + top + 1, bits).T.contiguous()
-    save_file(packed, path / "model.safetensors", {"format": "pt"})
-    save_file(plain, reference / "model.safetensors", {"format": "pt"})
-    config = json.loads((DEMO / "config.json").read_text())
-    (reference / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    settings = {
-        "config_groups": {
-            f"group_{i}": {"format": "pack-quantized", "input_activations": None, "output_activations": None,
-                           "targets": targets, "weights": foreign_args(bits, symmetric, group)}
-            for i, (targets, bits, symmetric, group) in enumerate(groups)
-        },
-        "format": "pack-quantized", "global_compression_ratio": None, "ignore": ["lm_head", *ignore], "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors", "quantization_status": "compressed", "sparsity_config": {},
-        "transform_config": {}, "version": "0.12.2",
-    }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    (path / "recipe.yaml").write_text("default_stage: {}\n")
-
-
-FOREIGN = {
-    "W4A16": ([(["Linear"], 4, True, 32)], []),
-    "W4A16 asymmetric": ([(["Linear"], 4, False, 64)], []),
-    "W8A16 by rows": ([(["Linear"], 8, True, None)], []),
-    "mixed": ([(["re:.*down_proj$"], 8, False, None), (["re:.*(q|k|v|o|gate|up)_proj$"], 4, True, 32)],
-              ["model.layers.3.mlp.up_proj"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_checkpoints_in_the_layout_of_llm_compressor_are_read(case, tmp_path):
-    """Written by hand, without any of our writer: evaluated written out and packed as the weights it stands for."""
-    groups, ignore = FOREIGN[case]
-    foreign_checkpoint(tmp_path / "foreign", tmp_path / "plain", groups, ignore)
-    expected = perplexity(tmp_path / "plain", tmp_path)[0]
-    assert perplexity(tmp_path / "foreign", tmp_path)[0] == expected
-    config = replace(demo_config(tmp_path, tmp_path / "foreign"), wbits=16, packed=True, run_dir=tmp_path / "packed")
-    assert Session(config).run(config)["perplexity"]["text"]["fp"] == pytest.approx(expected, rel=1e-5)
-    if case != "mixed":
-        convert(tmp_path / "foreign", "bitplane", tmp_path / "planes")
-        assert perplexity(tmp_path / "planes", tmp_path)[0] == expected
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+def test_gptqs_config_tells_what_the_run_did(sequential, static, tmp_path):
+    config = demo_config(tmp_path, DEMO, true_sequential=sequential, options={"static_groups": static, "act_order": static},
+                         num_layers=1, save=tmp_path / "out", format="gptq_v2")  # fmt: skip
+    config = replace(config, method="gptq", eval_datasets=())
+    Session(config).run(config)
+    convert(tmp_path / "out", "gptq", tmp_path / "converted")
+    for name in ("out", "converted"):
+        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert (written["true_sequential"], written["static_groups"], written["desc_act"]) == (
+            sequential,
+            static,
+            False,
+        )

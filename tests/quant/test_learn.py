@@ -553,7 +553,7 @@ def test_a_start_of_another_configuration_is_refused(model_dir, text, tmp_path):
     session.run(allowed)
     file = RunDirectory(first.run_dir).block_file(2)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match="--resume .*: 00002.safetensors is damaged"):
+    with pytest.raises(InputError, match="00002.safetensors is damaged"):
         session.run(again)
     file.unlink()
     with pytest.raises(InputError, match="block 2 was not finished there"):

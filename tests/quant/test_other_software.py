@@ -1,11 +1,16 @@
-"""Our checkpoints in transformers with compressed-tensors: the same perplexity and logits as in our evaluator."""
+"""Our checkpoints in transformers with compressed-tensors, and checkpoints in the layout of llm-compressor in our
+evaluator: the same perplexity and logits."""
 
+import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from benchmarks import loaders
@@ -16,6 +21,7 @@ from quant.core.types import QuantSpec
 from quant.export.convert import convert
 from quant.export.formats import Content
 from quant.export.loadable import loadability, objections
+from tests.quant.test_export import demo_config, perplexity
 
 DEMO = Path(__file__).parents[2] / "models/demo"
 CT = "compressed-tensors"
@@ -97,3 +103,94 @@ def test_refusals_that_the_table_expects_are_those_of_the_rules():
             content = Content(spec, {"a": (128, 128)}, case.act, model_type=family)
             takes = not objections("transformers", case.format, content) or case.format == "gptq"
             assert takes != (case.kind in loaders.EXPECTED_REFUSED.get(family, ())), (family, case)
+
+
+def foreign_words(codes, bits):
+    """Codes [rows, n] in int32 words along the row, first code lowest, by numpy: dense, for widths that divide a word."""
+    per = 32 // bits
+    padded = np.pad(codes.numpy().astype(np.uint64), ((0, 0), (0, -codes.shape[1] % per)))
+    shifts = (np.arange(per) * bits).astype(np.uint64)
+    words = (padded.reshape(len(padded), -1, per) << shifts).sum(-1).astype(np.uint32)
+    return torch.from_numpy(words.view(np.int32))
+
+
+def foreign_args(bits, symmetric, group):
+    """Weight settings with every entry that llm-compressor writes."""
+    return {"actorder": None, "block_structure": None, "dynamic": False, "group_size": group, "num_bits": bits,
+            "observer": "memoryless_minmax", "observer_kwargs": {}, "scale_dtype": None, "strategy": "group" if group else "channel",
+            "symmetric": symmetric, "type": "int", "zp_dtype": None if symmetric else "torch.int8"}  # fmt: skip
+
+
+def foreign_checkpoint(path, reference, groups, ignore):
+    """A checkpoint of the demo model in llm-compressor's layout, and beside it what it stands for in float32.
+
+    groups: (targets, bits, symmetric, group) in order; the first whose pattern fits a linear counts.
+    """
+    for target in (path, reference):
+        shutil.copytree(DEMO / "llama", target, ignore=shutil.ignore_patterns("model.safetensors"))
+    packed, plain = {}, {}
+    for name, tensor in load_file(DEMO / "llama" / "model.safetensors").items():
+        linear = name.removesuffix(".weight")
+        wanted = [
+            g for g in groups if any(re.match(t[3:], linear) if t.startswith("re:") else t == "Linear" for t in g[0])
+        ]
+        if ".layers." not in name or tensor.dim() != 2 or linear in ignore:
+            packed[name], plain[name] = tensor, tensor.float()
+            continue
+        _, bits, symmetric, group = wanted[0]
+        n_out, n_in = tensor.shape
+        w = tensor.float().view(n_out, -1, group or n_in)
+        top = 2 ** (bits - 1) - 1
+        if symmetric:
+            scale, zero = (w.abs().amax(-1) / (top + 0.5)).clamp(min=1e-4), torch.zeros(w.shape[:2])
+        else:
+            low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+            scale = ((high - low) / (2**bits - 1)).clamp(min=1e-4)
+            zero = (-top - 1 - low / scale).round().clamp(-top - 1, top)
+        scale = scale.half().float()
+        codes = ((w / scale[..., None]).round() + zero[..., None]).clamp(-top - 1, top)
+        plain[name] = ((codes - zero[..., None]) * scale[..., None]).view(n_out, n_in)
+        packed[f"{linear}.weight_packed"] = foreign_words(codes.view(n_out, n_in).long() + top + 1, bits)
+        packed[f"{linear}.weight_scale"] = scale.to(tensor.dtype)
+        packed[f"{linear}.weight_shape"] = torch.tensor([n_out, n_in])
+        if not symmetric:
+            packed[f"{linear}.weight_zero_point"] = foreign_words(zero.long().T + top + 1, bits).T.contiguous()
+    save_file(packed, path / "model.safetensors", {"format": "pt"})
+    save_file(plain, reference / "model.safetensors", {"format": "pt"})
+    config = json.loads((DEMO / "llama" / "config.json").read_text())
+    (reference / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    settings = {
+        "config_groups": {
+            f"group_{i}": {"format": "pack-quantized", "input_activations": None, "output_activations": None,
+                           "targets": targets, "weights": foreign_args(bits, symmetric, group)}
+            for i, (targets, bits, symmetric, group) in enumerate(groups)
+        },
+        "format": "pack-quantized", "global_compression_ratio": None, "ignore": ["lm_head", *ignore], "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors", "quantization_status": "compressed", "sparsity_config": {},
+        "transform_config": {}, "version": "0.12.2",
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    (path / "recipe.yaml").write_text("default_stage: {}\n")
+
+
+FOREIGN = {
+    "W4A16": ([(["Linear"], 4, True, 32)], []),
+    "W4A16 asymmetric": ([(["Linear"], 4, False, 64)], []),
+    "W8A16 by rows": ([(["Linear"], 8, True, None)], []),
+    "mixed": ([(["re:.*down_proj$"], 8, False, None), (["re:.*(q|k|v|o|gate|up)_proj$"], 4, True, 32)],
+              ["model.layers.3.mlp.up_proj"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_checkpoints_in_the_layout_of_llm_compressor_are_read(case, tmp_path):
+    """Written by hand, without any of our writer: evaluated written out and packed as the weights it stands for."""
+    groups, ignore = FOREIGN[case]
+    foreign_checkpoint(tmp_path / "foreign", tmp_path / "plain", groups, ignore)
+    expected = perplexity(tmp_path / "plain", tmp_path)[0]
+    assert perplexity(tmp_path / "foreign", tmp_path)[0] == expected
+    config = replace(demo_config(tmp_path, tmp_path / "foreign"), wbits=16, packed=True, run_dir=tmp_path / "packed")
+    assert Session(config).run(config)["perplexity"]["text"]["fp"] == pytest.approx(expected, rel=1e-5)
+    if case != "mixed":
+        convert(tmp_path / "foreign", "bitplane", tmp_path / "planes")
+        assert perplexity(tmp_path / "planes", tmp_path)[0] == expected

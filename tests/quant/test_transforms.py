@@ -263,11 +263,11 @@ def test_seams_that_are_not_there_are_refused(model_dir, tmp_path):
         (llama, TransformSpec(True, ("vo",), norm_matrix=True), "--use_ln_matrix needs the norm seams"),
     ):
         with pytest.raises(InputError, match=says):
-            check_seams(bench.model, spec)
+            check_seams(bench.model.family, bench.model.config, spec)
     for spec in (TransformSpec(True, ("vo",), matrix=True), TransformSpec(True, ("qk", "norm"), matrix=True)):
-        check_seams(llama.model, spec)
+        check_seams(llama.model.family, llama.model.config, spec)
     off = TransformSpec(False, ("norm", "vo"), shift=True)
-    check_seams(llama.model, off)
+    check_seams(llama.model.family, llama.model.config, off)
     assert llama.transforms(off) == [] and len(llama.transforms(replace(off, let=True))) == 3
 
 

@@ -1,0 +1,300 @@
+"""Formats, linear by linear: what is written is what the solver said, what is read back is the same, and what cannot be
+held is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quant.core.actquant import ActSpec
+from quant.core.errors import InputError
+from quant.core.grid import fit_grid
+from quant.core.stats import LayerStats
+from quant.core.types import Outliers, QuantizedWeight, QuantSpec
+from quant.export import FORMATS, PACKED, refusal, write
+from quant.export.convert import same_codes
+from quant.export.formats import Content, Layers, plain_groups
+from quant.export.packing import pack, pack_planes, unpack, unpack_planes
+from quant.gptq import gptq
+from quant.quantease import quantease
+from quant.spqr import spqr
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "models/demo/llama"
+LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
+
+
+def reference_words(row, bits):
+    """A row as one big integer, cut into 32-bit words."""
+    whole = sum(int(code) << (k * bits) for k, code in enumerate(row))
+    count = -(-len(row) * bits // 32)
+    return np.array([(whole >> (32 * w)) & 0xFFFFFFFF for w in range(count)], dtype=np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 96, 100])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packing_is_one_little_endian_stream(bits, n):
+    codes = torch.randint(0, 2**bits, (3, n), dtype=torch.uint8)
+    words = pack(codes, bits)
+    assert np.array_equal(words.numpy(), np.stack([reference_words(row, bits) for row in codes.tolist()]))
+    assert torch.equal(unpack(words, bits, n), codes)
+    assert torch.equal(unpack_planes(pack_planes(codes, bits), n), codes)
+
+
+def random_weight(n_out, n_in, spec, scale=0.02):
+    weight = torch.randn(n_out, n_in) * scale
+    grid = fit_grid(weight, spec)
+    return QuantizedWeight(grid.quantize(weight), grid, spec)
+
+
+def content_for(weight, **more):
+    n_out, n_in = weight.codes.shape
+    return Content(weight.spec, {"layer": (n_out, n_in)}, reordered=not weight.has_plain_groups(),
+                   outliers=weight.outliers is not None or weight.grid.bilevel is not None, **more)  # fmt: skip
+
+
+def round_trip(kind, weight, **more):
+    content = content_for(weight, **more)
+    assert PACKED[kind].refuses(content) is None
+    tensors = {f"layer.{part}": t for part, t in PACKED[kind].encode(weight, content).items()}
+    config = json.loads(json.dumps(PACKED[kind].config(content, LAYERS)))
+    assert PACKED[kind].linears(tensors, config) == ["layer"]
+    return PACKED[kind].decode("layer", tensors.__getitem__, tensors, config).check(), tensors
+
+
+@pytest.mark.parametrize("group", [-1, 32, 64])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("kind", PACKED)
+def test_round_trip_is_exact(kind, bits, symmetric, group):
+    if symmetric and bits == 1:
+        pytest.skip("a symmetric grid of one bit does not exist")
+    weight = random_weight(96, 128, QuantSpec(bits, group, symmetric))
+    if PACKED[kind].refuses(content_for(weight)):
+        assert kind.startswith("gptq") and bits not in (2, 3, 4, 8)
+        return
+    back, _ = round_trip(kind, weight)
+    assert same_codes(weight, back)
+    assert torch.equal(weight.dequantize(), back.dequantize())
+    assert (back.spec.bits, back.spec.group_size, back.spec.symmetric) == (bits, group, symmetric)
+    assert back.storage_bits() == weight.storage_bits()
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (33, 100), (7, 1)])
+@pytest.mark.parametrize("kind", ["compressed-tensors", "bitplane"])
+def test_shapes_that_no_word_divides(kind, shape):
+    weight = random_weight(*shape, QuantSpec(3))
+    back, _ = round_trip(kind, weight)
+    assert same_codes(weight, back)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6])
+def test_scales_that_float16_cannot_hold(scale):
+    weight = random_weight(32, 64, QuantSpec(4), scale)
+    back, _ = round_trip("bitplane", weight)
+    assert same_codes(weight, back)
+    if weight.grid.scale_bits == 32:
+        for kind in ("gptq", "compressed-tensors"):
+            with pytest.raises(InputError, match="float16 and cannot hold these exactly: use format bitplane"):
+                PACKED[kind].encode(weight, content_for(weight))
+
+
+def test_constant_rows_and_zero_rows():
+    rows = torch.cat([torch.zeros(16, 64), torch.full((8, 64), 0.3), torch.full((8, 64), -0.3)])
+    grid = fit_grid(rows, QuantSpec(4, 32))
+    weight = QuantizedWeight(grid.quantize(rows), grid, QuantSpec(4, 32))
+    for kind in PACKED:
+        assert same_codes(weight, round_trip(kind, weight)[0])
+
+
+def test_known_words_of_gptq():
+    """From files of the software that made the format: symmetric zero points of 4, 3, 2 and 8 bits."""
+    words = {
+        4: (0x77777777, 0x88888888),
+        3: (0xDB6DB6DB, None),
+        2: (0x55555555, 0xAAAAAAAA),
+        8: (0x7F7F7F7F, 0x80808080),
+    }
+    for bits, expected in words.items():
+        weight = random_weight(32, 32, QuantSpec(bits, symmetric=True))
+        for kind, word in zip(("gptq", "gptq_v2"), expected, strict=True):
+            zeros = PACKED[kind].encode(weight, content_for(weight))["qzeros"]
+            assert word is None or int(zeros[0, 0]) & 0xFFFFFFFF == word
+
+
+def test_gptq_is_compressed_tensors_transposed():
+    weight = random_weight(64, 128, QuantSpec(3, 32, symmetric=True))
+    theirs = PACKED["compressed-tensors"].encode(weight, content_for(weight))
+    ours = PACKED["gptq"].encode(weight, content_for(weight))
+    assert torch.equal(ours["qweight"].t(), theirs["weight_packed"])
+    assert "weight_zero_point" not in theirs, "must be absent where the grid is symmetric"
+
+
+def test_same_codes_are_on_the_same_grid():
+    weight = random_weight(32, 64, QuantSpec(4, 32))
+    for other in (
+        replace(weight, spec=QuantSpec(4, 32, symmetric=True)),
+        replace(weight, spec=QuantSpec(5, 32)),
+        replace(weight, spec=QuantSpec(4, 64)),
+        replace(weight, grid=replace(weight.grid, qmax=14)),
+    ):
+        assert not same_codes(weight, other)
+    assert same_codes(weight, replace(weight, spec=replace(weight.spec, range="mse"))), "no checkpoint tells the search"
+
+
+def test_a_quantized_head_belongs_to_no_block():
+    """In a checkpoint of a part of the blocks: named as quantized, and in no list of the blocks' linears."""
+    layers = Layers(["model.layers.0.a", "lm_head"], ["model.layers.1.a"], "model.layers", 2)
+    content = Content(QuantSpec(4, 32, True), {"a": (64, 64)}, whole=False)
+    written = PACKED["gptq"].config(content, layers)
+    assert written["lm_head"] is True and written["dynamic"] == {r"-:model\.layers\.(1)\..*": {}}
+    assert written["modules_in_block_to_quantize"] == [["model.layers.0.a"]]
+
+
+def test_a_zero_point_of_zero_is_refused_by_version_one():
+    weight = random_weight(32, 64, QuantSpec(4))
+    weight.grid.zero[3, 0] = 0
+    with pytest.raises(InputError, match="cannot hold 0: use format gptq_v2"):
+        PACKED["gptq"].encode(weight, content_for(weight))
+    assert same_codes(weight, round_trip("gptq_v2", weight)[0])
+
+
+def solved(solver, spec, **options):
+    torch.manual_seed(0)
+    x = torch.randn(256, 64) * torch.linspace(0.2, 3, 64)
+    stats = LayerStats(64, torch.device("cpu"))
+    stats.update(x)
+    return solver(torch.randn(48, 64), stats, spec, **options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: solved(quantease, QuantSpec(3, 16), outlier=0.02),
+        lambda: solved(quantease, QuantSpec(3), outlier=0.05, structure_outlier=True),
+        lambda: solved(spqr, QuantSpec(3, 16)),
+        lambda: solved(gptq, QuantSpec(4, 16), act_order=True),
+        lambda: solved(gptq, QuantSpec(2, levels=5)),
+    ],
+    ids=["outliers", "outlier columns", "spqr", "act-order", "five levels"],
+)
+def test_bitplane_holds_what_others_cannot(make):
+    weight = make()
+    back, tensors = round_trip("bitplane", weight)
+    assert same_codes(weight, back)
+    assert torch.equal(weight.dequantize(), back.dequantize())
+    stored = sum(t.numel() * t.itemsize * 8 for t in tensors.values())
+    assert stored <= weight.storage_bits() * 1.2 + 4096, "the file holds little more than what is counted"
+
+
+def test_act_order_is_held_by_gptq_too():
+    weight = solved(gptq, QuantSpec(4, 16), act_order=True)
+    wide = replace(
+        weight,
+        codes=weight.codes.repeat(2, 1),
+        grid=replace(weight.grid, scale=weight.grid.scale.repeat(2, 1), zero=weight.grid.zero.repeat(2, 1)),
+    )
+    back, _ = round_trip("gptq", wide)
+    assert same_codes(wide, back)
+    assert PACKED["gptq"].config(content_for(wide), LAYERS)["desc_act"] is True
+
+
+def test_five_levels_are_three_bits():
+    weight = random_weight(32, 64, QuantSpec(2, levels=5))
+    content = content_for(weight)
+    assert PACKED["gptq"].config(content, LAYERS)["bits"] == 3
+    back, _ = round_trip("compressed-tensors", weight)
+    assert torch.equal(weight.dequantize(), back.dequantize())
+
+
+def test_w8a8_is_int_quantized():
+    weight = random_weight(32, 64, QuantSpec(8, symmetric=True))
+    back, tensors = round_trip("compressed-tensors", weight, act=ActSpec(8))
+    assert tensors["layer.weight"].dtype == torch.int8 and tensors["layer.weight_scale"].shape == (32, 1)
+    assert torch.equal(weight.dequantize(), back.dequantize())
+
+
+REFUSED = {
+    "gptq, one bit": ("gptq", {"spec": QuantSpec(1)}, "holds 2, 3, 4 or 8 bits, not 1: use format compressed-tensors"),
+    "gptq, shapes": ("gptq", {"shapes": {"a": (32, 100)}, "spec": QuantSpec(4)}, "multiples of 32, a is 32x100: use format compressed-tensors"),
+    "gptq, outliers": ("gptq", {"outliers": True}, "cannot hold sparse outliers: use format bitplane"),
+    "gptq, activations": ("gptq_v2", {"act": ActSpec(8)}, "weight-only"),
+    "ct, act-order": ("compressed-tensors", {"reordered": True}, "use format gptq, or --group-aware"),
+    "ct, W4A4": ("compressed-tensors", {"act": ActSpec(4)}, "symmetric 8-bit weights per row only"),
+    "ct, keys": ("compressed-tensors", {"act": ActSpec(8, 8), "spec": QuantSpec(8, symmetric=True)}, "use --kvbits 16, or format bitplane"),
+    "ct, groups": ("compressed-tensors", {"spec": QuantSpec(4, 96)}, "groups that divide the inputs, a has 128: use format gptq_v2"),
+    "plain, matrices": ("dequantized", {"online": True}, "plain checkpoint cannot hold matrices behind norms"),
+    "ct, matrices": ("compressed-tensors", {"online": True}, "cannot hold matrices behind norms: use format bitplane"),
+    "bitplane, W16": ("bitplane", {"spec": None}, "use format dequantized"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_a_format_that_can(case):
+    kind, changes, message = REFUSED[case]
+    content = replace(Content(QuantSpec(4, 32), {"a": (64, 128)}), **changes)
+    against = refusal(kind, content)
+    assert against is not None and message in against
+    named = against.split(" format ")[1].split()[0].strip(",")
+    assert named in FORMATS and refusal(named, content) is None
+
+
+def test_what_no_option_announced_is_refused_where_it_is_written():
+    """A solver's answer that holds more than its options said."""
+    plain, ordered = random_weight(64, 128, QuantSpec(4, 32)), solved(gptq, QuantSpec(4, 16), act_order=True)
+    sparse = replace(plain, outliers=Outliers(torch.tensor([5]), torch.tensor([1.0]).half()))
+    content, middle = Content(plain.spec, {}), replace(plain, spec=QuantSpec(4, 32, symmetric=True))
+    for kind in ("gptq", "gptq_v2", "compressed-tensors"):
+        for weight, said, asked in (
+            (sparse, "cannot hold sparse outliers: use format bitplane", content),
+            (ordered, "use format bitplane", replace(content, spec=ordered.spec)),
+            (middle, "zero points of a symmetric grid must be 8", replace(content, spec=middle.spec)),
+            (random_weight(64, 128, QuantSpec(3, 32)), "holds one number of bits, 4, and this linear has 3", content),
+        ):
+            with pytest.raises(InputError, match=said):
+                PACKED[kind].encode(weight, asked)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_block_of_another_run_is_refused_where_it_is_written(kind):
+    """Answers with legal hashes that are not what the manifest asked for."""
+    content = Content(QuantSpec(4, 32), {"layer": (64, 128)})
+    few = random_weight(64, 128, QuantSpec(4, 32))
+    for weight, said in (
+        (random_weight(64, 128, QuantSpec(4, 64)), "holds one grid, of group_size 32, and this linear has 64"),
+        (replace(few, grid=replace(few.grid, qmax=9)), "of largest code 15, and this linear has 9"),
+        (random_weight(64, 128, QuantSpec(4, 32, symmetric=True)), "of symmetric False, and this linear has True"),
+        (
+            random_weight(32, 128, QuantSpec(4, 32)),
+            r"a.layer has codes of .32, 128., but the model's linear is .64, 128.",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            list(write.packed_entries([("a.layer.weight", weight)], kind, content, torch.float16))
+    with pytest.raises(InputError, match="but the model's linear is None"):
+        list(write.packed_entries([("a.other.weight", few)], kind, content, torch.float16))
+
+
+def test_groups_that_do_not_divide_are_those_of_their_size():
+    """96 inputs in groups of 64: 64 and 32, not twice 48."""
+    assert plain_groups(96, 64).tolist() == [0] * 64 + [1] * 32
+    weight = random_weight(32, 96, QuantSpec(4, 32))
+    two = replace(weight.grid, scale=weight.grid.scale[:, :2].contiguous(), zero=weight.grid.zero[:, :2].contiguous(),
+                  g_idx=plain_groups(96, 64))  # fmt: skip
+    weight = replace(weight, grid=two, spec=QuantSpec(4, 64))
+    content = Content(weight.spec, {"layer": (32, 96)})
+    tensors = {f"layer.{part}": t for part, t in PACKED["gptq_v2"].encode(weight, content).items()}
+    del tensors["layer.g_idx"]
+    config = PACKED["gptq_v2"].config(content, LAYERS)
+    assert same_codes(weight, PACKED["gptq_v2"].decode("layer", tensors.__getitem__, tensors, config))
+
+
+def test_rows_without_outliers():
+    """Outliers alone, no grid trouble: a weight whose rows hold none at all."""
+    weight = random_weight(8, 32, QuantSpec(2))
+    weight = replace(weight, outliers=Outliers(torch.tensor([5, 40]), torch.tensor([1.0, -2.0]).half()))
+
+    assert same_codes(weight, round_trip("bitplane", weight)[0])
