@@ -170,6 +170,12 @@ def scores_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
     return _against_bits(runs, difference, 0.0, "mean score - full precision", about)
 
 
+def _looks(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
+    """Marker and colour of every method, the same in all pictures of a page."""
+    methods = dict.fromkeys(method_of(run.results) for run in runs)
+    return {method: (MARKERS[i % 8], COLOURS[i % 8]) for i, method in enumerate(methods)}
+
+
 def _against_bits(
     runs: Sequence[Run], value: Callable[[Run], float | None], full: float, name: str, about: str
 ) -> tuple[str, bytes] | None:
@@ -183,7 +189,7 @@ def _against_bits(
         if found is not None:
             of_method = points.setdefault(run.model, {}).setdefault(method_of(run.results), {})
             of_method.setdefault(run.label, []).append((run.results["bits_per_weight"], found))
-    methods = sorted({method for own in points.values() for method in own})
+    looks = _looks(runs)
     if sum(len(labels) for own in points.values() for labels in own.values()) < 2:
         return None
     columns = min(3, len(points))
@@ -191,20 +197,19 @@ def _against_bits(
     with _figure(7.2 if columns < 3 else 9.6, 3.6 * rows + 0.4) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, (model, own) in zip(panels, points.items(), strict=False):
-            for i, method in enumerate(methods):
+            for method, (marker, colour) in looks.items():
                 means = sorted(
                     tuple(sum(v) / len(v) for v in zip(*seeds, strict=True)) for seeds in own.get(method, {}).values()
                 )
                 if means:
                     x, y = zip(*means, strict=True)
-                    axes.plot(
-                        x, y, marker=MARKERS[i % 8], color=COLOURS[i % 8], label=method, linewidth=1.2, markersize=5
-                    )
+                    axes.plot(x, y, marker=marker, color=colour, label=method, linewidth=1.2, markersize=5)
             axes.axhline(full, color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(model if len(points) > 1 else "")
             axes.set_xlabel("stored bits per weight")
             if full and max(v for labels in own.values() for seeds in labels.values() for _, v in seeds) > 2:
-                axes.set_yscale("log")
+                axes.set_yscale("log", base=2)
+                axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(alpha=0.25)
         for axes in panels[len(points) :]:
             axes.set_visible(False)
@@ -232,23 +237,24 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
     shown = [run for run in runs if run.results["zero_shot"]]
     if not 0 < len(shown) <= SCORED:
         return None
-    tasks = list(shown[0].results["zero_shot"])
+    tasks, looks = list(shown[0].results["zero_shot"]), _looks(runs)
     with _figure(7.2, 0.5 + 0.32 * len(tasks) * (len(shown) + 1)) as figure:
         axes = figure.subplots()
         rows, names = 0, []
         for task in tasks:
-            entries = [(run.label, run.results["zero_shot"][task]) for run in shown if task in run.results["zero_shot"]]
+            entries = [(run, run.results["zero_shot"][task]) for run in shown if task in run.results["zero_shot"]]
             full = entries[0][1]["fp"]
-            for i, (label, entry) in enumerate(entries):
+            for run, entry in entries:
+                marker, colour = looks[method_of(run.results)]
                 axes.errorbar(
                     score_of(entry),
                     rows,
                     xerr=1.96 * entry["stderr"],
-                    fmt=MARKERS[i % 8],
-                    color=COLOURS[i % 8],
+                    fmt=marker,
+                    color=colour,
                     capsize=3,
                 )
-                names.append(f"{task}: {label}")
+                names.append(f"{task}: {run.label}")
                 rows += 1
             if full is not None:
                 axes.plot([full, full], [rows - len(entries) - 0.4, rows - 0.6], color=INK, linewidth=1.5)
