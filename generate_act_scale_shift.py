@@ -71,9 +71,10 @@ def main() -> None:
 
     from data.calibration import CALIBRATION, check_source
     from quant.core import cli
-    from quant.core.config import RunConfig
+    from quant.core.config import RunConfig, places_read
     from quant.core.errors import InputError
-    from quant.core.journal import write_atomically
+    from quant.core.files import check_owned, write_owned
+    from quant.core.places import Place, check_places
     from quant.core.run import Session
 
     args = parser().parse_args()
@@ -101,18 +102,22 @@ def main() -> None:
         trust_remote_code=args.trust_remote_code,
         deterministic=args.deterministic,
     )
+    name = Path(args.model).resolve().name
+    outputs = [Place("--scales-output-path", args.scales_output_path / f"{name}.safetensors"),
+               Place("--shifts-output-path", args.shifts_output_path / f"{name}.safetensors")]  # fmt: skip
+    check_places(places_read(config), [*outputs, Place("--cache-dir", args.cache_dir)])
+    for output in outputs:
+        check_owned(output.path)
     try:
         session, console = Session(config), cli.console()
     except InputError as error:  # a run calls them otherwise
         raise InputError(str(error).replace("--seqlen", "--seq-len").replace("--nsamples", "--num-samples")) from error
     with cli.ProgressBars(console) as bars:
         scales, shifts = measure(session, bars.for_method("activations"))
-    name = Path(args.model).resolve().name
     metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": session.calibration(config).sha256}
-    for directory, vectors in ((args.scales_output_path, scales), (args.shifts_output_path, shifts)):
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / f"{name}.safetensors", save(vectors, metadata))
-        console.print(f"{directory / name}.safetensors: {len(vectors)} linears", highlight=False, soft_wrap=True)
+    for output, vectors in zip(outputs, (scales, shifts), strict=True):
+        write_owned(output.path.parent, {output.path.name: save(vectors, metadata)})
+        console.print(f"{output.path}: {len(vectors)} linears", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

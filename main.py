@@ -230,14 +230,6 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     for name in ("act_scales", "act_shifts"):
         path = getattr(args, name)
         check(path is not None and not path.is_file(), f"--{name.replace('_', '-')} {path}: no such file")
-    for name in ("resume", "act_scales", "act_shifts"):
-        if (path := getattr(args, name)) is not None and args.run_dir is not None:
-            start, place = path.resolve(), args.run_dir.resolve()
-            check(
-                start == place or (args.overwrite and start.is_relative_to(place)),
-                f"--{name.replace('_', '-')} {path} is in the run directory, and a run cannot start from what it replaces: "
-                "use another --run-dir",
-            )
     check(
         args.format is not None and args.save_dir is None and not args.dry_run,
         f"--format {args.format} is of a checkpoint: give --save_dir",

@@ -7,10 +7,12 @@ was interrupted, with identical bits.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+LAYERS = "layers.json"  # what --compare-layers leaves in --run-dir
 EXAMPLES = """examples:
   # the embedded demo: no network, a minute on a laptop; one table compares the methods
   python model_quantizer.py --model models/demo/llama --dataset demo --eval-datasets demo \\
@@ -289,6 +291,7 @@ def config_from(words: list[str]) -> Any:
 def main() -> None:
     """Parse, check, run."""
     from quant.core import cli, flags
+    from quant.core.files import check_owned
 
     args = parser().parse_args()
     cli.set_logging(args.log_level)
@@ -308,6 +311,8 @@ def main() -> None:
         return
     from quant.core.run import Session
 
+    if args.compare_layers and args.run_dir is not None:
+        check_owned(args.run_dir / LAYERS)
     session = Session(configs[0])
     for config in configs:
         if config.quantizes:
@@ -339,16 +344,15 @@ def main() -> None:
 def show_comparison(args: argparse.Namespace, session: Any, records: list[dict[str, Any]], console: Any) -> None:
     """One row a method; with --compute-quantization-recon-error one a linear; all of it as JSON in --run-dir."""
     from quant.core import cli
-    from quant.core.journal import write_json
+    from quant.core.files import write_owned
 
     console.print()
     console.print(cli.comparison_table(records, f"{args.model}: {args.wbits} bits, layer by layer, {args.dataset}"))
     if args.compute_quantization_recon_error:
         console.print(cli.linears_table(records))
     if args.run_dir is not None:
-        args.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(args.run_dir / "layers.json", records)
-        console.print(f"  {args.run_dir / 'layers.json'}", highlight=False, soft_wrap=True)
+        write_owned(args.run_dir, {LAYERS: (json.dumps(records, indent=2) + "\n").encode()})
+        console.print(f"  {args.run_dir / LAYERS}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.core.errors import InputError
+from quant.core.files import check_plain_file, is_plain_name, json_sha256, locked, read_json, sha256_of_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # *.py: classes that a config.json with auto_map names
 RESULTS = "results.json"  # of checkpoints that this toolkit wrote: hashes of their files
+CONVERSION_SECONDS = 3600.0  # that another process may take to convert what this one waits for
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -36,11 +37,26 @@ def resolve(model: str, cache_dir: Path, with_weights: bool = True) -> Path:
     """
     check_name(model)
     path = Path(model) if Path(model).is_dir() else _download(model, with_weights)
+    for file in side_files(path):
+        check_plain_file(file)
     if with_weights and not any((path / name).exists() for name in (SINGLE, INDEX)):
         if any((path / name).exists() for name in (BIN_SINGLE, BIN_INDEX)):
             return _convert_bin(path, cache_dir)
         raise InputError(f"{model} holds no weights: expected {SINGLE} or {INDEX}")
     return path
+
+
+def side_files(path: Path) -> Iterator[Path]:
+    """What belongs to a model besides its weights, in the order of the names."""
+    yield from sorted({file for pattern in SIDE_FILES for file in path.glob(pattern)})
+
+
+def check_own(file: Path, directory: Path) -> None:
+    """Raise InputError for a file of a model that is a link to somewhere else: it would be copied with the model. The
+    hub's cache, whose files are links to the blobs beside the snapshots, is one place."""
+    target, blobs = file.resolve(), directory.resolve().parent.parent / "blobs"
+    if not target.is_relative_to(directory.resolve()) and target.parent != blobs:
+        raise InputError(f"{file} is a link to {target}, outside of the model: put a copy of it in its place")
 
 
 def check_name(model: str) -> None:
@@ -85,6 +101,7 @@ class Checkpoint:
         self.files = [path / name for name in _shards(path, SINGLE, INDEX)]
         self._where: dict[str, Any] = {}
         for file in self.files:
+            check_plain_file(file)
             try:
                 handle = safe_open(file, framework="pt")
             except FileNotFoundError as error:
@@ -128,37 +145,6 @@ def _file_sha256(file: Path) -> str:
     return sha256_of_file(file)
 
 
-def sha256_of_file(file: Path) -> str:
-    """Hash of a file, read in pieces, once as long as its size and time stay."""
-    stat = file.stat()
-    return _sha256_of(file, stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _sha256_of(file: Path, size: int, modified: int) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def json_sha256(value: Mapping[str, Any]) -> str:
-    """Hash of a JSON object, whatever the order of its entries."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file. Raises InputError where it is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is truncated or no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return found
-
-
 def unlike_written(path: Path, results: Mapping[str, Any]) -> str | None:
     """What of the checkpoint ``path`` is not as its results.json says, in words; None if all is, or nothing is said.
 
@@ -169,6 +155,10 @@ def unlike_written(path: Path, results: Mapping[str, Any]) -> str | None:
     if not isinstance(hashes, dict):
         return f"{path / RESULTS}: files_sha256 is no JSON object; delete the file, or make the checkpoint again"
     for name, digest in hashes.items():
+        if not is_plain_name(name):
+            return (
+                f"{path / RESULTS}: {name!r} is not the name of a file; delete the file, or make the checkpoint again"
+            )
         file = path / name
         if not file.is_file():
             return f"{file} is missing, but {RESULTS} says that it was written; make the checkpoint again"
@@ -185,12 +175,20 @@ def unlike_written(path: Path, results: Mapping[str, Any]) -> str | None:
 
 
 def _shards(path: Path, single: str, index: str) -> list[str]:
+    """File names of a checkpoint's shards. Raises InputError for an index that names anything but files beside it: it
+    comes with the checkpoint, and must not say where else to read or write."""
     if (path / single).exists():
         return [single]
-    try:
-        return sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path / index} is not a checkpoint index; download it again") from error
+    weight_map = read_json(path / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path / index} is not a checkpoint index: it has no weight_map; download it again")
+    for tensor, name in weight_map.items():
+        if not is_plain_name(name):
+            raise InputError(
+                f"{path / index}: {tensor!r} is said to be in {name!r}, which is not the name of a file in {path}; "
+                "download the checkpoint again"
+            )
+    return sorted(set(weight_map.values()))
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -216,31 +214,39 @@ def _convert_bin(path: Path, cache_dir: Path) -> Path:
     Only tensors are unpickled (``weights_only=True``). The index is written last and marks a whole conversion.
     """
     shards = _shards(path, BIN_SINGLE, BIN_INDEX)
+    for name in shards:
+        check_plain_file(path / name)
+        if not (path / name).exists():
+            raise InputError(f"shard {path / name} is missing; download the checkpoint again")
+    sides = [file for file in side_files(path) if file.name != BIN_INDEX]
+    for file in sides:
+        check_own(file, path)
     stamp = [(name, (path / name).stat().st_size, (path / name).stat().st_mtime_ns) for name in shards]
     key = hashlib.sha256(json.dumps([str(path.resolve()), stamp]).encode()).hexdigest()[:16]
     target = cache_dir / "converted" / f"{path.name}-{key}"
-    if (target / INDEX).exists():
-        return target
-    target.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(f".{target.name}.lock"), f"the conversion of {path}", patience=CONVERSION_SECONDS):
+        if not (target / INDEX).exists():
+            _convert_shards(path, shards, sides, target)
+    return target
+
+
+def _convert_shards(path: Path, shards: Sequence[str], sides: Sequence[Path], target: Path) -> None:
+    target.mkdir(exist_ok=True)
     weight_map: dict[str, str] = {}
-    for name in shards:
+    for number, name in enumerate(shards, 1):
         tensors = _read_bin(path / name)
-        file = name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-        if file == SINGLE:
-            file = "model-00001-of-00001.safetensors"
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"  # not the source's name, whatever that is
         seen: dict[int, str] = {}
         own = {k: v for k, v in tensors.items() if seen.setdefault(v.data_ptr(), k) == k}
         write_tensors({k: v.contiguous() for k, v in own.items()}, target / f"{file}.tmp")
         (target / f"{file}.tmp").replace(target / file)
         weight_map.update(dict.fromkeys(own, file))
-    for pattern in SIDE_FILES:
-        for side in path.glob(pattern):
-            if side.name != BIN_INDEX:
-                (target / side.name).write_bytes(side.read_bytes())
+    for side in sides:
+        (target / side.name).write_bytes(side.read_bytes())
     temporary = target / f"{INDEX}.tmp"
     temporary.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     temporary.replace(target / INDEX)
-    return target
 
 
 def _read_bin(file: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from models.family import ModelFamily
 from quant.core.errors import InputError
 
 RECOMPUTED = (r"rotary_emb\.inv_freq$",)  # tensors of older files that the library computes itself
+ATTENTION = (None, "eager", "sdpa")
 Weights = dict[str, Tensor]
 Opener = Callable[[Path, Mapping[str, Any]], Checkpoint]
 
@@ -218,7 +219,11 @@ def load_model(
     bias one of zeros where the family can (config.json then says so). opener: opens the tensors, also of a quantized
     checkpoint, given its directory and config.json.
     """
+    if attn_implementation not in ATTENTION:
+        raise InputError(f"attention {attn_implementation!r}: use eager or sdpa")
     config, path = load_config(model, cache_dir, trust_remote_code, quantized=opener is not None)
+    if config._attn_implementation not in ATTENTION:
+        config._attn_implementation = None  # a name on the hub, of code that would be fetched and run
     family = family_of(config.model_type)
     if attn_implementation is not None:
         if attn_implementation == "eager" and family.no_eager(config):

@@ -167,14 +167,16 @@ def report(corpora: Mapping[str, Tokens], scores: Mapping[str, Mapping[str, Scor
 
 def main() -> None:
     """Measure a checkpoint by the ruler of the runs: python -m quant.evaluate --model PATH."""
+    import json
     import tempfile
 
     from data.calibration import KNOWN, check_source
     from quant.core import cli
-    from quant.core.config import RunConfig
+    from quant.core.config import RunConfig, places_read
     from quant.core.errors import InputError
+    from quant.core.files import check_owned, write_owned
     from quant.core.flags import DEFAULT_CACHE, add_data_flags, add_machine_flags
-    from quant.core.journal import write_json
+    from quant.core.places import Place, check_places
     from quant.core.run import Session
 
     parser: Any = cli.Parser(prog="python -m quant.evaluate", description=main.__doc__)
@@ -221,6 +223,9 @@ def main() -> None:
             deterministic=args.deterministic,
             run_dir=Path(directory) / "run",
         )
+        if args.out is not None:
+            check_places(places_read(config), [Place("--out", args.out), Place("--cache-dir", args.cache_dir)])
+            check_owned(args.out)
         console = cli.console()
         with cli.ProgressBars(console) as bars:
             results = Session(config).run(config, bars.for_method("base"))
@@ -229,7 +234,8 @@ def main() -> None:
         console.print(cli.tasks_table([results]))
     if args.out is not None:
         kept = ("perplexity", "zero_shot", "evaluation")
-        write_json(args.out, {"model": args.model} | {key: results[key] for key in kept})
+        numbers = {"model": args.model} | {key: results[key] for key in kept}
+        write_owned(args.out.parent, {args.out.name: (json.dumps(numbers, indent=2) + "\n").encode()})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from typing import Any
 
 from quant.core.config import RunConfig
 from quant.core.errors import InputError, RunError
-from quant.core.journal import RunDirectory
+from quant.core.journal import RunDirectory, check_manifest
+from quant.core.places import Place, check_places
 from quant.core.run import Session
+from quant.core.stored import NOTHING_ALLOWED, Allowed
 
 EXAMPLES = """examples:
   python -m quant.repeat runs/llama-gptq-w3-10556a3f
@@ -23,18 +25,24 @@ Exit codes: 0 identical, 1 different, 2 the run cannot be repeated.
 NUMBERS = ("codes_sha256", "bits_per_weight", "perplexity", "fidelity", "zero_shot", "mean_relative_error")
 
 
-def repeat(run: Path, into: Path) -> list[str]:
+def repeat(
+    run: Path, into: Path, allowed: Allowed = NOTHING_ALLOWED, cache_dir: Path = RunConfig.cache_dir
+) -> list[str]:
     """Run the configuration of ``run`` again in ``into``; return a line for everything that differs.
 
-    Raises InputError where the run is unfinished, or its model or data have changed.
+    Raises InputError where the run is unfinished, or its model or data have changed, or where it asks for what
+    ``allowed`` does not allow.
     """
     source = RunDirectory(run)
     manifest, before = source.read("manifest.json"), source.read("results.json")
-    if manifest is None or "request" not in manifest:
+    if manifest is None:
         raise InputError(f"{run} has no manifest that says what was asked for")
+    check_manifest(manifest, run / "manifest.json")
     if before is None:
         raise InputError(f"{run} was not finished; run its command again first")
-    config = replace(RunConfig.from_json(manifest["request"]), run_dir=into, save=None, overwrite=False)
+    config = RunConfig.from_json(manifest["request"], str(run / "manifest.json"), allowed)
+    config = replace(config, run_dir=into, cache_dir=cache_dir)
+    check_places([Place("the run", run)], [Place("--into", into)])
     session = Session(config)
     changed = [
         f"{key}: {manifest['configuration'].get(key)} -> {value}"
@@ -82,13 +90,26 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="a finished run directory")
     parser.add_argument("--into", type=Path, metavar="DIR", help="keep the second run here (default: it is deleted)")
+    parser.add_argument(
+        "--allow-paths",
+        action="store_true",
+        help="read the data, tasks and activation ranges that the manifest names by path: for runs of your own",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model, if the run did"
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, default=RunConfig.cache_dir, help="of models and tokens (default: %(default)s)"
+    )
     args = parser.parse_args()
     cli.set_logging("warning")
     if not args.run.is_dir():
         raise InputError(f"{args.run} is not a run directory")
     with tempfile.TemporaryDirectory() as temporary:
         into = args.into or Path(temporary) / "run"
-        found, others = repeat(args.run, into), versions_that_differ(args.run, into)
+        allowed = Allowed(args.trust_remote_code, args.allow_paths)
+        found = repeat(args.run, into, allowed, args.cache_dir)
+        others = versions_that_differ(args.run, into)
     console = cli.console()
     for line in others:
         console.print(f"note: {line}", highlight=False)

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from quant.core.errors import InputError
-from quant.core.journal import Record, RunDirectory, write_atomically
+from quant.core.files import write_atomically
+from quant.core.journal import Record, RunDirectory
 from quant.published import method_of, published
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

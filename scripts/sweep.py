@@ -29,8 +29,10 @@ sys.path.insert(0, str(ROOT))  # the command lines are imported for their parser
 
 from quant.core.config import RunConfig  # noqa: E402
 from quant.core.errors import InputError, RunError  # noqa: E402
-from quant.core.journal import write_atomically, write_json  # noqa: E402
+from quant.core.files import check_owned, check_plain_file, write_owned  # noqa: E402
+from quant.core.places import Place, check_places  # noqa: E402
 from quant.core.run import FullPrecision, Session  # noqa: E402
+from quant.core.stored import NOTHING_ALLOWED, Allowed, ordered_places, taken  # noqa: E402
 from quant.report import open_run, write_report  # noqa: E402
 
 EXAMPLES = """examples:
@@ -86,6 +88,7 @@ def read_table(path: Path, chosen: Mapping[str, str] | None = None, models: Path
 
     chosen: patterns by column of PAPERS, for such a table alone. models: where its models are (default: the hub).
     """
+    check_plain_file(path)
     if not path.is_file():
         raise InputError(f"no such table: {path}")
     try:
@@ -280,6 +283,17 @@ def _scalar(path: Path, node: Any, name: str) -> Any:
     if value is None:
         raise InputError(f"{_at(path, node)}: {name} needs one value")
     return value
+
+
+def check_orders(rows: Sequence[Row], allowed: Allowed = NOTHING_ALLOWED) -> None:
+    """Raise InputError, with its place, for an entry of a table that only a flag of this command may say: to run the
+    model's code, to read files, to write or replace something."""
+    for row in rows:
+        for name in ordered_places(row.flags):
+            place = row.places.get(name, row.where)
+            raise InputError(f"{place}: {name} says where to write, which a table does not: give it in --flags")
+        for name, value in row.flags.items():
+            taken({name: value}, row.places.get(name, row.where), allowed)
 
 
 def with_more(rows: Sequence[Row], seeds: Sequence[str], flags: Mapping[str, str]) -> list[Row]:
@@ -504,6 +518,7 @@ def slurm(groups: Sequence[Sequence[Cell]], args: argparse.Namespace) -> str:
     for name in (*CHOICES, "models", "seeds", "flags", "rows_per_task"):
         value = getattr(args, name)
         again += [f"--{name.replace('_', '-')}={value}"] if value else []
+    again += [f"--{name.replace('_', '-')}" for name in ("allow_paths", "trust_remote_code") if getattr(args, name)]
     return f"""#!/usr/bin/env bash
 #SBATCH --array=0-{len(groups) - 1}
 #SBATCH --gres=gpu:{int(args.gpus)}
@@ -575,6 +590,12 @@ def main() -> None:
     parser.add_argument("--seeds", default="", metavar="A,B", help="every row once with each of these seeds")
     parser.add_argument("--flags", default="", metavar="WORDS", help="more flags for every row, in one argument")
     parser.add_argument("--dry-run", action="store_true", help="print the commands; nothing is run")
+    parser.add_argument(
+        "--allow-paths", action="store_true", help="read the data and other files that the table names by path"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let rows that ask for it run code that comes with their model"
+    )
     args = parser.parse_args()
     cli.set_logging("error")
     for name in ("together", "rows_per_task"):
@@ -583,7 +604,14 @@ def main() -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     args.out = args.out or Path("runs") / "sweeps" / args.table.stem
     chosen = {name: getattr(args, name) for name in CHOICES if getattr(args, name)}
+    name = "sweep" if args.only_group is None else f"sweep-task{args.only_group}"  # tasks end side by side
+    check_places(
+        [Place("the table", args.table)], [Place("--out", args.out / f"{name}{ending}") for ending in (".json", ".md")]
+    )
+    for ending in (".json", ".md"):
+        check_owned(args.out / f"{name}{ending}")
     rows = read_table(args.table, chosen, args.models)
+    check_orders(rows, Allowed(args.trust_remote_code, args.allow_paths))
     cells = cells_of(
         with_more(rows, [s for s in args.seeds.split(",") if s], flags_of(args.flags, "--flags")), args.out
     )
@@ -607,13 +635,14 @@ def main() -> None:
             work = sum(run_group(group, args.together, board.moved) for group in groups)
     ran = [cell for group in groups for cell in group]
     summary = over_seeds(ran)
-    args.out.mkdir(parents=True, exist_ok=True)
     ended = [
         {"flags": c.flags, "status": c.status, "message": c.message, "run_dir": str(c.config.run_dir)} for c in ran
     ]
-    name = "sweep" if args.only_group is None else f"sweep-task{args.only_group}"  # tasks end side by side
-    write_json(args.out / f"{name}.json", {"table": str(args.table), "rows": ended, "summary": summary})
-    write_atomically(args.out / f"{name}.md", markdown(summary, args.table.stem).encode())
+    numbers = {"table": str(args.table), "rows": ended, "summary": summary}
+    text = markdown(summary, args.table.stem)
+    write_owned(
+        args.out, {f"{name}.json": (json.dumps(numbers, indent=2) + "\n").encode(), f"{name}.md": text.encode()}
+    )
     console.print(markdown(summary, args.table.stem), highlight=False, soft_wrap=True, markup=False)
     done = [cell.config.run_dir for cell in ran if cell.status == DONE and cell.config.run_dir]
     if done and args.only_group is None:

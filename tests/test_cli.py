@@ -14,6 +14,7 @@ import model_quantizer
 from quant import evaluate
 from quant.core import cli
 from quant.core.cli import guarded
+from quant.core.files import RECORD
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_layers_are_compared_from_one_stream(command, small, tmp_path):
     for same in by_linear.values():
         assert len({r["relative_error_rtn"] for r in same}) == 1, "one set of statistics for all methods"
         assert len({r["n_tokens"] for r in same}) == 1
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["layers.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [RECORD, "layers.json"]
 
 
 def test_outliers_and_spqr_from_the_command_line(command, small, tmp_path):

@@ -16,9 +16,12 @@ from quant.core.actquant import ActSpec
 from quant.core.config import RunConfig
 from quant.core.errors import InputError
 from quant.core.run import Session
+from quant.core.stored import Allowed
 from quant.repeat import repeat
 from tests.quant.test_learn import asked
 from tests.test_run import config_for
+
+OWN = Allowed(paths=True)  # what is repeated here was made here
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -28,14 +31,15 @@ def test_identical_and_not(learned, model_dir, text, tmp_path):
         config = replace(
             config, method="omniquant", solver="rtn", learning=asked(abits=4, epochs=1, batch=6), act=ActSpec(4, 8)
         )
-    assert RunConfig.from_json(config.to_json()) == config
+    stored = RunConfig.from_json(config.to_json(), "the manifest", OWN)
+    assert replace(stored, run_dir=config.run_dir, cache_dir=config.cache_dir) == config
     Session(config).run(config)
-    assert repeat(config.run_dir, tmp_path / "again") == []
+    assert repeat(config.run_dir, tmp_path / "again", OWN, config.cache_dir) == []
     other = replace(config, seed=1, run_dir=tmp_path / "other")
     Session(other).run(other)
     file = Path("blocks") / "00001.safetensors"
     shutil.copy(other.run_dir / file, config.run_dir / file)
-    assert repeat(config.run_dir, tmp_path / "another") == ["block 1: other codes"]
+    assert repeat(config.run_dir, tmp_path / "another", OWN, config.cache_dir) == ["block 1: other codes"]
     tensors = load_file(config.run_dir / file)
     with safe_open(config.run_dir / file, "pt") as opened:
         metadata = opened.metadata()
@@ -43,7 +47,7 @@ def test_identical_and_not(learned, model_dir, text, tmp_path):
     tensors[name] = torch.where(tensors[name] == 0, 1, tensors[name])
     save_file(tensors, config.run_dir / file, metadata)
     with pytest.raises(InputError, match="00001.safetensors is damaged"):
-        repeat(config.run_dir, tmp_path / "edited")
+        repeat(config.run_dir, tmp_path / "edited", OWN, config.cache_dir)
 
 
 def test_no_test_reaches_the_network():
@@ -64,7 +68,7 @@ def test_a_deterministic_run_is_repeated_as_one(model_dir, text, tmp_path, monke
     assert asked_for == []
     config = replace(config, deterministic=True, overwrite=True)
     Session(config).run(config)
-    assert repeat(config.run_dir, tmp_path / "again") == [] and asked_for == [True, True]
+    assert repeat(config.run_dir, tmp_path / "again", OWN, config.cache_dir) == [] and asked_for == [True, True]
     words = ["--model", str(model_dir("llama")), "--dataset", "demo", "--deterministic"]
     assert model_quantizer.config_from([*words, "--wbits", "3"]).deterministic
     learned = ["--model", "x", "--wbits", "3", "--lwc", "--deterministic", "--device", "cpu", "--calib_dataset", "demo"]
@@ -79,9 +83,9 @@ def test_what_cannot_be_repeated(model_dir, text, tmp_path):
     Session(config).run(config)
     (tmp_path / "own.txt").write_text(text.read_text() * 2)
     with pytest.raises(InputError, match="cannot be repeated as it was: calibration"):
-        repeat(config.run_dir, tmp_path / "x")
+        repeat(config.run_dir, tmp_path / "x", OWN, config.cache_dir)
     (config.run_dir / "results.json").unlink()
     with pytest.raises(InputError, match="was not finished"):
         repeat(config.run_dir, tmp_path / "x")
     with pytest.raises(InputError, match="another version: unknown entry 'colour'"):
-        RunConfig.from_json({"model": "x", "colour": 1})
+        RunConfig.from_json({"model": "x", "colour": 1}, "the manifest", OWN)

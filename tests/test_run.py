@@ -18,6 +18,7 @@ from quant.core.config import RunConfig
 from quant.core.errors import InputError, RunError
 from quant.core.journal import RunDirectory
 from quant.core.run import Session
+from quant.core.stored import Allowed
 from quant.core.types import QuantSpec
 from quant.evaluate import ratio_interval
 from quant.gptq import gptq
@@ -444,9 +445,15 @@ def test_a_damaged_checkpoint_is_not_taken_for_done(kind, name, harm, model_dir,
     run(config)
     assert (tmp_path / "saved" / name).stat().st_mtime_ns == stamp, "what is whole is not written again"
     harm(tmp_path / "saved" / name)
-    assert not (tmp_path / "saved" / name).exists() or (tmp_path / "saved" / name).read_bytes() != written
+    changed = (tmp_path / "saved" / name).exists() and (tmp_path / "saved" / name).read_bytes()
+    assert changed != written
     with pytest.raises(InputError, match="saved is not empty; use another directory or --overwrite"):
         run(config)
+    if changed:  # perhaps by the person: not what this toolkit wrote
+        with pytest.raises(InputError, match=f"{name} was changed since it was written"):
+            run(replace(config, overwrite=True))
+        assert (tmp_path / "saved" / name).read_bytes() == changed
+        (tmp_path / "saved" / name).unlink()
     run(replace(config, overwrite=True))
     assert (tmp_path / "saved" / name).read_bytes() == written
 
@@ -515,7 +522,9 @@ def test_a_format_that_was_chosen_falls_back(model_dir, text, tmp_path, caplog):
     config = in_packed_format(config)
     assert (config.format, config.fallback) == ("gptq", "bitplane")
     assert in_packed_format(replace(config, target="gptqmodel")).fallback is None, "the target may not load that"
-    assert RunConfig.from_json(config.to_json()) == config
+    stored = RunConfig.from_json(config.to_json(), "the manifest", Allowed(paths=True))
+    written = {"run_dir": config.run_dir, "save": config.save, "cache_dir": config.cache_dir}
+    assert replace(stored, **written) == config, "all of it but where to write"
     run(config)
     assert "cannot hold these exactly: use format bitplane; saved as bitplane" in caplog.text
     assert QuantizedCheckpoint(tmp_path / "saved").format.name == "bitplane"
@@ -556,7 +565,7 @@ def test_blocks_are_what_was_solved(case, model_dir, text, tmp_path):
     with pytest.raises(InputError, match=message):
         convert(tmp_path / "run", "bitplane", tmp_path / "out")
     with pytest.raises(InputError, match=message):
-        load_resident(open_run(tmp_path / "run", torch.float32).quantized(), torch.device("cpu"))
+        load_resident(open_run(tmp_path / "run", tmp_path, torch.float32).quantized(), torch.device("cpu"))
     if change is not None:
         with pytest.raises(InputError, match=message):
             run(replace(config, limit=6))
@@ -581,7 +590,7 @@ def test_a_manifest_of_nothing_is_one_line(content, model_dir, text, tmp_path):
     config = config_for(model_dir("llama"), text, tmp_path, method="rtn", options={})
     run(config)
     (tmp_path / "run" / "manifest.json").write_text(content)
-    for action in (lambda: open_run(tmp_path / "run"), lambda: run(config)):
+    for action in (lambda: open_run(tmp_path / "run", tmp_path), lambda: run(config)):
         with pytest.raises(InputError, match="manifest.json") as error:
             action()
         assert "\n" not in str(error.value)

@@ -34,7 +34,7 @@ def table(model_dir, text, tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("sweep")
     content = {
         "fixed": {"dataset": str(text), "eval-datasets": str(text), "seqlen": 32, "nsamples": 4, "limit": 4, "num-iter": 2,
-                  "wbits": 3, "cache-dir": str(base / "cache")},
+                  "wbits": 3},
         "grid": {"model": [str(model_dir("llama")), str(model_dir("opt"))], "quantization-method": ["rtn", "gptq"], "seed": [0, 1]},
         "rows": [{"model": str(model_dir("opt")), "quantization-method": "gptq", "group-size": 7}],
     }  # fmt: skip
@@ -43,11 +43,12 @@ def table(model_dir, text, tmp_path_factory) -> Path:
     return path
 
 
-def command(*words: object) -> tuple[int, str, str]:
+def command(*words: object, allowed: tuple[str, ...] = ("--allow-paths",)) -> tuple[int, str, str]:
     """scripts/sweep.py in this process: (exit code, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
+    cache = Path(str(words[0])).parent / "cache"
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["sweep.py", *map(str, words)])
+        patch.setattr(sys, "argv", ["sweep.py", *map(str, words), f"--flags=--cache-dir {cache}", *allowed])
         patch.chdir(ROOT)
         code = guarded(sweep.main)
     return code, out.getvalue(), err.getvalue()
@@ -308,7 +309,7 @@ def test_slurm_prints_an_array_and_a_task_runs_its_rows(table, tmp_path):
     assert code == 0 and "--array=0-1\n" in out and "--gres=gpu:1\n" in out and "--cpus-per-task=1\n" in out
     split = ("--rows-per-task", "3")
     code, out, _ = command(table, "--out", tmp_path / "out", "--executor", "slurm", *split, "--seeds", "")
-    assert code == 0 and "--array=0-3\n" in out and "--rows-per-task=3 --only-group" in out
+    assert code == 0 and "--array=0-3\n" in out and "--rows-per-task=3 --allow-paths --only-group" in out
     assert command(table, "--executor", "slurm", "--gpus", "0.5")[0] == 2
     assert command(table, "--out", tmp_path / "out", *split, "--only-group", 0)[0] == 0
     rows = json.loads((tmp_path / "out" / "sweep-task0.json").read_text())["rows"]
@@ -324,7 +325,7 @@ def test_slurm_prints_an_array_and_a_task_runs_its_rows(table, tmp_path):
 def test_learned_rows(model_dir, text, tmp_path):
     path = tmp_path / "t.yaml"
     fixed = {"calib_dataset": str(text), "eval-datasets": str(text), "eval_ppl": True, "seqlen": 32, "nsamples": 4, "limit": 4,
-             "model": str(model_dir("llama")), "lwc": True, "epochs": 1, "cache-dir": str(tmp_path / "cache")}  # fmt: skip
+             "model": str(model_dir("llama")), "lwc": True, "epochs": 1}  # fmt: skip
     grid = {"wbits": [3, 4], "solver": ["rtn", "gptq"]}
     path.write_text(yaml.safe_dump({"command": "main.py", "fixed": fixed, "grid": grid}, sort_keys=False))
     code, _, err = command(path, "--out", tmp_path / "out")

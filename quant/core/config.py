@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from data.corpora import is_file
 from quant.core.actquant import ActSpec
 from quant.core.errors import InputError
 from quant.core.journal import Record
 from quant.core.learn import Learning
+from quant.core.places import Place
 from quant.core.registry import get_solver, solver_options
+from quant.core.stored import Allowed, taken
 from quant.core.transforms import TransformSpec
 from quant.core.types import QuantSpec
 from quant.export import DEQUANTIZED, refusal
@@ -86,8 +89,10 @@ class RunConfig:
         return found
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> RunConfig:
-        """A configuration that was kept by `to_json`. Raises InputError where an entry is unknown."""
+    def from_json(cls, stored: Mapping[str, Any], origin: str, allowed: Allowed) -> RunConfig:
+        """A configuration that was kept by `to_json`, as far as it may count: see `taken`; places to write are this
+        version's defaults. Raises InputError where an entry is unknown."""
+        found = taken(stored, origin, allowed)
         kinds = {f.name: str(f.type) for f in fields(cls)}
         unknown = sorted(set(found) - set(kinds))
         if unknown:
@@ -111,6 +116,28 @@ class RunConfig:
     def quantizes(self) -> bool:
         """False where only the base model is evaluated."""
         return self.wbits != FULL_BITS or self.act.active or self.learning is not None
+
+
+def stores_of(config: RunConfig) -> int:
+    """How many sets of hidden states of the calibration windows a run holds at a time."""
+    learning = config.learning
+    return 1 if learning is None else 2 + learning.augmented + learning.attention
+
+
+def places_read(config: RunConfig) -> list[Place]:
+    """The paths that a run reads: what the hub or the project holds under a name has none."""
+    data = (*((config.dataset,) if config.quantizes else ()), *config.eval_datasets)
+    found = [Place("--model", Path(config.model))] if Path(config.model).is_dir() else []
+    found += [Place("the data file", Path(source)) for source in dict.fromkeys(data) if is_file(source)]
+    named = (("--data-dir", config.data_dir), ("--task-path", config.task_path), ("--act-scales", config.act_scales),
+             ("--act-shifts", config.act_shifts), ("--resume", config.resume))  # fmt: skip
+    return found + [Place(flag, path) for flag, path in named if path is not None]
+
+
+def places_written(config: RunConfig) -> list[Place]:
+    """The paths that a run writes to."""
+    named = (("--run-dir", config.run_dir), ("--save", config.save), ("--cache-dir", config.cache_dir))
+    return [Place(flag, path) for flag, path in named if path is not None]
 
 
 def spec_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec | None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,29 +23,28 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quant.core.errors import InputError
+from quant.core.files import (
+    RECORD,
+    RECORD_LOCK,
+    TEMPORARY,
+    check_plain_file,
+    locked,
+    owned,
+    read_json,
+    sha256_of_file,
+    unlink_all,
+    write_atomically,
+    write_json,
+)
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
 
 Record = dict[str, Any]
+SCHEMA = 1
+LOCK = "run.lock"
+OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD)
+STORE = "activations"  # hidden states on the disk, see `Activations`
+BLOCK_FILE = re.compile(r"[0-9]{5,}\.safetensors")
 CHANGED, LEARNED = "changed/", "learned/"  # prefixes of a block file's other tensors
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under its final name only when every byte is on disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON, indented for people, written atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -67,35 +66,85 @@ class RunDirectory:
         self.blocks = path / "blocks"
         self._verified: set[int] = set()  # blocks whose tensors had their hash when they were first read
 
-    def open(self, manifest: Record, overwrite: bool) -> None:
-        """Start a run, or continue the one that is here if its configuration is the same.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory, and keep other processes out of it. Raises InputError where the place cannot be written, or
+        another process holds it."""
+        with ExitStack() as stack:
+            try:
+                self.blocks.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path / LOCK, f"the run directory {self.path}"))
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise InputError(f"cannot write the run directory {self.path}: {reason}; use --run-dir") from error
+            yield
 
-        Raises InputError with the differences if it is another, or if the place cannot be written.
+    def open(self, manifest: Record, overwrite: bool) -> list[Path]:
+        """Start a run, or continue the one that is here if its configuration is the same. overwrite: discard that one,
+        file by file; returns what else lies there, which stays.
+
+        Raises InputError with the differences if it is another, or if what is here is not a run.
         """
-        try:
-            if overwrite and (self.path / "manifest.json").exists():
-                shutil.rmtree(self.path)
-            self.blocks.mkdir(parents=True, exist_ok=True)
-        except (OSError, NotADirectoryError) as error:
-            raise InputError(f"cannot write the run directory {self.path}: {error.strerror}; use --run-dir") from error
-        found = self.read("manifest.json")
-        if found is None:
-            others = [p.name for p in self.path.iterdir() if p != self.blocks and not p.name.endswith(".tmp")]
-            if others:
-                raise InputError(f"{self.path} holds other files ({others[0]}, ...); give --run-dir an empty directory")
-            write_json(self.path / "manifest.json", manifest)
-            return
-        old, new = found.get("configuration"), manifest["configuration"]
-        if not isinstance(old, dict):
+        self._check_links()
+        previous, others = self.read("manifest.json"), self._others()
+        if previous is None and others:
             raise InputError(
-                f"{self.path / 'manifest.json'} is no manifest of a run; delete {self.path} or use --overwrite"
+                f"{self.path} holds other files ({others[0].name}, ...); give --run-dir an empty directory"
             )
+        if previous is not None:
+            check_manifest(previous, self.path / "manifest.json")
+        if previous is not None and overwrite:
+            self._discard()
+            previous = None
+        unlink_all(self._leftovers())
+        if previous is None:
+            write_json(self.path / "manifest.json", manifest)
+            return others
+        old, new = previous["configuration"], manifest["configuration"]
         changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         if changed:
             raise InputError(
                 f"{self.path} holds a run of another configuration ({'; '.join(changed)}); "
                 "use another --run-dir, or --overwrite to discard it"
             )
+        return others
+
+    def _own(self) -> list[Path]:
+        """The files here that a run writes: those of fixed names, blocks, and pages as they were written."""
+        named = [self.path / name for name in OWN_FILES if (self.path / name).exists()]
+        blocks = [file for file in self.blocks.iterdir() if BLOCK_FILE.fullmatch(file.name)]
+        record = owned(self.path)
+        pages = [self.path / name for name, hashes in record.items() if _is_one_of(self.path / name, hashes)]
+        return [*named, *blocks, *pages, *self._leftovers()]
+
+    def _leftovers(self) -> list[Path]:
+        """Temporary files of a process that was killed; what it wrote was to get a name of a run's files."""
+        loose = {*OWN_FILES, STORE, *owned(self.path)}
+        places = (self.path, loose.__contains__), (self.blocks, BLOCK_FILE.fullmatch)
+        return [
+            file
+            for directory, is_own in places
+            for file in directory.iterdir()
+            if (match := TEMPORARY.fullmatch(file.name)) and is_own(match["name"])
+        ]
+
+    def _others(self) -> list[Path]:
+        """What lies here and is not a run's."""
+        own = {*self._own(), self.blocks, self.path / LOCK, self.path / RECORD_LOCK}
+        return sorted(file for file in (*self.path.iterdir(), *self.blocks.iterdir()) if file not in own)
+
+    def _discard(self) -> None:
+        """Delete the files of the run, the manifest last: until then it says whose the others are."""
+        manifest = self.path / "manifest.json"
+        unlink_all(file for file in self._own() if file != manifest)
+        unlink_all([manifest])
+        self._verified.clear()
+
+    def _check_links(self) -> None:
+        """Raise InputError where a name of a run's files is a link: writing there would write somewhere else."""
+        for file in (self.blocks, *(self.path / name for name in OWN_FILES)):
+            if file.is_symlink():
+                raise InputError(f"{file} is a link to another place: give --run-dir another directory")
 
     def read(self, name: str) -> Record | None:
         """A JSON file of the run, or None if it is not there. Raises InputError if it is damaged."""
@@ -103,12 +152,9 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            content: Any = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is damaged; delete {self.path} and run its command again") from error
-        if not isinstance(content, dict):
-            raise InputError(f"{path} holds no JSON object; delete {self.path} and run its command again")
-        return content
+            return read_json(path)
+        except InputError as error:
+            raise InputError(f"{error}; give another run directory, or move the file away") from error
 
     def block_file(self, index: int) -> Path:
         """Where block ``index`` is kept."""
@@ -158,7 +204,8 @@ class RunDirectory:
         metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(asdict(summary))}
         write_atomically(self.block_file(index), save(tensors, metadata))
         self._verified.discard(index)
-        with (self.path / "journal.jsonl").open("a") as stream:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(self.path / "journal.jsonl", flags, 0o666), "w") as stream:
             stream.write("".join(json.dumps(record) + "\n" for record in records))
         return summary
 
@@ -204,6 +251,7 @@ class RunDirectory:
     def _opened(self, index: int) -> Iterator[Any]:
         """A block's file. Raises InputError if it is damaged or not there."""
         path = self.block_file(index)
+        check_plain_file(path)
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
@@ -213,6 +261,17 @@ class RunDirectory:
             raise InputError(
                 f"{path} is damaged ({error}); delete it and the later blocks, and run the command of that run again"
             ) from error
+
+
+def check_manifest(manifest: Record, path: Path) -> None:
+    """Raise InputError for a manifest that no run wrote: other programs have files of this name too."""
+    parts = ("request", "configuration", "model", "versions")
+    if manifest.get("schema") != SCHEMA or not all(isinstance(manifest.get(part), dict) for part in parts):
+        raise InputError(f"{path} is not the manifest of a run: give another directory")
+
+
+def _is_one_of(path: Path, hashes: list[str]) -> bool:
+    return path.is_file() and not path.is_symlink() and sha256_of_file(path) in hashes
 
 
 def _quantized(file: Any, name: str, entry: Record) -> QuantizedWeight:

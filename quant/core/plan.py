@@ -51,7 +51,17 @@ from models import family_of
 from models.load import build_meta, load_config
 from quant.core import machine
 from quant.core.cli import loadability_table
-from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of
+from quant.core.config import (
+    DEFAULT_MAX_SEQLEN,
+    FULL_BITS,
+    RunConfig,
+    check_format,
+    content_of,
+    places_read,
+    places_written,
+    stores_of,
+)
+from quant.core.places import check_places
 from quant.core.registry import get_solver
 from quant.core.stats import BLOCK, LayerStats
 from quant.core.transforms import check_seams
@@ -171,7 +181,7 @@ def estimate(
     forward = n_blocks * tokens * 2 * shapes.block * passes / rates[0]
     gram = n_blocks * tokens * sum(_gram_flops(group[0][2]) for group in shapes.groups) / rates[1]
     solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
-    learn, learning, streams = _learning(config, shapes, tokens, seqlen, itemsize)
+    learn, learning = _learning(config, shapes, tokens, seqlen, itemsize)
     variants = 2 if config.full_precision_eval else 1
     evaluated = EVAL_TOKENS * len(config.eval_datasets) * variants
     total_parameters = shapes.outside + shapes.block * shapes.n_blocks
@@ -186,7 +196,10 @@ def estimate(
             shapes.block * itemsize + max(statistics + workspace, statistics + batch, learning),
             shapes.outside * itemsize + batch,
         ),
-        "host bytes: hidden states": tokens * shapes.hidden * itemsize * streams,
+        f"{'disk' if config.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
+        * shapes.hidden
+        * itemsize
+        * stores_of(config),
         "disk bytes: run directory": n_blocks * weights,
         "disk bytes: checkpoint": total_parameters * 2 if config.save else 0,
         "quantized bytes": n_blocks * (weights * code_bits + side) / 8,
@@ -218,15 +231,15 @@ def solver_bytes(config: RunConfig, n_out: int, n_in: int) -> float:
     return max(phases)
 
 
-def _learning(config: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize: int) -> tuple[float, float, int]:
-    """flops of all blocks, bytes on the device, and stores of hidden states that learning takes."""
+def _learning(config: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize: int) -> tuple[float, float]:
+    """flops of all blocks, and bytes on the device, that learning takes."""
     learning = config.learning
     if learning is None:
-        return 0.0, 0.0, 1
+        return 0.0, 0.0
     passes = 1 + learning.augmented + learning.epochs * (5 if learning.attention else 4)
     kept = learning.batch * seqlen * (17 * shapes.hidden + 2.5 * shapes.heads * seqlen) * itemsize
     flops = min(config.num_layers, shapes.n_blocks) * tokens * 2.0 * shapes.block * passes
-    return flops, 24 * shapes.block + kept, 2 + learning.augmented + learning.attention
+    return flops, 24 * shapes.block + kept
 
 
 def _gram_flops(n_in: int) -> float:
@@ -237,6 +250,8 @@ def _gram_flops(n_in: int) -> float:
 def show_plan(configs: Sequence[RunConfig], console: Console) -> None:
     """Print the estimates of every method side by side. Raises InputError for what a run would refuse."""
     first = configs[0]
+    places = dict.fromkeys(place for config in configs for place in places_written(config))
+    check_places(places_read(first), list(places))
     device = machine.pick_device(first.device)
     model_config, path = load_config(first.model, first.cache_dir, first.trust_remote_code, with_weights=False)
     dtype = machine.pick_dtype(first.dtype, device) or getattr(model_config, "dtype", None) or torch.float16

@@ -14,7 +14,8 @@ from models.load import LazyModel, Weights, load_model
 from quant.core.actquant import ActSpec, Deployed
 from quant.core.config import FULL_BITS, RunConfig
 from quant.core.errors import InputError
-from quant.core.journal import RunDirectory
+from quant.core.journal import RunDirectory, check_manifest
+from quant.core.stored import Allowed
 from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.kernels.packed import PackedWeight, pack_block
@@ -50,23 +51,32 @@ class FinishedRun:
         return Quantized(self.model, read(directory.read_weights), read(directory.read_changed), self.config.act)
 
 
-def open_run(source: Path, dtype: torch.dtype | None = None) -> FinishedRun:
-    """A finished run. Raises InputError where it is not finished, or its model is not the same any more."""
+def open_run(
+    source: Path, cache_dir: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> FinishedRun:
+    """A finished run. Raises InputError where it is not finished, or its model is not the same any more.
+
+    The run says which model it was made of (the hash is checked); cache_dir and trust_remote_code are the caller's.
+    """
     directory = RunDirectory(source)
     manifest, results = directory.read("manifest.json"), directory.read("results.json")
+    origin = source / "manifest.json"
     if manifest is None:
         raise InputError(f"{source} is no run directory: it has no manifest.json")
+    check_manifest(manifest, origin)
     if results is None:
         raise InputError(f"{source} has no results.json: the run is not finished; the same command continues it")
     try:
-        config = RunConfig.from_json(manifest["request"])
+        # Nothing of what a request names but the model is read here.
+        allowed = Allowed(trust_remote_code, paths=True)
+        config = RunConfig.from_json(manifest["request"], str(origin), allowed)
         expected, n_blocks = manifest["model"]["sha256"], int(manifest["configuration"]["blocks"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{source / 'manifest.json'} is no manifest of a run ({error}); run it again") from error
+        raise InputError(f"{origin} is no manifest of a run ({error}); run it again") from error
     if config.wbits == FULL_BITS:
         raise InputError(f"{source}: no weight was quantized there")
     biases = config.learning is not None and config.learning.transform.shift
-    model = load_model(config.model, dtype=dtype, cache_dir=config.cache_dir, biases=biases,
+    model = load_model(config.model, dtype=dtype, cache_dir=cache_dir, biases=biases,
                        trust_remote_code=config.trust_remote_code)  # fmt: skip
     if model.checkpoint.sha256() != expected:
         raise InputError(f"{config.model} is not the model of the run any more: its weights have another hash")
@@ -78,7 +88,7 @@ def open_quantized(
 ) -> Quantized:
     """A run directory, a quantized checkpoint, or a plain one, of which nothing is packed."""
     if (Path(source) / "manifest.json").exists():
-        return open_run(Path(source), dtype).quantized()
+        return open_run(Path(source), cache_dir, dtype, trust_remote_code).quantized()
     model = load_model(source, dtype=dtype, cache_dir=cache_dir, opener=open_checkpoint,
                        trust_remote_code=trust_remote_code)  # fmt: skip
     return of_checkpoint(model)

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from data.calibration import Tokens
-from models.checkpoint import RESULTS, read_json, unlike_written
+from models.checkpoint import RESULTS, unlike_written
 from models.load import LazyModel
 from quant.core import machine
 from quant.core.config import RunConfig
+from quant.core.files import read_json
 from quant.core.journal import BlockSummary, Record
 from quant.export.read import QuantizedCheckpoint
 from quant.kernels.blocks import describe as describe_kernels
@@ -106,7 +107,12 @@ def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyMod
 def is_saved(save: Path, digest: str, kinds: Collection[str]) -> bool:
     """Whether ``save`` holds, whole and unchanged, the checkpoint of the configuration with this hash in one of these
     formats."""
-    path = save / RESULTS
+    return any(is_whole(save, {"configuration_sha256": digest, "format": kind}) for kind in kinds)
+
+
+def is_whole(directory: Path, entries: Record) -> bool:
+    """Whether a directory holds a whole and unchanged checkpoint whose results.json has these entries."""
+    path = directory / RESULTS
     found = read_json(path) if path.exists() else {}
-    same = found.get("configuration_sha256") == digest and found.get("format") in kinds
-    return same and bool(found.get("files_sha256")) and unlike_written(save, found) is None
+    same = all(found.get(key) == value for key, value in entries.items())
+    return same and bool(found.get("files_sha256")) and unlike_written(directory, found) is None

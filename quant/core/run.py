@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,22 @@ from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from models.load import LazyModel, Weights, load_model, load_tokenizer
 from quant.core import machine
 from quant.core.actquant import ActSpec, Deployed
-from quant.core.config import DEFAULT_MAX_SEQLEN, FULL_BITS, RunConfig, check_format, content_of, spec_of
+from quant.core.config import (
+    DEFAULT_MAX_SEQLEN,
+    FULL_BITS,
+    RunConfig,
+    check_format,
+    content_of,
+    places_read,
+    places_written,
+    spec_of,
+    stores_of,
+)
 from quant.core.errors import InputError, RunError
-from quant.core.journal import BlockSummary, Record, RunDirectory, write_json
+from quant.core.files import check_space, write_json
+from quant.core.journal import BlockSummary, Record, RunDirectory
 from quant.core.learn import LearnedBlock, learn_block
+from quant.core.places import check_places
 from quant.core.recipe import Recipe, check_options, compare_block, deploy, quantize_block
 from quant.core.registry import get_solver
 from quant.core.results import is_saved, manifest_of, results_of
@@ -35,8 +46,8 @@ from quant.core.types import QuantizedWeight
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
 from quant.export.formats import Content
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
+from quant.export.target import check_target, settle
 from quant.export.write import (
-    check_target,
     entries,
     model_config,
     model_side_files,
@@ -91,6 +102,7 @@ class Session:
 
     def __init__(self, config: RunConfig) -> None:
         started = time.perf_counter()
+        check_places(places_read(config), places_written(config))
         self.config = config
         if config.deterministic:
             machine.be_deterministic()
@@ -226,7 +238,8 @@ class Session:
 
     def quantize(self, config: RunConfig, progress: Progress = silent) -> None:
         """Quantize alone: every block is in the run directory afterwards, and ``run`` only evaluates."""
-        self._quantize_job(self._checked(config), progress)
+        with ExitStack() as held:
+            self._quantize_job(self._checked([config], held)[0], progress)
 
     def run_all(
         self,
@@ -239,11 +252,14 @@ class Session:
         progress: gives the callback for a method's name. kept: what the session's earlier calls left of full precision;
         filled by the first.
         """
-        jobs = [self._checked(config) for config in configs]
+        with ExitStack() as held:
+            return self._run_jobs(self._checked(configs, held), progress, kept or FullPrecision())
+
+    def _run_jobs(self, jobs: Sequence[Job], progress: Callable[[str], Progress], kept: FullPrecision) -> list[Record]:
         for job in jobs:
             job.blocks = self._quantize_job(job, progress(job.config.method))
         waiting = [job for job in jobs if job.results is None]
-        shown, kept = progress(waiting[0].config.method if len(waiting) == 1 else "all"), kept or FullPrecision()
+        shown = progress(waiting[0].config.method if len(waiting) == 1 else "all")
         with self._measured(waiting, "evaluate") as evaluating:
             scores = self._evaluate(waiting, shown, kept.streams)
         with self._measured(waiting, "tasks") as answering:
@@ -257,8 +273,15 @@ class Session:
             self._write_results(job, job.results)  # before anything is saved: where that fails, no score is lost
         return [self._finished(job, progress(job.config.method)) for job in jobs]
 
-    def _checked(self, config: RunConfig) -> Job:
-        """Everything that can be wrong with a configuration, before any work; its directory is opened."""
+    def _checked(self, configs: Sequence[RunConfig], held: ExitStack) -> list[Job]:
+        """Everything that can be wrong with configurations, before any work; their directories are opened, and no other
+        process's until ``held`` ends."""
+        named = [replace(config, run_dir=self.run_path(config)) for config in configs]
+        places = dict.fromkeys(place for config in named for place in places_written(config))
+        check_places(places_read(self.config), list(places))
+        return [self._checked_job(config, held) for config in named]
+
+    def _checked_job(self, config: RunConfig, held: ExitStack) -> Job:
         recipe = self.recipe(config) if config.quantizes else None
         if config.learning is not None:
             check_ranges(config, self.model, self.model_sha256)
@@ -269,12 +292,19 @@ class Session:
             previous = None
         digest = configuration_sha256(configuration)
         self.check_export(config)
-        if config.save is not None and (config.overwrite or not is_saved(config.save, digest, _kinds(config))):
-            check_target(config.save, config.overwrite, self.model.checkpoint.path)
+        stay: list[Path] = []
+        if config.save is not None:
+            settle(config.save)
+            if config.overwrite or not is_saved(config.save, digest, _kinds(config)):
+                stay += check_target(config.save, config.overwrite)
         self._check_space(config, target.path)
         calibration, evaluated = self.calibration(config), self.evaluation.values()
         manifest = manifest_of(config, configuration, self.model, self.device, calibration, evaluated)
-        target.open(manifest, config.overwrite)
+        held.enter_context(target.held())
+        others = target.open(manifest, config.overwrite)
+        stay += others if config.overwrite else []
+        if stay:
+            log.warning("these are not of a run or checkpoint of this toolkit and stay: %s", ", ".join(map(str, stay)))
         return Job(config, recipe, target, digest, configuration["blocks"], previous)
 
     def _quantize_job(self, job: Job, progress: Progress) -> list[BlockSummary]:
@@ -374,14 +404,20 @@ class Session:
         """Raise InputError where the blocks, and the checkpoint if asked for, cannot fit on the disk."""
         per_block = sum(out * n_in for out, n_in in self.model.linear_shapes().values())
         need = per_block * min(config.num_layers, len(self.model.blocks)) if config.quantizes else 0
+        need += self._stored_bytes(config) if config.activation_store == "disk" else 0
         weights = sum(file.stat().st_size for file in self.model.checkpoint.files)
         for place, size in ((path, need), (config.save, weights)):
-            if place is None:
-                continue
-            existing = next(p for p in (place, *place.absolute().parents) if p.exists())
-            free = shutil.disk_usage(existing).free
-            if free < size:
-                raise InputError(f"{place} needs about {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+            if place is not None:
+                check_space(place, size)
+
+    def _stored_bytes(self, config: RunConfig) -> int:
+        """Bytes of hidden states that are on the disk at a time where they are kept there: of calibration, then of every
+        variant in evaluation."""
+        width = self.model.config.hidden_size * self.model.dtype.itemsize
+        calibration = self.calibration(config)
+        tokens = 0 if calibration is None else calibration.ids.numel()
+        evaluated = sum(own.ids.numel() for own in self.evaluation.values())
+        return width * max(tokens * stores_of(config), evaluated * 2)
 
     def calibration_stream(self) -> BlockStream:
         """The calibration samples in front of the first block, as the session's own configuration keeps them."""

@@ -19,6 +19,8 @@ from torch.func import functional_call
 from models.load import LazyModel, Weights
 from quant.core.actquant import ActSpec, Deployed, instrumented
 from quant.core.errors import InputError
+from quant.core.files import reserve, temporary_name
+from quant.core.journal import STORE
 
 STORES = ("device", "cpu", "disk")
 
@@ -88,7 +90,8 @@ class Activations:
         if kind == "disk":
             directory.mkdir(parents=True, exist_ok=True)
             size = shape[0] * shape[1] * shape[2]
-            file = directory / f"activations-{id(self):x}.bin"
+            file = temporary_name(directory / STORE)
+            reserve(file, size * dtype.itemsize)
             flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
             file.unlink()  # the mapping keeps the space until it is dropped; nothing is left behind after a kill
             self.data = flat.view(shape)

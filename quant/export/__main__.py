@@ -16,6 +16,7 @@ EXAMPLES = """examples:
 def main() -> None:
     """Parse, convert, say who loads it."""
     from quant.core import cli
+    from quant.core.flags import DEFAULT_CACHE
     from quant.export import FORMATS
     from quant.export.convert import convert
     from quant.export.loadable import loadability
@@ -27,10 +28,11 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    parser.add_argument("--trust-remote-code", action="store_true", help="of a checkpoint that brings its own classes")
+    parser.add_argument("--trust-remote-code", action="store_true", help="of a model that brings its own classes")
+    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, help="of models (default: %(default)s)")
     args = parser.parse_args()
     cli.set_logging("warning")
-    content = convert(args.source, args.to, args.out, args.overwrite, args.trust_remote_code)
+    content = convert(args.source, args.to, args.out, args.overwrite, args.trust_remote_code, args.cache_dir)
     console = cli.console()
     console.print(cli.loadability_table(args.to, loadability(args.to, content)))
     size = sum(file.stat().st_size for file in args.out.iterdir())

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from models.checkpoint import RESULTS, read_json
+from models.checkpoint import RESULTS, check_own
 from models.load import LazyModel, load_model, load_tokenizer
 from quant.core.config import RunConfig, check_format, content_of
 from quant.core.errors import InputError
-from quant.core.resident import open_run
+from quant.core.files import check_space, json_sha256, read_json
+from quant.core.places import Place, check_places
+from quant.core.resident import FinishedRun, open_run
+from quant.core.results import is_whole
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED, refusal
 from quant.export.formats import Content, Layers
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
+from quant.export.target import check_target, settle
 from quant.export.write import (
-    check_space,
-    check_target,
     copy_code,
     entries,
     layers_of,
@@ -32,6 +35,8 @@ from quant.export.write import (
     size_of,
 )
 
+log = logging.getLogger(__name__)
+CONVERTED = "converted_sha256"  # entry of results.json: hash of what decides a conversion
 SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -45,23 +50,55 @@ SIDE_FILES = (
 )
 
 
-def convert(source: Path, kind: str, target: Path, overwrite: bool = False, trust_remote_code: bool = False) -> Content:
-    """Write ``source`` in a format to ``target``; returns what it holds. Raises InputError where that cannot be."""
-    check_target(target, overwrite, source)
+@dataclass(frozen=True)
+class Conversion:
+    """A source that was opened and found to fit a format. entries, config, side_files, results: of the checkpoint;
+    digest: of what decides it; size: of its tensors, in bytes."""
+
+    content: Content
+    entries: Callable[[], Iterator[tuple[str, Tensor]]]
+    config: Mapping[str, Any]
+    side_files: Callable[[Path], None]
+    results: Mapping[str, Any]
+    digest: str
+    size: int
+
+
+def convert(
+    source: Path,
+    kind: str,
+    target: Path,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    cache_dir: Path = RunConfig.cache_dir,
+) -> Content:
+    """Write ``source`` in a format to ``target``; returns what it holds. What is there already, of this source in this
+    format and whole, stays. Raises InputError where that cannot be."""
+    check_places([Place("the source", source)], [Place("--out", target), Place("--cache-dir", cache_dir)])
+    settle(target)
     if (source / "manifest.json").exists():
-        return _convert_run(source, kind, target)
-    if (source / "config.json").exists():
-        return _convert_checkpoint(source, kind, target, trust_remote_code)
-    raise InputError(f"{source} is neither a run directory (manifest.json) nor a checkpoint (config.json)")
+        run = open_run(source, cache_dir, trust_remote_code=trust_remote_code)
+        if Path(run.config.model).is_dir():
+            check_places([Place("the model of the run", Path(run.config.model))], [Place("--out", target)])
+        found = _of_run(run, kind)
+    elif (source / "config.json").exists():
+        found = _of_checkpoint(source, kind, trust_remote_code, cache_dir)
+    else:
+        raise InputError(f"{source} is neither a run directory (manifest.json) nor a checkpoint (config.json)")
+    if overwrite or not is_whole(target, {CONVERTED: found.digest}):
+        if others := check_target(target, overwrite):
+            log.warning("%s: files of others stay: %s", target, ", ".join(file.name for file in others))
+        check_space(target, found.size)
+        results = dict(found.results) | {"format": kind, CONVERTED: found.digest}
+        save_checkpoint(found.entries(), target, found.config, found.side_files, results)
+    return found.content
 
 
-def _convert_run(source: Path, kind: str, target: Path) -> Content:
-    run = open_run(source)
+def _of_run(run: FinishedRun, kind: str) -> Conversion:
     model, n_blocks = run.model, run.n_blocks
     config = replace(run.config, format=kind, target=None)
     content = content_of(config, model.linear_shapes(), len(model.blocks), model.config.model_type)
     check_format(config, content)
-    check_space(target, size_of(model, kind, content, layers_of(model, n_blocks)))
 
     def replaced(index: int) -> Mapping[str, Any]:
         if index >= n_blocks:
@@ -69,18 +106,26 @@ def _convert_run(source: Path, kind: str, target: Path) -> Content:
         solved = {f"{name}.weight": weight for name, weight in run.directory.read_weights(index).items()}
         return run.directory.read_changed(index) | solved
 
-    stream = packed_entries(entries(model, replaced), kind, content, model.storage_dtype)
-    described = model_config(model, kind, content, n_blocks)
     tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
-    save_checkpoint(stream, target, described, model_side_files(model, tokenizer), run.results | {"format": kind})
-    return content
+    return Conversion(
+        content,
+        lambda: packed_entries(entries(model, replaced), kind, content, model.storage_dtype),
+        model_config(model, kind, content, n_blocks),
+        model_side_files(model, tokenizer),
+        run.results,
+        json_sha256(
+            {"run": run.results.get("configuration_sha256"), "codes": run.results.get("codes_sha256"), "to": kind}
+        ),
+        size_of(model, kind, content, layers_of(model, n_blocks)),
+    )
 
 
-def _convert_checkpoint(source: Path, kind: str, target: Path, trust_remote_code: bool) -> Content:
+def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: Path) -> Conversion:
     declared = read_json(source / "config.json")
+    digest = {"config": json_sha256(declared), "to": kind}
     if not declared.pop("quantization_config", None):
         raise InputError(f"{source} is a plain checkpoint: there are no codes to convert; quantize it")
-    model = load_model(str(source), dtype=None, cache_dir=RunConfig.cache_dir, opener=open_checkpoint,
+    model = load_model(str(source), dtype=None, cache_dir=cache_dir, opener=open_checkpoint,
                        trust_remote_code=trust_remote_code)  # fmt: skip
     checkpoint = model.checkpoint
     assert isinstance(checkpoint, QuantizedCheckpoint)
@@ -88,21 +133,27 @@ def _convert_checkpoint(source: Path, kind: str, target: Path, trust_remote_code
     content = checkpoint.content(whole=not any(name.startswith(f"{layers.blocks}.") for name in layers.untouched))
     if against := refusal(kind, content):
         raise InputError(against)
-    check_space(target, size_of(model, kind, content, layers))
     if kind in PACKED:
         declared["quantization_config"] = PACKED[kind].config(content, layers)
-    stream = packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype)
+    sides = sorted({file for pattern in SIDE_FILES for file in source.glob(pattern)})
+    for file in sides:
+        check_own(file, source)
 
     def side_files(directory: Path) -> None:
-        for pattern in SIDE_FILES:
-            for file in source.glob(pattern):
-                shutil.copy(file, directory)
+        for file in sides:
+            shutil.copy(file, directory)
         copy_code(source, directory, declared)
 
     old = source / RESULTS
-    results = read_json(old) if old.exists() else {}
-    save_checkpoint(stream, target, declared, side_files, results | {"format": kind})
-    return content
+    return Conversion(
+        content,
+        lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype),
+        declared,
+        side_files,
+        read_json(old) if old.exists() else {},
+        json_sha256(digest | {"weights": checkpoint.sha256()}),
+        size_of(model, kind, content, layers),
+    )
 
 
 def _layers_in(model: LazyModel, checkpoint: QuantizedCheckpoint) -> Layers:

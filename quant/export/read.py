@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, read_json
+from models.checkpoint import Checkpoint
 from models.load import LazyModel
 from quant.core.actquant import INPUT_RANGE
 from quant.core.errors import InputError
+from quant.core.files import read_json
 from quant.core.seams import ONLINE
 from quant.core.types import QuantizedWeight
 from quant.export import format_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,45 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import INDEX, RESULTS, SINGLE, json_sha256, read_json, sha256_of_file, write_tensors
+from models.checkpoint import RESULTS, check_own, write_tensors
 from models.load import LazyModel
 from quant.core.actquant import INPUT_RANGE
 from quant.core.errors import InputError
+from quant.core.files import json_sha256, sha256_of_file
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
 from quant.export.formats import Content, Layers, check_shape
+from quant.export.target import OWN, replacing
 
 SHARD_BYTES = 5_000_000_000
 Entry = tuple[str, Tensor | QuantizedWeight]
-
-
-def check_target(target: Path, overwrite: bool, source: Path) -> None:
-    """Raise InputError where a checkpoint cannot be written to ``target``: it is where the weights come from, or holds
-    anything but a checkpoint that may be overwritten.
-    """
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file; give a directory for the checkpoint")
-    if target.resolve() == source.resolve():
-        raise InputError(f"{target} is where the weights come from; use another directory")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise InputError(f"{target} is not empty; use another directory or --overwrite")
-        whole = (target / "config.json").exists() and any((target / name).exists() for name in (SINGLE, INDEX))
-        ours = (target / RESULTS).exists() and read_json(target / RESULTS).get("files_sha256")  # whatever is left of it
-        if not whole and not ours:
-            raise InputError(
-                f"{target} holds no checkpoint, and --overwrite replaces nothing else; use another directory"
-            )
-    parent = next(p for p in (target, *target.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"{target} cannot be written; use another directory for the checkpoint")
-
-
-def check_space(target: Path, size: int) -> None:
-    """Raise InputError where a disk has not ``size`` bytes left."""
-    free = shutil.disk_usage(next(p for p in (target, *target.absolute().parents) if p.exists())).free
-    if free < size:
-        raise InputError(f"{target} needs about {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
 
 
 def size_of(model: LazyModel, kind: str, content: Content, layers: Layers) -> int:
@@ -126,48 +100,37 @@ def save_checkpoint(
     side_files: Callable[[Path], None],
     results: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json, side files, weights (sharded above 5 GB), results.json with a hash of every weight file.
+    """Write config.json, side files, weights (sharded above 5 GB), results.json with hashes of all that was written.
 
     results.json also holds the hash of config.json, which says what the tensors mean (and one of its quantization_config
     alone). Nothing is left behind where anything fails, and a checkpoint that was there before is then still there.
+    Raises InputError for values that are not finite in the dtype in which they are written.
     """
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
-    temporary.mkdir()
-    try:
-        _write_weights(stream, temporary)
-        side_files(temporary)
-        _write_json(temporary / "config.json", config)
+    with replacing(target) as directory:
+        _write_weights(finite(stream), directory)
+        side_files(directory)
+        _write_json(directory / "config.json", config)
         quantization = config.get("quantization_config", {})
         if quantization.get("quant_method") == "gptq":
-            _write_json(temporary / "quantize_config.json", quantization)
-        files = sorted((*temporary.glob("*.safetensors"), *temporary.glob("quantize_config.json")))
+            _write_json(directory / "quantize_config.json", quantization)
+        weights = sorted((*directory.glob("*.safetensors"), *directory.glob("quantize_config.json")))
         written = {
-            "files_sha256": {file.name: sha256_of_file(file) for file in files},
+            "files_sha256": {file.name: sha256_of_file(file) for file in weights},
             "quantization_sha256": json_sha256(quantization) if quantization else None,
             "config_sha256": json_sha256(config),
+            OWN: {file.name: sha256_of_file(file) for file in sorted(directory.iterdir())},
         }
-        _write_json(temporary / RESULTS, dict(results or {}) | written)
-        _put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _write_json(directory / RESULTS, dict(results or {}) | written)
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename a directory; one that has the name already is kept until the new one has it."""
-    aside = target.with_name(f".{target.name}.old")
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        target.replace(aside)
-    try:
-        temporary.replace(target)
-    except OSError:
-        if aside.exists():
-            aside.replace(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def finite(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors. Raises InputError for one with values that its dtype does not hold: no loader takes them."""
+    for name, tensor in stream:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{name} has values that {str(tensor.dtype).removeprefix('torch.')} does not hold; nothing was saved"
+            )
+        yield name, tensor
 
 
 def model_config(model: LazyModel, kind: str, content: Content, quantized_blocks: int) -> dict[str, Any]:
@@ -185,9 +148,10 @@ def model_side_files(model: LazyModel, tokenizer: Any) -> Callable[[Path], None]
     source = model.checkpoint.path
 
     def write(directory: Path) -> None:
-        tokenizer.save_pretrained(directory)
+        _save_tokenizer(tokenizer, directory)
         generation = source / "generation_config.json"
         if generation.exists():
+            check_own(generation, source)
             shutil.copy(generation, directory)
         copy_code(source, directory, model.config.to_dict())
 
@@ -198,7 +162,20 @@ def copy_code(source: Path, directory: Path, config: Mapping[str, Any]) -> None:
     """Copy the Python files that a config.json with ``auto_map`` names: without them nobody opens the checkpoint."""
     if config.get("auto_map"):
         for file in source.glob("*.py"):
+            check_own(file, source)
             shutil.copy(file, directory)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write the tokenizer's files. Raises OSError, with the directory's name, where the disk does not take them: the
+    tokenizers library then raises a plain Exception."""
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if type(error) is Exception and number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
+        raise
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -206,7 +206,7 @@ DAMAGE = {
     "gptq, unknown": (GPTQ, edit_config(quant_method="awq"), "quantized by awq, which is not read; known: gptq"),
     "gptq, planar": (GPTQ, edit_config(**both("gptq_p")), "quantized by gptq .gptq_p., which is not read"),
     "gptq, other": (GPTQ, edit_config(quant_method="bitplane"), "says bitplane, but no tensor is quantized"),
-    "gptq, results": (GPTQ, broken("results.json"), "results.json is truncated or no JSON"),
+    "gptq, results": (GPTQ, broken("results.json"), "results.json is truncated or not JSON"),
     "gptq, list": (GPTQ, broken("results.json", "[]"), "results.json holds no JSON object"),
     "gptq, dtype": (GPTQ, set_dtype, "auto"),
     "ct, edited": (CT, edit_tensors("weight_packed", lambda t: t + 1, hashed=True), "its hash differs"),
@@ -326,7 +326,7 @@ def test_biases_of_zeros_belong_to_no_block_and_do_no_harm(value, exported, tmp_
 @pytest.mark.parametrize("name", ["config.json", "results.json"])
 def test_a_broken_file_is_one_line_when_converting(name, exported, tmp_path):
     path = damaged(exported[0], tmp_path, broken(name))
-    with pytest.raises(InputError, match=f"{name} is truncated or no JSON"):
+    with pytest.raises(InputError, match=f"{name} is truncated or not JSON"):
         convert(path, "bitplane", tmp_path / "out")
 
 
@@ -380,10 +380,12 @@ def test_only_checkpoints_are_overwritten(exported, tmp_path, monkeypatch):
     notes, out = tmp_path / "notes", tmp_path / "out"
     notes.mkdir()
     (notes / "diary.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds no checkpoint, and --overwrite replaces nothing else"):
+    with pytest.raises(
+        InputError, match="holds no checkpoint that this toolkit wrote, and --overwrite replaces nothing else"
+    ):
         convert(exported[0] / "saved", "bitplane", notes, overwrite=True)
     assert (notes / "diary.txt").read_text() == "mine"
-    with pytest.raises(InputError, match="is where the weights come from"):
+    with pytest.raises(InputError, match="--out .*saved is the same place as the source"):
         convert(exported[0] / "saved", "bitplane", exported[0] / "saved", overwrite=True)
     convert(exported[0] / "saved", "bitplane", out)
     before = (out / "config.json").read_text()
@@ -586,7 +588,8 @@ def test_convert_as_a_process(exported, tmp_path):
     again = convert_command(tmp_path / "ct", "--to", "gptq_v2", "--out", tmp_path / "ct")
     assert (
         again.returncode == 2
-        and again.stderr == f"error: {tmp_path / 'ct'} is where the weights come from; use another directory\n"
+        and again.stderr
+        == f"error: --out {tmp_path / 'ct'} is the same place as the source {tmp_path / 'ct'}, which is read: use another place for --out\n"
     )
     full = convert_command(exported[0] / "run", "--to", "gptq_v2", "--out", tmp_path / "ct")
     assert full.returncode == 2 and "is not empty; use another directory or --overwrite" in full.stderr

@@ -108,7 +108,7 @@ def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
 def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tmp_path):
     asked = {k: v for k, v in FORMS[family].items() if k != "act"}
     config, _ = run_of(model_dir(family), text, tmp_path, save=tmp_path / "saved", **asked)
-    resident = load_resident(open_run(config.run_dir, torch.float32).quantized(), CPU)
+    resident = load_resident(open_run(config.run_dir, tmp_path, torch.float32).quantized(), CPU)
     reference = AutoModelForCausalLM.from_pretrained(config.save, dtype=torch.float32).eval()
     ids = torch.randint(1, 60, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), instrumented(resident.blocks, resident.weights, resident.act):
@@ -128,7 +128,7 @@ def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tm
 def test_memory_of_a_model_is_what_is_counted(text, tmp_path):
     path = command.Path(__file__).parents[2] / "models" / "demo" / "mistral"
     config, results = run_of(path, text, tmp_path, group_size=64, packed=True)
-    resident = load_resident(open_run(config.run_dir, torch.float32).quantized(), CPU)
+    resident = load_resident(open_run(config.run_dir, tmp_path, torch.float32).quantized(), CPU)
     assert resident.packed_bytes == results["packed_bytes"]
     assert resident.stored_bytes == results["quantized_bytes"]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
