@@ -173,7 +173,7 @@ def locked(lock: Path, what: str, patience: float = 0.0) -> Iterator[None]:
     The system's own file lock decides, so that of a dead process is free; the file says who holds it. what: what is
     locked, in words. patience: seconds to wait for another process. Raises InputError that says who holds it then.
     """
-    lock = resolved(lock)
+    lock = resolved(lock.parent) / lock.name  # a link in its place is refused, not followed
     descriptor, times = _held.get(lock, (-1, 0))
     if not times:
         descriptor = _take(lock, what, time.monotonic() + patience)

@@ -46,7 +46,7 @@ from quant.core.types import QuantizedWeight
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
 from quant.export.formats import Content
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
-from quant.export.target import check_target, settle
+from quant.export.target import check_target, settle, size_on_disk
 from quant.export.write import (
     entries,
     model_config,
@@ -336,7 +336,7 @@ class Session:
                 self._save(job, config.save)
             results["seconds"] |= spent
             progress("save", 1, 1, str(config.save))
-        size = sum(f.stat().st_size for f in config.save.iterdir())
+        size = size_on_disk(config.save)
         if size != results["checkpoint_bytes"]:
             results["checkpoint_bytes"] = size
             self._write_results(job, results)

@@ -20,6 +20,7 @@ def main() -> None:
     from quant.export import FORMATS
     from quant.export.convert import convert
     from quant.export.loadable import loadability
+    from quant.export.target import size_on_disk
 
     raw = argparse.RawDescriptionHelpFormatter
     parser: Any = cli.Parser(prog="python -m quant.export", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
@@ -35,8 +36,7 @@ def main() -> None:
     content = convert(args.source, args.to, args.out, args.overwrite, args.trust_remote_code, args.cache_dir)
     console = cli.console()
     console.print(cli.loadability_table(args.to, loadability(args.to, content)))
-    size = sum(file.stat().st_size for file in args.out.iterdir())
-    console.print(f"{args.out}: {size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+    console.print(f"{args.out}: {size_on_disk(args.out) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

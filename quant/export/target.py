@@ -12,7 +12,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from models.checkpoint import RESULTS
@@ -65,6 +65,12 @@ def written_files(directory: Path) -> list[Path]:
     return [*kept, results]
 
 
+def size_on_disk(directory: Path) -> int:
+    """Bytes of the files of a checkpoint that this toolkit wrote."""
+    results = directory / RESULTS
+    return sum((directory / name).stat().st_size for name in read_json(results)[OWN]) + results.stat().st_size
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A directory to write a checkpoint into; at the end it is ``target``. Where anything fails, nothing has changed.
@@ -73,7 +79,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     target = resolved(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_name(f".{target.name}.lock"), f"the checkpoint directory {target}"):
+    with _locked(target):
         _settle(target)
         temporary = _temporary(target)
         temporary.mkdir()
@@ -94,8 +100,9 @@ def replacing(target: Path) -> Iterator[Path]:
 def settle(target: Path) -> None:
     """Finish what a process that was killed had begun to put in place of ``target``, or take it back."""
     target = resolved(target)
-    if any(path.exists() for path in (_temporary(target), _aside(target), target / MARK)):
-        with locked(target.with_name(f".{target.name}.lock"), f"the checkpoint directory {target}"):
+    left = (_temporary(target), _aside(target), target / MARK, _lock(target))
+    if any(path.exists() for path in left):
+        with _locked(target):
             _settle(target)
 
 
@@ -109,6 +116,14 @@ def _settle(target: Path) -> None:
             _remove_unfinished(directory)
         elif directory.exists():
             _clear(directory, target)
+
+
+def _locked(target: Path) -> AbstractContextManager[None]:
+    return locked(_lock(target), f"the checkpoint directory {target}")
+
+
+def _lock(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
 
 
 def _temporary(target: Path) -> Path:

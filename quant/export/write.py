@@ -21,7 +21,7 @@ from quant.core.files import json_sha256, sha256_of_file
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
 from quant.export.formats import Content, Layers, check_shape
-from quant.export.target import OWN, replacing
+from quant.export.target import MARK, OWN, replacing
 
 SHARD_BYTES = 5_000_000_000
 Entry = tuple[str, Tensor | QuantizedWeight]
@@ -118,7 +118,7 @@ def save_checkpoint(
             "files_sha256": {file.name: sha256_of_file(file) for file in weights},
             "quantization_sha256": json_sha256(quantization) if quantization else None,
             "config_sha256": json_sha256(config),
-            OWN: {file.name: sha256_of_file(file) for file in sorted(directory.iterdir())},
+            OWN: {file.name: sha256_of_file(file) for file in sorted(directory.iterdir()) if file.name != MARK},
         }
         _write_json(directory / RESULTS, dict(results or {}) | written)
 
