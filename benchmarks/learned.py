@@ -126,7 +126,8 @@ def quality_rows(rows: list[Row]) -> list[str]:
             low, high = scores["ratio_ci95"]
             lines.append(
                 f"| {markdown_cell(Path(row.model).name)} | {row.setting} | {row.label} "
-                f"| {r['bits_per_weight']:.3f} | {markdown_cell(name)} | {scores['fp']:.3f} | {scores['quantized']:.3f} | {low:.4f}-{high:.4f} "
+                f"| {r['bits_per_weight']:.3f} | {markdown_cell(name)} "
+                f"| {scores['fp']:.3f} | {scores['quantized']:.3f} | {low:.4f}-{high:.4f} "
                 f"| {r['fidelity'][name]['kl_divergence']:.5f} | {f'{mean(losses):.3f}' if losses else '-'} "
                 f"| {r['seconds']['learn']:.0f} |"
             )

@@ -49,7 +49,10 @@ def tables(model: str, args: argparse.Namespace) -> list[str]:
     names = [r["name"] for r in records[::n] if r["block"] == 0 and r["name"].split(".")[-1] in SHOWN]
     lines = []
     for k, bits in enumerate(args.bits):
-        lines += [f"| {markdown_cell(Path(model).name)}, {bits} bits | {' | '.join(names)} | mean |", "|---" * (len(names) + 2) + "|"]
+        lines += [
+            f"| {markdown_cell(Path(model).name)}, {bits} bits | {' | '.join(names)} | mean |",
+            "|---" * (len(names) + 2) + "|",
+        ]
         for i, label in enumerate(METHODS):
             own = records[k * len(METHODS) + i :: n]
             first = {r["name"]: r["relative_error"] for r in own if r["block"] == 0}

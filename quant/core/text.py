@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# C0, DEL, C1; marks and overrides of the writing direction; separators of lines and paragraphs; halves of surrogates
+# C0, DEL, C1; marks and overrides of the writing direction; separators of lines and paragraphs; halves of
+# surrogates and two numbers that are no character, which UTF-8 and XML refuse
 ACTIVE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]",
 )
 NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")

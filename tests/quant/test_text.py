@@ -16,7 +16,7 @@ from quant.core.text import LONG_LINE, brief, csv_cell, markdown_cell, one_line,
         ("\x00\x7f\x9b31m", r"\x00\x7f\x9b31m"),
         ("\u2028\u2029", r"\u2028\u2029"),
         ("\u202egnp.exe\u2066\u2069\u200e\u200f\u061c", r"\u202egnp.exe\u2066\u2069\u200e\u200f\u061c"),
-        ("\udcff", r"\udcff"),
+        ("\udcff\uffff", r"\udcff\uffff"),
         ("漢字 é [red]x[/red] 'C:\\new'", "漢字 é [red]x[/red] 'C:\\new'"),
         ("", ""),
     ],
@@ -26,10 +26,20 @@ def test_printable(given, shown):
 
 
 def test_every_control_character_becomes_an_escape():
-    for code in [*range(0x20), *range(0x7F, 0xA0), 0x61C, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xD800, 0xDFFF]:
+    for code in [
+        *range(0x20),
+        *range(0x7F, 0xA0),
+        0x61C,
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+        0xD800,
+        0xDFFF,
+    ]:
         shown = printable(f"a{chr(code)}b")
         assert shown.isascii() and shown.isprintable() and shown.startswith("a\\") and shown.endswith("b"), hex(code)
-    assert all(printable(chr(code)) == chr(code) for code in (*range(0x20, 0x7F), 0xA0, 0x202F, 0xD7FF, 0xE000, 0x1F600))
+    assert all(
+        printable(chr(code)) == chr(code) for code in (*range(0x20, 0x7F), 0xA0, 0x202F, 0xD7FF, 0xE000, 0x1F600)
+    )
 
 
 def test_what_is_kept():
