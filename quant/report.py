@@ -41,7 +41,7 @@ MARKERS = "osD^vPX*"
 STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "tasks", "export")
 LOOK_ABOVE = 0.1
 BARS, SCORED = 24, 12  # runs that one plot of seconds, and one of scores, can show
-LONGEST = 60  # letters of a name in a plot
+LONGEST, IN_LEGEND = 40, 18  # letters of a name in a plot, and in its legend
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _figure(width: float, height: float) -> Iterator[Any]:
 
     ink: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     plain: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 11, "axes.spines.top": False,
-             "axes.spines.right": False, "text.parse_math": False, "font.family": "sans-serif", "axes.titlesize": 11, "axes.titlelocation": "left"}  # fmt: skip
+             "axes.spines.right": False, "font.family": "sans-serif", "axes.titlesize": 11, "axes.titlelocation": "left"}  # fmt: skip
     with mpl.rc_context(ink | plain):
         yield Figure(figsize=(width, height), layout="constrained")
 
@@ -163,9 +163,9 @@ def _inline(drawn: str, about: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _name(text: str) -> str:
-    """A name from outside as a plot can show it."""
-    return brief(printable(text), LONGEST)
+def _name(text: str, most: int = LONGEST) -> str:
+    """A name from outside as a plot can show it: dollars are no formula."""
+    return brief(printable(text), most).replace("$", r"\$")
 
 
 def perplexity_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | None:
@@ -223,7 +223,9 @@ def _against_bits(
                 )
                 if means:
                     x, y = zip(*means, strict=True)
-                    axes.plot(x, y, marker=marker, color=colour, label=_name(method), linewidth=1.2, markersize=5)
+                    axes.plot(
+                        x, y, marker=marker, color=colour, label=_name(method, IN_LEGEND), linewidth=1.2, markersize=5
+                    )
             axes.axhline(full, color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(_name(model) if len(points) > 1 else "")
             axes.set_xlabel("stored bits per weight")
@@ -363,7 +365,7 @@ def ranges_plot(run: Run) -> tuple[str, bytes] | None:
             own = [(n, r) for n, r in enumerate(records) if r["name"] == name]
             x, colour = [n for n, _ in own], COLOURS[i % 8]
             low, high = ([r["input_rms"][k] for _, r in own] for k in (0, 1))
-            above.vlines(x, low, high, color=colour, linewidth=2, label=_name(name.split(".")[-1]))
+            above.vlines(x, low, high, color=colour, linewidth=2, label=_name(name.split(".")[-1], IN_LEGEND))
             above.plot(x, high, MARKERS[i % 8], color=colour, markersize=4)
             below.plot(x, [r["weight_peak"] for _, r in own], MARKERS[i % 8], color=colour, markersize=5)
         for n, r in enumerate(records):
