@@ -312,6 +312,7 @@ def test_hostile_names_are_text_on_every_page(name, finished, harmless, tmp_path
             assert page.tags.count(tag) == expected.tags.count(tag), tag
         assert printable(name) in page.tables["tasks"][1], "letter by letter"
         assert "mathdefault" not in html, "numbers of the axes are typeset"
+        assert len(html.split("<p>block 2: ")) == len(html.split("<p>block 0: ")), "every block has its own events"
         for picture in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
             ElementTree.fromstring(picture)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["1", "2"], "files lie in their directory"
