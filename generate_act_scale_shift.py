@@ -111,7 +111,8 @@ def main() -> None:
     try:
         session, console = Session(config), cli.console()
     except InputError as error:  # a run calls them otherwise
-        raise InputError(str(error).replace("--seqlen", "--seq-len").replace("--nsamples", "--num-samples")) from error
+        lines = (line.replace("--seqlen", "--seq-len").replace("--nsamples", "--num-samples") for line in error.args)
+        raise InputError(*lines) from error
     with cli.ProgressBars(console) as bars:
         scales, shifts = measure(session, bars.for_method("activations"))
     metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": session.calibration(config).sha256}

@@ -359,7 +359,7 @@ def config_from(words: list[str]) -> Any:
     args = parser().parse_args(words)
     resolve(args)
     if found := mistakes(args):
-        raise InputError("\n".join(found))
+        raise InputError(*found)
     return run_config(args)
 
 
@@ -375,7 +375,7 @@ def main() -> None:
         return
     resolve(args)
     if found := mistakes(args) + flags.place_mistakes(args):
-        raise InputError("\n".join(found))
+        raise InputError(*found)
     console = cli.console()
     for given, notice in (
         (args.net, "--net is not needed: the family comes from the model's configuration"),

@@ -274,7 +274,7 @@ def prepare(args: argparse.Namespace, here: bool = True) -> None:
     args.methods = [m for m in args.quantization_method.split(",") if m] if args.wbits != 16 else ["quantease"]
     args.corpora = [d for d in args.eval_datasets.split(",") if d]
     if found := mistakes(args) + (place_mistakes(args) if here else []):
-        raise InputError("\n".join(found))
+        raise InputError(*found)
 
 
 def config_from(words: list[str]) -> Any:

@@ -31,6 +31,7 @@ from quant.core.recipe import Recipe, quantize_block
 from quant.core.registry import get_solver, solver_options
 from quant.core.stats import LayerStats
 from quant.core.stream import BlockStream
+from quant.core.text import markdown_cell
 from quant.core.types import QuantSpec
 
 STAGES = ("forward", "gram", "solve")
@@ -131,14 +132,15 @@ def main() -> None:
         whole = config.num_hidden_layers
         config.num_hidden_layers = min(whole, args.blocks or whole)
         write_random(config, directory, torch.float16)
-        out.print(HEADER + "\n" + "|---" * 11 + "|", highlight=False, soft_wrap=True)
+        out.print(HEADER, soft_wrap=True)
+        out.print("|---" * 11 + "|", soft_wrap=True)
         for method in args.methods:
             t = quantize(directory, method, args, whole)
             done = config.num_hidden_layers
             everything = f"{all_blocks(t, done, whole):.0f}" + (" (extrapolated)" if done < whole else "")
             stages = " | ".join(f"{t[stage]:.1f}" for stage in STAGES)
             out.print(
-                f"| {Path(args.config).name} | {done} of {whole} | {method} | {t['total']:.1f} | {t['once']:.1f} "
+                f"| {markdown_cell(Path(args.config).name)} | {done} of {whole} | {method} | {t['total']:.1f} | {t['once']:.1f} "
                 f"| {t['read']:.1f} | {stages} | {everything} | {t['peak'] / 1e9:.1f} |",
                 highlight=False,
                 soft_wrap=True,

@@ -22,6 +22,7 @@ from quant.core.config import RunConfig
 from quant.core.learn import Learning
 from quant.core.registry import get_solver, recipes, solver_options
 from quant.core.run import Session
+from quant.core.text import markdown_cell
 from quant.core.transforms import TransformSpec
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,8 @@ def quality_rows(rows: list[Row]) -> list[str]:
         for name, scores in r["perplexity"].items():
             low, high = scores["ratio_ci95"]
             lines.append(
-                f"| {Path(row.model).name} | {row.setting} | {row.label} | {r['bits_per_weight']:.3f} | {name} "
+                f"| {markdown_cell(Path(row.model).name)} | {row.setting} | {row.label} "
+                f"| {r['bits_per_weight']:.3f} | {markdown_cell(name)} "
                 f"| {scores['fp']:.3f} | {scores['quantized']:.3f} | {low:.4f}-{high:.4f} "
                 f"| {r['fidelity'][name]['kl_divergence']:.5f} | {f'{mean(losses):.3f}' if losses else '-'} "
                 f"| {r['seconds']['learn']:.0f} |"

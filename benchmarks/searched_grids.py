@@ -18,6 +18,7 @@ from quant.core.cli import console, set_logging
 from quant.core.config import RunConfig
 from quant.core.registry import get_solver, solver_options
 from quant.core.run import Session
+from quant.core.text import markdown_cell
 
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "quantease, minmax": ("quantease", "minmax", {}),
@@ -48,7 +49,10 @@ def tables(model: str, args: argparse.Namespace) -> list[str]:
     names = [r["name"] for r in records[::n] if r["block"] == 0 and r["name"].split(".")[-1] in SHOWN]
     lines = []
     for k, bits in enumerate(args.bits):
-        lines += [f"| {Path(model).name}, {bits} bits | {' | '.join(names)} | mean |", "|---" * (len(names) + 2) + "|"]
+        lines += [
+            f"| {markdown_cell(Path(model).name)}, {bits} bits | {' | '.join(names)} | mean |",
+            "|---" * (len(names) + 2) + "|",
+        ]
         for i, label in enumerate(METHODS):
             own = records[k * len(METHODS) + i :: n]
             first = {r["name"]: r["relative_error"] for r in own if r["block"] == 0}
@@ -82,7 +86,9 @@ def main() -> None:
         lines += tables(model, args)
     out = Path(__file__).parent / "results" / "searched-grids.md"
     out.write_text("\n".join(lines))
-    console().print("\n".join(lines), highlight=False, soft_wrap=True)
+    terminal = console()
+    for line in lines:
+        terminal.print(line, soft_wrap=True)
 
 
 if __name__ == "__main__":

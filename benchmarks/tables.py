@@ -21,6 +21,7 @@ from quant.core.cli import ProgressBars, console, set_logging
 from quant.core.config import RunConfig
 from quant.core.registry import get_solver, solver_options
 from quant.core.run import Session
+from quant.core.text import markdown_cell
 
 ROOT = Path(__file__).parents[1]
 DEMO = [str(Path("models/demo") / family) for family in ("opt", "bloom", "falcon", "llama", "mistral")]
@@ -102,7 +103,8 @@ def quality_rows(rows: list[Row]) -> list[str]:
         for name, scores in r["perplexity"].items():
             low, high = scores["ratio_ci95"]
             lines.append(
-                f"| {Path(row.model).name} | {row.setting} | {row.label} | {r['bits_per_weight']:.3f} | {name} "
+                f"| {markdown_cell(Path(row.model).name)} | {row.setting} | {row.label} "
+                f"| {r['bits_per_weight']:.3f} | {markdown_cell(name)} "
                 f"| {scores['fp']:.3f} | {scores['quantized']:.3f} | {low:.4f}-{high:.4f} "
                 f"| {r['fidelity'][name]['kl_divergence']:.5f} | {r['mean_relative_error']:.5f} |"
             )
@@ -117,7 +119,7 @@ def stage_rows(rows: list[Row]) -> list[str]:
         whole = s["forward"] + s["gram"] + s["solve"]
         shares = " | ".join(f"{s[k]:.2f} ({s[k] / whole:.0%})" for k in ("forward", "gram", "solve"))
         lines.append(
-            f"| {Path(row.model).name} | {row.setting} | {row.label} | {s['load']:.1f} | {shares} "
+            f"| {markdown_cell(Path(row.model).name)} | {row.setting} | {row.label} | {s['load']:.1f} | {shares} "
             f"| {s['evaluate']:.1f} | {row.results['peak_bytes']['host'] / 1e9:.2f} |"
         )
     return lines
@@ -134,7 +136,7 @@ def error_rows(rows: list[Row]) -> list[str]:
             for base in ("rtn", "gptq")
         ]
         lines.append(
-            f"| {Path(row.model).name} | {row.setting} | {row.label} | {mean(own):.5f} | {' | '.join(below)} |"
+            f"| {markdown_cell(Path(row.model).name)} | {row.setting} | {row.label} | {mean(own):.5f} | {' | '.join(below)} |"
         )
     return lines
 

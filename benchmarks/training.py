@@ -73,9 +73,11 @@ def main() -> None:
         write_random(config, directory, torch.float16)
         shape = f"{config.hidden_size} x {config.intermediate_size}, {args.seqlen} tokens, {args.dtype}"
         hardware = machine.describe(device)
-        out.print(f"block {shape}; {hardware}; torch {torch.__version__}\n", highlight=False, soft_wrap=True)
-        out.print("| method | attention | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |\n"
-                  + "|---" * 7 + "|", highlight=False, soft_wrap=True)  # fmt: skip
+        out.print(f"block {shape}; {hardware}; torch {torch.__version__}", soft_wrap=True)
+        out.print()
+        head = "| method | attention | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |"
+        for line in (head, "|---" * 7 + "|"):
+            out.print(line, soft_wrap=True)
         for attention in args.attention:
             stream = captured(directory, args, attention, config.vocab_size)
             weights = stream.model.block_weights(0, device)

@@ -200,7 +200,7 @@ def main() -> None:
         if (path := getattr(args, name)) is not None and not path.is_dir()
     ]
     if found:
-        raise InputError("\n".join(found))
+        raise InputError(*found)
     for source in corpora:
         check_source(source, KNOWN)
     with tempfile.TemporaryDirectory() as directory:

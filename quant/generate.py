@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quant.core.actquant import instrumented
 from quant.core.resident import Resident
+from quant.core.text import printable
 
 EXAMPLES = """examples:
   python -m quant.generate --model runs/llama-quantease-w3-1a2b3c4d --prompt "Once upon a time"
@@ -124,7 +125,7 @@ def main() -> None:
         if bad
     ]
     if found:
-        raise InputError("\n".join(found))
+        raise InputError(*found)
     device = machine.pick_device(args.device)
     dtype = machine.pick_dtype(args.dtype, device)
     quantized = open_quantized(args.model, args.cache_dir, dtype, args.trust_remote_code)
@@ -143,9 +144,9 @@ def main() -> None:
         temperature=args.temperature, generator=torch.Generator().manual_seed(args.seed),
         stop=tokenizer.eos_token_id, clock=clock,
     )  # fmt: skip
-    sys.stdout.write(args.prompt)
+    sys.stdout.write(printable(args.prompt, keep="\n\t"))
     for piece in _text(tokens, tokenizer, prompt):
-        sys.stdout.write(piece)
+        sys.stdout.write(printable(piece, keep="\n\t"))
         sys.stdout.flush()
     sys.stdout.write("\n")
     cli.console().print(_summary(resident, clock, len(prompt)), highlight=False, soft_wrap=True)

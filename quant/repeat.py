@@ -114,7 +114,7 @@ def main() -> None:
     for line in others:
         console.print(f"note: {line}", highlight=False)
     if found:
-        raise RunError("different: " + "; ".join(found))
+        raise RunError(*(f"different: {line}" for line in found))
     console.print(f"identical: codes and numbers of {args.run}", highlight=False, soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ journal, rounded.
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import hashlib
 import io
@@ -24,19 +25,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+from xml.etree import ElementTree
 
 from quant.core.errors import InputError
-from quant.core.files import write_atomically
+from quant.core.files import write_owned
 from quant.core.journal import Record, RunDirectory
+from quant.core.text import brief, csv_cell, printable
 from quant.published import method_of, published
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 INK = "#010203"  # stands for the page's text colour in plots, which follows light and dark
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8860b")  # Okabe and Ito
 MARKERS = "osD^vPX*"
 STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "tasks", "export")
 LOOK_ABOVE = 0.1
 BARS, SCORED = 24, 12  # runs that one plot of seconds, and one of scores, can show
+LONGEST, IN_LEGEND = 40, 18  # letters of a name in a plot, and in its legend
 
 
 @dataclass(frozen=True)
@@ -132,21 +138,35 @@ def _drawn(figure: Any, about: str) -> tuple[str, bytes]:
     figure.set_layout_engine("none")  # else every file lays the figure out again
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     figure.savefig(png, format="png", dpi=120, facecolor="white")
-    text = svg.getvalue()
-    text = _own_names(text[text.index("<svg") :].replace(INK, "currentColor"), about)
-    head, _, body = text.partition(">")
+    return _inline(svg.getvalue(), about), png.getvalue()
+
+
+def _inline(drawn: str, about: str) -> str:
+    """An SVG as part of a page: it follows the page's text colour and width, says what it is about, and its ids are its
+    own among the page's pictures. It is built as elements, so that no name in it can become one."""
+    root = ElementTree.fromstring(drawn)
+    for extra in root.findall(f"{{{SVG}}}metadata"):
+        root.remove(extra)
     for size in ("width", "height"):  # the view box decides the shape, the page the width
-        start = head.index(f' {size}="')
-        head = head[:start] + head[head.index('"', start + len(size) + 3) + 1 :]
-    return f'{head} role="img" aria-label="{about}">{body}', png.getvalue()
+        del root.attrib[size]
+    own = hashlib.sha256(about.encode()).hexdigest()[:8]
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            value = re.sub(r"url\(#", f"url(#{own}-", value.replace(INK, "currentColor"))
+            if name == "id":
+                value = f"{own}-{value}"
+            elif name == f"{{{XLINK}}}href":
+                value = value.replace("#", f"#{own}-", 1)
+            element.set(name, value)
+    root.attrib |= {"role": "img", "aria-label": about}
+    ElementTree.register_namespace("", SVG)
+    ElementTree.register_namespace("xlink", XLINK)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
-def _own_names(svg: str, about: str) -> str:
-    """An SVG without its metadata, whose ids and references are its own among the pictures of a page."""
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    mark = re.sub(r"[^a-z0-9]+", "-", about.lower())
-    svg = re.sub(r'(\sid=")', rf"\g<1>{mark}--", svg)
-    return re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}--", svg)
+def _name(text: str, most: int = LONGEST) -> str:
+    """A name from outside as a plot can show it: dollars are no formula."""
+    return brief(printable(text), most).replace("$", r"\$")
 
 
 def perplexity_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | None:
@@ -156,7 +176,7 @@ def perplexity_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | Non
         scores = run.results["perplexity"].get(corpus, {})
         return scores["quantized"] / scores["fp"] if scores.get("fp") and scores.get("quantized") else None
 
-    about = f"Perplexity on {corpus} relative to full precision against stored bits per weight"
+    about = f"Perplexity on {printable(corpus)} relative to full precision against stored bits per weight"
     return _against_bits(runs, ratio, 1.0, "perplexity / full precision", about)
 
 
@@ -204,9 +224,11 @@ def _against_bits(
                 )
                 if means:
                     x, y = zip(*means, strict=True)
-                    axes.plot(x, y, marker=marker, color=colour, label=method, linewidth=1.2, markersize=5)
+                    axes.plot(
+                        x, y, marker=marker, color=colour, label=_name(method, IN_LEGEND), linewidth=1.2, markersize=5
+                    )
             axes.axhline(full, color=INK, linewidth=0.8, linestyle=":")
-            axes.set_title(model if len(points) > 1 else "")
+            axes.set_title(_name(model) if len(points) > 1 else "")
             axes.set_xlabel("stored bits per weight")
             if full and max(v for labels in own.values() for seeds in labels.values() for _, v in seeds) > 2:
                 axes.set_yscale("log", base=2)
@@ -255,7 +277,7 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
                     color=colour,
                     capsize=3,
                 )
-                names.append(f"{task}: {run.label}")
+                names.append(_name(f"{task}: {run.label}"))
                 rows += 1
             if full is not None:
                 axes.plot([full, full], [rows - len(entries) - 0.4, rows - 0.6], color=INK, linewidth=1.5)
@@ -281,7 +303,7 @@ def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
             if any(seconds):
                 axes.barh(range(len(shown)), seconds, left=left, color=COLOURS[i % 8], label=stage, height=0.7)
             left = [a + b for a, b in zip(left, seconds, strict=True)]
-        axes.set_yticks(range(len(shown)), [run.label if len({r.model for r in shown}) == 1 else f"{run.model} {run.label}" for run in shown])  # fmt: skip
+        axes.set_yticks(range(len(shown)), [_name(run.label if len({r.model for r in shown}) == 1 else f"{run.model} {run.label}") for run in shown])  # fmt: skip
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
         axes.legend(frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
@@ -303,7 +325,7 @@ def memory_plot(run: Run) -> tuple[str, bytes] | None:
             centres = [n + (i - (len(places) - 1) / 2) * height for n in range(len(stages))]
             amounts = [peak[where] / 1e9 for peak in stages.values()]
             axes.barh(centres, amounts, height=height, color=COLOURS[i], label=where)
-        axes.set_yticks(range(len(stages)), list(stages))
+        axes.set_yticks(range(len(stages)), [_name(stage) for stage in stages])
         axes.invert_yaxis()
         axes.set_xlabel("peak memory, GB")
         axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
@@ -344,7 +366,7 @@ def ranges_plot(run: Run) -> tuple[str, bytes] | None:
             own = [(n, r) for n, r in enumerate(records) if r["name"] == name]
             x, colour = [n for n, _ in own], COLOURS[i % 8]
             low, high = ([r["input_rms"][k] for _, r in own] for k in (0, 1))
-            above.vlines(x, low, high, color=colour, linewidth=2, label=name.split(".")[-1])
+            above.vlines(x, low, high, color=colour, linewidth=2, label=_name(name.split(".")[-1], IN_LEGEND))
             above.plot(x, high, MARKERS[i % 8], color=colour, markersize=4)
             below.plot(x, [r["weight_peak"] for _, r in own], MARKERS[i % 8], color=colour, markersize=5)
         for n, r in enumerate(records):
@@ -393,9 +415,20 @@ def heat(records: Sequence[Record]) -> dict[str, Any] | None:
 
 
 def _link(run: Run, out: Path) -> str:
-    """Where a run lies, seen from the page's directory: its own page if it has one, else the directory."""
+    """Where a run lies, seen from the page's directory: its own page if it has one, else the directory. Quoted: a name is
+    no scheme of a URL, and no query."""
     own = run.path / "report.html"
-    return Path(os.path.relpath(own if own.exists() else run.path, out)).as_posix()
+    return quote(os.fsencode(Path(os.path.relpath(own if own.exists() else run.path, out)).as_posix()))
+
+
+def _shown(value: Any) -> Any:
+    """A value where the template writes it: control characters of names are visible; Jinja escapes it then."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _script_source(script: str) -> str:
+    """What a Content-Security-Policy calls an inline script of this text, which then is the only one that runs."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def page(runs: Sequence[Run], title: str, out: Path) -> tuple[str, dict[str, bytes]]:
@@ -415,7 +448,10 @@ def page(runs: Sequence[Run], title: str, out: Path) -> tuple[str, dict[str, byt
             if drawn := plot(runs[0]):
                 plots[name] = drawn
     plots["seconds"] = stages_plot(runs)
-    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, finalize=_shown
+    )
+    environment.filters["script_source"] = _script_source
     html = environment.get_template(TEMPLATE.name).render(
         title=title,
         runs=runs,
@@ -427,22 +463,27 @@ def page(runs: Sequence[Run], title: str, out: Path) -> tuple[str, dict[str, byt
         plots={name: svg for name, (svg, _) in plots.items()},
         heats=[heat(run.records) for run in runs],
         linears=[r | {"reason": reason(r)} for r in runs[0].records] if len(runs) == 1 else [],
-        manifest=json.dumps(runs[0].manifest, indent=2) if len(runs) == 1 else "",
+        manifest=json.dumps(runs[0].manifest, indent=2).splitlines() if len(runs) == 1 else [],
     )
     return html, {name: png for name, (_, png) in plots.items()}
 
 
 def write_report(runs: Sequence[Run], out: Path) -> Path:
-    """report.html, report.csv and a PNG for every plot in ``out``. Returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
+    """report.html, report.csv and a PNG for every plot in ``out``. Returns the page's path. Raises InputError where others
+    have files of these names there."""
     models = list(dict.fromkeys(run.model for run in runs))
     title = f"{runs[0].model}: {runs[0].label}" if len(runs) == 1 else f"{len(runs)} runs of {', '.join(models[:6])}"
     html, pictures = page(runs, title, out)
-    for name, png in pictures.items():
-        write_atomically(out / f"{name}.png", png)
-    write_atomically(out / "report.csv", _csv(runs).encode())
-    write_atomically(out / "report.html", html.encode())
+    contents = {f"{_file_name(name)}.png": png for name, png in pictures.items()}
+    write_owned(out, contents | {"report.csv": _csv(runs).encode(), "report.html": html.encode()})
     return out / "report.html"
+
+
+def _file_name(name: str) -> str:
+    """The name of a plot, which may hold a data set's, as one of a file in any directory."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:100]
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return plain if plain == name else f"{plain}-{digest}"
 
 
 def write_pages(paths: Sequence[Path], together: Path | None) -> Path:
@@ -452,7 +493,7 @@ def write_pages(paths: Sequence[Path], together: Path | None) -> Path:
     pages = [write_report([run], run.path) for run in runs]
     if len(runs) == 1:
         return pages[0]
-    digest = hashlib.sha256(" ".join(run.path.name for run in runs).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(" ".join(run.path.name for run in runs).encode(errors="surrogatepass")).hexdigest()[:8]
     return write_report(runs, together or runs[0].path.parent / f"report-{runs[0].model}-{digest}")
 
 
@@ -461,22 +502,24 @@ def _csv(runs: Sequence[Run]) -> str:
     text = io.StringIO()
     if len(runs) == 1:
         fields = ["block", "name", "method", "bits", "relative_error", "relative_error_rtn", "bits_per_weight", "seconds", "peak_bytes", "verdict"]  # fmt: skip
-        writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(runs[0].records)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(fields)
+        writer.writerows([csv_cell(record.get(field)) for field in fields] for record in runs[0].records)
         return text.getvalue()
-    plain = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n")
     tasks = list(dict.fromkeys(task for run in runs for task in run.results["zero_shot"]))
-    plain.writerow(["model", "method", "wbits", "abits", "group_size", "seed", "bits_per_weight", "data", "fp", "quantized",
-                    "kl_divergence", "mean_relative_error", *tasks, "seconds", "peak_bytes_host", "peak_bytes_device", "run"])  # fmt: skip
+    head = ["model", "method", "wbits", "abits", "group_size", "seed", "bits_per_weight", "data", "fp", "quantized",
+            "kl_divergence", "mean_relative_error", *tasks, "seconds", "peak_bytes_host", "peak_bytes_device", "run"]  # fmt: skip
+    writer.writerow(map(csv_cell, head))
     for run in runs:
         r, answered = run.results, run.results["zero_shot"]
         for name, scores in (r["perplexity"] or {"-": {"fp": None, "quantized": None}}).items():
             kl = r["fidelity"].get(name, {}).get("kl_divergence")
-            plain.writerow([run.model, r["method"], r["wbits"], r.get("abits", 16), r["group_size"], run.manifest["seed"],
-                            r["bits_per_weight"], name, scores["fp"], scores["quantized"], kl, r["mean_relative_error"],
-                            *(score_of(answered[task]) if task in answered else None for task in tasks),
-                            r["seconds"]["total"], r["peak_bytes"]["host"], r["peak_bytes"]["device"], run.path.name])  # fmt: skip
+            row = [run.model, r["method"], r["wbits"], r.get("abits", 16), r["group_size"], run.manifest["seed"],
+                   r["bits_per_weight"], name, scores["fp"], scores["quantized"], kl, r["mean_relative_error"],
+                   *(score_of(answered[task]) if task in answered else None for task in tasks),
+                   r["seconds"]["total"], r["peak_bytes"]["host"], r["peak_bytes"]["device"], run.path.name]  # fmt: skip
+            writer.writerow(map(csv_cell, row))
     return text.getvalue()
 
 

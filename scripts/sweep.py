@@ -28,11 +28,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the command lines are imported for their parsers
 
 from quant.core.config import RunConfig  # noqa: E402
-from quant.core.errors import InputError, RunError  # noqa: E402
+from quant.core.errors import InputError, RunError, first_line  # noqa: E402
 from quant.core.files import check_owned, check_plain_file, write_owned  # noqa: E402
 from quant.core.places import Place, check_places  # noqa: E402
 from quant.core.run import FullPrecision, Session  # noqa: E402
 from quant.core.stored import NOTHING_ALLOWED, Allowed, ordered_places, taken  # noqa: E402
+from quant.core.text import markdown_cell  # noqa: E402
 from quant.report import open_run, write_report  # noqa: E402
 
 EXAMPLES = """examples:
@@ -323,7 +324,7 @@ def cells_of(rows: Sequence[Row], out: Path) -> list[Cell]:
         try:
             config = module.config_from(words_of(flags))
         except InputError as error:
-            message = str(error).splitlines()[0]
+            message = first_line(error)
             raise InputError(f"{_place_of(message, row)}: {message}") from error
         key = json.dumps(flags, sort_keys=True)
         if key in seen:
@@ -404,7 +405,7 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
 
 
 def _fail(cell: Cell, error: BaseException, moved: Callable[[Cell], None]) -> None:
-    cell.status, cell.message = FAILED, str(error).splitlines()[0]
+    cell.status, cell.message = FAILED, first_line(error)
     moved(cell)
 
 
@@ -445,7 +446,8 @@ def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def markdown(summary: Sequence[dict[str, Any]], name: str) -> str:
     """The summary as a table."""
     columns = list(dict.fromkeys(n for line in summary for n in line["figures"]))
-    lines = [f"# {name}", "", "| row | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    heads = " | ".join(map(markdown_cell, columns))
+    lines = [f"# {markdown_cell(name)}", "", f"| row | seeds | {heads} |", "|---" * (len(columns) + 2) + "|"]
     for line in summary:
         cells = []
         for column in columns:
@@ -454,7 +456,7 @@ def markdown(summary: Sequence[dict[str, Any]], name: str) -> str:
                 "-" if value is None else f"{value[0]:.4g}" + ("" if value[1] is None else f" ± {value[1]:.2g}")
             )
         note = f" (failed: {line['message']})" if line["failed"] else ""
-        lines.append(f"| {line['row']}{note} | {line['seeds']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown_cell(line['row'] + note)} | {line['seeds']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -523,7 +525,7 @@ def slurm(groups: Sequence[Sequence[Cell]], args: argparse.Namespace) -> str:
 #SBATCH --array=0-{len(groups) - 1}
 #SBATCH --gres=gpu:{int(args.gpus)}
 #SBATCH --cpus-per-task={int(args.cpus)}
-#SBATCH --job-name={args.table.stem}
+#SBATCH --job-name={re.sub(r"[^A-Za-z0-9._-]", "-", args.table.stem)}
 # submit from the project's directory; afterwards the sweep command itself only collects: everything is done
 {shlex.join([sys.executable, "scripts/sweep.py", str(args.table), *again])} --only-group "$SLURM_ARRAY_TASK_ID"
 """
@@ -619,7 +621,7 @@ def main() -> None:
     if args.dry_run:
         for number, cell in ((number, cell) for number, group in enumerate(groups) for cell in group):
             command = shlex.join(["python", cell.flags["command"], *words_of(cell.flags)])
-            console.print(f"task {number}: {command}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"task {number}: {command}", soft_wrap=True)
         return
     if args.executor == "slurm":
         sys.stdout.write(slurm(groups, args))
@@ -643,7 +645,8 @@ def main() -> None:
     write_owned(
         args.out, {f"{name}.json": (json.dumps(numbers, indent=2) + "\n").encode(), f"{name}.md": text.encode()}
     )
-    console.print(markdown(summary, args.table.stem), highlight=False, soft_wrap=True, markup=False)
+    for line in text.split("\n"):
+        console.print(line, soft_wrap=True)
     done = [cell.config.run_dir for cell in ran if cell.status == DONE and cell.config.run_dir]
     if done and args.only_group is None:
         console.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from html import escape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,6 +26,7 @@ from quant.core.cli import guarded
 from quant.core.config import RunConfig
 from quant.core.errors import InputError
 from quant.core.run import Session
+from quant.core.text import ACTIVE, printable
 from tests.quant.test_learn import asked
 from tests.test_run import config_for
 
@@ -73,6 +75,8 @@ class Page(HTMLParser):
         """Identities, and references to them or to elsewhere, of one element."""
         self.ids += [found["id"]] if "id" in found else []
         for name, value in found.items():
+            if name == "aria-label":  # text
+                continue
             if name in ("href", "src", "xlink:href") and value:
                 (self.references if value.startswith("#") else self.links).append(value.removeprefix("#"))
             self.references += re.findall(r"url\(#([^)]+)\)", value or "")
@@ -219,11 +223,156 @@ def test_losses_are_shown_where_there_are_any(finished, tmp_path):
     )
 
 
-def test_hostile_names_are_escaped(finished, tmp_path):
-    run = report.open_run(finished["plain"])
-    run.manifest["model"]["id"] = "a/<script>alert(1)</script>"
-    html = report.write_report([run], tmp_path).read_text()
-    assert "<script>alert" not in html and Page(html).open == []
+HOSTILE = (
+    '"><svg onload=alert(1)>',
+    "'><img src=x onerror=alert(1)>",
+    "</text></svg><script>alert(1)</script>",
+    "--></title></style></pre><script>document.title='owned'</script>",
+    "]]><a href=javascript:alert(1)>x</a>",
+    "&lt;script&gt;&#34; {{ 7 * 7 }}{% raw %}",
+    "$\\frac{$ $x",
+    'a id="b" url(#c) #010203',
+    "\x1b[31m\x00\ufffe a\nb\rc\u2028d \u202egnp.exe\u2066 \udcff",
+    "javascript:alert(1)",
+    "..%2f?x#y",
+    "n" * 5000,
+)
+FORMULAS = ("=cmd|' /C calc'!A0", "@SUM(A1)", "+1+cmd", "-2+3", "\t=1", "\r=1")
+ELEMENTS = {
+    "html", "head", "meta", "title", "style", "body", "header", "main", "section", "h1", "h2", "p", "dl", "div", "dt", "dd",
+    "small", "figure", "figcaption", "table", "thead", "tbody", "tr", "th", "td", "a", "details", "summary", "pre", "script",
+    "button", "svg", "g", "defs", "path", "use", "text", "tspan", "clippath", "rect",
+}  # fmt: skip
+
+
+class Strict(Page):
+    """A page that has nothing but its own elements: no handler, no reference to elsewhere, one script, no invisible text."""
+
+    def handle_starttag(self, tag, attrs):
+        super().handle_starttag(tag, attrs)
+        self.counted(tag, attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        super().handle_startendtag(tag, attrs)
+        self.counted(tag, attrs)
+
+    def counted(self, tag, attrs):
+        assert tag in ELEMENTS, tag
+        self.tags = [*getattr(self, "tags", ()), tag]
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)) and not [name for name in names if name.startswith("on")], (tag, attrs)
+        for name, value in attrs:
+            assert not ACTIVE.findall((value or "").replace("\n", "")), (name, value)
+            if name in ("href", "src", "xlink:href"):
+                assert re.fullmatch(r"#[\w.-]+|[\w./%~-]*", value), value
+
+    def handle_data(self, data):
+        super().handle_data(data)
+        assert set(ACTIVE.findall(data)) <= {"\n"}, data
+
+    def check(self):
+        assert self.tags.count("script") == self.tags.count("title") == 1
+        return super().check()
+
+
+def hostile(run: report.Run, name: str, path: Path) -> report.Run:
+    """A copy of a run in which every name that comes from outside is the given one."""
+    manifest, results = json.loads(json.dumps([run.manifest, run.results]))
+    task = {"metric": name, "items": 20, "fp": 0.8, "quantized": 0.5, "stderr": 0.1, "difference": -0.3,
+            "difference_ci95": [-0.9, 0.9], "chance": 0.25, "at_chance": False, "others": {}}  # fmt: skip
+    manifest["model"] |= {"id": f"a/{name.replace('/', '-')}", "model_type": name}
+    manifest["calibration"]["name"] = manifest["calibration"]["protocol"] = manifest["created"] = name
+    manifest["configuration"][name] = name
+    results |= {"method": name, "zero_shot": {name: task}}
+    for part in ("perplexity", "fidelity", "peak_bytes_by_stage"):
+        results[part] = {name if key in ("words", "quantize") else key: value for key, value in results[part].items()}
+    for log in results["learning"]:
+        log["events"] = [name]
+    records = [record | {"name": f"{i % 7} {name}", "method": name} for i, record in enumerate(run.records)]
+    return report.Run(path, manifest, results, records)
+
+
+def pages(finished: dict[str, Path], name: str, out: Path) -> list[str]:
+    """The page of one run, and that of two, in which every name is the given one."""
+    runs = [hostile(report.open_run(finished[kind]), name, finished[kind]) for kind in ("learned", "gptq")]
+    return [report.write_report(own, out / str(len(own))).read_text() for own in (runs[:1], runs)]
+
+
+@pytest.fixture(scope="module")
+def harmless(finished, tmp_path_factory) -> list[Strict]:
+    return [Strict(html).check() for html in pages(finished, "name", tmp_path_factory.mktemp("harmless"))]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=lambda name: ascii(name)[:24])
+def test_hostile_names_are_text_on_every_page(name, finished, harmless, tmp_path):
+    for html, expected in zip(pages(finished, name, tmp_path / "out"), harmless, strict=True):
+        page = Strict(html).check()
+        assert set(page.tags) == set(expected.tags) and page.tags.count("text") > 20
+        for tag in ("table", "tr", "td", "a", "svg", "pre"):
+            assert page.tags.count(tag) == expected.tags.count(tag), tag
+        assert printable(name) in page.tables["tasks"][1], "letter by letter"
+        assert "mathdefault" not in html, "numbers of the axes are typeset"
+        assert len(html.split("<p>block 2: ")) == len(html.split("<p>block 0: ")), "every block has its own events"
+        for picture in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+            ElementTree.fromstring(picture)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["1", "2"], "files lie in their directory"
+    assert {p.suffix for p in (tmp_path / "out").rglob("*.*")} == {".html", ".csv", ".png"}
+
+
+def test_links_are_places_of_this_disk(tmp_path):
+    runs = [report.Run(tmp_path / name, {}, {}, []) for name in ("javascript:alert(1)", "a?b#c", 'x"y', "n\udcff")]
+    assert [report._link(run, tmp_path) for run in runs] == ["javascript%3Aalert%281%29", "a%3Fb%23c", "x%22y", "n%FF"]
+
+
+@pytest.mark.parametrize("name", HOSTILE + FORMULAS, ids=lambda name: ascii(name)[:24])
+def test_hostile_names_are_no_formulas_in_the_csv(name, finished):
+    kind = report.open_run(finished["gptq"])
+    runs = [hostile(kind, name, Path(f"runs/{name}")) for _ in range(2)]
+    for own in (runs[:1], runs):
+        text = report._csv(own)
+        assert set(ACTIVE.findall(text)) <= {"\n"}
+        rows = list(csv.reader(text.splitlines()))
+        assert len({len(row) for row in rows}) == 1 and len(rows) == 1 + (21 if len(own) == 1 else 2)
+        for cell in (cell for row in rows for cell in row):
+            assert not cell.startswith(("=", "+", "@")) and (cell[:1] != "-" or cell == "-" or float(cell) < 0), cell
+        assert any(printable(name) in cell for row in rows[1:] for cell in row)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=lambda name: ascii(name)[:24])
+def test_hostile_names_in_differences(name, finished):
+    runs = [hostile(report.open_run(finished[kind]), name, Path(f"runs/{name}")) for kind in ("plain", "gptq")]
+    runs[1].manifest["configuration"][f"only {name}"] = name
+    console = cli.Console(file=io.StringIO(), width=20_000, color_system=None)
+    report.show_differences(runs, console)
+    text = console.file.getvalue()
+    assert set(ACTIVE.findall(text)) <= {"\n"} and f"only {printable(name)}" in text
+
+
+def test_a_data_file_whose_name_is_an_element(model_dir, text, tmp_path):
+    """The whole way: a run's own names of files end as text in the pages of one run and of two."""
+    data = tmp_path / 'x"><svg onload=alert(1)>.txt'
+    shutil.copy(text, data)
+    base = replace(config_for(model_dir("llama"), data, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
+    configs = [replace(base, wbits=bits, run_dir=tmp_path / str(bits)) for bits in (3, 4)]
+    for config in configs:
+        Session(config).run(config)
+    path = report.write_pages([config.run_dir for config in configs], tmp_path / "both")
+    for page in (path, tmp_path / "3" / "report.html"):
+        assert Strict(page.read_text()).check() and data.stem in unescape(page.read_text())
+    assert 'aria-label="Perplexity on x&quot;&gt;&lt;svg onload' in path.read_text()
+
+
+def test_only_the_page_s_own_script_may_run(finished, tmp_path):
+    html = report.write_report([report.open_run(finished["plain"])], tmp_path).read_text()
+    policy = unescape(re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)[1])
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules.pop("script-src") == report._script_source(re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1])
+    assert rules == {
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
 
 
 def test_differences(finished):
@@ -298,7 +447,8 @@ onload = () => {
 def test_in_a_browser_tables_sort_and_nothing_complains(names, phone, dark, finished, tmp_path):
     """A run's page as on a laptop; a sweep's page as on a phone (390 points wide), in the dark."""
     path = report.write_report([report.open_run(finished[name]) for name in names], tmp_path)
-    page = path.read_text().replace("</body>", PROBE)
+    allowed = report._script_source(PROBE.removeprefix("<script>").removesuffix("</script></body>"))
+    page = path.read_text().replace("</body>", PROBE).replace("script-src ", f"script-src {allowed} ")
     if phone:  # a window cannot be as narrow; a frame can
         page = f'<!DOCTYPE html><title>phone</title><iframe width="390" height="844" srcdoc="{escape(page)}"></iframe>'
     (tmp_path / "probe.html").write_text(page)
@@ -318,6 +468,28 @@ def test_in_a_browser_tables_sort_and_nothing_complains(names, phone, dark, fini
     ):
         assert expected in shown, (expected, shown)
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")
+def test_hostile_names_do_nothing_in_a_browser(finished, tmp_path):
+    """As the browser reads the page; and even if an element came in, the page's policy would let none of it run."""
+    names = [name.replace("alert(1)", "document.title=/owned/") for name in HOSTILE if "<" in name]
+    name, kinds = "".join(names), ("learned", "gptq")
+    runs = [hostile(report.open_run(finished[kind]), name, finished[kind]) for kind in kinds]
+    path = report.write_report(runs, tmp_path)
+    (tmp_path / "injected.html").write_text(
+        path.read_text().replace("<main>", f"<main><b id=in></b>{name.replace('<', ' <')}")
+    )
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    found = []
+    for page in (path, tmp_path / "injected.html"):
+        done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=False, timeout=120)
+        found.append(done.stdout)
+    dom, injected = found
+    Strict(dom.replace("<!DOCTYPE html>", ""))
+    title = f"<title>2 runs of {escape(runs[0].model, quote=False)}</title>"
+    assert title in dom
+    assert title in injected and "onerror=" in injected and '<b id="in">' in injected
 
 
 def test_published_figures_stand_beside_ours():

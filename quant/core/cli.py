@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
+import io
 import json
 import logging
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import rich.console
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.protocol import is_renderable
 from rich.table import Table
+from rich.text import Text
 
 from quant.core.errors import InputError, RunError
+from quant.core.text import brief, one_line, printable
 from quant.published import published
 
 STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "tasks", "export")
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+log = logging.getLogger(__name__)
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,37 +66,139 @@ def _respell(word: str, declared: dict[str, str]) -> str:
     return declared.get(_letters(flag), flag) + equals + value
 
 
-def fail(message: str) -> None:
-    """One line on standard error for each mistake."""
-    for line in str(message).splitlines():
-        sys.stderr.write(f"error: {line}\n")
+def fail(*lines: str) -> None:
+    """One line on standard error for each mistake, whatever the names in it hold."""
+    with contextlib.suppress(BrokenPipeError):  # nobody reads
+        for line in lines:
+            sys.stderr.write(f"error: {one_line(str(line))}\n")
 
 
 def guarded(main: Callable[[], None]) -> int:
-    """Run a command; turn the failures that a person can act on into one line and an exit code."""
+    """Run a command; turn the failures that a person can act on into one line and an exit code.
+
+    Anything else is a mistake in this code and stays a traceback; so do all of them with ``--log-level debug``.
+    """
+    _open_streams()
     try:
-        main()
-    except InputError as error:
-        fail(str(error))
-        return BAD_INPUT
-    except RunError as error:
-        fail(f"{error}. Finished blocks are kept: the same command continues.")
-        return FAILED
-    except OSError as error:
-        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}. Finished blocks are kept.")
-        return FAILED
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # what waits for a pipe that nobody reads fails here, not at the interpreter's end
     except KeyboardInterrupt:
         fail("interrupted; the same command continues after the last finished block")
         return INTERRUPTED
+    except Exception as error:
+        answer = said_of(error)
+        if answer is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            _drop_output()
+        log.debug("this failed:", exc_info=True)
+        code, lines = answer
+        fail(*lines)
+        return code
     return DONE
+
+
+def said_of(error: Exception) -> tuple[int, Sequence[str]] | None:
+    """Exit code and lines for a failure that a person can act on; None for any other."""
+    if isinstance(error, InputError):
+        return BAD_INPUT, error.args
+    if isinstance(error, RunError):
+        *lines, last = error.args
+        return FAILED, [*lines, f"{last}. Finished blocks are kept: the same command continues."]
+    if _is_memory(error):
+        return FAILED, [_memory_line(error)]
+    if type(error) is Exception:  # the tokenizers library raises no other
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            return FAILED, [f"a library failed: {error}. Finished blocks are kept."]
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, OSError):
+        return FAILED, [f"{_system_line(error)}. Finished blocks are kept."]
+    return None
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's, torch's on a device, or torch's on the host, which is known by its text alone."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    found = "can't allocate memory|cannot allocate memory|not enough memory|out of memory"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(found, str(error), re.IGNORECASE) is not None
+    )
+
+
+def _memory_line(error: Exception) -> str:
+    first = str(error).strip().splitlines()[:1]
+    why = f" ({brief(first[0], 200)})" if first else ""
+    return (
+        f"not enough memory{why}: lower --calib-batch, --nsamples or --seqlen, or keep hidden states elsewhere with "
+        "--activation-store. Finished blocks are kept."
+    )
+
+
+def _system_line(error: OSError) -> str:
+    """What the system refused, of which file; of a full disk also how much is free on it."""
+    line = error.strerror or str(error) or type(error).__name__
+    if not error.filename:
+        return line
+    line += f": {os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return line
+    place = next((folder for folder in Path(str(error.filename)).absolute().parents if folder.is_dir()), Path("/"))
+    return f"{line} ({shutil.disk_usage(place).free / 1e6:.1f} MB are free there)"
+
+
+def _open_streams() -> None:
+    """Output that is closed goes nowhere, and a terminal that cannot show a letter shows its escape."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open to the end)
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Let standard output, whose reader is gone, go nowhere: Python flushes it once more at its end."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Record(logging.LogRecord):
+    """A message that is one line, whatever names are in it; for the handlers of libraries too."""
+
+    def getMessage(self) -> str:  # noqa: N802
+        return printable(super().getMessage())
 
 
 def set_logging(level: str) -> None:
     """Log to standard error; libraries stay quiet unless something is wrong."""
+    logging.setLogRecordFactory(_Record)
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for library in ("transformers", "datasets", "huggingface_hub", "urllib3", "filelock", "fsspec"):
         logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLogger().level))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+class Console(rich.console.Console):
+    """Shows strings letter by letter: in what is printed, cells and titles there is no markup, and `printable` makes
+    every character visible that a terminal obeys. A string is one line; our own lines and styles are `rich.text.Text`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string as it is shown (rich calls this for every string it meets)."""
+        return super().render_str(printable(text), **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; what is neither a string nor made for rich, such as a path, is shown as a string."""
+        super().print(*(o if is_renderable(o) else str(o) for o in objects), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Fail as any write does (rich would end the program without a word)."""
+        raise
 
 
 def console() -> Console:
@@ -101,13 +212,13 @@ class ProgressBars:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bars = Progress(
-            TextColumn("{task.description:>24}"),
+            TextColumn("{task.description:>24}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -126,6 +237,7 @@ class ProgressBars:
         return lambda stage, done, total, note: self._update(f"{method} {stage}", done, total, note)
 
     def _update(self, name: str, done: int, total: int, note: str) -> None:
+        name, note = printable(name), printable(note)  # columns make a Text of them by themselves
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=total, note=note)
         if name not in self.started or done <= self.started[name][1]:
@@ -134,7 +246,7 @@ class ProgressBars:
         step = max(1, total // 10)
         if not self.console.is_terminal and (done % step == 0 or done == total):
             left = self._left(name, done, total)
-            self.console.print(f"{name}: {done} of {total} {note}".rstrip() + left, highlight=False)
+            self.console.print(f"{name}: {done} of {total} {note}".rstrip() + left)
 
     def _left(self, name: str, done: int, total: int) -> str:
         """How long the stage will still take, as what was seen of it took; nothing at its first step and its end."""
@@ -160,9 +272,9 @@ def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
         "ratio, 95%\ninterval",
         "KL diver-\ngence",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(Text(column), justify="right")
     for column in ("relative\nerror", "seconds"):
-        table.add_column(column, justify="right")
+        table.add_column(Text(column), justify="right")
     for results in all_results:
         corpora = results["perplexity"] or {"-": {}}
         for row, (name, perplexity) in enumerate(corpora.items()):
@@ -199,22 +311,25 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
         memory = f"{peak['host'] / 1e9:.2f} GB host" + (
             f", {peak['device'] / 1e9:.2f} GB device" if peak["device"] else ""
         )
-        console.print(f"[bold]{results['method']}[/]: seconds: {stages}; peak memory {memory}", highlight=False)
+        method = Text(printable(results["method"]), style="bold")
+        console.print(method, f": seconds: {stages}; peak memory {memory}", sep="")
         if any(verdicts[v] for v in ("look", "bad")):
-            console.print(
-                f"  linears: {verdicts['ok']} ok, {verdicts['look']} to look at, {verdicts['bad']} bad", highlight=False
-            )
+            console.print(f"  linears: {verdicts['ok']} ok, {verdicts['look']} to look at, {verdicts['bad']} bad")
         for line in _remarks(results):
-            console.print(f"  {line}", highlight=False)
-        console.print(f"  {path / 'results.json'}", highlight=False, soft_wrap=True)
+            console.print(f"  {line}")
+        console.print(f"  {path / 'results.json'}", soft_wrap=True)
 
 
 def show_report(finished: Sequence[dict[str, Any]], together: Path | None, console: Console) -> None:
     """Write a page for every run and one for all of several, in ``together``; say where it is."""
     from quant.report import write_pages
 
-    page = write_pages([Path(results["run_dir"]) for results in finished], together)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    try:
+        page = write_pages([Path(results["run_dir"]) for results in finished], together)
+    except InputError as error:  # somebody's files are where it goes; the numbers are there without it
+        console.print(f"no report: {error}", soft_wrap=True)
+        return
+    console.print(f"report: {page}", soft_wrap=True)
 
 
 def show_published(model: str, finished: Sequence[dict[str, Any]], console: Console) -> None:
@@ -240,7 +355,7 @@ def show_published(model: str, finished: Sequence[dict[str, Any]], console: Cons
         seen.add(row)
     console.print(table)
     if not all(entry["same_protocol"] for entry in found):
-        console.print("  ours was measured on other windows than the published figures", highlight=False)
+        console.print("  ours was measured on other windows than the published figures")
 
 
 def _remarks(results: dict[str, Any]) -> list[str]:
@@ -275,7 +390,7 @@ def tasks_table(all_results: Sequence[dict[str, Any]]) -> Table:
         "difference,\n95% interval",
         "chance",
     ):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        table.add_column(Text(column), justify="left" if column in ("task", "metric") else "right")
     for results in all_results:
         for row, (name, task) in enumerate(results["zero_shot"].items()):
             bounds = task["difference_ci95"]
@@ -305,7 +420,7 @@ def comparison_table(records: Sequence[dict[str, Any]], title: str) -> Table:
         "best for\nlinears",
         "seconds",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(Text(column), justify="right")
     methods = list(dict.fromkeys(r["method"] for r in records))
     lowest: dict[Any, float] = {}
     for r in records:

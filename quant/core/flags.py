@@ -129,13 +129,13 @@ def add_result_flags(p: argparse.ArgumentParser, runs: str) -> argparse._Argumen
 
 def place_mistakes(args: argparse.Namespace) -> list[str]:
     """What is wrong with --model and --device before anything is opened."""
-    found = []
+    found: list[str] = []
     for check, given in ((check_name, args.model), (pick_device, args.device)):
         try:
             if given:
                 check(given)
         except InputError as error:
-            found.append(str(error))
+            found += error.args
     return found
 
 
@@ -177,21 +177,27 @@ def options_of(args: argparse.Namespace, method: str, function: Callable[..., Qu
 
 def show_list() -> None:
     """Methods with their options, families, formats, data sets."""
-    from rich.console import Console
+    from rich.text import Text
 
     from data.calibration import CALIBRATION
     from models import FAMILIES
+    from quant.core.cli import Console
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.print("[bold]methods[/]")
+    console = Console(soft_wrap=True)
+    console.print("methods", style="bold")
     for name, function in solvers().items():
         about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
-        options = ", ".join(f"{k}={v}" for k, v in solver_options(function).items())
-        console.print(f"  {name:15} {about}" + (f"\n{'':18}{options}" if options else ""), markup=False)
-    console.print("[bold]learned recipes[/] (main.py --method)")
+        console.print(f"  {name:15} {about}")
+        if options := ", ".join(f"{k}={v}" for k, v in solver_options(function).items()):
+            console.print(f"{'':18}{options}")
+    console.print(Text("learned recipes", style="bold"), "(main.py --method)")
     for name, function in recipes().items():
         about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
-        console.print(f"  {name:15} {about}", markup=False)
-    console.print("[bold]families[/]  " + ", ".join(t for family in FAMILIES for t in family.model_types))
-    console.print("[bold]formats[/]   " + ", ".join(FORMATS))
-    console.print("[bold]data sets[/] " + ", ".join(CALIBRATION) + ", or a .txt, .jsonl, .json.gz or .parquet file")
+        console.print(f"  {name:15} {about}")
+    files = ", or a .txt, .jsonl, .json.gz or .parquet file"
+    for title, names in (
+        ("families", ", ".join(t for family in FAMILIES for t in family.model_types)),
+        ("formats", ", ".join(FORMATS)),
+        ("data sets", ", ".join(CALIBRATION) + files),
+    ):
+        console.print(Text(f"{title:9}", style="bold"), names)

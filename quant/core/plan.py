@@ -43,14 +43,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from models import family_of
 from models.load import build_meta, load_config
 from quant.core import machine
-from quant.core.cli import loadability_table
+from quant.core.cli import Console, loadability_table
 from quant.core.config import (
     DEFAULT_MAX_SEQLEN,
     FULL_BITS,
