@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from models.load import LazyModel
-from quant.core.errors import InputError
+from quant.core.errors import InputError, first_line
+from quant.core.files import check_plain_file
 from quant.core.stream import BlockStream
 from quant.evaluate import FULL, HEAD_ELEMENTS, RESAMPLES, Variant, pass_blocks
 
@@ -159,11 +160,75 @@ class Tasks:
     limit: int | None
 
 
-def open_tasks(names: Sequence[str], path: Path | None, num_fewshot: int | None, limit: int | None) -> Tasks:
+def open_tasks(
+    names: Sequence[str],
+    path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    trust_remote_code: bool = False,
+) -> Tasks:
     """Find the tasks (in the directory ``path`` first, then among lm-eval's own) and load their data.
 
-    Raises InputError for unknown names, with the nearest ones, and for data that cannot be reached, naming them.
+    Raises InputError for unknown names, with the nearest ones, for data that cannot be reached, naming them, and for
+    tasks in ``path`` that bring Python, unless trust_remote_code.
     """
+    if path is not None and not trust_remote_code:
+        for file in sorted(path.rglob("*.y*ml")):
+            check_no_code(file)
+    with sandboxed_templates():
+        return _open_tasks(names, path, num_fewshot, limit)
+
+
+def check_no_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
+    """Raise InputError where a task's YAML, or one that it includes, names Python to run (``!function``)."""
+    import yaml
+
+    check_plain_file(file)
+    try:
+        root = yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
+    except (OSError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{file} is not a readable task ({first_line(error).splitlines()[0]})") from error
+    nodes, known = [root] if root is not None else [], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in known:  # an alias
+            continue
+        known.add(id(node))
+        if node.tag.startswith("!"):
+            where = f"{file}, line {node.start_mark.line + 1}"
+            raise InputError(f"{where}: {node.tag} runs Python; give --trust-remote-code if you trust the tasks")
+        if isinstance(node, yaml.MappingNode):
+            nodes += [part for pair in node.value for part in pair]
+            for key, value in node.value:
+                if key.value == "include":
+                    for name in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                        included = file.parent / str(name.value)
+                        if included.exists() and included not in seen:
+                            check_no_code(included, seen | {included})
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+
+
+@contextmanager
+def sandboxed_templates() -> Iterator[None]:
+    """Let lm-eval fill in the templates of tasks without their reaching Python. Raises InputError for one that tries."""
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    own = utils.env
+    boxed = SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline)
+    boxed.filters |= own.filters
+    utils.env = boxed
+    try:
+        yield
+    except SecurityError as error:
+        raise InputError(f"--tasks: a task's template reaches for Python ({error}); it is not run") from error
+    finally:
+        utils.env = own
+
+
+def _open_tasks(names: Sequence[str], path: Path | None, num_fewshot: int | None, limit: int | None) -> Tasks:
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
@@ -217,7 +282,11 @@ def run_tasks(scorer: Scorer, tokenizer: Any, tasks: Tasks) -> dict[str, dict[st
 
     found: dict[str, dict[str, TaskScore]] = {}
     for variant in scorer.variants:
-        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):  # its progress bars; logging goes on
+        with (
+            sandboxed_templates(),
+            Path(os.devnull).open("w") as nowhere,
+            redirect_stderr(nowhere),
+        ):  # its bars; logging goes on
             results = lm_eval.simple_evaluate(
                 model=_harness(scorer, tokenizer, variant),
                 tasks=list(tasks.members),

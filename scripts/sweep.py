@@ -13,6 +13,7 @@ import argparse
 import csv
 import hashlib
 import json
+import logging
 import re
 import shlex
 import sys
@@ -27,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the command lines are imported for their parsers
 
+from quant.core.cli import said_of  # noqa: E402
 from quant.core.config import RunConfig  # noqa: E402
 from quant.core.errors import InputError, RunError, first_line  # noqa: E402
 from quant.core.files import check_owned, check_plain_file, write_owned  # noqa: E402
@@ -58,6 +60,7 @@ HUB = {
     "llama": "huggyllama/llama-{}",
     "llama-2": "meta-llama/Llama-2-{}-hf",
 }
+log = logging.getLogger(__name__)
 WAITING, QUANTIZED, DONE, FAILED = "waiting", "quantized", "done", "failed"
 
 
@@ -378,14 +381,14 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
     started = time.perf_counter()
     try:
         session = Session(cells[0].config)
-    except (InputError, RunError, OSError) as error:
+    except Exception as error:
         for cell in cells:
             _fail(cell, error, moved)
         return time.perf_counter() - started
     for cell in cells:
         try:
             session.quantize(cell.config)
-        except (InputError, RunError, OSError) as error:
+        except Exception as error:
             _fail(cell, error, moved)
         else:
             cell.status = QUANTIZED
@@ -394,7 +397,7 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
     for part in (alive[i : i + together] for i in range(0, len(alive), together)):
         try:
             finished = session.run_all([replace(cell.config, overwrite=False) for cell in part], kept=kept)
-        except (InputError, RunError, OSError) as error:
+        except Exception as error:
             for cell in part:
                 _fail(cell, error, moved)
             continue
@@ -404,7 +407,10 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
     return time.perf_counter() - started
 
 
-def _fail(cell: Cell, error: BaseException, moved: Callable[[Cell], None]) -> None:
+def _fail(cell: Cell, error: Exception, moved: Callable[[Cell], None]) -> None:
+    """Note why a row failed. What a person cannot act on is a mistake in this code: its traceback goes to the log."""
+    if said_of(error) is None:
+        log.error("%s", cell.label, exc_info=error)
     cell.status, cell.message = FAILED, first_line(error)
     moved(cell)
 

@@ -141,7 +141,9 @@ class Session:
             self._check_vocabulary(tokens)
         self.tasks: Tasks | None = None
         if config.tasks:
-            self.tasks = open_tasks(config.tasks, config.task_path, config.num_fewshot, config.limit)
+            self.tasks = open_tasks(
+                config.tasks, config.task_path, config.num_fewshot, config.limit, config.trust_remote_code
+            )
         self.model_sha256 = self.model.checkpoint.sha256()
         self.load_seconds = time.perf_counter() - started
         self.load_peak = machine.peak_bytes(self.device)

@@ -178,3 +178,50 @@ def test_tasks_that_generate_are_refused(local_task, tmp_path, model_dir):
     scorer, tokenizer = scorer_of(model_dir("opt"), tmp_path)
     with pytest.raises(InputError, match="generate text"):
         zero_shot.run_tasks(scorer, tokenizer, tasks)
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_a_task_runs_no_python_without_the_flag(included, local_task, tmp_path):
+    mark = tmp_path / "PWNED"
+    (local_task / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef rows(docs):\n    return docs\n")
+    code = "process_docs: !function evil.rows\n"
+    if included:
+        (tmp_path / "base.yaml").write_text(code.replace("evil", "tasks.evil"))
+        code = f"include: {tmp_path / 'base.yaml'}\n"
+    file = local_task / "mine.yaml"
+    file.write_text(code + file.read_text())
+    says = "base.yaml, line 1: !function runs Python" if included else "mine.yaml, line 1: !function runs Python"
+    with pytest.raises(InputError, match=says):
+        open_tasks(["mine"], local_task, None, 4)
+    assert not mark.exists()
+    assert open_tasks(["mine"], local_task, None, 4, trust_remote_code=True).members == {"mine": ("mine",)}
+    assert mark.exists(), "with the flag it is the person's own"
+
+
+def test_a_template_of_a_task_reaches_no_python(local_task, tmp_path):
+    mark = tmp_path / "PWNED"
+    file = local_task / "mine.yaml"
+    evil = (
+        "{{ question.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.mknod('"
+        + str(mark)
+        + "') }}"
+    )
+    lines = [
+        f'doc_to_text: "{evil}"' if line.startswith("doc_to_text") else line for line in file.read_text().splitlines()
+    ]
+    file.write_text("\n".join(lines))
+    with pytest.raises(InputError, match="a task's template reaches for Python"):
+        zero_shot.run_tasks(*scorer_of_demo(tmp_path), open_tasks(["mine"], local_task, None, 4))
+    assert not mark.exists()
+
+
+def scorer_of_demo(tmp_path) -> tuple[Scorer, object]:
+    return scorer_of(zero_shot.OWN_TASKS.parents[1] / "models" / "demo" / "opt", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["a: [", "\x00", "- " * 3000 + "x"])
+def test_a_task_that_is_no_yaml_is_one_line(content, local_task):
+    (local_task / "other.yaml").write_text(content)
+    with pytest.raises(InputError, match="other.yaml is not a readable task") as error:
+        open_tasks(["mine"], local_task, None, 4)
+    assert "\n" not in str(error.value)
