@@ -61,6 +61,7 @@ HUB = {
     "llama-2": "meta-llama/Llama-2-{}-hf",
 }
 log = logging.getLogger(__name__)
+FAILURES = (InputError, RunError, OSError, MemoryError, RuntimeError)  # of a row, which leave the others alone
 WAITING, QUANTIZED, DONE, FAILED = "waiting", "quantized", "done", "failed"
 
 
@@ -381,14 +382,14 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
     started = time.perf_counter()
     try:
         session = Session(cells[0].config)
-    except Exception as error:
+    except FAILURES as error:
         for cell in cells:
             _fail(cell, error, moved)
         return time.perf_counter() - started
     for cell in cells:
         try:
             session.quantize(cell.config)
-        except Exception as error:
+        except FAILURES as error:
             _fail(cell, error, moved)
         else:
             cell.status = QUANTIZED
@@ -397,7 +398,7 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
     for part in (alive[i : i + together] for i in range(0, len(alive), together)):
         try:
             finished = session.run_all([replace(cell.config, overwrite=False) for cell in part], kept=kept)
-        except Exception as error:
+        except FAILURES as error:
             for cell in part:
                 _fail(cell, error, moved)
             continue
