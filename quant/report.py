@@ -29,7 +29,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from quant.core.errors import InputError
-from quant.core.files import write_owned
+from quant.core.files import check_plain_file, write_owned
 from quant.core.journal import Record, RunDirectory
 from quant.core.text import brief, csv_cell, printable
 from quant.published import method_of, published
@@ -88,6 +88,7 @@ def open_run(path: Path) -> Run:
             f"{path} is not finished: {done} of {asked} blocks are there and no results; run its command again"
         )
     journal = path / "journal.jsonl"
+    check_plain_file(journal)
     try:
         records = [json.loads(line) for line in journal.open()] if journal.exists() else []
     except json.JSONDecodeError as error:

@@ -316,7 +316,7 @@ def test_hostile_names_are_text_on_every_page(name, finished, harmless, tmp_path
         for picture in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
             ElementTree.fromstring(picture)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["1", "2"], "files lie in their directory"
-    assert {p.suffix for p in (tmp_path / "out").rglob("*.*")} == {".html", ".csv", ".png"}
+    assert {p.suffix for p in (tmp_path / "out").rglob("*.*")} == {".html", ".csv", ".png", ".json"}
 
 
 def test_links_are_places_of_this_disk(tmp_path):

@@ -298,6 +298,7 @@ class Session:
         if config.save is not None:
             settle(config.save)
             if config.overwrite or not is_saved(config.save, digest, _kinds(config)):
+                model_side_files(self.model, self.tokenizer)  # raises for files that must not be copied
                 stay += check_target(config.save, config.overwrite)
         self._check_space(config, target.path)
         calibration, evaluated = self.calibration(config), self.evaluation.values()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.checkpoint import RESULTS, check_own
+from models.checkpoint import RESULTS
 from models.load import LazyModel, load_model, load_tokenizer
 from quant.core.config import RunConfig, check_format, content_of
 from quant.core.errors import InputError
@@ -25,7 +25,7 @@ from quant.export.formats import Content, Layers
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.export.target import check_target, settle
 from quant.export.write import (
-    copy_code,
+    copied_files,
     entries,
     layers_of,
     model_config,
@@ -135,14 +135,11 @@ def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: 
         raise InputError(against)
     if kind in PACKED:
         declared["quantization_config"] = PACKED[kind].config(content, layers)
-    sides = sorted({file for pattern in SIDE_FILES for file in source.glob(pattern)})
-    for file in sides:
-        check_own(file, source)
+    sides = copied_files(source, declared, SIDE_FILES)
 
     def side_files(directory: Path) -> None:
         for file in sides:
             shutil.copy(file, directory)
-        copy_code(source, directory, declared)
 
     old = source / RESULTS
     return Conversion(

@@ -145,25 +145,24 @@ def model_config(model: LazyModel, kind: str, content: Content, quantized_blocks
 
 def model_side_files(model: LazyModel, tokenizer: Any) -> Callable[[Path], None]:
     """Writes tokenizer, generation config, and the classes that the model brings."""
-    source = model.checkpoint.path
+    files = copied_files(model.checkpoint.path, model.config.to_dict(), ("generation_config.json",))
 
     def write(directory: Path) -> None:
         _save_tokenizer(tokenizer, directory)
-        generation = source / "generation_config.json"
-        if generation.exists():
-            check_own(generation, source)
-            shutil.copy(generation, directory)
-        copy_code(source, directory, model.config.to_dict())
+        for file in files:
+            shutil.copy(file, directory)
 
     return write
 
 
-def copy_code(source: Path, directory: Path, config: Mapping[str, Any]) -> None:
-    """Copy the Python files that a config.json with ``auto_map`` names: without them nobody opens the checkpoint."""
-    if config.get("auto_map"):
-        for file in source.glob("*.py"):
-            check_own(file, source)
-            shutil.copy(file, directory)
+def copied_files(source: Path, config: Mapping[str, Any], patterns: Iterable[str]) -> list[Path]:
+    """What a checkpoint takes over from the model in ``source``: files of these names, and the Python that a config.json
+    with ``auto_map`` needs. Raises InputError for links to somewhere else."""
+    patterns = [*patterns, *(["*.py"] if config.get("auto_map") else [])]
+    files = sorted({file for pattern in patterns for file in source.glob(pattern)})
+    for file in files:
+        check_own(file, source)
+    return files
 
 
 def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
