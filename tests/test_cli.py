@@ -14,6 +14,7 @@ import model_quantizer
 from quant import evaluate
 from quant.core import cli
 from quant.core.cli import guarded
+from quant.core.registry import get_solver, solver_options, solvers
 
 
 @pytest.fixture
@@ -108,6 +109,13 @@ def test_defaults_are_those_of_the_original():
         "static_groups": False, "compute_quantization_recon_error": False, "percdamp": 0.01,
     }  # fmt: skip
     assert {key: args[key] for key in expected} == expected
+
+
+def test_flags_of_solvers_are_declared_as_such():
+    """A flag that was forgotten would be taken without a word and change nothing."""
+    args = model_quantizer.parser().parse_args([])
+    named = {option for function in solvers().values() for option in solver_options(function)}
+    assert named & vars(args).keys() == set(args.solver_flags) and len(args.solver_flags) == 12
 
 
 def test_help_teaches(command):

@@ -23,6 +23,7 @@ from quant.core.actquant import ActSpec
 from quant.core.cli import guarded
 from quant.core.learn import Learning
 from quant.core.plan import estimate, shapes_of
+from quant.core.registry import get_solver, solver_options, solvers
 from quant.core.transforms import TransformSpec
 
 ROOT = Path(__file__).parents[1]
@@ -361,10 +362,27 @@ def test_every_flag_reaches_its_own_entry(flags):
     entry, value = WIRING[flags]
     plain, given = (flattened(main_command.config_from([*BASE, *more]).to_json()) for more in ([], shlex.split(flags)))
     changed = {key for key in plain.keys() | given.keys() if plain.get(key) != given.get(key)}
-    follows = {"--solver gptq": {"method", "options.percdamp", "options.act_order", "options.static_groups",
-                                 "options.group_aware", "options.auto_damp"}}.get(flags, set())  # fmt: skip
+    follows = {"--solver gptq": {"method", "options.percdamp"}}.get(flags, set())
     assert entry in changed and changed - {entry} <= follows, changed
     assert given[entry] == json.loads(json.dumps(value if not isinstance(value, Path) else str(value)))
+
+
+@pytest.mark.parametrize("solver", sorted(solvers()))
+def test_a_flag_of_learning_is_no_option_of_a_solver(solver):
+    """SmoothQuant's exponent and QuantEase's step are both called alpha; only flags that say so are the solver's."""
+    words = [*BASE, "--solver", solver, "--alpha", "0", "--num-iter", "7", "--percdamp", "0.2"]
+    config = main_command.config_from(words)
+    declared = {"num_iter": 7, "percdamp": 0.2}
+    assert config.learning.transform.alpha == 0
+    assert config.options == {name: declared[name] for name in solver_options(get_solver(solver)) if name in declared}
+
+
+def test_a_solver_option_of_a_flags_name_is_the_solvers():
+    config = main_command.config_from(
+        [*BASE, *shlex.split("--solver quantease --alpha 0.75 --solver-option alpha=1.5 --solver-option outlier=0.01")]
+    )
+    assert config.learning.transform.alpha == 0.75
+    assert config.options == {"num_iter": 30, "alpha": 1.5, "outlier": 0.01}
 
 
 def test_all_flags_of_learning_at_once(tmp_path):
