@@ -456,6 +456,27 @@ def test_planned_bits_are_the_bits_of_the_run(command, small, model_dir, wbits, 
         assert plan["quantized bytes"] == pytest.approx(results["quantized_bytes"])
 
 
+@pytest.mark.parametrize("learned", ["--lwc --epochs 1", "--epochs 0"])
+def test_planned_bits_count_the_outliers_of_the_solver(command, small, model_dir, learned, tmp_path):
+    """Whatever the run is called: learned, it is omniquant+quantease."""
+    words = [*map(str, small), *shlex.split(f"--wbits 4 --solver quantease --num-iter 3 {learned}")]
+    words += ["--solver-option", "outlier=0.05"]
+    assert command(*words)[0] == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
+    plan = estimate(main_command.config_from(words), shapes, 4, (1e12, 1e12), (0.0, 0.0))
+    weights = sum(out * n_in for _, out, n_in in shapes.linears)
+    rows = 32 * sum(out + 1 for _, out, _ in shapes.linears)  # pointers of sparse rows: much where rows are this short
+    assert plan["bits per weight"] + rows / weights == pytest.approx(results["bits_per_weight"], rel=0.005)
+
+
+def test_weights_that_stay_have_no_outliers_in_the_plan(model_dir, tmp_path):
+    words = [*shlex.split("--model x --wbits 16 --abits 8 --let --solver quantease --solver-option outlier=0.05")]
+    shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
+    plan = estimate(main_command.config_from(words), shapes, 4, (1e12, 1e12), (0.0, 0.0))
+    assert plan["bits per weight"] == 16
+
+
 def test_the_plan_of_a_learned_run(command):
     flags = [
         "--model",
