@@ -76,6 +76,12 @@ BREAKS: dict[str, Any] = {
     "a tensor": (lambda r: r["checkpoints"]["gptq"].update(content="0"), "checkpoints.gptq.content", True),
     "a number a little": (lambda r: scaled(r["numbers"], "perplexity", 1.0001), "numbers.perplexity", True),
     "a number": (lambda r: scaled(r["numbers"], "perplexity", 1.03), "numbers.perplexity", False),
+    "an error a little": (
+        lambda r: scaled(r["numbers"], "mean_relative_error", 0.97),
+        "numbers.mean_relative_error",
+        True,
+    ),
+    "an error": (lambda r: scaled(r["numbers"], "mean_relative_error", 0.94), "numbers.mean_relative_error", False),
     "a shape": (lambda r: r["checkpoints"]["gptq"].update(layout="0"), "checkpoints.gptq.layout", False),
     "a setting": (lambda r: r["checkpoints"]["gptq"].update(config="0"), "checkpoints.gptq.config", False),
     "a refusal": (lambda r: r["checkpoints"].update(gptq="refused"), "checkpoints.gptq", False),
