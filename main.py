@@ -40,7 +40,7 @@ WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
 def parser() -> argparse.ArgumentParser:
     """Flags of the originals keep name, meaning and default."""
     from quant.core.cli import Parser
-    from quant.core.flags import SOURCES, add_data_flags, add_machine_flags, add_result_flags
+    from quant.core.flags import SOURCES, add_data_flags, add_machine_flags, add_result_flags, solver_flags
 
     p = Parser(
         prog="main.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,8 +122,9 @@ def parser() -> argparse.ArgumentParser:
         "--solver", default="rtn", metavar="NAME", help="rtn, gptq, quantease, ... on the learned grid (default: rtn)"
     )
     g.add_argument("--true-sequential", action="store_true", help="for solvers: linears in order of execution")
-    g.add_argument("--num-iter", type=int, default=30, help="quantease: sweeps (default: 30)")
-    g.add_argument("--percdamp", type=float, default=0.01, help="gptq: damping (default: 0.01)")
+    option = solver_flags(g)
+    option("--num-iter", type=int, default=30, help="quantease: sweeps (default: 30)")
+    option("--percdamp", type=float, default=0.01, help="gptq: damping (default: 0.01)")
     g.add_argument(
         "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="any option of the solver (--list)"
     )

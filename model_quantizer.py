@@ -40,7 +40,14 @@ Exit codes: 0 done, 2 bad arguments or unusable input, 1 a failure after work be
 def parser() -> argparse.ArgumentParser:
     """Flags of the original keep name, meaning and default (except that calibration on C4 uses its train split)."""
     from quant.core.cli import Parser
-    from quant.core.flags import DEFAULT_CACHE, SOURCES, add_data_flags, add_machine_flags, add_result_flags
+    from quant.core.flags import (
+        DEFAULT_CACHE,
+        SOURCES,
+        add_data_flags,
+        add_machine_flags,
+        add_result_flags,
+        solver_flags,
+    )
 
     p = Parser(
         prog="model_quantizer.py",
@@ -86,44 +93,39 @@ def parser() -> argparse.ArgumentParser:
         help="linears of a block in order of execution, each seeing what is quantized already",
     )
     g = p.add_argument_group("options of the methods")
-    g.add_argument(
+    option = solver_flags(g)
+    option(
         "--num-iter", type=int, default=30, help="quantease, gptq_quantease: coordinate-descent sweeps (default: 30)"
     )
-    g.add_argument(
+    option(
         "--act-order", action="store_true", help="columns by decreasing Gram diagonal; groups are formed in that order"
     )
-    g.add_argument(
+    option(
         "--group-aware",
         action="store_true",
         help="gptq: act-order among and inside groups, which keeps column i in group i // group size",
     )
-    g.add_argument(
+    option(
         "--search-grid", action="store_true", help="quantease: scales by the lowest end of short descents, row by row"
     )
-    g.add_argument(
-        "--refit-grid", action="store_true", help="quantease: scales and zero points in closed form between sweeps"
-    )
-    g.add_argument(
-        "--static-groups", action="store_true", help="group grids from the original weights, before act-order"
-    )
-    g.add_argument(
+    option("--refit-grid", action="store_true", help="quantease: scales and zero points in closed form between sweeps")
+    option("--static-groups", action="store_true", help="group grids from the original weights, before act-order")
+    option(
         "--percdamp", type=float, default=0.01, help="gptq: damping, share of the mean Gram diagonal (default: 0.01)"
     )
-    g.add_argument(
+    option(
         "--auto-damp", action="store_true", help="gptq: raise the damping stepwise where the Gram matrix is singular"
     )
-    g.add_argument(
+    option(
         "--outlier",
         type=float,
         default=0.0,
         metavar="X",
         help="quantease: share of the weights kept in 16 bits (0.01); spqr: relative threshold (0.2; smaller keeps more)",
     )
-    g.add_argument("--alpha", type=float, default=1.0, help="quantease: multiplier of the outliers' gradient step")
-    g.add_argument("--structure-outlier", action="store_true", help="quantease: whole columns as outliers")
-    g.add_argument(
-        "--simplified-outliers", action="store_true", help="spqr: outliers do not leave the range of their group"
-    )
+    option("--alpha", type=float, default=1.0, help="quantease: multiplier of the outliers' gradient step")
+    option("--structure-outlier", action="store_true", help="quantease: whole columns as outliers")
+    option("--simplified-outliers", action="store_true", help="spqr: outliers do not leave the range of their group")
     g.add_argument(
         "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="any option of the method (--list)"
     )

@@ -35,7 +35,8 @@ def setting_of(results: dict[str, Any]) -> str:
 def method_of(results: dict[str, Any]) -> str:
     """The method with what its name does not say: the share of weights kept as outliers, and as what."""
     options = results.get("options", {})
-    share = options.get("outlier", 0) if results["method"] == "quantease" else 0
+    rounded = results["wbits"] < 16 and results.get("solver", results["method"]) == "quantease"
+    share = options.get("outlier", 0) if rounded else 0
     kept = f"+{100 * share:g}%" + (" columns" if options.get("structure_outlier") else "") if share else ""
     return f"{results['method']}{kept}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from quant import evaluate
 from quant.core import cli
 from quant.core.cli import guarded
 from quant.core.files import RECORD
+from quant.core.registry import get_solver, solver_options, solvers
 
 
 @pytest.fixture
@@ -111,6 +113,13 @@ def test_defaults_are_those_of_the_original():
     assert {key: args[key] for key in expected} == expected
 
 
+def test_flags_of_solvers_are_declared_as_such():
+    """A flag that was forgotten would be taken without a word and change nothing."""
+    args = model_quantizer.parser().parse_args([])
+    named = {option for function in solvers().values() for option in solver_options(function)}
+    assert named & vars(args).keys() == set(args.solver_flags) and len(args.solver_flags) == 12
+
+
 def test_help_teaches(command):
     code, out, _ = command("--help")
     assert code == 0 and "examples:" in out and "models/demo/llama" in out and "Exit codes" in out
@@ -164,10 +173,22 @@ def test_phases_of_a_solver_do_not_add_up():
 
     out, n_in = 14848, 59392
     a, g = 4 * out * n_in, 4 * n_in**2
-    gptq = RunConfig("x", wbits=3, options={"percdamp": 0.01, "act_order": False})
+    gptq = RunConfig("x", method="gptq", wbits=3, options={"percdamp": 0.01, "act_order": False})
     assert solver_bytes(gptq, out, n_in) == a + 2 * g
     assert solver_bytes(gptq, n_in, out) == max(3.25 * a + 4 * out**2, a + 2 * 4 * out**2)
     assert solver_bytes(RunConfig("x", wbits=3, options={"num_iter": 30}), out, n_in) == 5 * a
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "quantease", "gptq_quantease", "spqr"])
+def test_memory_is_planned_for_the_solver_whatever_options_were_given(method):
+    """Options without a flag, as spqr's scale_bits, are options all the same; so is one that was left out."""
+    from quant.core.plan import solver_bytes
+
+    words = ["--model", "x", "--wbits", "3", "--dataset", "demo", "--quantization-method", method]
+    config = model_quantizer.config_from(words)
+    whole = replace(config, options=solver_options(get_solver(method)))
+    bare = replace(config, options={}, method="omniquant+it", solver=method)
+    assert solver_bytes(config, 512, 256) == solver_bytes(whole, 512, 256) == solver_bytes(bare, 512, 256)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a process's peak")
@@ -182,7 +203,6 @@ def test_planned_memory_is_what_a_solver_takes(method, options, shape):
     from quant.core.config import RunConfig
     from quant.core.linalg import relative_error
     from quant.core.plan import solver_bytes
-    from quant.core.registry import get_solver, solver_options
     from quant.core.stats import LayerStats
     from quant.core.types import QuantSpec
 
@@ -199,7 +219,7 @@ def test_planned_memory_is_what_a_solver_takes(method, options, shape):
     answer = solver(weight, stats, QuantSpec(3), **options)
     took = machine.peak_bytes(device)["host"] - before
     assert relative_error(weight, answer.dequantize(), stats.gram) < 0.1
-    planned = solver_bytes(RunConfig("x", wbits=3, options=options), *shape)
+    planned = solver_bytes(RunConfig("x", method=method, wbits=3, options=options), *shape)
     assert took < 1.1 * planned + (40 << 20)
 
 

@@ -23,6 +23,7 @@ from quant.core.actquant import ActSpec
 from quant.core.cli import guarded
 from quant.core.learn import Learning
 from quant.core.plan import estimate, shapes_of
+from quant.core.registry import get_solver, solver_options, solvers
 from quant.core.transforms import TransformSpec
 
 ROOT = Path(__file__).parents[1]
@@ -358,10 +359,27 @@ def test_every_flag_reaches_its_own_entry(flags):
     entry, value = WIRING[flags]
     plain, given = (flattened(main_command.config_from([*BASE, *more]).to_json()) for more in ([], shlex.split(flags)))
     changed = {key for key in plain.keys() | given.keys() if plain.get(key) != given.get(key)}
-    follows = {"--solver gptq": {"method", "options.percdamp", "options.act_order", "options.static_groups",
-                                 "options.group_aware", "options.auto_damp"}}.get(flags, set())  # fmt: skip
+    follows = {"--solver gptq": {"method", "options.percdamp"}}.get(flags, set())
     assert entry in changed and changed - {entry} <= follows, changed
     assert given[entry] == json.loads(json.dumps(value if not isinstance(value, Path) else str(value)))
+
+
+@pytest.mark.parametrize("solver", sorted(solvers()))
+def test_a_flag_of_learning_is_no_option_of_a_solver(solver):
+    """SmoothQuant's exponent and QuantEase's step are both called alpha; only flags that say so are the solver's."""
+    words = [*BASE, "--solver", solver, "--alpha", "0", "--num-iter", "7", "--percdamp", "0.2"]
+    config = main_command.config_from(words)
+    declared = {"num_iter": 7, "percdamp": 0.2}
+    assert config.learning.transform.alpha == 0
+    assert config.options == {name: declared[name] for name in solver_options(get_solver(solver)) if name in declared}
+
+
+def test_a_solver_option_of_a_flags_name_is_the_solvers():
+    config = main_command.config_from(
+        [*BASE, *shlex.split("--solver quantease --alpha 0.75 --solver-option alpha=1.5 --solver-option outlier=0.01")]
+    )
+    assert config.learning.transform.alpha == 0.75
+    assert config.options == {"num_iter": 30, "alpha": 1.5, "outlier": 0.01}
 
 
 def test_all_flags_of_learning_at_once(tmp_path):
@@ -433,6 +451,27 @@ def test_planned_bits_are_the_bits_of_the_run(command, small, model_dir, wbits, 
         assert plan["bits per weight"] == pytest.approx(results["bits_per_weight"])
         assert plan["bits per weight"] > 4 + online
         assert plan["quantized bytes"] == pytest.approx(results["quantized_bytes"])
+
+
+@pytest.mark.parametrize("learned", ["--lwc --epochs 1", "--epochs 0"])
+def test_planned_bits_count_the_outliers_of_the_solver(command, small, model_dir, learned, tmp_path):
+    """Whatever the run is called: learned, it is omniquant+quantease."""
+    words = [*map(str, small), *shlex.split(f"--wbits 4 --solver quantease --num-iter 3 {learned}")]
+    words += ["--solver-option", "outlier=0.05"]
+    assert command(*words)[0] == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
+    plan = estimate(main_command.config_from(words), shapes, 4, (1e12, 1e12), (0.0, 0.0))
+    weights = sum(out * n_in for _, out, n_in in shapes.linears)
+    rows = 32 * sum(out + 1 for _, out, _ in shapes.linears)  # pointers of sparse rows: much where rows are this short
+    assert plan["bits per weight"] + rows / weights == pytest.approx(results["bits_per_weight"], rel=0.005)
+
+
+def test_weights_that_stay_have_no_outliers_in_the_plan(model_dir, tmp_path):
+    words = [*shlex.split("--model x --wbits 16 --abits 8 --let --solver quantease --solver-option outlier=0.05")]
+    shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
+    plan = estimate(main_command.config_from(words), shapes, 4, (1e12, 1e12), (0.0, 0.0))
+    assert plan["bits per weight"] == 16
 
 
 def test_the_plan_of_a_learned_run(command):

@@ -493,7 +493,7 @@ def test_hostile_names_do_nothing_in_a_browser(finished, tmp_path):
 
 
 def test_published_figures_stand_beside_ours():
-    from quant.published import published, rows
+    from quant.published import method_of, published, rows
 
     scores = {"wikitext2": {"fp": 14.62, "quantized": 21.0, "seqlen": 2048}}
     results = {"wbits": 3, "group_size": -1, "method": "quantease", "perplexity": scores, "evaluation": {"limit": None}}
@@ -507,6 +507,10 @@ def test_published_figures_stand_beside_ours():
     assert published("models/demo/opt", results) == []
     kept = {entry["method"]: entry["ours"] for entry in published("opt-1.3b", results | {"options": {"outlier": 0.01}})}
     assert kept["quantease+1%"] == 21.0 and kept["quantease"] is None
+    learned = results | {"options": {"outlier": 0.01}, "method": "omniquant+quantease", "solver": "quantease"}
+    assert method_of(learned) == "omniquant+quantease+1%"
+    assert method_of(learned | {"wbits": 16}) == "omniquant+quantease", "weights that stay have no outliers"
+    assert method_of(learned | {"method": "spqr", "solver": "spqr"}) == "spqr", "there it is a threshold"
     scores["wikitext2"]["seqlen"] = 1024
     assert not any(entry["same_protocol"] for entry in published("opt-1.3b", results))
     # Five levels are another setting than four; activations, groups and other corpora have their own figures.

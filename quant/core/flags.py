@@ -127,6 +127,19 @@ def add_result_flags(p: argparse.ArgumentParser, runs: str) -> argparse._Argumen
     return g
 
 
+def solver_flags(g: argparse._ArgumentGroup) -> Callable[..., None]:
+    """The group's ``add_argument`` for flags that are options of solvers: ``solver_flags`` in the arguments names them.
+
+    Only these reach a solver; any other flag may have the name of an option by chance.
+    """
+
+    def add_option(*names: str, **kept: Any) -> None:
+        action = g.add_argument(*names, **kept)
+        g.set_defaults(solver_flags=(*(g.get_default("solver_flags") or ()), action.dest))
+
+    return add_option
+
+
 def place_mistakes(args: argparse.Namespace) -> list[str]:
     """What is wrong with --model and --device before anything is opened."""
     found: list[str] = []
@@ -146,7 +159,7 @@ def unused_options(args: argparse.Namespace, parser: argparse.ArgumentParser, me
     given = [
         option
         for option in dict.fromkeys(option for options in known.values() for option in options)
-        if option not in taken and hasattr(args, option) and getattr(args, option) != parser.get_default(option)
+        if option not in taken and option in args.solver_flags and getattr(args, option) != parser.get_default(option)
     ]
     return [
         f"--{option.replace('_', '-')} is an option of {', '.join(n for n, o in known.items() if option in o)}, "
@@ -156,9 +169,9 @@ def unused_options(args: argparse.Namespace, parser: argparse.ArgumentParser, me
 
 
 def options_of(args: argparse.Namespace, method: str, function: Callable[..., QuantizedWeight]) -> dict[str, Any]:
-    """The options that the method's function names, from the flags and from --solver-option."""
+    """The options that the method's function names, from the flags of `solver_flags` and from --solver-option."""
     accepted = solver_options(function)
-    options = {name: getattr(args, name) for name in accepted if hasattr(args, name)}
+    options = {name: getattr(args, name) for name in accepted if name in args.solver_flags}
     for pair in args.solver_option:
         key, equals, value = pair.partition("=")
         key = key.replace("-", "_")

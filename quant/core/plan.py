@@ -61,7 +61,7 @@ from quant.core.config import (
     stores_of,
 )
 from quant.core.places import check_places
-from quant.core.registry import get_solver
+from quant.core.registry import get_solver, solver_options
 from quant.core.stats import BLOCK, LayerStats
 from quant.core.transforms import check_seams
 from quant.core.types import QuantSpec
@@ -169,8 +169,9 @@ def estimate(
         spec = QuantSpec(config.wbits, config.group_size, config.symmetric, levels=config.levels)
         code_bits, group_bits = spec.code_bits, 16 + (0 if spec.symmetric else spec.code_bits)
         side = sum(out * spec.n_groups(n_in) * group_bits for _, out, n_in in shapes.linears)
-    if config.method == "quantease":
-        side += weights * config.options.get("outlier", 0.0) * (16 if config.options.get("structure_outlier") else 32)
+        if (config.solver or config.method) == "quantease":  # spqr's option of that name is a threshold, no share
+            each = 16 if config.options.get("structure_outlier") else 32
+            side += weights * config.options.get("outlier", 0.0) * each
     if config.learning is not None and config.learning.transform.norm_matrix:
         side += 16 * shapes.norms * shapes.hidden**2
 
@@ -214,7 +215,8 @@ def estimate(
 
 def solver_bytes(config: RunConfig, n_out: int, n_in: int) -> float:
     """Bytes of the largest phase of solving one linear, without its Gram matrix; see the module's text."""
-    options, area, square = config.options, 4.0 * n_out * n_in, 4.0 * n_in**2
+    options = solver_options(get_solver(config.solver or config.method)) | dict(config.options)  # also those not given
+    area, square = 4.0 * n_out * n_in, 4.0 * n_in**2
     factorizes = "percdamp" in options
     ordered = bool(options.get("act_order") or options.get("group_aware"))
     phases = [(3.25 if config.group_size == -1 else 5.25) * area]
