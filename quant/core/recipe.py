@@ -19,6 +19,7 @@ from quant.core.journal import Record
 from quant.core.learn import LearnedBlock, Learning
 from quant.core.linalg import SingularGramError, products_in, relative_error
 from quant.core.machine import peak_bytes
+from quant.core.scaling import exponent_outside
 from quant.core.stats import LayerStats
 from quant.core.stream import BlockStream
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
@@ -204,6 +205,8 @@ def ranges_of(weight: Tensor, stats: LayerStats, quantized: QuantizedWeight) -> 
     """What makes a linear hard: root mean square of its input channels (median, largest), the largest weight over their
     root mean square, and the share of weights kept as outliers."""
     rms = (stats.diagonal / max(1, stats.n_tokens)).clamp(min=0).sqrt()
+    if k := exponent_outside(weight):
+        weight = weight * 2.0**-k  # its squares would overflow or vanish
     spread = float(weight.square().mean().sqrt())
     kept = 0 if quantized.outliers is None else quantized.outliers.value.numel()
     return {
