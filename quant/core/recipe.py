@@ -61,8 +61,13 @@ def deploy(
     solved: Mapping[str, QuantizedWeight],
     model: LazyModel,
     changed: Mapping[str, Tensor] | None = None,
+    where: str = "",
 ) -> Weights:
-    """Weights of a block with the solved linears, and what else was changed, in place."""
+    """Weights of a block with the solved linears, and what else was changed, in place.
+
+    where: the block, for the message. Raises RunError, with the tensor's name, where the dtype of the checkpoint or of
+    the run cannot hold a number.
+    """
     some = next(iter(weights.values()))
     others = {name: tensor.to(device=some.device, dtype=model.dtype) for name, tensor in (changed or {}).items()}
     new = {
@@ -71,6 +76,12 @@ def deploy(
         )
         for name, quantized in solved.items()
     }
+    for name, tensor in {**others, **new}.items():
+        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # no mask of the whole tensor
+            kept, used = (str(dtype).removeprefix("torch.") for dtype in (model.storage_dtype, model.dtype))
+            raise RunError(
+                f"{where}{name}: not every value is finite in {kept}, as it is saved, and {used}, as it is run"
+            )
     return {**weights, **others, **new}
 
 
@@ -115,10 +126,12 @@ def quantize_block(
                 peak = peak_bytes(stream.device)
                 records.append({"block": index, "name": name} | record | {"peak_bytes": peak["device"] or peak["host"]})
                 solving += time.perf_counter() - started
-        weights = deploy(weights, {name: solved[name] for group in stage for name in group}, stream.model)
+        new = {name: solved[name] for group in stage for name in group}
+        weights = deploy(weights, new, stream.model, where=f"block {index} ")
     if recipe.act.method == "static":
         changed |= static_ranges(stream, index, weights, recipe.act)
-    return SolvedBlock(deploy(weights, {}, stream.model, changed), solved, changed, records, solving)
+    weights = deploy(weights, {}, stream.model, changed, f"block {index} ")
+    return SolvedBlock(weights, solved, changed, records, solving)
 
 
 def static_ranges(stream: BlockStream, index: int, weights: Weights, act: ActSpec) -> Weights:
