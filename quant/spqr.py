@@ -91,7 +91,7 @@ def spqr(
         stored = [torch.stack([levels[g][i] for g in range(grid.n_groups)], 1) for i in range(3)]
         bilevel = BilevelScales(stored[0].to(torch.uint8), stored[1], stored[2], scale_bits, scale_group)
         fitted = Grid(bilevel.expand(weight.shape[0]), zero.to(torch.int32), grid.g_idx, grid.qmax, bilevel)
-    info = {"percdamp": used_damp, "outlier_fraction": int(kept.sum()) / weight.numel()}
+    info = {"percdamp": used_damp, "outlier_fraction": extra.numel() / weight.numel()}
     return QuantizedWeight(codes[:, back].contiguous(), fitted, spec, info, outliers)
 
 

@@ -110,6 +110,8 @@ def test_deployed_values_are_finite_in_the_dtype_of_the_checkpoint(name, options
         bounded = replace(spec, largest=largest)
         answer, error = solved(name, options, weight, stats, bounded)
         assert bool(torch.isfinite(answer.dequantize().to(dtype)).all())
+        steps = torch.maximum(answer.grid.zero, answer.grid.qmax - answer.grid.zero)
+        assert bool((answer.grid.scale.double() * steps <= largest).all()), "not even a code that is not used"
         assert error <= error64(weight, rtn(weight, stats, bounded).dequantize(), stats.gram) * (1 + 1e-6)
 
 
