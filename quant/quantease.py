@@ -17,8 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.core.grid import fit_grid, refit_scale_zero, round_scale
+from quant.core.grid import at_least_finest, fit_grid, refit_scale_zero, round_scale, within_largest
 from quant.core.linalg import largest_eigenvalue
+from quant.core.outliers import kept_outliers
 from quant.core.registry import solver
 from quant.core.stats import LayerStats
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
@@ -72,7 +73,7 @@ class Descent:
         self.residual += change
         self.kernels.propagate_(self.correlation, change, self.gram)
 
-    def refit(self, symmetric: bool) -> None:
+    def refit(self, spec: QuantSpec) -> None:
         """Scale and zero point of every group in closed form for the codes as they are; never raises the objective."""
         for g in range(self.scale.shape[1]):
             columns = (self.group == g).nonzero().squeeze(1)
@@ -83,7 +84,7 @@ class Descent:
             rows = self.gram[columns]
             self.scale[:, g], shift = refit_scale_zero(
                 offsets, self.scale[:, g], self.zero[:, g], rows[:, columns], self.correlation[:, columns],
-                qmax=self.qmax, symmetric=symmetric or self.free is not None,
+                spec=spec, symmetric=spec.symmetric or self.free is not None,
             )  # fmt: skip
             self.zero[:, g] += shift
             change = before - (offsets - shift[:, None]) * self.scale[:, g, None]
@@ -96,12 +97,13 @@ def rounds(sweep: int, num_iter: int) -> bool:
     return sweep % 3 != 1 or sweep == num_iter - 1 or sweep > 25
 
 
-def searched(target: Tensor, gram: Tensor, grid: Grid, block_size: int) -> Grid:
+def searched(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_size: int) -> Grid:
     """The grid with each row's scales times the factor whose descent of SEARCH_SWEEPS sweeps ends lowest."""
     best = torch.full_like(target[:, 0], torch.inf)
     scale = grid.scale
     for factor in FACTORS:
-        trial = replace(grid, scale=round_scale(grid.scale * factor))
+        wanted = at_least_finest(round_scale(grid.scale * factor), spec)
+        trial = replace(grid, scale=within_largest(wanted, grid.zero, spec))
         descent = Descent(target, gram, trial, block_size)
         for sweep in range(SEARCH_SWEEPS):
             descent.sweep(rounds(sweep, SEARCH_SWEEPS))
@@ -165,7 +167,8 @@ def quantease(
         grid = init.grid if init else fit_grid(inliers, spec, stats.diagonal, formed)
     visited = replace(grid, g_idx=grid.g_idx[order])
     if search_grid and init is None:
-        visited = searched(target if outliers is None else target - outliers.values, gram, visited, block_size)
+        inliers = target if outliers is None else target - outliers.values
+        visited = searched(inliers, gram, visited, spec, block_size)
     descent = Descent(target, gram, visited, block_size)
     if init is not None:
         descent.start_from(init.dequantize()[:, order])
@@ -177,10 +180,10 @@ def quantease(
             descent.target, descent.free = target, outliers.chosen  # their places are final: Ŵ takes them in
         descent.sweep(rounding)
         if refit_grid and rounding and sweep + 1 < num_iter:
-            descent.refit(spec.symmetric)
+            descent.refit(spec)
         if outliers is not None and descent.free is None:
             outliers.step_(descent)
-    found = None if outliers is None else outliers.collect(descent, back)
+    found = None if outliers is None else outliers.collect(descent, back, spec)
     fitted = Grid(descent.scale, descent.zero.to(torch.int32), grid.g_idx, grid.qmax)
     return QuantizedWeight(descent.codes[:, back].contiguous(), fitted, spec, {"num_iter": num_iter}, found)
 
@@ -227,10 +230,11 @@ class OutlierSet:
         descent.move_target(self.values - moved)
         self.values = moved
 
-    def collect(self, descent: Descent, back: Tensor) -> Outliers:
+    def collect(self, descent: Descent, back: Tensor, spec: QuantSpec) -> Outliers:
         """What must be added to the values of the codes, in the layer's own order of columns."""
         group = descent.group
         coded = (descent.codes.float() - descent.zero[:, group]) * descent.scale[:, group]
-        extra = (descent.target - descent.residual - coded + (0 if descent.free is not None else self.values))[:, back]
-        index = self.chosen[:, back].flatten().nonzero().squeeze(1)
-        return Outliers(index, extra.flatten()[index].half(), self.structured)
+        extra = descent.target - descent.residual - coded + (0 if descent.free is not None else self.values)
+        chosen = self.chosen[:, back]
+        extra, coded, step = (t[:, back][chosen] for t in (extra, coded, descent.scale[:, group]))
+        return kept_outliers(chosen, extra, coded, step, spec.largest, whole_columns=self.structured)

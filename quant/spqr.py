@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.core.grid import fit_grid, fit_scale_zero, range_to_grid
+from quant.core.grid import fit_grid, fit_scale_zero, largest_scales, multiple_of_finest, range_to_grid
 from quant.core.linalg import damped_factor
+from quant.core.outliers import kept_outliers
 from quant.core.registry import solver
 from quant.core.stats import LayerStats
-from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
+from quant.core.types import BilevelScales, Grid, QuantizedWeight, QuantSpec
 from quant.gptq import feedback_rounding, visiting_order
 
 
@@ -80,16 +81,17 @@ def spqr(
     )
     back = torch.argsort(order)
     columns = visited.g_idx
-    extra = work - (codes.float() - zero[:, columns]) * scale[:, columns]
-    kept = (errors == target - work) & (extra != 0)
-    extra, index = extra[:, back], kept[:, back].flatten().nonzero().squeeze(1)
-    outliers = Outliers(index, extra.flatten()[index].half()) if outlier > 0 else None
+    coded = (codes.float() - zero[:, columns]) * scale[:, columns]
+    extra = work - coded
+    kept = ((errors == target - work) & (extra != 0))[:, back]
+    extra, coded, step = (t[:, back][kept] for t in (extra, coded, scale[:, columns]))
+    outliers = kept_outliers(kept, extra, coded, step, spec.largest) if outlier > 0 else None
     fitted = grid
     if not given:
         stored = [torch.stack([levels[g][i] for g in range(grid.n_groups)], 1) for i in range(3)]
         bilevel = BilevelScales(stored[0].to(torch.uint8), stored[1], stored[2], scale_bits, scale_group)
         fitted = Grid(bilevel.expand(weight.shape[0]), zero.to(torch.int32), grid.g_idx, grid.qmax, bilevel)
-    info = {"percdamp": used_damp, "outlier_fraction": index.numel() / weight.numel()}
+    info = {"percdamp": used_damp, "outlier_fraction": extra.numel() / weight.numel()}
     return QuantizedWeight(codes[:, back].contiguous(), fitted, spec, info, outliers)
 
 
@@ -122,11 +124,14 @@ def _errors(part: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def zero_point(lo: Tensor, hi: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The integer zero point, as float, that centres [lo, hi] on a grid of the given scale."""
+    """The integer zero point, as float, that centres [lo, hi] on a grid of the given scale, as far as ``spec.largest``
+    lets the grid be moved."""
     middle = (spec.qmax + 1) // 2
     if spec.symmetric:
         return torch.full_like(scale, middle)
-    zero = torch.round((spec.qmax - (hi + lo) / scale) / 2).clamp_(min(1, spec.qmax - 1), spec.qmax)
+    reach = torch.floor(spec.largest / scale.double()).clamp_(max=spec.qmax).to(scale.dtype)
+    lowest = (spec.qmax - reach).clamp_(min=min(1, spec.qmax - 1))
+    zero = torch.round((spec.qmax - (hi + lo) / scale) / 2).clamp_(lowest, reach)
     return torch.where((lo == 0) & (hi == 0), float(middle), zero)
 
 
@@ -147,7 +152,7 @@ def _two_levels(
     base = padded.amin(1, keepdim=True).nan_to_num(posinf=1.0)
     padded = torch.where(padded.isinf(), base, padded)
     wanted, base = padded.flatten()[:n_out], base.squeeze(1)
-    step = (padded.amax(1) - base) / (2**bits - 1)
+    step = multiple_of_finest((padded.amax(1) - base) / (2**bits - 1), spec)
     small = base.half()
     exact = bool(((small.float() - base).abs() <= base / 64).all()) and bool(
         torch.isfinite(padded.amax(1).half()).all()
@@ -156,10 +161,15 @@ def _two_levels(
         base, step = small, step.half()
     wide_base, wide_step = (t.float().repeat_interleave(rows)[:n_out] for t in (base, step))
     position = torch.where(wide_step > 0, (wanted - wide_base) / wide_step, 0.0)
+    # Above it no zero point keeps both ends within spec.largest.
+    highest = largest_scales(spec.qmax, spec.largest, wanted.device)[(spec.qmax + 1) // 2]
+    top = torch.where(wide_step > 0, ((highest - wide_base) / wide_step).floor(), torch.inf)
     best = best_codes = torch.empty(0)
     best_error: Tensor | None = None
     for codes in (position.floor(), position.floor() + 1):
         codes = codes.clamp_(0, 2**bits - 1)
+        codes = torch.minimum(codes, top)
+        codes -= (wide_base + codes * wide_step > highest).to(codes.dtype)
         scale = wide_base + codes * wide_step
         zero = zero_point(lo, hi, scale, spec)[:, None]
         value = ((part / scale[:, None]).round_() + zero).clamp_(0, spec.qmax).sub_(zero).mul_(scale[:, None])

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -478,8 +479,6 @@ def test_a_packed_format_of_nothing_quantized_is_refused_before_work(kind, model
 
 def with_a_tiny_row(source: Path, target: Path) -> Path:
     """A copy of a model with a row whose scale is no fp16 number."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, target)
@@ -531,6 +530,62 @@ def test_a_format_that_was_chosen_falls_back(model_dir, text, tmp_path, caplog):
     stamp = (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns
     run(config)
     assert (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns == stamp, "the fallback is what was asked for"
+
+
+def in_float16(source: Path, target: Path) -> Path:
+    """A copy of a model in float16 whose last linear reaches float16's largest number in every row."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    tensors = {name: tensor.half() for name, tensor in load_file(target / "model.safetensors").items()}
+    last = tensors["model.layers.2.mlp.down_proj.weight"].float()
+    tensors["model.layers.2.mlp.down_proj.weight"] = (last / last.abs().amax(1, keepdim=True) * 65504).half()
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    return target
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "rtn", "options": {}, "wbits": 2},
+        {"method": "gptq", "options": {}, "wbits": 4, "symmetric": True},
+        {"method": "quantease", "options": {"num_iter": 4, "outlier": 0.02, "refit_grid": True}, "group_size": 16},
+        {"method": "spqr", "options": {"outlier": 0.3}, "group_size": 16},
+        {"method": "spqr", "options": {}, "symmetric": True},
+    ],
+    ids=lambda options: f"{options['method']} {options.get('symmetric', False)}",
+)
+def test_what_is_saved_in_float16_is_finite_and_what_was_evaluated(options, model_dir, text, tmp_path):
+    from safetensors.torch import load_file
+
+    model = in_float16(model_dir("llama"), tmp_path / "model")
+    results = run(config_for(model, text, tmp_path, save=tmp_path / "saved", full_precision_eval=False, **options))
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float16 and bool(torch.isfinite(tensor).all()), name
+    assert float(tensors["model.layers.2.mlp.down_proj.weight"].abs().max()) > 50000, "the test reaches the end"
+    again = run(config_for(tmp_path / "saved", text, tmp_path, wbits=16, options={}, run_dir=tmp_path / "again"))
+    found = results["perplexity"]["words"]["quantized"]
+    assert again["perplexity"]["words"]["fp"] == pytest.approx(found, rel=1e-6)
+    assert "largest" not in (tmp_path / "run" / "manifest.json").read_text(), "it follows from the model"
+
+
+def test_values_that_the_checkpoint_cannot_hold_stop_the_run_at_their_block(model_dir, text, tmp_path, monkeypatch):
+    """A solver that does not keep to the bound: nothing of it is written."""
+    from quant.core import registry
+
+    def beyond(weight, stats, spec):
+        found = registry.get_solver("rtn")(weight, stats, spec)
+        scale = found.grid.scale * (1e6 if float(weight.abs().max()) > 1000 else 1)
+        return replace(found, grid=replace(found.grid, scale=scale))
+
+    monkeypatch.setitem(registry._solvers, "gptq", beyond)
+    model = in_float16(model_dir("llama"), tmp_path / "model")
+    with pytest.raises(RunError, match=r"block 2 mlp.down_proj.weight: not every value is finite in float16"):
+        run(config_for(model, text, tmp_path, method="gptq", options={}))
+    assert len(list((tmp_path / "run" / "blocks").iterdir())) == 2
 
 
 def edit_block(path: Path, change) -> None:

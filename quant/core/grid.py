@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from quant.core.types import Grid, QuantSpec
+from quant.core.types import FINEST, LARGEST, Grid, QuantSpec
 
 SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released code: 1.00, 0.99, ... 0.21
 ENDS = [1.0 + 0.05 * i for i in range(-10, 11) if i]  # then either end of the range by itself
@@ -56,27 +59,65 @@ def range_to_grid(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tens
     """The grid that covers [lo, hi], lo <= 0 <= hi.
 
     Asymmetric zero points are kept at 1 or above (GPTQ's v1 format stores zero - 1 and cannot hold 0);
-    the scale then grows so that hi stays covered. All-zero ranges get scale 1.
+    the scale then grows so that hi stays covered. All-zero ranges get scale 1. Ends that ``spec.largest`` does not
+    allow are given up: the levels stay within it (see `within_largest`).
     """
     qmax = spec.qmax
     middle = (qmax + 1) // 2
     empty = (lo == 0) & (hi == 0)
     if spec.symmetric:
-        scale = torch.where(empty, 1.0, round_scale(torch.maximum(-lo, hi) * (2 / qmax)))
-        return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    scale = torch.where(empty, 1.0, round_scale((hi - lo) / qmax))
+        scale = torch.where(empty, 1.0, at_least_finest(round_scale(torch.maximum(-lo, hi) * (2 / qmax)), spec))
+        centre = torch.full_like(scale, middle, dtype=torch.int32)
+        return within_largest(scale, centre, spec), centre
+    span = hi - lo
+    step = torch.where(span.isinf(), hi / qmax - lo / qmax, span / qmax)
+    scale = torch.where(empty, 1.0, at_least_finest(round_scale(step), spec))
     zero = torch.round(-lo / scale).clamp_(0, qmax)
     if qmax > 1:
         low = (zero < 1) & ~empty
-        scale = torch.where(low, round_scale(hi / (qmax - 1)), scale)
+        scale = torch.where(low, at_least_finest(round_scale(hi / (qmax - 1)), spec), scale)
         zero = zero.clamp_(min=1)
-    return scale, torch.where(empty, middle, zero).to(torch.int32)
+    zero = torch.where(empty, middle, zero).to(torch.int32)
+    return within_largest(scale, zero, spec), zero
 
 
 def round_scale(scale: Tensor) -> Tensor:
     """The nearest fp16 number where that is within 1/64 (checkpoints store fp16), else the scale itself."""
     half = scale.half().float()
     return torch.where((half - scale).abs() <= scale / 64, half, scale)
+
+
+def multiple_of_finest(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The next multiple of ``spec.finest``, which every float32 is of float32's own."""
+    return scale if spec.finest == FINEST else (scale / spec.finest).ceil() * spec.finest
+
+
+def at_least_finest(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale as float32 can hold it besides the weights: none is 0."""
+    return multiple_of_finest(scale, spec).clamp(min=spec.finest)
+
+
+def within_largest(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales that let no level exceed ``spec.largest``: as they are, or the largest that is stored (fp16 if it is near).
+
+    scale float32, zero int32 or float32 of the same shape.
+    """
+    steps = torch.maximum(zero, spec.qmax - zero).long()
+    highest = largest_scales(spec.qmax, spec.largest, scale.device)[steps]
+    return torch.where(scale > highest, highest, scale)
+
+
+@lru_cache(maxsize=256)
+def largest_scales(qmax: int, largest: float, device: torch.device) -> Tensor:
+    """float32 [qmax + 1]: the largest scale of which 0, 1, ... qmax steps stay within ``largest``, rounded down."""
+    exact = min(largest, LARGEST) / np.arange(1, qmax + 1)
+    wide = exact.astype(np.float32)
+    wide = np.where(wide > exact, np.nextafter(wide, np.float32(0)), wide)
+    with np.errstate(over="ignore"):
+        half = wide.astype(np.float16)
+    half = np.where(half > wide, np.nextafter(half, np.float16(0)), half).astype(np.float32)
+    found = np.where(wide - half <= wide / 64, half, wide)
+    return torch.tensor([LARGEST, *found.tolist()], dtype=torch.float32, device=device)
 
 
 def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, order: Tensor | None = None) -> Grid:
@@ -106,7 +147,7 @@ def refit_scale_zero(
     gram: Tensor,
     correlation: Tensor,
     *,
-    qmax: int,
+    spec: QuantSpec,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor]:
     """The scale and zero point of one group of n columns that minimize ‖(W - Ŵ)X‖² for its codes as they are.
@@ -114,7 +155,8 @@ def refit_scale_zero(
     offsets [out, n]: codes - zero. scale, zero [out]. gram [n, n]. correlation [out, n]: the group's columns of
     (W - Ŵ) Σ. Returns (scale [out], the change of the zero point [out]). With p = offsets - d for each change d of
     the zero point, the objective is quadratic in the new scale s: s²·pΣp - 2s·(p·c + scale·pΣoffsets) + const; the
-    best s of the best d is taken, rounded as grids store it, where that lowers the objective.
+    best s of the best d is taken, rounded and bounded as grids store it, where that lowers the objective. symmetric: d
+    is 0.
     """
     products = offsets @ gram
     qq, q1, ones = (products * offsets).sum(1), products.sum(1), gram.sum()
@@ -123,10 +165,12 @@ def refit_scale_zero(
     for shift in (0,) if symmetric else (0, -1, 1):
         pp = qq - 2 * shift * q1 + shift**2 * ones
         pull = cq - shift * c1 + scale * (qq - shift * q1)
-        new = round_scale(torch.where(pp > 0, pull / pp, scale))
+        wanted, moved = torch.where(pp > 0, pull / pp, scale), zero + shift
+        new = at_least_finest(round_scale(wanted), spec)
+        new = within_largest(new, moved.clamp(0, spec.qmax), spec)
         gain = new * new * pp - 2 * new * pull - (scale * scale * qq - 2 * scale * (cq + scale * qq))
-        moved = zero + shift
-        legal = (pp > 0) & (new > 0) & torch.isfinite(new) & (moved >= min(1, qmax - 1)) & (moved <= qmax)
+        legal = (pp > 0) & (wanted > 0) & torch.isfinite(wanted)
+        legal &= (moved >= min(1, spec.qmax - 1)) & (moved <= spec.qmax)
         better = legal & (gain < best)
         best = torch.where(better, gain, best)
         best_scale = torch.where(better, new, best_scale)

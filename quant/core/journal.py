@@ -190,7 +190,7 @@ class RunDirectory:
         for name, weight in weights.items():
             grid = weight.grid
             parts = {"codes": weight.codes, "scale": grid.scale, "zero": grid.zero, "g_idx": grid.g_idx}
-            linears[name] = {"spec": asdict(weight.spec), "qmax": grid.qmax, "info": dict(weight.info)}
+            linears[name] = {"spec": weight.spec.to_json(), "qmax": grid.qmax, "info": dict(weight.info)}
             if weight.outliers is not None:
                 parts |= {"outlier_index": weight.outliers.index, "outlier_value": weight.outliers.value}
                 linears[name]["whole_columns"] = weight.outliers.whole_columns

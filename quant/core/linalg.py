@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quant.core.errors import RunError
+from quant.core.scaling import exponent_outside
 
 DAMPING_STEP = 10.0
 MAX_DAMPING = 1.0
@@ -79,11 +80,14 @@ def objective(error: Tensor, gram: Tensor) -> float:
     """
     strips = error.split(max(ROWS, STRIP // error.shape[1]))
     with products_in("highest"):
-        return max(0.0, float(torch.stack([(rows @ gram).double().mul_(rows).sum() for rows in strips]).sum()))
+        total = float(torch.stack([(rows @ gram).double().mul_(rows).sum() for rows in strips]).sum())
+    return max(total, 0.0)  # in this order, in which a total that is not a number stays one
 
 
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
-    """‖(W-Ŵ)X‖² / ‖WX‖²; 0 where both vanish, inf where only the output does."""
+    """‖(W-Ŵ)X‖² / ‖WX‖²; 0 where both vanish, inf where only the output does. For weights of any magnitude."""
+    if k := exponent_outside(weight):
+        weight, approximation = weight * 2.0**-k, approximation * 2.0**-k
     error, norm = objective(weight - approximation, gram), objective(weight, gram)
     return error / norm if norm > 0 else (0.0 if error == 0 else float("inf"))
 

@@ -19,6 +19,7 @@ from quant.core.journal import Record
 from quant.core.learn import LearnedBlock, Learning
 from quant.core.linalg import SingularGramError, products_in, relative_error
 from quant.core.machine import peak_bytes
+from quant.core.scaling import exponent_outside
 from quant.core.stats import LayerStats
 from quant.core.stream import BlockStream
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
@@ -60,8 +61,13 @@ def deploy(
     solved: Mapping[str, QuantizedWeight],
     model: LazyModel,
     changed: Mapping[str, Tensor] | None = None,
+    where: str = "",
 ) -> Weights:
-    """Weights of a block with the solved linears, and what else was changed, in place."""
+    """Weights of a block with the solved linears, and what else was changed, in place.
+
+    where: the block, for the message. Raises RunError, with the tensor's name, where the dtype of the checkpoint or of
+    the run cannot hold a number.
+    """
     some = next(iter(weights.values()))
     others = {name: tensor.to(device=some.device, dtype=model.dtype) for name, tensor in (changed or {}).items()}
     new = {
@@ -70,6 +76,12 @@ def deploy(
         )
         for name, quantized in solved.items()
     }
+    for name, tensor in {**others, **new}.items():
+        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # no mask of the whole tensor
+            kept, used = (str(dtype).removeprefix("torch.") for dtype in (model.storage_dtype, model.dtype))
+            raise RunError(
+                f"{where}{name}: not every value is finite in {kept}, as it is saved, and {used}, as it is run"
+            )
     return {**weights, **others, **new}
 
 
@@ -114,10 +126,12 @@ def quantize_block(
                 peak = peak_bytes(stream.device)
                 records.append({"block": index, "name": name} | record | {"peak_bytes": peak["device"] or peak["host"]})
                 solving += time.perf_counter() - started
-        weights = deploy(weights, {name: solved[name] for group in stage for name in group}, stream.model)
+        new = {name: solved[name] for group in stage for name in group}
+        weights = deploy(weights, new, stream.model, where=f"block {index} ")
     if recipe.act.method == "static":
         changed |= static_ranges(stream, index, weights, recipe.act)
-    return SolvedBlock(deploy(weights, {}, stream.model, changed), solved, changed, records, solving)
+    weights = deploy(weights, {}, stream.model, changed, f"block {index} ")
+    return SolvedBlock(weights, solved, changed, records, solving)
 
 
 def static_ranges(stream: BlockStream, index: int, weights: Weights, act: ActSpec) -> Weights:
@@ -204,6 +218,8 @@ def ranges_of(weight: Tensor, stats: LayerStats, quantized: QuantizedWeight) -> 
     """What makes a linear hard: root mean square of its input channels (median, largest), the largest weight over their
     root mean square, and the share of weights kept as outliers."""
     rms = (stats.diagonal / max(1, stats.n_tokens)).clamp(min=0).sqrt()
+    if k := exponent_outside(weight):
+        weight = weight * 2.0**-k  # its squares would overflow or vanish
     spread = float(weight.square().mean().sqrt())
     kept = 0 if quantized.outliers is None else quantized.outliers.value.numel()
     return {

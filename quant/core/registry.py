@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from quant.core.errors import InputError
+from quant.core.scaling import at_any_magnitude
 from quant.core.stats import LayerStats
 from quant.core.types import QuantizedWeight, QuantSpec
 
@@ -31,13 +32,14 @@ _recipes: dict[str, Callable[..., Any]] = {}
 
 
 def solver(name: str) -> Callable[[Callable[..., QuantizedWeight]], Callable[..., QuantizedWeight]]:
-    """Register a solver under the name that the command line uses. Raises ValueError if it is taken."""
+    """Register a solver, for weights of any magnitude, under the name that the command line uses. Raises ValueError if it
+    is taken."""
 
     def register(function: Callable[..., QuantizedWeight]) -> Callable[..., QuantizedWeight]:
         if name in _solvers and _solvers[name].__module__ != function.__module__:
             raise ValueError(f"solver {name!r} exists already in {_solvers[name].__module__}")
-        _solvers[name] = function
-        return function
+        _solvers[name] = at_any_magnitude(function)
+        return _solvers[name]
 
     return register
 

@@ -42,7 +42,7 @@ from quant.core.seams import ONLINE
 from quant.core.starts import check_ranges, configuration_sha256, input_ranges, resumed
 from quant.core.stream import BlockStream
 from quant.core.transforms import check_seams
-from quant.core.types import QuantizedWeight
+from quant.core.types import LARGEST, QuantizedWeight
 from quant.evaluate import FULL, Scores, Variant, evaluate, report
 from quant.export.formats import Content
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
@@ -174,6 +174,9 @@ class Session:
         if config.learning is not None:
             check_seams(self.model.family, self.model.config, config.learning.transform)
         spec = spec_of(config, self.model.linear_shapes())
+        if spec is not None:  # what is written out, and what is evaluated
+            dtypes = (self.model.storage_dtype, self.model.dtype)
+            spec = replace(spec, largest=min(LARGEST, *(torch.finfo(dtype).max for dtype in dtypes)))
         recipe = Recipe(
             config.method,
             get_solver(config.solver or config.method),
@@ -476,7 +479,8 @@ class Session:
 
     def _deployed(self, target: RunDirectory, index: int, weights: Weights) -> Weights:
         """The weights that a finished block deploys."""
-        return deploy(weights, target.read_weights(index), self.model, target.read_changed(index))
+        solved, changed = target.read_weights(index), target.read_changed(index)
+        return deploy(weights, solved, self.model, changed, f"block {index} ")
 
     def _packed(self, job: Job, index: int, weights: Weights, solved: Mapping[str, QuantizedWeight]) -> Deployed:
         """A block with its solved linears packed; their memory is noted in the job."""
@@ -510,7 +514,7 @@ class Session:
                     return weights
                 if not packed:
                     return self._deployed(job.target, index, weights)
-                changed = deploy(weights, {}, self.model, job.target.read_changed(index))
+                changed = deploy(weights, {}, self.model, job.target.read_changed(index), f"block {index} ")
                 return self._packed(job, index, changed, job.target.read_weights(index))
 
             return Variant(own, job.config.act, packed and job.n_blocks == len(self.model.blocks))

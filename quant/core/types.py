@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 RANGES = ("minmax", "mse")
+LARGEST = torch.finfo(torch.float32).max
+FINEST = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps  # 2^-149: all are multiples of it
+OUTLIER_DTYPES = (torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,10 @@ class QuantSpec:
     symmetric: zero point fixed at the middle of the codes (2^(bits-1)). range: ``minmax`` or ``mse``
     (search of the shrink with the least weighted squared error). levels: number of codes where it is
     not 2^bits (ABQ-LLM's bit balance uses 5 levels at 2 bits).
+
+    largest: magnitude that no level exceeds, that of the dtype in which weights are written out. finest: a scale is a
+    multiple of it (a power of two), above float32's own where the weights are solved scaled up. Both belong to the
+    weights and not to what is asked for: specs that differ in them alone are equal, and files do not keep them.
     """
 
     bits: int
@@ -31,6 +39,8 @@ class QuantSpec:
     symmetric: bool = False
     range: str = "minmax"
     levels: int | None = None
+    largest: float = field(default=LARGEST, compare=False, repr=False)
+    finest: float = field(default=FINEST, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -58,6 +68,10 @@ class QuantSpec:
     def code_bits(self) -> int:
         """Bits that one code takes in storage (3 for five levels)."""
         return math.ceil(math.log2(self.n_levels))
+
+    def to_json(self) -> dict[str, Any]:
+        """What files keep; ``QuantSpec(**...)`` takes it back."""
+        return {name: value for name, value in asdict(self).items() if name not in ("largest", "finest")}
 
     def n_groups(self, in_features: int) -> int:
         """Groups along the inputs of a layer. Raises ValueError where the group size does not divide."""
@@ -157,7 +171,8 @@ class Grid:
 class Outliers:
     """What is added to the dequantized weights: a few entries, or whole columns.
 
-    index: int64 [n], ascending positions row * in + column. value: float16 [n]. whole_columns: stored as columns.
+    index: int64 [n], ascending positions row * in + column. value: float16 [n], or float32 where that loses too much
+    (see `quant.core.outliers`). whole_columns: stored as columns.
     """
 
     index: Tensor
@@ -166,10 +181,11 @@ class Outliers:
 
     def storage_bits(self, n_out: int, n_in: int) -> int:
         """Values, and column numbers with row pointers (compressed sparse rows), or one number for each column."""
+        value_bits = self.value.itemsize * 8
         if self.whole_columns:
-            return self.value.numel() * 16 + self.value.numel() // n_out * 32
+            return self.value.numel() * value_bits + self.value.numel() // n_out * 32
         column_bits = 16 if n_in <= 1 << 16 else 32
-        return self.value.numel() * (16 + column_bits) + (n_out + 1) * 32
+        return self.value.numel() * (value_bits + column_bits) + (n_out + 1) * 32
 
 
 @dataclass(frozen=True)
@@ -233,6 +249,8 @@ class QuantizedWeight:
             raise ValueError("scales must be finite and positive")
         if bool((grid.zero < 0).any()) or bool((grid.zero > grid.qmax).any()):
             raise ValueError(f"zero points must lie in 0..{grid.qmax}")
+        if not bool(torch.isfinite(grid.scale * torch.maximum(grid.zero, grid.qmax - grid.zero)).all()):
+            raise ValueError("scales are so large that the ends of the grid are infinite")
         if grid.g_idx.shape != (n_in,) or int(grid.g_idx.max()) >= grid.n_groups or int(grid.g_idx.min()) < 0:
             raise ValueError(f"g_idx must hold {n_in} group numbers in 0..{grid.n_groups - 1}")
         if grid.bilevel is not None and not torch.equal(grid.bilevel.expand(n_out), grid.scale):
@@ -244,6 +262,6 @@ class QuantizedWeight:
                 raise ValueError(f"outliers must have ascending positions in 0..{n_out * n_in - 1}, one value each")
             if bool(torch.isnan(value).any()):
                 raise ValueError("an outlier is not a number")
-            if value.dtype != torch.float16 or not bool(torch.isfinite(value).all()):
-                raise ValueError("an outlier is larger than float16 can hold")
+            if value.dtype not in OUTLIER_DTYPES or not bool(torch.isfinite(value).all()):
+                raise ValueError("outliers must be finite numbers in float16 or float32")
         return self

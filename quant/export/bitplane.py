@@ -5,7 +5,7 @@ For a linear [O, I]: ``planes`` int32 [bits, O, ceil(I/32)] (plane b holds bit b
 float16 or float32, or ``scale_codes``, ``scale_base`` and ``scale_step``; ``zeros`` uint8 [O, G] for asymmetric grids;
 ``in_features`` where I is no multiple of 32;
 ``scale_layout``: bits and rows of two-level scales; ``g_idx`` int32 [I] where columns are not in order; outliers as compressed rows (``outlier_rows`` int32 [O + 1],
-``outlier_columns`` int32, ``outlier_values`` float16) or as whole columns. config.json names the grid of every linear.
+``outlier_columns`` int32, ``outlier_values`` float16 or float32) or as whole columns. config.json names the grid of every linear.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Bitplane:
         return {
             "quant_method": self.name,
             "version": VERSION,
-            "spec": asdict(content.spec),
+            "spec": content.spec.to_json(),
             "activations": asdict(content.act),
             "ignore": list(layers.untouched),
         }

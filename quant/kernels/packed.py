@@ -112,7 +112,7 @@ class PackedGrid:
 @dataclass(frozen=True)
 class SparseRows:
     """Outliers in compressed rows: rows int32 [out + 1], columns int16 holding unsigned numbers (int32 above 65536
-    columns), values float16."""
+    columns), values float16 or float32."""
 
     rows: Tensor
     columns: Tensor
@@ -141,7 +141,7 @@ class SparseRows:
 
 @dataclass(frozen=True)
 class PackedColumns:
-    """Outliers that are whole columns: columns int32 [k], values float16 [out, k]."""
+    """Outliers that are whole columns: columns int32 [k], values float16 or float32 [out, k]."""
 
     columns: Tensor
     values: Tensor

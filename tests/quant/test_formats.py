@@ -162,12 +162,12 @@ def test_a_zero_point_of_zero_is_refused_by_version_one():
     assert same_codes(weight, round_trip("gptq_v2", weight)[0])
 
 
-def solved(solver, spec, **options):
+def solved(solver, spec, factor=1.0, **options):
     torch.manual_seed(0)
     x = torch.randn(256, 64) * torch.linspace(0.2, 3, 64)
     stats = LayerStats(64, torch.device("cpu"))
     stats.update(x)
-    return solver(torch.randn(48, 64), stats, spec, **options)
+    return solver(torch.randn(48, 64) * factor, stats, spec, **options)
 
 
 @pytest.mark.parametrize(
@@ -175,17 +175,30 @@ def solved(solver, spec, **options):
     [
         lambda: solved(quantease, QuantSpec(3, 16), outlier=0.02),
         lambda: solved(quantease, QuantSpec(3), outlier=0.05, structure_outlier=True),
+        lambda: solved(quantease, QuantSpec(8, 16), factor=1e-6, outlier=0.02),
+        lambda: solved(quantease, QuantSpec(3), factor=1e6, outlier=0.05, structure_outlier=True),
+        lambda: solved(spqr, QuantSpec(3, 16), factor=1e30, outlier=0.3),
         lambda: solved(spqr, QuantSpec(3, 16)),
         lambda: solved(gptq, QuantSpec(4, 16), act_order=True),
         lambda: solved(gptq, QuantSpec(2, levels=5)),
     ],
-    ids=["outliers", "outlier columns", "spqr", "act-order", "five levels"],
+    ids=[
+        "outliers",
+        "outlier columns",
+        "tiny outliers",
+        "huge outlier columns",
+        "huge spqr",
+        "spqr",
+        "act-order",
+        "five levels",
+    ],
 )
 def test_bitplane_holds_what_others_cannot(make):
     weight = make()
     back, tensors = round_trip("bitplane", weight)
     assert same_codes(weight, back)
     assert torch.equal(weight.dequantize(), back.dequantize())
+    assert weight.outliers is None or back.outliers.value.dtype == weight.outliers.value.dtype
     stored = sum(t.numel() * t.itemsize * 8 for t in tensors.values())
     assert stored <= weight.storage_bits() * 1.2 + 4096, "the file holds little more than what is counted"
 

@@ -73,7 +73,7 @@ def test_refit_is_the_best_scale_and_zero_point(symmetric):
     codes[4] = 4.0  # nothing to scale
     offsets = codes - zero[:, None]
     correlation = (weight - offsets * scale[:, None]) @ gram
-    new, shift = refit_scale_zero(offsets, scale, zero, gram, correlation, qmax=qmax, symmetric=symmetric)
+    new, shift = refit_scale_zero(offsets, scale, zero, gram, correlation, spec=QuantSpec(3), symmetric=symmetric)
 
     def cost(s: torch.Tensor, d: torch.Tensor, row: int) -> float:
         return objective64((weight[row] - (offsets[row] - d) * s)[None], gram)
@@ -110,7 +110,7 @@ def test_searched_scales_lower_the_objective_of_every_row():
     weight, stats = weights(24, 64), make_stats(inputs(64, 300))
     spec = QuantSpec(2, range="mse")
     grid = fit_grid(weight, spec, stats.diagonal)
-    found = searched(weight, stats.gram, grid, 16)
+    found = searched(weight, stats.gram, grid, spec, 16)
     ratio = found.scale / grid.scale
     assert 0.84 < float(ratio.min()) < float(ratio.max()) < 1.16
     ends = [quantease(weight, stats, spec, grid=g, num_iter=SEARCH_SWEEPS).dequantize() for g in (grid, found)]

@@ -1,8 +1,10 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from quant.core.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
 from quant.core.grid import fit_grid, fit_scale_zero, range_to_grid
 from quant.core.types import QuantizedWeight, QuantSpec
 from tests.references import weights
@@ -174,3 +176,108 @@ def test_check_refuses_illegal_answers() -> None:
         QuantizedWeight(good.codes, type(grid)(grid.scale, grid.zero + 9, grid.g_idx, grid.qmax), spec).check()
     with pytest.raises(ValueError, match="g_idx"):
         QuantizedWeight(good.codes, type(grid)(grid.scale, grid.zero, grid.g_idx + 1, grid.qmax), spec).check()
+
+
+LARGEST_OF = [torch.finfo(dtype).max for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+
+
+def near(largest: float) -> torch.Tensor:
+    """Rows that reach the largest number on either side, on one side, or nowhere near it."""
+    rows = weights(6, 32)
+    rows = rows / rows.abs().amax(1, keepdim=True)
+    rows[1], rows[2], rows[3] = rows[1].abs(), -rows[2].abs(), torch.where(rows[3] > 0, 1.0, -1.0)
+    rows[5] *= 1e-3
+    return rows * largest
+
+
+def unbounded(lo: torch.Tensor, hi: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grids without a largest level: [lo, hi] is covered, in float16 scales where they are near."""
+
+    def stored(scale: torch.Tensor) -> torch.Tensor:
+        half = scale.half().float()
+        return torch.where((half - scale).abs() <= scale / 64, half, scale)
+
+    if spec.symmetric:
+        return stored(torch.maximum(-lo, hi) * (2 / spec.qmax)), torch.full_like(lo, (spec.qmax + 1) // 2).int()
+    scale = stored((hi - lo) / spec.qmax)
+    zero = torch.round(-lo / scale).clamp(0, spec.qmax)
+    if spec.qmax > 1:
+        scale, zero = torch.where(zero < 1, stored(hi / (spec.qmax - 1)), scale), zero.clamp(min=1)
+    return scale, zero.int()
+
+
+@pytest.mark.parametrize("largest", LARGEST_OF)
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.group_size == -1 and s.range == "minmax"], ids=str)
+def test_no_level_is_larger_than_the_dtype_holds(spec: QuantSpec, largest: float) -> None:
+    weight = near(largest)
+    lo, hi = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    scale, zero = range_to_grid(lo, hi, replace(spec, largest=largest))
+    levels = (torch.arange(spec.n_levels).double() - zero.double()[:, None]) * scale.double()[:, None]
+    assert bool((levels.abs() <= largest).all())
+    free, free_zero = unbounded(lo / 2**20, hi / 2**20, spec) if largest > 1e6 else unbounded(lo, hi, spec)
+    free = free * 2**20 if largest > 1e6 else free  # (hi - lo overflows near float32's largest number)
+    ends = free.double() * torch.maximum(free_zero, spec.qmax - free_zero)
+    bounded = ends > largest
+    assert bool(bounded.any()) and not bool(bounded[5])
+    rounding = 0 if largest < 1e6 else 2e-7  # of ranges that overflow, whose ends are divided one by one
+    torch.testing.assert_close(scale[~bounded], free[~bounded], rtol=rounding, atol=0)
+    assert torch.equal(zero[~bounded], free_zero[~bounded])
+    # A bounded scale is the largest that is stored: the next float16, or float32 beyond float16, is too large.
+    steps, found = torch.maximum(zero, spec.qmax - zero)[bounded], scale[bounded]
+    following = found * (1 + 2**-10) if largest < 1e6 else torch.nextafter(found, torch.tensor(torch.inf))
+    assert bool((following.double() * steps > largest).all())
+    assert largest > 1e6 or torch.equal(found, found.half().float())
+
+
+@pytest.mark.parametrize("range_", ["minmax", "mse"])
+def test_bounds_cost_no_bits_where_nothing_is_near(range_: str) -> None:
+    for factor in (0.02, 1.0, 1000.0):
+        weight = weights(16, 64) * factor
+        for bits in (1, 2, 3, 4, 8):
+            plain, bounded = (
+                fit_grid(weight, QuantSpec(bits, 16, range=range_, largest=largest), torch.arange(1.0, 65.0))
+                for largest in (torch.finfo(torch.float32).max, 65504.0)
+            )
+            assert torch.equal(plain.zero, bounded.zero) and torch.equal(plain.scale, bounded.scale)
+
+
+def test_the_largest_level_belongs_to_the_weights_and_not_to_the_spec() -> None:
+    spec = QuantSpec(3, 16, largest=65504.0, finest=2.0**-40)
+    assert spec == QuantSpec(3, 16) and hash(spec) == hash(QuantSpec(3, 16)) and str(spec) == str(QuantSpec(3, 16))
+    assert spec.to_json() == {"bits": 3, "group_size": 16, "symmetric": False, "range": "minmax", "levels": None}
+    assert QuantSpec(**spec.to_json()).largest == torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_learned_grids_stay_within_the_largest_value(symmetric: bool) -> None:
+    spec = QuantSpec(3, 16, symmetric, largest=65504.0)
+    weight = near(65504.0).requires_grad_()
+    lower, upper = (t.requires_grad_() for t in clip_logits(weight, spec))
+    scale, zero = clipped_scale_zero(weight, spec, lower, upper)
+    value = quantize_through(weight, scale, zero, spec.qmax)
+    assert bool(torch.isfinite(value.half()).all())
+    (value / 65504).square().mean().backward()
+    for parameter in (weight, lower, upper):
+        assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all())
+    assert float(upper.grad.abs().sum()) > 0
+    assert torch.equal(clipped_grid(weight, spec, lower, upper).scale, scale)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_smallest_rows_have_a_scale(symmetric: bool) -> None:
+    for value in (1.4e-45, 9.2e-41, 1e-42):
+        weight = weights(4, 16)
+        weight[1], weight[2] = value, -value
+        for range_ in ("minmax", "mse"):
+            grid = fit_grid(weight, QuantSpec(3, symmetric=symmetric, range=range_))
+            answer = QuantizedWeight(grid.quantize(weight), grid, QuantSpec(3, symmetric=symmetric)).check()
+            assert float((answer.dequantize() - weight)[1:3].abs().max()) <= float(grid.scale[1:3].max())
+
+
+def test_check_refuses_levels_that_float32_cannot_hold() -> None:
+    weight, spec = weights(4, 16), QuantSpec(2, symmetric=True)
+    grid = fit_grid(weight, spec)
+    huge = replace(grid, scale=torch.full_like(grid.scale, 2e38))
+    with pytest.raises(ValueError, match="ends of the grid are infinite"):
+        QuantizedWeight(grid.quantize(weight), huge, spec).check()
+    QuantizedWeight(grid.quantize(weight), replace(huge, scale=huge.scale / 2), spec).check()

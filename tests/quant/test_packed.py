@@ -118,15 +118,19 @@ def test_symmetric_grids_store_no_zero_point_and_five_levels_take_three_bits(lay
     assert check(random_weight(16, 64, QuantSpec(2, levels=5))).bits == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("columns", [False, True])
-def test_outliers_are_added(columns, layout):
+def test_outliers_are_added(columns, dtype, layout):
     weight = random_weight(16, 64, QuantSpec(3, 32))
     index = torch.tensor([0, 5, 64 * 7 + 3, 16 * 64 - 1])
     if columns:
         index = (torch.arange(16)[:, None] * 64 + torch.tensor([2, 63])).flatten()
-    value = torch.randn(index.numel(), generator=torch.Generator().manual_seed(0)).half()
+    value = torch.randn(index.numel(), generator=torch.Generator().manual_seed(0)).to(dtype)
+    if dtype == torch.float32:
+        value = value * 1e5  # float16 can hold none of them
     for tokens in (1, 50):
-        check(replace(weight, outliers=Outliers(index, value, columns)), tokens)
+        own = check(replace(weight, outliers=Outliers(index, value, columns)), tokens)
+    assert own.outliers.values.dtype == dtype and torch.equal(own.outliers.values.flatten(), value)
 
 
 OUTLIER_MEMORY = """
