@@ -98,7 +98,7 @@ class Case:
         """As the command line makes it, with the texts of `place`. more: words behind the case's own."""
         train, test = (str(place / f"{split}.txt") for split in STORIES)
         model = str(ROOT / "models" / "demo" / self.family)
-        words = ["--model", model, "--cache-dir", str(place), "--eval-datasets", test, *shlex.split(COMMON)]
+        words = ["--model", model, "--cache-dir", str(place / "cache"), "--eval-datasets", test, *shlex.split(COMMON)]
         if self.method in WEIGHTS:
             words += ["--dataset", train, *shlex.split(f"{WEIGHTS[self.method]} {more}")]
             config = model_quantizer.config_from(words)
