@@ -25,8 +25,8 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the original keep name, meaning and default."""
-    from quant.core.cli import Parser
-    from quant.core.flags import SOURCES, add_machine_flags
+    from quant.cli.flags import SOURCES, add_machine_flags
+    from quant.cli.terminal import Parser
 
     p = Parser(
         prog="generate_act_scale_shift.py",
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(session: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Largest |x| and shift of every linear's input channels, float32 [in] by full module path."""
-    from quant.core.transforms import InputRange
+    from quant.learn.transforms import InputRange
 
     model, stream = session.model, session.calibration_stream()
     scales, shifts = {}, {}
@@ -70,12 +70,12 @@ def main() -> None:
     from safetensors.torch import save
 
     from data.calibration import CALIBRATION, check_source
-    from quant.core import cli
-    from quant.core.config import RunConfig, places_read
+    from quant.cli import terminal as cli
     from quant.core.errors import InputError
     from quant.core.files import check_owned, write_owned
     from quant.core.places import Place, check_places
-    from quant.core.run import Session
+    from quant.run.config import RunConfig, places_read
+    from quant.run.session import Session
 
     args = parser().parse_args()
     cli.set_logging(args.log_level)
@@ -122,6 +122,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from quant.core.cli import guarded
+    from quant.cli.terminal import guarded
 
     sys.exit(guarded(main))

@@ -39,8 +39,8 @@ WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the originals keep name, meaning and default."""
-    from quant.core.cli import Parser
-    from quant.core.flags import SOURCES, add_data_flags, add_machine_flags, add_result_flags, solver_flags
+    from quant.cli.flags import SOURCES, add_data_flags, add_machine_flags, add_result_flags, solver_flags
+    from quant.cli.terminal import Parser
 
     p = Parser(
         prog="main.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -160,7 +160,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
     from data.calibration import CALIBRATION, KNOWN, check_source
     from quant.core.errors import InputError
-    from quant.core.registry import get_solver
+    from quant.solvers import get_solver
 
     found: list[str] = []
 
@@ -259,9 +259,9 @@ def resolve(args: argparse.Namespace) -> None:
 
 def learning_of(args: argparse.Namespace) -> Any:
     """What is learned, by the method's recipe; None if nothing is."""
-    from quant.core.learn import Learning
-    from quant.core.registry import recipes
-    from quant.core.transforms import TransformSpec
+    from quant.learn import recipes
+    from quant.learn.learner import Learning
+    from quant.learn.transforms import TransformSpec
 
     if not (args.lwc or args.let):
         return None
@@ -292,17 +292,17 @@ def learning_of(args: argparse.Namespace) -> Any:
 
 def run_config(args: argparse.Namespace) -> Any:
     """The RunConfig of these flags."""
-    from quant.abq import balanced_levels
-    from quant.core import machine
-    from quant.core.actquant import ActSpec
-    from quant.core.config import RunConfig
-    from quant.core.flags import options_of
-    from quant.core.registry import get_solver
-    from quant.export.choice import in_packed_format
+    from quant.blocks.actquant import ActSpec
+    from quant.cli.flags import options_of
+    from quant.core import env
+    from quant.learn.abq import balanced_levels
+    from quant.run.choice import in_packed_format
+    from quant.run.config import RunConfig
+    from quant.solvers import get_solver
 
     learning = learning_of(args)
     dtype = args.dtype
-    if dtype == "auto" and machine.pick_device(args.device).type == "cuda":
+    if dtype == "auto" and env.pick_device(args.device).type == "cuda":
         dtype = "float32" if args.deactive_amp else "bfloat16"
     balance = args.bit_balance if args.method == "abq" or args.bit_balance == "on" else "off"
     method = args.method if learning is not None else "rtn"
@@ -366,7 +366,8 @@ def config_from(words: list[str]) -> Any:
 
 def main() -> None:
     """Parse, check, run."""
-    from quant.core import cli, flags
+    from quant.cli import flags
+    from quant.cli import terminal as cli
     from quant.core.errors import InputError
 
     args = parser().parse_args()
@@ -387,15 +388,15 @@ def main() -> None:
             console.print(f"note: {notice}", highlight=False)
     config = run_config(args)
     if args.dry_run:
-        from quant.core.plan import show_plan
+        from quant.cli.plan import show_plan
 
         show_plan([config], console)
         return
-    from quant.core.run import Session
+    from quant.run.session import Session
 
     session = Session(config)
     if config.save is not None and config.quantizes:
-        from quant.export.loadable import loadability
+        from quant.export.runtimes import loadability
 
         session.check_export(config)
         console.print(cli.loadability_table(config.format, loadability(config.format, session.content(config))))
@@ -414,6 +415,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from quant.core.cli import guarded
+    from quant.cli.terminal import guarded
 
     sys.exit(guarded(main))

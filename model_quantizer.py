@@ -39,8 +39,7 @@ Exit codes: 0 done, 2 bad arguments or unusable input, 1 a failure after work be
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the original keep name, meaning and default (except that calibration on C4 uses its train split)."""
-    from quant.core.cli import Parser
-    from quant.core.flags import (
+    from quant.cli.flags import (
         DEFAULT_CACHE,
         SOURCES,
         add_data_flags,
@@ -48,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         add_result_flags,
         solver_flags,
     )
+    from quant.cli.terminal import Parser
 
     p = Parser(
         prog="model_quantizer.py",
@@ -147,7 +147,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
     from data.calibration import CALIBRATION, KNOWN, check_source
     from quant.core.errors import InputError
-    from quant.core.registry import get_solver
+    from quant.solvers import get_solver
 
     found: list[str] = []
 
@@ -216,10 +216,10 @@ def mistakes(args: argparse.Namespace) -> list[str]:
 
 def run_configs(args: argparse.Namespace) -> list[Any]:
     """One RunConfig for each method."""
-    from quant.core.config import RunConfig
-    from quant.core.flags import options_of
-    from quant.core.registry import get_solver
-    from quant.export.choice import in_packed_format
+    from quant.cli.flags import options_of
+    from quant.run.choice import in_packed_format
+    from quant.run.config import RunConfig
+    from quant.solvers import get_solver
 
     several = len(args.methods) > 1
     configs = [
@@ -268,8 +268,8 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
 def prepare(args: argparse.Namespace, here: bool = True) -> None:
     """What flags imply. Raises InputError for everything that is wrong with them. here: the run is to be on this machine,
     which must have the model and the device."""
+    from quant.cli.flags import place_mistakes
     from quant.core.errors import InputError
-    from quant.core.flags import place_mistakes
 
     if args.preset == "best":
         args.range, args.search_grid, args.refit_grid = "mse", True, True
@@ -292,7 +292,8 @@ def config_from(words: list[str]) -> Any:
 
 def main() -> None:
     """Parse, check, run."""
-    from quant.core import cli, flags
+    from quant.cli import flags
+    from quant.cli import terminal as cli
     from quant.core.files import check_owned
 
     args = parser().parse_args()
@@ -307,11 +308,11 @@ def main() -> None:
         for line in flags.unused_options(args, parser(), args.methods):
             console.print(f"note: {line}", highlight=False, soft_wrap=True)
     if args.dry_run:
-        from quant.core.plan import show_plan
+        from quant.cli.plan import show_plan
 
         show_plan(configs, console)
         return
-    from quant.core.run import Session
+    from quant.run.session import Session
 
     if args.compare_layers and args.run_dir is not None:
         check_owned(args.run_dir / LAYERS)
@@ -321,7 +322,7 @@ def main() -> None:
             session.recipe(config)
             session.check_export(config)
     if args.save and configs[0].quantizes:
-        from quant.export.loadable import loadability
+        from quant.export.runtimes import loadability
 
         rows = loadability(configs[0].format, session.content(configs[0]))
         console.print(cli.loadability_table(configs[0].format, rows))
@@ -345,7 +346,7 @@ def main() -> None:
 
 def show_comparison(args: argparse.Namespace, session: Any, records: list[dict[str, Any]], console: Any) -> None:
     """One row a method; with --compute-quantization-recon-error one a linear; all of it as JSON in --run-dir."""
-    from quant.core import cli
+    from quant.cli import terminal as cli
     from quant.core.files import write_owned
 
     console.print()
@@ -358,6 +359,6 @@ def show_comparison(args: argparse.Namespace, session: Any, records: list[dict[s
 
 
 if __name__ == "__main__":
-    from quant.core.cli import guarded
+    from quant.cli.terminal import guarded
 
     sys.exit(guarded(main))

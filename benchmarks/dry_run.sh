@@ -9,7 +9,7 @@ echo "Rates were measured on the machine that made the plan ($("$python" -c 'imp
 echo "float32), which is not one for models of this size; memory does not depend on it. The formulas:"
 echo
 echo '```'
-"$python" -c 'import quant.core.plan; print(quant.core.plan.__doc__.split("\n\n", 1)[1].strip())'
+"$python" -c 'import quant.run.plan; print(quant.run.plan.__doc__.split("\n\n", 1)[1].strip())'
 echo '```'
 for model in llama-2-7b opt-66b falcon-180b; do
   echo

@@ -25,14 +25,14 @@ from safetensors.torch import save_file
 
 from models import family_of
 from models.load import build_meta, load_config, load_model
-from quant.core import machine
-from quant.core.cli import console
-from quant.core.recipe import Recipe, quantize_block
-from quant.core.registry import get_solver, solver_options
-from quant.core.stats import LayerStats
-from quant.core.stream import BlockStream
+from quant.blocks.stream import BlockStream
+from quant.cli.terminal import console
+from quant.core import env
+from quant.core.gram import LayerStats
 from quant.core.text import markdown_cell
 from quant.core.types import QuantSpec
+from quant.run.quantize import Recipe, quantize_block
+from quant.solvers import get_solver, solver_options
 
 STAGES = ("forward", "gram", "solve")
 HEADER = (
@@ -65,10 +65,10 @@ def write_random(config: Any, directory: Path, dtype: torch.dtype) -> None:
 
 def quantize(directory: Path, method: str, args: argparse.Namespace, whole: int) -> dict[str, float]:
     """Seconds by stage of one method over every block of the checkpoint, of a model that has ``whole`` blocks."""
-    device = machine.pick_device(args.device)
-    machine.reset_peak(device)
+    device = env.pick_device(args.device)
+    env.reset_peak(device)
     started = time.perf_counter()
-    model = load_model(str(directory), dtype=machine.pick_dtype(args.dtype, device), cache_dir=directory)
+    model = load_model(str(directory), dtype=env.pick_dtype(args.dtype, device), cache_dir=directory)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (args.nsamples, args.seqlen), generator=generator)
     stream = BlockStream(
@@ -89,7 +89,7 @@ def quantize(directory: Path, method: str, args: argparse.Namespace, whole: int)
             stream.run(index, block.weights, advance=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    peak = machine.peak_bytes(device)
+    peak = env.peak_bytes(device)
     found |= {"forward": stream.seconds["forward"], "gram": stream.seconds["observe"]}
     total = time.perf_counter() - started
     return found | {"once": once, "total": total, "peak": float(peak["device"] or peak["host"])}

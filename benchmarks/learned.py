@@ -14,16 +14,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from quant.abq import balanced_levels
-from quant.core import machine
-from quant.core.actquant import ActSpec
-from quant.core.cli import ProgressBars, console, set_logging
-from quant.core.config import RunConfig
-from quant.core.learn import Learning
-from quant.core.registry import get_solver, recipes, solver_options
-from quant.core.run import Session
+from quant.blocks.actquant import ActSpec
+from quant.cli.terminal import ProgressBars, console, set_logging
+from quant.core import env
 from quant.core.text import markdown_cell
-from quant.core.transforms import TransformSpec
+from quant.learn import recipes
+from quant.learn.abq import balanced_levels
+from quant.learn.learner import Learning
+from quant.learn.transforms import TransformSpec
+from quant.run.config import RunConfig
+from quant.run.session import Session
+from quant.solvers import get_solver, solver_options
 
 ROOT = Path(__file__).parents[1]
 DEMO = [str(Path("models/demo") / family) for family in ("opt", "bloom", "falcon", "llama", "mistral")]
@@ -196,7 +197,7 @@ def main() -> None:
 
 def write(args: argparse.Namespace, rows: list[Row], session: Session) -> None:
     """The tables as markdown, and what they were measured on."""
-    versions = ", ".join(f"{k} {v}" for k, v in machine.versions().items())
+    versions = ", ".join(f"{k} {v}" for k, v in env.versions().items())
     shown = [Path(source).name for source in (args.calibration, *args.evaluation)]
     steps = args.epochs * args.nsamples
     text = [
@@ -207,7 +208,7 @@ def write(args: argparse.Namespace, rows: list[Row], session: Session) -> None:
         "--aug_loss at 2 bits; rounding to nearest on the learned grid unless the name says otherwise. affinequant: "
         "matrices behind norms with A16, matrices of heads otherwise. abq at 2 bits has five levels, stored in 3 bits. "
         f"Perplexity: the first {args.limit} windows of {args.seqlen} tokens, on {', '.join(shown[1:])}; the interval is "
-        f"that of the ratio. {session.device.type}, {machine.describe(session.device)['threads']} threads. {versions}.",
+        f"that of the ratio. {session.device.type}, {env.describe(session.device)['threads']} threads. {versions}.",
         "",
         "| setting | method | mean perplexity ratio | mean KL divergence | models below rtn | below omniquant |",
         "|---" * 6 + "|",

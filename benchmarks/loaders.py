@@ -4,7 +4,7 @@ python -m benchmarks.loaders --peer .venv-peers/bin/python [--out benchmarks/res
 
 Every checkpoint is made by one run (RTN, so that the table takes minutes), converted, read by our evaluator, and loaded
 by transformers or gptqmodel in an environment of its own (requirements-pack.txt). Where our rules say that transformers
-does not take a checkpoint (quant/export/loadable.py), gptqmodel reads it and the row says so.
+does not take a checkpoint (quant/export/runtimes.py), gptqmodel reads it and the row says so.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.demo import text
-from quant.core.actquant import ActSpec
-from quant.core.config import RunConfig
-from quant.core.run import Session
-from quant.export.convert import convert
-from quant.export.loadable import loadability
+from quant.blocks.actquant import ActSpec
+from quant.export.runtimes import loadability
+from quant.run.config import RunConfig
+from quant.run.convert import convert
+from quant.run.session import Session
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("llama", "opt", "bloom", "falcon", "mistral")
@@ -201,7 +201,7 @@ def of_family(peer: str, family: str, cases: Sequence[Case], base: Path) -> list
 
 def reference_logits(session: Session, ids: torch.Tensor) -> torch.Tensor:
     """Our logits of some windows, in float32."""
-    from quant.core.stream import BlockStream
+    from quant.blocks.stream import BlockStream
 
     device = torch.device("cpu")
     outside = session.model.outside_weights(device)

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant.core import machine
-from quant.core.actquant import ActSpec, packed_linear
-from quant.core.cli import console
+from quant.blocks.actquant import ActSpec, packed_linear
+from quant.cli.terminal import console
+from quant.core import env
 from quant.core.grid import fit_grid
 from quant.core.types import QuantizedWeight, QuantSpec
-from quant.kernels.packed import pack_weight
+from quant.kernels.matmul.pack import pack_weight
 
 CACHES = 128 << 20  # bytes of weights that a row cycles through at least
 SHAPES = ("4096x4096", "11008x4096", "4096x11008")
@@ -181,8 +181,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write the table here as well")
     args = parser.parse_args()
-    device = machine.pick_device(args.device)
-    versions = ", ".join(f"{k} {v}" for k, v in machine.versions().items())
+    device = env.pick_device(args.device)
+    versions = ", ".join(f"{k} {v}" for k, v in env.versions().items())
     copy = copy_rate(device)
     heads = " | ".join(f"ms, {n} token{'s' if n > 1 else ''} (times)" for n in args.tokens)
     header = [
@@ -199,7 +199,7 @@ def main() -> None:
         top = [
             "# Products with packed weights",
             "",
-            f"{machine.describe(device)}; {versions}.",
+            f"{env.describe(device)}; {versions}.",
             "",
             about,
             "",

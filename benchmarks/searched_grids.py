@@ -13,12 +13,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from quant.core import machine
-from quant.core.cli import console, set_logging
-from quant.core.config import RunConfig
-from quant.core.registry import get_solver, solver_options
-from quant.core.run import Session
+from quant.cli.terminal import console, set_logging
+from quant.core import env
 from quant.core.text import markdown_cell
+from quant.run.config import RunConfig
+from quant.run.session import Session
+from quant.solvers import get_solver, solver_options
 
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "quantease, minmax": ("quantease", "minmax", {}),
@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     set_logging("warning")
     blocks = "all linears" if args.blocks >= 1000 else f"the linears of the first {args.blocks} block(s)"
-    versions = ", ".join(f"{k} {v}" for k, v in machine.versions().items())
+    versions = ", ".join(f"{k} {v}" for k, v in env.versions().items())
     lines = [
         "# Searched grids, one scale a row",
         "",

@@ -23,16 +23,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant.core import machine
-from quant.core.cli import console
+from quant.cli.terminal import console
+from quant.core import env
+from quant.core.gram import LayerStats
 from quant.core.grid import fit_grid
 from quant.core.linalg import products_in, relative_error
-from quant.core.stats import LayerStats
 from quant.core.types import Grid, QuantSpec
-from quant.gptq import gptq
-from quant.kernels import blocks
-from quant.kernels.blocks import Kernels, TorchKernels, kernels
-from quant.quantease import Descent, quantease, rounds
+from quant.kernels import columns as blocks
+from quant.kernels.columns import Kernels, TorchKernels, kernels
+from quant.solvers.gptq import gptq
+from quant.solvers.quantease import Descent, quantease, rounds
 
 BLOCK = 128
 HEADER = "| out x in | what | backend | seconds | floor, seconds | times the floor | column loop / ours | peak MB |"
@@ -112,9 +112,9 @@ def measured(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Ker
 
     def row(what: str, backend: str, work: Callable[[], object], repeats: int = 3) -> None:
         nonlocal loop
-        machine.reset_peak(torch.device(device))
+        env.reset_peak(torch.device(device))
         took = seconds(work, repeats)
-        peak = machine.peak_bytes(torch.device(device))
+        peak = env.peak_bytes(torch.device(device))
         loop = loop or (took if what == "quantease" else 0.0)  # the column loop is the first of its rows
         against = f"{loop / took:.1f}" if what == "quantease" else "-"
         ratio, memory = f"{floors[what]:.3f} | {took / floors[what]:.2f}", (peak["device"] or peak["host"]) / 1e6
@@ -178,8 +178,8 @@ def main() -> None:
     args = parser.parse_args()
     fastest = kernels(torch.device(args.device))
     backends = [fastest, *([TorchKernels()] if args.reference and fastest.name != "torch" else [])]
-    hardware = machine.describe(torch.device(args.device))
-    versions = ", ".join(f"{k} {v}" for k, v in machine.versions().items())
+    hardware = env.describe(torch.device(args.device))
+    versions = ", ".join(f"{k} {v}" for k, v in env.versions().items())
     lines = [
         "# Solvers against their floors",
         "",

@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from quant.core import machine
-from quant.core.cli import ProgressBars, console, set_logging
-from quant.core.config import RunConfig
-from quant.core.registry import get_solver, solver_options
-from quant.core.run import Session
+from quant.cli.terminal import ProgressBars, console, set_logging
+from quant.core import env
 from quant.core.text import markdown_cell
+from quant.run.config import RunConfig
+from quant.run.session import Session
+from quant.solvers import get_solver, solver_options
 
 ROOT = Path(__file__).parents[1]
 DEMO = [str(Path("models/demo") / family) for family in ("opt", "bloom", "falcon", "llama", "mistral")]
@@ -196,7 +196,7 @@ def seconds_section(head: str, rows: list[Row]) -> list[str]:
 
 def write(args: argparse.Namespace, rows: list[Row], session: Session) -> None:
     """The three tables as markdown, and what they were measured on."""
-    versions = ", ".join(f"{k} {v}" for k, v in machine.versions().items())
+    versions = ", ".join(f"{k} {v}" for k, v in env.versions().items())
     shown = [Path(source).name for source in (args.calibration, *args.evaluation)]
     windows = f"the first {args.limit}" if args.limit else "all"
     head = "| model | bits | group | method |"
@@ -206,7 +206,7 @@ def write(args: argparse.Namespace, rows: list[Row], session: Session) -> None:
         f"Asymmetric grids, min-max unless the name says otherwise, true-sequential. Calibration {shown[0]}, {args.nsamples} windows of "
         f"{args.seqlen} tokens, seed 0. Perplexity: {windows} windows of {args.seqlen} tokens without overlap, on "
         f"{', '.join(shown[1:])}; the interval is that of the ratio of the perplexities. "
-        f"{session.device.type}, {machine.describe(session.device)['threads']} threads, float32 arithmetic. {versions}.",
+        f"{session.device.type}, {env.describe(session.device)['threads']} threads, float32 arithmetic. {versions}.",
         "",
         f"{head} bits per weight | data | ppl before | ppl after | ratio, 95% interval | KL divergence "
         "| mean relative error |",

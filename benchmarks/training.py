@@ -21,14 +21,15 @@ import torch
 
 from benchmarks.end_to_end import write_random
 from models.load import load_config, load_model
-from quant.core import learn, machine
-from quant.core.actquant import ActSpec, instrumented
-from quant.core.cli import console
-from quant.core.learn import BlockLoss, Learner, Learning
-from quant.core.registry import recipes
-from quant.core.stream import BlockStream
-from quant.core.transforms import InputRange, TransformSpec
+from quant.blocks.actquant import ActSpec, instrumented
+from quant.blocks.stream import BlockStream
+from quant.cli.terminal import console
+from quant.core import env
 from quant.core.types import QuantSpec
+from quant.learn import learner as learn
+from quant.learn import recipes
+from quant.learn.learner import BlockLoss, Learner, Learning
+from quant.learn.transforms import InputRange, TransformSpec
 
 VARIANTS = {
     "omniquant W3A16, lwc": ("omniquant", 3, 16, {"let": False}),
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    device, out = machine.pick_device(args.device), console()
+    device, out = env.pick_device(args.device), console()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         config, _ = load_config(args.config or "benchmarks/configs/llama-2-7b", directory, with_weights=False)
@@ -72,7 +73,7 @@ def main() -> None:
         config.update({"num_hidden_layers": 1} if args.config else SMALL)
         write_random(config, directory, torch.float16)
         shape = f"{config.hidden_size} x {config.intermediate_size}, {args.seqlen} tokens, {args.dtype}"
-        hardware = machine.describe(device)
+        hardware = env.describe(device)
         out.print(f"block {shape}; {hardware}; torch {torch.__version__}", soft_wrap=True)
         out.print()
         head = "| method | attention | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |"
@@ -87,10 +88,10 @@ def main() -> None:
 
 def captured(directory: Path, args: argparse.Namespace, attention: str, vocabulary: int) -> BlockStream:
     """Random windows in front of the block, one a batch, with that implementation of attention."""
-    device = machine.pick_device(args.device)
+    device = env.pick_device(args.device)
     model = load_model(
         str(directory),
-        dtype=machine.pick_dtype(args.dtype, device),
+        dtype=env.pick_dtype(args.dtype, device),
         cache_dir=directory,
         attn_implementation=attention,
     )
@@ -107,7 +108,7 @@ def row(label: str, attention: str, args: argparse.Namespace, stream: BlockStrea
     model, device = stream.model, stream.device
     ranges = {n: InputRange(torch.ones(w), torch.zeros(w)) for n, (_, w) in model.linear_shapes().items()}
     gc.collect()
-    machine.reset_peak(device)
+    env.reset_peak(device)
     learner = Learner(model, 0, weights, QuantSpec(wbits), ActSpec(abits, abits), learning, ranges)
     targets = [stream.fork().hidden for _ in range(1 + learning.augmented)]
     loss = BlockLoss(learner, weights, targets, stream if learning.attention else None)
@@ -121,7 +122,7 @@ def row(label: str, attention: str, args: argparse.Namespace, stream: BlockStrea
     optimizer = learn._optimizer(learner, 1.0)
     plain = seconds(forward, device) / args.nsamples
     step = seconds(lambda: learn._one_epoch(learner, loss, stream, optimizer, 1.0), device) / args.nsamples
-    peak = machine.peak_bytes(device)
+    peak = env.peak_bytes(device)
     hours = whole * args.epochs * 128 * (step + plain) / 3600  # the loss at the end of an epoch is a forward pass
     return (
         f"| {label} | {attention} | {plain * 1e3:.1f} | {step * 1e3:.1f} | {step / (3 * plain):.2f} "

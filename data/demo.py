@@ -8,16 +8,14 @@ text decides the split it belongs to, so the splits are disjoint for every seed.
 
 The tasks ask for outcomes that only the story tells: without it each answer is as likely as the others.
 
-`python -m data.demo --sample 3` shows stories; `--write-tasks` writes the tasks under data/tasks/.
+`python -m scripts.demo_world --sample 3` shows stories; `--write-tasks` writes the tasks under data/tasks/.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,20 +302,3 @@ def write_tasks(directory: Path = TASKS) -> None:
     for name in _ITEMS:
         lines = [json.dumps(item) + "\n" for item in task_items(name)]
         (directory / f"{name}.jsonl").write_text("".join(lines))
-
-
-def main() -> None:
-    """Show stories or write the tasks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, metavar="N", help="print N stories of the training split")
-    parser.add_argument("--write-tasks", action="store_true", help="write the four tasks' items under data/tasks/")
-    args = parser.parse_args()
-    if args.sample:
-        stream = documents("train")
-        sys.stdout.write("\n\n".join(next(stream) for _ in range(args.sample)) + "\n")
-    if args.write_tasks:
-        write_tasks()
-
-
-if __name__ == "__main__":
-    main()

@@ -41,11 +41,11 @@ from safetensors import safe_open
 import main as main_command
 import model_quantizer
 from data import demo
-from quant.core.config import RunConfig
 from quant.core.errors import InputError
-from quant.core.run import Session
 from quant.export import FORMATS
-from quant.export.convert import convert
+from quant.run.config import RunConfig
+from quant.run.convert import convert
+from quant.run.session import Session
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden.json"

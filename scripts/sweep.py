@@ -28,15 +28,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the command lines are imported for their parsers
 
-from quant.core.cli import said_of  # noqa: E402
-from quant.core.config import RunConfig  # noqa: E402
+from quant.cli.terminal import said_of  # noqa: E402
 from quant.core.errors import InputError, RunError, first_line  # noqa: E402
 from quant.core.files import check_owned, check_plain_file, write_owned  # noqa: E402
 from quant.core.places import Place, check_places  # noqa: E402
-from quant.core.run import FullPrecision, Session  # noqa: E402
-from quant.core.stored import NOTHING_ALLOWED, Allowed, ordered_places, taken  # noqa: E402
 from quant.core.text import markdown_cell  # noqa: E402
-from quant.report import open_run, write_report  # noqa: E402
+from quant.report.page import open_run, write_report  # noqa: E402
+from quant.run.config import RunConfig  # noqa: E402
+from quant.run.session import FullPrecision, Session  # noqa: E402
+from quant.run.stored import NOTHING_ALLOWED, Allowed, ordered_places, taken  # noqa: E402
 
 EXAMPLES = """examples:
   python scripts/sweep.py scripts/sweeps/demo.yaml                       # 150 rows on the embedded models
@@ -566,7 +566,7 @@ def with_ray(groups: Sequence[Sequence[Cell]], args: argparse.Namespace, moved: 
 
 def main() -> None:
     """Read, run, summarize."""
-    from quant.core import cli
+    from quant.cli import terminal as cli
 
     started = time.perf_counter()
     parser: Any = cli.Parser(
@@ -668,6 +668,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from quant.core.cli import guarded
+    from quant.cli.terminal import guarded
 
     sys.exit(guarded(main))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.core.gram import LayerStats
 from quant.core.grid import fit_scale_zero
-from quant.core.stats import LayerStats
 from quant.core.types import Grid, QuantSpec
 
 

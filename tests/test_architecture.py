@@ -1,57 +1,154 @@
 """Import rules and habits that a reader relies on, held by reading the source."""
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for folder in ("quant", "models", "data") for p in (ROOT / folder).rglob("*.py")]
-CORE = {"types", "grid", "stats", "linalg", "registry", "errors", "outliers", "scaling"}
+COMMANDS = {"main", "model_quantizer", "generate_act_scale_shift", "quant.generate", "quant.repeat"}
+STOREYS = (  # a module imports its own room and those of lower storeys
+    {"quant.core"},
+    {"models", "data", "quant.kernels"},
+    {"quant.solvers", "quant.blocks"},
+    {"quant.learn", "quant.export", "quant.evaluate"},
+    {"quant.run"},
+    {"quant.report"},
+    {"quant.cli"},
+    {"commands"},
+    {"scripts", "benchmarks"},
+)
+LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 ONLY_IN = {
     "transformers": {"models/load.py"},
     "accelerate": {"models/load.py"},
-    "datasets": {
-        "data/corpora.py",
-        "data/tasks/_items.py",
-        "quant/zero_shot.py",
-    },  # there: what lm-eval's loader raises
-    "lm_eval": {"quant/zero_shot.py"},
-    "numba": {"quant/kernels/cpu.py", "quant/kernels/packed_cpu.py"},
-    "llvmlite": {"quant/kernels/packed_cpu.py"},
-    "triton": {"quant/kernels/cuda.py", "quant/kernels/packed_cuda.py"},
-    "jinja2": {"quant/report.py", "quant/zero_shot.py"},  # there: templates of tasks are filled in a sandbox
-    "matplotlib": {"quant/report.py"},
-    "rich": {"quant/core/cli.py", "quant/core/flags.py", "quant/core/plan.py"},
+    "datasets": {"data/corpora.py", "data/tasks/_items.py", "quant/evaluate/tasks.py"},  # there: what lm-eval raises
+    "lm_eval": {"quant/evaluate/tasks.py"},
+    "numba": {"quant/kernels/columns/cpu.py", "quant/kernels/matmul/cpu.py"},
+    "llvmlite": {"quant/kernels/matmul/cpu.py"},
+    "triton": {"quant/kernels/columns/cuda.py", "quant/kernels/matmul/cuda.py"},
+    "jinja2": {"quant/report/page.py", "quant/evaluate/tasks.py"},  # there: templates of tasks are filled in a sandbox
+    "matplotlib": {"quant/report/page.py"},
 }
 
 
-def imports(path: Path) -> set[str]:
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the house by name; a package is its __init__."""
+    folders = ("quant", "models", "data", "scripts", "benchmarks")
+    files = [*root.glob("*.py"), *(p for folder in folders for p in (root / folder).rglob("*.py"))]
+    return {".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+
+
+def room_of(module: str) -> str:
+    """The folder that is a storey, or a part of one; a ``__main__`` is a command."""
+    if module in COMMANDS or module.endswith("__main__"):
+        return "commands"
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "quant" else parts[0]
+
+
+def imported(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of the house that a file imports anywhere in it, also inside functions and by the names of packages."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in names}
+    return {name for name in found if name in known}
+
+
+def wrong_imports(root: Path) -> list[str]:
+    """Imports of a higher storey or of a room beside, and of a file's own circle, as lines."""
+    known = modules(root)
+    arrows = {name: imported(path, known) for name, path in known.items() if name != "quant"}
+    lines = [
+        f"{name} imports {other}, which is no lower storey"
+        for name, others in arrows.items()
+        for other in others
+        if room_of(other) != room_of(name) and not LEVEL.get(room_of(other), 99) < LEVEL.get(room_of(name), -1)
+    ]
+    inside = {name: {o for o in others if room_of(o) == room_of(name)} for name, others in arrows.items()}
+    return sorted(lines) + [f"circle: {' -> '.join(circle)}" for circle in circles(inside)]
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """A way back to itself for every module that has one."""
+    found = []
+    for start in sorted(arrows):
+        ways = [[start]]
+        seen = set()
+        while ways:
+            way = ways.pop()
+            for following in arrows.get(way[-1], ()):
+                if following == start:
+                    found.append([*way, start])
+                    ways = []
+                    break
+                if following not in seen:
+                    seen.add(following)
+                    ways.append([*way, following])
     return found
 
 
+def test_imports_go_down():
+    assert wrong_imports(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "says"),
+    [
+        ("quant/core/grid.py", "from quant.run.config import RunConfig", "quant.core.grid imports quant.run.config"),
+        ("quant/core/grid.py", "import data.corpora", "quant.core.grid imports data.corpora"),
+        ("models/load.py", "def f():\n    from data import corpora", "models.load imports data.corpora"),
+        (
+            "quant/learn/affine.py",
+            "from quant.export import formats",
+            "quant.learn.affine imports quant.export.formats",
+        ),
+        ("quant/run/config.py", "import main", "quant.run.config imports main"),
+        ("quant/core/errors.py", "from quant.core import files", "circle: quant.core.errors -> quant.core.files"),
+        ("quant/new/thing.py", "import quant.core.errors", "no lower storey"),
+    ],
+)
+def test_a_planted_import_is_found(file, line, says, tmp_path):
+    for folder in ("quant", "models", "data", "scripts", "benchmarks"):
+        shutil.copytree(
+            ROOT / folder,
+            tmp_path / folder,
+            ignore=lambda _, names: {n for n in names if n.endswith((".safetensors", ".json", ".jsonl"))},
+        )
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    assert wrong_imports(tmp_path) == []
+    planted = tmp_path / file
+    planted.parent.mkdir(exist_ok=True)
+    planted.write_text((planted.read_text() if planted.exists() else "") + f"\n{line}\n")
+    assert any(says in found for found in wrong_imports(tmp_path)), wrong_imports(tmp_path)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path):
-    name, found = str(path.relative_to(ROOT)), imports(path)
+def test_libraries_have_their_places(path):
+    name = str(path.relative_to(ROOT))
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
+    found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
     for package, places in ONLY_IN.items():
         if any(module.split(".")[0] == package for module in found):
             assert name in places, f"{package} is imported in {name}"
-    ours = {module for module in found if module.split(".")[0] in ("quant", "models", "data")}
+    if any(module.split(".")[0] == "rich" for module in found):
+        assert name.startswith("quant/cli/"), "terminals are met in quant/cli alone"
+    if name.startswith("quant/solvers/"):  # a solver sees numbers and the loops over columns, and solvers it composes
+        allowed = ("quant.core", "quant.kernels.columns", "quant.solvers")
+        assert all(
+            module.startswith(allowed) for module in found if module.split(".")[0] in ("quant", "models", "data")
+        )
     text = path.read_text()
-    if "@solver(" in text and "def solver(" not in text:  # a solver
-        allowed = {f"quant.core.{m}" for m in CORE} | {"quant.kernels", "quant.gptq", "quant.quantease"}
-        assert all(any(module.startswith(a) for a in allowed) for module in ours), f"{name} imports {ours}"
-    if name.startswith("models/") or name.startswith("data/"):
-        ground = ("quant.core.errors", "quant.core.files")
-        assert not {m for m in ours if m.startswith("quant") and not m.startswith(ground)}, name
-    if path.stem in CORE and path.parent.name == "core":
-        assert not {m for m in ours if m.startswith(("models", "data"))}, name
+    if not name.endswith("__main__.py") and room_of(name[:-3].replace("/", ".")) != "commands":
+        assert "def main(" not in text or name.startswith("quant/cli/"), "commands are on top"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -10,12 +10,12 @@ import torch
 
 from benchmarks import end_to_end
 from benchmarks.solvers import column_loop, measured, problem
+from quant.blocks.stream import BlockStream
 from quant.core.grid import fit_grid
-from quant.core.stream import BlockStream
 from quant.core.types import QuantSpec
-from quant.kernels import blocks
-from quant.kernels.blocks import TorchKernels
-from quant.quantease import rounds
+from quant.kernels import columns as blocks
+from quant.kernels.columns import TorchKernels
+from quant.solvers.quantease import rounds
 from tests.references import inputs, make_stats, naive_coordinate_descent, weights
 
 
@@ -47,13 +47,13 @@ def test_a_peak_is_of_what_ran_since():
     """In a process of its own: in one that has run other tests the peak may be theirs."""
     script = """
 import torch
-from quant.core import machine
+from quant.core import env
 device = torch.device("cpu")
 large = torch.ones(75_000_000)
-before = machine.peak_bytes(device)["host"]
+before = env.peak_bytes(device)["host"]
 del large
-machine.reset_peak(device)
-after = machine.peak_bytes(device)
+env.reset_peak(device)
+after = env.peak_bytes(device)
 assert after["device"] == 0
 print(before - after["host"])
 """

@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 import model_quantizer
-from quant import evaluate
-from quant.core import cli
-from quant.core.cli import guarded
+from quant.cli import evaluate
+from quant.cli import terminal as cli
+from quant.cli.terminal import guarded
 from quant.core.files import RECORD
-from quant.core.registry import get_solver, solver_options, solvers
+from quant.solvers import get_solver, solver_options, solvers
 
 
 @pytest.fixture
@@ -147,8 +147,8 @@ def test_dry_run_needs_a_configuration_only(name, command, tmp_path, monkeypatch
 def test_dry_run_sizes_are_right(tmp_path):
     """LLaMA-2-7B: one block has 202 million parameters; 32 blocks of codes at 3 bits are 2.43 GB."""
     from models.load import load_config
-    from quant.core.config import RunConfig
-    from quant.core.plan import estimate, shapes_of
+    from quant.run.config import RunConfig
+    from quant.run.plan import estimate, shapes_of
 
     config, _ = load_config("benchmarks/configs/llama-2-7b", tmp_path, with_weights=False)
     shapes = shapes_of(config)
@@ -168,8 +168,8 @@ def test_dry_run_sizes_are_right(tmp_path):
 
 def test_phases_of_a_solver_do_not_add_up():
     """Falcon-180B's down projection with GPTQ: its factorization and its sweep are not at their peaks together."""
-    from quant.core.config import RunConfig
-    from quant.core.plan import solver_bytes
+    from quant.run.config import RunConfig
+    from quant.run.plan import solver_bytes
 
     out, n_in = 14848, 59392
     a, g = 4 * out * n_in, 4 * n_in**2
@@ -182,7 +182,7 @@ def test_phases_of_a_solver_do_not_add_up():
 @pytest.mark.parametrize("method", ["rtn", "gptq", "quantease", "gptq_quantease", "spqr"])
 def test_memory_is_planned_for_the_solver_whatever_options_were_given(method):
     """Options without a flag, as spqr's scale_bits, are options all the same; so is one that was left out."""
-    from quant.core.plan import solver_bytes
+    from quant.run.plan import solver_bytes
 
     words = ["--model", "x", "--wbits", "3", "--dataset", "demo", "--quantization-method", method]
     config = model_quantizer.config_from(words)
@@ -199,12 +199,12 @@ def test_memory_is_planned_for_the_solver_whatever_options_were_given(method):
 def test_planned_memory_is_what_a_solver_takes(method, options, shape):
     import torch
 
-    from quant.core import machine
-    from quant.core.config import RunConfig
+    from quant.core import env
+    from quant.core.gram import LayerStats
     from quant.core.linalg import relative_error
-    from quant.core.plan import solver_bytes
-    from quant.core.stats import LayerStats
     from quant.core.types import QuantSpec
+    from quant.run.config import RunConfig
+    from quant.run.plan import solver_bytes
 
     solver, device = get_solver(method), torch.device("cpu")
     options = {k: v for k, v in (solver_options(solver) | options).items() if k != "num_iter"} | (
@@ -214,10 +214,10 @@ def test_planned_memory_is_what_a_solver_takes(method, options, shape):
     noise = torch.randn(shape[1], shape[1]) / 100
     weight, stats = torch.randn(shape), LayerStats.from_gram(torch.eye(shape[1]) * 8 + noise + noise.T)
     del noise
-    machine.reset_peak(device)
-    before = machine.peak_bytes(device)["host"] - 4 * weight.numel()  # the float32 weight is in the plan
+    env.reset_peak(device)
+    before = env.peak_bytes(device)["host"] - 4 * weight.numel()  # the float32 weight is in the plan
     answer = solver(weight, stats, QuantSpec(3), **options)
-    took = machine.peak_bytes(device)["host"] - before
+    took = env.peak_bytes(device)["host"] - before
     assert relative_error(weight, answer.dequantize(), stats.gram) < 0.1
     planned = solver_bytes(RunConfig("x", method=method, wbits=3, options=options), *shape)
     assert took < 1.1 * planned + (40 << 20)
@@ -337,15 +337,15 @@ def test_solver_options_reach_the_solver(command, small, tmp_path):
 
 
 def test_a_solver_of_ones_own_in_one_file(command, small, tmp_path, monkeypatch):
-    """Drop a file into quant/ and it is a method of the command line."""
-    import quant
-    from quant.core import registry
+    """Drop a file into quant/solvers/ and it is a method of the command line."""
+
+    from quant import solvers as registry
 
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "halfway.py").write_text(
         '"""Half-way."""\n'
         "from quant.core.grid import fit_grid\n"
-        "from quant.core.registry import solver\n"
+        "from quant.solvers import solver\n"
         "from quant.core.types import QuantizedWeight\n\n\n"
         '@solver("halfway")\n'
         "def halfway(weight, stats, spec, *, grid=None, shrink=1.0):\n"
@@ -353,7 +353,7 @@ def test_a_solver_of_ones_own_in_one_file(command, small, tmp_path, monkeypatch)
         "    grid = grid or fit_grid(weight * shrink, spec)\n"
         "    return QuantizedWeight(grid.quantize(weight), grid, spec)\n"
     )
-    monkeypatch.setattr(quant, "__path__", [*quant.__path__, str(tmp_path / "plugins")])
+    monkeypatch.setattr(registry, "__path__", [*registry.__path__, str(tmp_path / "plugins")])
     code, out, _ = command(*small, "--quantization-method", "halfway", "--solver-option", "shrink=0.9")
     registry._solvers.pop("halfway")
     assert code == 0 and "halfway" in out
@@ -388,7 +388,7 @@ def test_lines_of_progress_say_how_long_it_takes(monkeypatch):
     ],
 )
 def test_mistakes_of_the_evaluation_are_one_line(flags, says, model_dir, monkeypatch, capsys):
-    words = ["quant.evaluate", "--model", str(model_dir("llama")), "--eval-datasets", "demo", *flags.split()]
+    words = ["quant.evaluate.perplexity", "--model", str(model_dir("llama")), "--eval-datasets", "demo", *flags.split()]
     monkeypatch.setattr(sys, "argv", words)
     capsys.readouterr()
     assert guarded(evaluate.main) == 2
@@ -397,7 +397,7 @@ def test_mistakes_of_the_evaluation_are_one_line(flags, says, model_dir, monkeyp
 
 
 def test_interrupt_says_how_to_go_on(command, small, monkeypatch):
-    from quant.core.run import Session
+    from quant.run.session import Session
 
     def stop(self, config, progress):
         raise KeyboardInterrupt

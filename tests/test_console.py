@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 import model_quantizer
-from quant import evaluate, generate
-from quant.core import cli
-from quant.core.cli import guarded
+from quant.cli import evaluate, generate
+from quant.cli import terminal as cli
+from quant.cli.terminal import guarded
 from quant.core.errors import InputError, RunError
 from quant.core.text import ACTIVE, printable
 from scripts import sweep
@@ -242,7 +242,9 @@ def test_debugging_shows_where_a_line_comes_from(caplog):
 
 def child(body: str, *, shell: str, encoding: str = "utf-8") -> subprocess.CompletedProcess:
     """A command of its own whose body prints; ``shell`` says where its output goes, and writes its exit code."""
-    code = f"import sys\nfrom quant.core.cli import console, guarded\ndef main():\n    {body}\nsys.exit(guarded(main))"
+    code = (
+        f"import sys\nfrom quant.cli.terminal import console, guarded\ndef main():\n    {body}\nsys.exit(guarded(main))"
+    )
     environment = os.environ | {"PYTHONIOENCODING": encoding, "CODE": code, "PYTHON": sys.executable}
     return subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False, env=environment, timeout=120,
                           cwd=Path(__file__).parents[1])  # fmt: skip
@@ -308,7 +310,7 @@ def test_paths_that_look_like_markup(marked, text, tmp_path, monkeypatch, capsys
 
 def test_a_model_cannot_steer_the_terminal(monkeypatch, capsys, model_dir):
     """Generated text keeps its lines; other control characters are shown."""
-    monkeypatch.setattr(generate, "_text", lambda *_: iter(["one\n", "\x1b[2Jtwo", "\u202e"]))
+    monkeypatch.setattr("quant.run.generate.text_of", lambda *_: iter(["one\n", "\x1b[2Jtwo", "\u202e"]))
     words = ["--model", str(model_dir("llama")), "--prompt", "ab", "--max-new-tokens", "2"]
     monkeypatch.setattr(sys, "argv", ["generate", *words])
     assert guarded(generate.main) == 0

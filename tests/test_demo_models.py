@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data import demo
-from quant.core.config import RunConfig
-from quant.core.registry import get_solver, solver_options
-from quant.core.run import Session
+from quant.run.config import RunConfig
+from quant.run.session import Session
+from quant.solvers import get_solver, solver_options
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 FAMILIES = ("opt", "bloom", "falcon", "llama", "mistral")

@@ -18,13 +18,13 @@ import generate_act_scale_shift
 import main as main_command
 import model_quantizer
 from models.load import load_config
-from quant.core import machine
-from quant.core.actquant import ActSpec
-from quant.core.cli import guarded
-from quant.core.learn import Learning
-from quant.core.plan import estimate, shapes_of
-from quant.core.registry import get_solver, solver_options, solvers
-from quant.core.transforms import TransformSpec
+from quant.blocks.actquant import ActSpec
+from quant.cli.terminal import guarded
+from quant.core import env
+from quant.learn.learner import Learning
+from quant.learn.transforms import TransformSpec
+from quant.run.plan import estimate, shapes_of
+from quant.solvers import get_solver, solver_options, solvers
 
 ROOT = Path(__file__).parents[1]
 
@@ -415,7 +415,7 @@ def test_who_gets_balanced_levels(flags, levels):
 
 def test_arithmetic_on_a_gpu(monkeypatch):
     """The papers' automatic mixed precision is bfloat16 here; --deactive_amp turns it off."""
-    monkeypatch.setattr(machine, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(env, "pick_device", lambda name: torch.device("cuda"))
     for flags, dtype in (([], "bfloat16"), (["--deactive_amp"], "float32"), (["--dtype", "float16"], "float16"),
                          (["--deactive_amp", "--dtype", "bfloat16"], "bfloat16")):  # fmt: skip
         assert main_command.config_from([*BASE, *flags]).dtype == dtype

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import main
 import model_quantizer
-from quant.core.actquant import ActSpec
-from quant.core.config import RunConfig
+from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
-from quant.core.run import Session
-from quant.core.stored import Allowed
-from quant.repeat import repeat
+from quant.run.config import RunConfig
+from quant.run.repeat import repeat
+from quant.run.session import Session
+from quant.run.stored import Allowed
 from tests.quant.test_learn import asked
 from tests.test_run import config_for
 
@@ -62,7 +62,7 @@ def test_no_test_reaches_the_network():
 def test_a_deterministic_run_is_repeated_as_one(model_dir, text, tmp_path, monkeypatch):
     """The flag is part of the request: sweeps and repetitions follow it, not the two command lines alone."""
     asked_for = []
-    monkeypatch.setattr("quant.core.machine.be_deterministic", lambda: asked_for.append(True))
+    monkeypatch.setattr("quant.core.env.be_deterministic", lambda: asked_for.append(True))
     config = replace(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
     Session(config).run(config)
     assert asked_for == []

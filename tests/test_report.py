@@ -20,13 +20,15 @@ from xml.etree import ElementTree
 import pytest
 
 import model_quantizer
-from quant import report
-from quant.core import cli
-from quant.core.cli import guarded
-from quant.core.config import RunConfig
+from quant.cli import terminal as cli
+from quant.cli.report import main as report_command
+from quant.cli.report import show_differences
+from quant.cli.terminal import guarded
 from quant.core.errors import InputError
-from quant.core.run import Session
 from quant.core.text import ACTIVE, printable
+from quant.report import page as report
+from quant.run.config import RunConfig
+from quant.run.session import Session
 from tests.quant.test_learn import asked
 from tests.test_run import config_for
 
@@ -343,7 +345,7 @@ def test_hostile_names_in_differences(name, finished):
     runs = [hostile(report.open_run(finished[kind]), name, Path(f"runs/{name}")) for kind in ("plain", "gptq")]
     runs[1].manifest["configuration"][f"only {name}"] = name
     console = cli.Console(file=io.StringIO(), width=20_000, color_system=None)
-    report.show_differences(runs, console)
+    show_differences(runs, console)
     text = console.file.getvalue()
     assert set(ACTIVE.findall(text)) <= {"\n"} and f"only {printable(name)}" in text
 
@@ -399,7 +401,7 @@ def test_reasons():
 def test_mistakes(finished, tmp_path, monkeypatch, capsys, model_dir, text):
     def command(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["report", *map(str, words)])
-        return guarded(report.main), capsys.readouterr().err
+        return guarded(report_command), capsys.readouterr().err
 
     assert command(tmp_path) == (2, f"error: {tmp_path} is not a run directory (it has no manifest.json)\n")
     code, err = command("compare", finished["plain"])
@@ -493,7 +495,7 @@ def test_hostile_names_do_nothing_in_a_browser(finished, tmp_path):
 
 
 def test_published_figures_stand_beside_ours():
-    from quant.published import method_of, published, rows
+    from quant.report.published import method_of, published, rows
 
     scores = {"wikitext2": {"fp": 14.62, "quantized": 21.0, "seqlen": 2048}}
     results = {"wbits": 3, "group_size": -1, "method": "quantease", "perplexity": scores, "evaluation": {"limit": None}}

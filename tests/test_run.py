@@ -15,16 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.calibration import calibration_tokens, evaluation_tokens
-from quant.core.config import RunConfig
 from quant.core.errors import InputError, RunError
-from quant.core.journal import RunDirectory
-from quant.core.run import Session
-from quant.core.stored import Allowed
 from quant.core.types import QuantSpec
-from quant.evaluate import ratio_interval
-from quant.gptq import gptq
-from quant.kernels import blocks
-from quant.kernels.blocks import TorchKernels
+from quant.evaluate.perplexity import ratio_interval
+from quant.kernels import columns as blocks
+from quant.kernels.columns import TorchKernels
+from quant.run.config import RunConfig
+from quant.run.directory import RunDirectory
+from quant.run.session import Session
+from quant.run.stored import Allowed
+from quant.solvers.gptq import gptq
 from tests.conftest import CONFIGS
 from tests.references import make_stats
 
@@ -182,7 +182,7 @@ def test_outliers_survive_the_disk_and_the_checkpoint(method, options, model_dir
 
 
 def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monkeypatch):
-    import quant.core.recipe as recipe
+    import quant.run.quantize as recipe
 
     seen = []
     monkeypatch.setattr(recipe, "relative_error", lambda *a: seen.append(torch.get_float32_matmul_precision()) or 0.1)
@@ -191,7 +191,7 @@ def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monk
     session = Session(config)
     solver = session.recipe(config).solver
     monkeypatch.setattr(
-        "quant.core.run.get_solver",
+        "quant.run.session.get_solver",
         lambda name: lambda *a, **k: inside.append(torch.get_float32_matmul_precision()) or solver(*a, **k),
     )
     session.run(config)
@@ -287,7 +287,7 @@ def _finish_or_kill(context, config: RunConfig, kill_at: int | None, delay: floa
 @pytest.mark.parametrize("name", ["llama", "falcon 7b", "bloom"])
 def test_killed_runs_continue_bit_identically(name, model_dir, text, tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["quant.core.run", "quant.quantease"])
+    context.set_forkserver_preload(["quant.run.session", "quant.solvers.quantease"])
     rng = random.Random(name)
     config = config_for(model_dir(name), text, tmp_path, true_sequential=True, save=tmp_path / "saved")
     whole = replace(config, run_dir=tmp_path / "whole", save=tmp_path / "saved-whole")
@@ -491,7 +491,7 @@ def with_a_tiny_row(source: Path, target: Path) -> Path:
 def test_a_late_refusal_loses_no_scores(model_dir, text, tmp_path):
     """What only the answers tell is found when they are written: the scores of every method are there, and `convert`
     and another --format take the run as it is."""
-    from quant.export.convert import convert
+    from quant.run.convert import convert
 
     model = with_a_tiny_row(model_dir("llama"), tmp_path / "model")
     config = config_for(model, text, tmp_path, wbits=4, symmetric=True, method="rtn", options={}, format="gptq",
@@ -512,8 +512,8 @@ def test_a_late_refusal_loses_no_scores(model_dir, text, tmp_path):
 
 
 def test_a_format_that_was_chosen_falls_back(model_dir, text, tmp_path, caplog):
-    from quant.export.choice import in_packed_format
     from quant.export.read import QuantizedCheckpoint
+    from quant.run.choice import in_packed_format
 
     model = with_a_tiny_row(model_dir("llama"), tmp_path / "model")
     config = config_for(model, text, tmp_path, wbits=4, symmetric=True, method="rtn", options={}, packed=True,
@@ -574,7 +574,7 @@ def test_what_is_saved_in_float16_is_finite_and_what_was_evaluated(options, mode
 
 def test_values_that_the_checkpoint_cannot_hold_stop_the_run_at_their_block(model_dir, text, tmp_path, monkeypatch):
     """A solver that does not keep to the bound: nothing of it is written."""
-    from quant.core import registry
+    from quant import solvers as registry
 
     def beyond(weight, stats, spec):
         found = registry.get_solver("rtn")(weight, stats, spec)
@@ -609,8 +609,8 @@ HARM = {
 
 @pytest.mark.parametrize("case", HARM)
 def test_blocks_are_what_was_solved(case, model_dir, text, tmp_path):
-    from quant.core.resident import load_resident, open_run
-    from quant.export.convert import convert
+    from quant.run.convert import convert
+    from quant.run.packed_model import load_resident, open_run
 
     change, message = HARM[case]
     config = config_for(model_dir("llama"), text, tmp_path, method="rtn", options={})
@@ -629,7 +629,7 @@ def test_blocks_are_what_was_solved(case, model_dir, text, tmp_path):
 
 
 def test_illegal_codes_with_a_right_hash_are_refused(model_dir, text, tmp_path, monkeypatch):
-    from quant.core import journal
+    from quant.run import directory as journal
 
     run(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}))
     edit_block(tmp_path / "run" / "blocks" / "00001.safetensors", lambda t: t["mlp.up_proj.codes"].fill_(200))
@@ -640,7 +640,7 @@ def test_illegal_codes_with_a_right_hash_are_refused(model_dir, text, tmp_path, 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"request": {}, "model": {}}', '{"request": 1}'])
 def test_a_manifest_of_nothing_is_one_line(content, model_dir, text, tmp_path):
-    from quant.core.resident import open_run
+    from quant.run.packed_model import open_run
 
     config = config_for(model_dir("llama"), text, tmp_path, method="rtn", options={})
     run(config)

@@ -24,21 +24,22 @@ import generate_act_scale_shift
 import main as main_command
 import model_quantizer
 from models.checkpoint import Checkpoint, resolve
-from quant import evaluate, generate, repeat
-from quant.core import files, stream
-from quant.core.cli import guarded
-from quant.core.config import RunConfig, places_written
+from quant.blocks import stream
+from quant.blocks.stream import Activations
+from quant.cli import convert as convert_command
+from quant.cli import evaluate, generate, repeat
+from quant.cli.terminal import guarded
+from quant.core import files
 from quant.core.errors import InputError
 from quant.core.files import RECORD, check_owned, locked, read_json, resolved, write_atomically, write_owned
-from quant.core.journal import LOCK, RunDirectory
 from quant.core.places import Place, check_places
-from quant.core.run import Session
-from quant.core.stored import Allowed, ordered_places, taken
-from quant.core.stream import Activations
-from quant.export import __main__ as convert_command
 from quant.export import target as target_module
-from quant.export.convert import convert
 from quant.export.target import MARK, OWN, replacing, settle, written_files
+from quant.run.config import RunConfig, places_written
+from quant.run.convert import convert
+from quant.run.directory import LOCK, RunDirectory
+from quant.run.session import Session
+from quant.run.stored import Allowed, ordered_places, taken
 from scripts import sweep
 from tests.test_run import config_for
 
@@ -105,7 +106,7 @@ def test_a_manifest_does_not_run_code(command, quick, model_dir, tmp_path):
     edit_json(run / "manifest.json", lambda m: m["request"].update(trust_remote_code=True))
     says = (run / "manifest.json", "--trust-remote-code")
     one_line(command(generate, "--model", run, "--prompt", "x", "--max-new-tokens", 2), *says)
-    one_line(command(convert_command, "convert", run, "--to", "bitplane", "--out", tmp_path / "o"), *says)
+    one_line(command(convert_command, run, "--to", "bitplane", "--out", tmp_path / "o"), *says)
     one_line(command(repeat, run, "--allow-paths", "--cache-dir", tmp_path / "cache"), *says)
     again = command(model_quantizer, "--model", model, *quick, "--run-dir", run)
     assert again[0] == 0, "the run's own command asks its own flag"
@@ -302,9 +303,9 @@ def contradictions(base: Path) -> Iterator[tuple[object, list[object], tuple[str
         ["--scales-output-path", model, "--shifts-output-path", base / "o"],
         ("--scales", "--model"),
     )
-    yield convert_command, ["convert", base / "ckpt", "--out", base, "--overwrite"], ("--out", "the source")
-    yield convert_command, ["convert", run, "--out", run / "ckpt"], ("--out", "the source")
-    yield convert_command, ["convert", run, "--out", model, "--overwrite"], ("--out", "the model of the run")
+    yield convert_command, [base / "ckpt", "--out", base, "--overwrite"], ("--out", "the source")
+    yield convert_command, [run, "--out", run / "ckpt"], ("--out", "the source")
+    yield convert_command, [run, "--out", model, "--overwrite"], ("--out", "the model of the run")
     yield repeat, [run, "--allow-paths", "--into", run / "again"], ("--into", "the run")
 
 
@@ -605,7 +606,7 @@ def test_special_files_in_a_run_are_refused(name, command, quick, model_dir, tmp
     assert command(model_quantizer, *usual)[0] == 0
     make_special(run / name, "pipe")
     one_line(command(model_quantizer, *usual), run / name)
-    one_line(command(convert_command, "convert", run, "--to", "bitplane", "--out", tmp_path / "o"), run / name)
+    one_line(command(convert_command, run, "--to", "bitplane", "--out", tmp_path / "o"), run / name)
 
 
 def test_links_out_of_a_model_are_not_copied(command, quick, model_dir, tmp_path):
@@ -764,7 +765,7 @@ def test_a_hidden_directory_of_others_is_left_alone(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from quant.core.journal import RunDirectory
+from quant.run.directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).held():
     print("held", flush=True)
     time.sleep(300)
@@ -819,7 +820,7 @@ def _run_both(config: RunConfig, waiting, answers) -> None:
 @pytest.mark.slow
 def test_two_processes_on_one_run_directory(model_dir, text, tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["quant.core.run", "quant.quantease"])
+    context.set_forkserver_preload(["quant.run.session", "quant.solvers.quantease"])
     for attempt in range(3):
         config = config_for(model_dir("llama"), text, tmp_path / str(attempt), save=tmp_path / str(attempt) / "s")
         waiting, answers = context.Barrier(2), context.Queue()
@@ -857,7 +858,7 @@ def test_the_store_on_disk_reserves_its_space(tmp_path, monkeypatch):
 
 
 def test_the_store_on_disk_is_counted_before_work(model_dir, text, tmp_path, monkeypatch):
-    from quant.core import run as run_module
+    from quant.run import session as run_module
 
     asked: dict[str, int] = {}
     monkeypatch.setattr(run_module, "check_space", lambda place, size: asked.update({place.name: size}))
@@ -877,8 +878,8 @@ SMALL_DISK = """
 import sys
 from pathlib import Path
 import torch
-from quant.core.cli import guarded
-from quant.core.stream import Activations
+from quant.cli.terminal import guarded
+from quant.blocks.stream import Activations
 sys.exit(guarded(lambda: Activations("disk", (64, 256, 256), torch.float32, torch.device("cpu"), Path(sys.argv[1]))))
 """
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quant.core import run as sweep_run
-from quant.core.cli import guarded
+from quant.blocks.stream import BlockStream
+from quant.cli.terminal import guarded
 from quant.core.errors import InputError
-from quant.core.run import Session
-from quant.core.stream import BlockStream
+from quant.run import session as sweep_run
+from quant.run.session import Session
 from scripts import sweep
 from tests.quant.test_zero_shot import local_task  # noqa: F401  (a fixture)
 from tests.test_run import config_for
@@ -212,7 +212,7 @@ def _sweep(words: list[str]) -> None:
 
 def test_killed_in_the_middle_and_continued(table, whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scripts.sweep", "model_quantizer", "quant.quantease"])
+    context.set_forkserver_preload(["scripts.sweep", "model_quantizer", "quant.solvers.quantease"])
     for at in (2, 6):
         out = tmp_path / f"killed-{at}"
         process = context.Process(target=_sweep, args=([str(table), "--out", str(out)],))

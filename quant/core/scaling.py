@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quant.core.stats import LayerStats
+from quant.core.gram import LayerStats
 from quant.core.types import FINEST, Grid, QuantizedWeight, QuantSpec
 
 REACH = 40  # the squares of 2^±40, times what inputs give, lie well within float32

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.core.actquant import FULL_BITS, METHODS, ActSpec
+from quant.blocks.actquant import FULL_BITS, METHODS, ActSpec
 from quant.core.errors import InputError
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
 from quant.export.formats import Content, Header, Layers, Read, check_grid, in_order, plain_groups, uneven_groups

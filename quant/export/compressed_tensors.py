@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.core.actquant import ActSpec
+from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.export.formats import (

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.load import LazyModel
-from quant.core.actquant import INPUT_RANGE
+from quant.blocks.actquant import INPUT_RANGE, ONLINE
 from quant.core.errors import InputError
 from quant.core.files import read_json
-from quant.core.seams import ONLINE
 from quant.core.types import QuantizedWeight
 from quant.export import format_of
 from quant.export.formats import Content, in_order

@@ -89,7 +89,7 @@ def test_task_items_are_well_formed_and_committed(name):
     items = demo.task_items(name)
     assert len(items) == demo.TASK_ITEMS
     stored = [json.loads(line) for line in (demo.TASKS / f"{name}.jsonl").read_text().splitlines()]
-    assert stored == items, "run python -m data.demo --write-tasks"
+    assert stored == items, "run python -m scripts.demo_world --write-tasks"
     shown = demo.text("test")
     for item in items:
         if name == "demo_lastword":

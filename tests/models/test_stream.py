@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.load import LazyModel, load_model
+from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
-from quant.core.stats import LayerStats
-from quant.core.stream import BlockStream
+from quant.core.gram import LayerStats
 from tests.conftest import CONFIGS, VOCABULARY
 
 CPU = torch.device("cpu")

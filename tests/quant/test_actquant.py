@@ -5,11 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.load import load_model
-from quant.core.actquant import INPUT_RANGE, ActSpec, AttentionProducts, instrumented, quantize_activations
-from quant.core.clip import FakeQuantize
+from quant.blocks.actquant import INPUT_RANGE, ActSpec, AttentionProducts, instrumented, quantize_activations
+from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
-from quant.core.learn import symmetric_kl
-from quant.core.stream import BlockStream
+from quant.core.rounding import FakeQuantize
+from quant.learn.learner import symmetric_kl
 from tests.conftest import CONFIGS, VOCABULARY
 
 CPU = torch.device("cpu")

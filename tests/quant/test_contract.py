@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from quant.core.errors import InputError
-from quant.core.journal import RunDirectory
+from quant.core.gram import LayerStats
 from quant.core.linalg import relative_error
-from quant.core.registry import get_solver, solver_options, solvers
-from quant.core.stats import LayerStats
 from quant.core.types import QuantSpec
-from quant.rtn import rtn
+from quant.run.directory import RunDirectory
+from quant.solvers import get_solver, solver_options, solvers
+from quant.solvers.rtn import rtn
 from tests.references import inputs, make_stats, weights
 
 SOLVERS = solvers()

@@ -16,17 +16,17 @@ import main as main_command
 import model_quantizer
 from benchmarks.loaders import in_float32
 from models.load import load_model
-from quant.core.actquant import INPUT_RANGE, ActSpec
-from quant.core.cli import guarded
-from quant.core.config import RunConfig
+from quant.blocks.actquant import INPUT_RANGE, ActSpec
+from quant.cli.terminal import guarded
 from quant.core.errors import InputError
-from quant.core.run import Session
-from quant.core.seams import ONLINE
 from quant.export import FORMATS, PACKED, write
-from quant.export.convert import convert, same_codes
 from quant.export.formats import Layers
-from quant.export.loadable import RUNTIMES
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
+from quant.export.runtimes import RUNTIMES
+from quant.learn.affine import ONLINE
+from quant.run.config import RunConfig
+from quant.run.convert import convert, same_codes
+from quant.run.session import Session
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models/demo/llama"
@@ -343,8 +343,8 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from quant.core.cli import guarded
-from quant.export.convert import convert
+from quant.cli.terminal import guarded
+from quant.run.convert import convert
 from models.checkpoint import resolve
 
 source, out = map(Path, sys.argv[1:])

@@ -8,10 +8,10 @@ import torch
 from quant.core.grid import fit_grid, fit_scale_zero
 from quant.core.linalg import upper_factor
 from quant.core.types import Grid, QuantSpec
-from quant.gptq import feedback_rounding, visiting_order
-from quant.kernels import blocks
-from quant.kernels.blocks import TorchKernels
-from quant.quantease import Descent, rounds
+from quant.kernels import columns as blocks
+from quant.kernels.columns import TorchKernels
+from quant.solvers.gptq import feedback_rounding, visiting_order
+from quant.solvers.quantease import Descent, rounds
 from tests.references import inputs, make_stats, naive_coordinate_descent, naive_gptq, objective64, weights
 
 N_IN = 64

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from quant.core.actquant import ActSpec
+from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
+from quant.core.gram import LayerStats
 from quant.core.grid import fit_grid
-from quant.core.stats import LayerStats
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec
 from quant.export import FORMATS, PACKED, refusal, write
-from quant.export.convert import same_codes
 from quant.export.formats import Content, Layers, plain_groups
 from quant.export.packing import pack, pack_planes, unpack, unpack_planes
-from quant.gptq import gptq
-from quant.quantease import quantease
-from quant.spqr import spqr
+from quant.run.convert import same_codes
+from quant.solvers.gptq import gptq
+from quant.solvers.quantease import quantease
+from quant.solvers.spqr import spqr
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models/demo/llama"

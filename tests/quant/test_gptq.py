@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from quant.core.errors import InputError
+from quant.core.gram import LayerStats
 from quant.core.grid import fit_grid
 from quant.core.linalg import (
     SingularGramError,
@@ -10,9 +11,8 @@ from quant.core.linalg import (
     relative_error,
     upper_factor,
 )
-from quant.core.stats import LayerStats
 from quant.core.types import QuantSpec
-from quant.gptq import gptq
+from quant.solvers.gptq import gptq
 from tests.references import damped, inputs, make_stats, naive_gptq, objective64, weights
 
 CASES = {

@@ -9,9 +9,9 @@ import torch
 from quant.core.grid import fit_grid, refit_scale_zero
 from quant.core.linalg import relative_error
 from quant.core.types import QuantSpec
-from quant.gptq import gptq, visiting_order
-from quant.gptq_quantease import gptq_quantease
-from quant.quantease import SEARCH_SWEEPS, quantease, searched
+from quant.solvers.gptq import gptq, visiting_order
+from quant.solvers.gptq_quantease import gptq_quantease
+from quant.solvers.quantease import SEARCH_SWEEPS, quantease, searched
 from tests.references import inputs, make_stats, naive_gptq, objective64, weights
 
 
@@ -46,7 +46,7 @@ def test_options_reach_both_halves_and_the_better_answer_is_kept(monkeypatch):
         answer = quantease(*arguments, **options)
         return replace(answer, codes=answer.codes.flip(0))
 
-    monkeypatch.setattr(sys.modules["quant.gptq_quantease"], "quantease", spoiled)
+    monkeypatch.setattr(sys.modules["quant.solvers.gptq_quantease"], "quantease", spoiled)
     assert torch.equal(gptq_quantease(weight, stats, spec).codes, start.codes)
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant.core.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
 from quant.core.grid import fit_grid, fit_scale_zero, range_to_grid
 from quant.core.types import QuantizedWeight, QuantSpec
+from quant.learn.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
 from tests.references import weights
 
 SPECS = [

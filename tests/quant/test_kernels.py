@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from quant.core.linalg import upper_factor
-from quant.kernels import blocks
-from quant.kernels.blocks import ColumnGrid, TorchKernels
-from quant.kernels.cpu import NumbaKernels
+from quant.kernels import columns as blocks
+from quant.kernels.columns import ColumnGrid, TorchKernels
+from quant.kernels.columns.cpu import NumbaKernels
 from tests.references import inputs, make_stats
 
 CUDA = torch.cuda.is_available()
@@ -29,7 +29,7 @@ def backend(name: str):
     pytest.importorskip("triton", reason="requirements-dev.txt brings it")
     if not CUDA:
         assert os.environ["TRITON_INTERPRET"] == "1"
-    from quant.kernels.cuda import TritonKernels
+    from quant.kernels.columns.cuda import TritonKernels
 
     return TritonKernels(), "cuda" if CUDA else "cpu"
 
@@ -163,14 +163,14 @@ def test_a_triton_that_does_not_work_is_reported_once(monkeypatch, caplog):
 def test_why_triton_is_not_used_is_said(error, monkeypatch):
     missing = error is None
     if not missing:
-        cuda = pytest.importorskip("quant.kernels.cuda")
+        cuda = pytest.importorskip("quant.kernels.columns.cuda")
 
         def failing(self, device):
             raise error("the kernel does not compile: no ptxas")
 
         monkeypatch.setattr(cuda.TritonKernels, "check", failing)
     else:
-        monkeypatch.setitem(sys.modules, "quant.kernels.cuda", None)
+        monkeypatch.setitem(sys.modules, "quant.kernels.columns.cuda", None)
     monkeypatch.setattr(blocks, "_chosen", {})
     said = blocks.describe(torch.device("cuda"))
     assert said.startswith("torch: Triton kernels are not usable")
@@ -183,13 +183,13 @@ def test_compiled_loops_leave_torch_its_threads():
     script = """
 import torch
 torch.set_num_threads(1)
-from quant.quantease import quantease
-from quant.core.stats import LayerStats
+from quant.solvers.quantease import quantease
+from quant.core.gram import LayerStats
 from quant.core.types import QuantSpec
 stats = LayerStats(8)
 stats.update(torch.randn(32, 8))
 quantease(torch.randn(70, 8), stats, QuantSpec(3), num_iter=3)
-from quant.kernels.packed import pack_weight
+from quant.kernels.matmul.pack import pack_weight
 import numba
 pack_weight(quantease(torch.randn(70, 8), stats, QuantSpec(3), num_iter=3)).matmul(torch.randn(1, 8))
 print(torch.get_num_threads(), numba.get_num_threads())

@@ -15,22 +15,24 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from data.calibration import evaluation_tokens
 from models.load import load_model
+from quant.blocks.actquant import ActSpec, instrumented
+from quant.blocks.stream import BlockStream
 from quant.core import grid as grid_module
-from quant.core import learn, seams
-from quant.core.actquant import ActSpec, instrumented
-from quant.core.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
-from quant.core.config import RunConfig
 from quant.core.errors import InputError
-from quant.core.journal import RunDirectory
-from quant.core.learn import Learner, Learning, learn_block
-from quant.core.recipe import Recipe, deploy, quantize_block
-from quant.core.registry import get_solver, recipes
-from quant.core.run import Session
-from quant.core.seams import ONLINE
-from quant.core.starts import check_ranges
-from quant.core.stream import BlockStream
-from quant.core.transforms import InputRange, TransformSpec, dominance
 from quant.core.types import QuantSpec
+from quant.learn import affine as seams
+from quant.learn import learner as learn
+from quant.learn import recipes
+from quant.learn.affine import ONLINE
+from quant.learn.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
+from quant.learn.learner import Learner, Learning, learn_block
+from quant.learn.transforms import InputRange, TransformSpec, dominance
+from quant.run.config import RunConfig
+from quant.run.directory import RunDirectory
+from quant.run.quantize import Recipe, deploy, quantize_block
+from quant.run.resume import check_ranges
+from quant.run.session import Session
+from quant.solvers import get_solver
 from tests.conftest import VOCABULARY
 from tests.test_run import direct_perplexity
 
@@ -642,7 +644,7 @@ def test_loss_falls_on_every_block_of_the_demo_models(family, tmp_path):
 @pytest.mark.slow
 def test_planted_outliers_are_learned_away(tmp_path):
     """Norm channels scaled by 30 without changing the function: W4A4 with LET ends where the plain model does."""
-    from quant.core.seams import Affine, apply_seam
+    from quant.learn.affine import Affine, apply_seam
 
     model = load_model(str(DEMO / "llama"), dtype=torch.float32, cache_dir=tmp_path)
     state = load_file(DEMO / "llama" / "model.safetensors")

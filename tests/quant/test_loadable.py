@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from quant.core.actquant import ActSpec
+from quant.blocks.actquant import ActSpec
 from quant.core.types import QuantSpec
 from quant.export import FORMATS, first_holding
 from quant.export.formats import Content, Layers
-from quant.export.loadable import RUNTIMES, loadability, nearest, objections
+from quant.export.runtimes import RUNTIMES, loadability, nearest, objections
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models/demo/llama"

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from quant.core.grid import fit_grid
-from quant.core.journal import RunDirectory
 from quant.core.linalg import objective, relative_error
-from quant.core.recipe import Recipe, ranges_of, solve_linear
-from quant.core.registry import get_solver, solver_options, solvers
 from quant.core.scaling import exponent_outside
 from quant.core.types import FINEST, LARGEST, QuantSpec
-from quant.quantease import quantease
-from quant.rtn import rtn
+from quant.run.directory import RunDirectory
+from quant.run.quantize import Recipe, ranges_of, solve_linear
+from quant.solvers import get_solver, solver_options, solvers
+from quant.solvers.quantease import quantease
+from quant.solvers.rtn import rtn
 from tests.references import inputs, make_stats, objective64, weights
 
 MORE = {

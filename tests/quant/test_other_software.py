@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from benchmarks import loaders
 from benchmarks.loaders import Case, reference_logits, request
-from quant.core.actquant import ActSpec
-from quant.core.run import Session
+from quant.blocks.actquant import ActSpec
 from quant.core.types import QuantSpec
-from quant.export.convert import convert
 from quant.export.formats import Content
-from quant.export.loadable import loadability, objections
+from quant.export.runtimes import loadability, objections
+from quant.run.convert import convert
+from quant.run.session import Session
 from tests.quant.test_export import demo_config, perplexity
 
 DEMO = Path(__file__).parents[2] / "models/demo"

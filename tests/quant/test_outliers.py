@@ -11,9 +11,9 @@ from quant.core.grid import fit_grid
 from quant.core.linalg import largest_eigenvalue, relative_error
 from quant.core.outliers import kept_outliers
 from quant.core.types import LARGEST, Outliers, QuantSpec
-from quant.quantease import Descent, OutlierSet, quantease
-from quant.rtn import rtn
-from quant.spqr import spqr
+from quant.solvers.quantease import Descent, OutlierSet, quantease
+from quant.solvers.rtn import rtn
+from quant.solvers.spqr import spqr
 from tests.references import inputs, make_stats, naive_outlier_descent, objective64, weights
 
 BUDGETS = [0.005, 0.01, 0.02]
@@ -122,7 +122,7 @@ def test_outliers_with_act_order_are_in_their_own_places(structured):
 
 
 def test_grids_are_searched_without_the_outliers(monkeypatch):
-    module, seen = sys.modules["quant.quantease"], []
+    module, seen = sys.modules["quant.solvers.quantease"], []
     search = module.searched
     monkeypatch.setattr(module, "searched", lambda target, *rest: seen.append(target) or search(target, *rest))
     weight, stats = problem()

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant.core.actquant import ActSpec, integer_inputs, quantize_activations
+from quant.blocks.actquant import ActSpec, integer_inputs, quantize_activations
+from quant.core.gram import LayerStats
 from quant.core.grid import fit_grid
-from quant.core.stats import LayerStats
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec
-from quant.gptq import gptq
-from quant.kernels import packed, packed_cpu
-from quant.kernels.packed import Expanded, PackedLinear, pack_small, pack_weight
-from quant.spqr import spqr
+from quant.kernels.matmul import cpu as packed_cpu
+from quant.kernels.matmul import pack
+from quant.kernels.matmul import weight as packed
+from quant.kernels.matmul.pack import pack_weight
+from quant.kernels.matmul.weight import Expanded, PackedLinear, pack_small
+from quant.solvers.gptq import gptq
+from quant.solvers.spqr import spqr
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +70,7 @@ def check(weight, tokens=1, limit=1e-6, device="cpu"):
 def layout(request, monkeypatch):
     """The kernels of the CPU, and the plain reference that other devices get."""
     if request.param == "expanded":
-        monkeypatch.setattr(packed, "layout_of", lambda device: Expanded())
+        monkeypatch.setattr(pack, "layout_of", lambda device: Expanded())
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -135,7 +138,7 @@ def test_outliers_are_added(columns, dtype, layout):
 
 OUTLIER_MEMORY = """
 import resource, torch
-from quant.kernels.packed import SparseRows
+from quant.kernels.matmul.weight import SparseRows
 n, tokens = 2048, 1024
 index = torch.randperm(n * n, generator=torch.Generator().manual_seed(0))[: n * n // 100].sort().values
 rows = torch.nn.functional.pad(torch.bincount(index // n, minlength=n).cumsum(0), (1, 0)).int()
@@ -160,7 +163,7 @@ def test_memory_of_products_with_outliers_does_not_grow_with_the_tokens():
 @pytest.mark.parametrize("tokens", [1, 3, 7, 8])
 def test_products_with_outliers_are_the_same_in_stretches(tokens, monkeypatch):
     index = torch.tensor([0, 5, 64 * 7 + 3, 64 * 7 + 9, 16 * 64 - 1])
-    sparse = packed._pack_outliers(Outliers(index, torch.randn(5).half()), 16, 64)
+    sparse = pack._pack_outliers(Outliers(index, torch.randn(5).half()), 16, 64)
     x = torch.randn(tokens, 64)
     whole = sparse.matmul(x)
     for bytes_held in (1, 4 * 5 * 3):  # one token at a time, three
@@ -201,10 +204,10 @@ def triton_device(monkeypatch):
     pytest.importorskip("triton", reason="requirements-dev.txt brings it")
     if torch.cuda.is_available():
         return "cuda"
-    from quant.kernels.packed_cuda import Fields
+    from quant.kernels.matmul.cuda import Fields
 
     assert os.environ["TRITON_INTERPRET"] == "1"
-    monkeypatch.setattr(packed, "layout_of", lambda device: Fields())
+    monkeypatch.setattr(pack, "layout_of", lambda device: Fields())
     return "cpu"
 
 
@@ -240,11 +243,11 @@ def test_triton_takes_half_precision(dtype, triton_device):
 
 
 def test_without_triton_a_warning_says_what_is_used(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "quant.kernels.packed_cuda", None)
-    packed.layout_of.cache_clear()
-    assert isinstance(packed.layout_of(torch.device("cuda")), Expanded)
+    monkeypatch.setitem(sys.modules, "quant.kernels.matmul.cuda", None)
+    pack.layout_of.cache_clear()
+    assert isinstance(pack.layout_of(torch.device("cuda")), Expanded)
     assert "a byte a code" in caplog.text
-    packed.layout_of.cache_clear()
+    pack.layout_of.cache_clear()
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -277,7 +280,7 @@ def test_every_instruction_set_gives_the_same_products(level, tmp_path):
         pytest.skip("this CPU has no AVX2")
     script = """
 import torch
-from quant.kernels import packed_cpu
+from quant.kernels.matmul import cpu as packed_cpu
 from tests.quant.test_packed import check, random_weight
 from quant.core.types import QuantSpec
 print(packed_cpu.vector_level(), packed_cpu.has_byte_products())

@@ -6,9 +6,9 @@ import torch
 from quant.core.grid import fit_grid
 from quant.core.linalg import relative_error
 from quant.core.types import QuantizedWeight, QuantSpec
-from quant.gptq import gptq
-from quant.quantease import quantease, rounds
-from quant.rtn import rtn
+from quant.solvers.gptq import gptq
+from quant.solvers.quantease import quantease, rounds
+from quant.solvers.rtn import rtn
 from tests.references import inputs, make_stats, naive_coordinate_descent, objective64, weights
 
 

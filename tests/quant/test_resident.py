@@ -2,22 +2,24 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quant import generate as command
-from quant.core.actquant import ActSpec, instrumented
-from quant.core.config import RunConfig
+from quant.blocks.actquant import ActSpec, instrumented
+from quant.cli import generate as command
 from quant.core.errors import InputError
-from quant.core.journal import RunDirectory
-from quant.core.resident import load_resident, open_quantized, open_run
-from quant.core.run import Session
-from quant.export.convert import convert
 from quant.export.read import QuantizedCheckpoint
-from quant.kernels.packed import PackedLinear
+from quant.kernels.matmul.weight import PackedLinear
+from quant.run.config import RunConfig
+from quant.run.convert import convert
+from quant.run.directory import RunDirectory
+from quant.run.generate import generate
+from quant.run.packed_model import load_resident, open_quantized, open_run
+from quant.run.session import Session
 
 CPU = torch.device("cpu")
 
@@ -65,7 +67,7 @@ def test_a_packed_checkpoint_is_evaluated_packed(model_dir, text, tmp_path):
 def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
     """A packed checkpoint is code times scale, written out in float32 or packed; a dequantized one is rounded to its
     dtype, and so is the model of a run that is evaluated written out."""
-    source, model = command.Path(__file__).parents[2] / "models/demo/llama", tmp_path / "model"
+    source, model = Path(__file__).parents[2] / "models/demo/llama", tmp_path / "model"
     shutil.copytree(source, model)
     tensors = {n: t.float().to(getattr(torch, dtype)) for n, t in load_file(source / "model.safetensors").items()}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
@@ -119,14 +121,14 @@ def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tm
         found = resident.module(ids, use_cache=False).logits
     expected = reference(ids).logits
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
-    tokens = list(command.generate(resident, ids, 8))
+    tokens = list(generate(resident, ids, 8))
     with torch.no_grad():
         whole = reference.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert tokens == whole[0, 20:].tolist()
 
 
 def test_memory_of_a_model_is_what_is_counted(text, tmp_path):
-    path = command.Path(__file__).parents[2] / "models" / "demo" / "mistral"
+    path = Path(__file__).parents[2] / "models" / "demo" / "mistral"
     config, results = run_of(path, text, tmp_path, group_size=64, packed=True)
     resident = load_resident(open_run(config.run_dir, tmp_path, torch.float32).quantized(), CPU)
     assert resident.packed_bytes == results["packed_bytes"]
@@ -141,15 +143,15 @@ def test_memory_of_a_model_is_what_is_counted(text, tmp_path):
 
 
 def run_command(monkeypatch, capsys, *words):
-    from quant.core.cli import guarded
+    from quant.cli.terminal import guarded
 
-    monkeypatch.setattr("sys.argv", ["quant.generate", *map(str, words)])
+    monkeypatch.setattr("sys.argv", ["quant.run.generate", *map(str, words)])
     code = guarded(command.main)
     return code, *capsys.readouterr()
 
 
 def test_text_streams(text, tmp_path, monkeypatch, capsys):
-    path = command.Path(__file__).parents[2] / "models" / "demo" / "llama"
+    path = Path(__file__).parents[2] / "models" / "demo" / "llama"
     config, _ = run_of(path, text, tmp_path, save=tmp_path / "saved", format="bitplane", wbits=8)
     said = []
     for model in (config.run_dir, config.save, path):  # a run, a packed checkpoint, a plain one
@@ -177,7 +179,7 @@ def test_text_streams(text, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_mistakes(words, expected, monkeypatch, capsys):
-    path = command.Path(__file__).parents[2] / "models" / "demo" / "opt"
+    path = Path(__file__).parents[2] / "models" / "demo" / "opt"
     given = {"--model": path, "--prompt": "Anna"} | dict([words])
     code, _, err = run_command(monkeypatch, capsys, *[part for pair in given.items() for part in pair])
     assert code == 2 and expected in err and "Traceback" not in err

@@ -6,8 +6,8 @@ import torch
 from quant.core.grid import fit_grid
 from quant.core.linalg import relative_error
 from quant.core.types import QuantSpec
-from quant.gptq import gptq
-from quant.spqr import range_outliers, spqr
+from quant.solvers.gptq import gptq
+from quant.solvers.spqr import range_outliers, spqr
 from tests.references import damped, inputs, make_stats, naive_leave_one_out, naive_spqr_sweep, objective64, weights
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from quant.core.errors import InputError
-from quant.core.registry import get_solver, solvers
-from quant.core.stats import BLOCK, CHUNK, LayerStats
+from quant.core.gram import BLOCK, CHUNK, LayerStats
 from quant.core.types import QuantSpec
+from quant.solvers import get_solver, solvers
 from tests.references import weights
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from models.load import load_model
-from quant.core import transforms
-from quant.core.actquant import instrumented
+from quant.blocks.actquant import instrumented
+from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
-from quant.core.seams import Affine, apply_seam
-from quant.core.stream import BlockStream
-from quant.core.transforms import InputRange, TransformSpec, check_seams, dominance, gradual_mask, transforms_for
+from quant.learn import transforms
+from quant.learn.affine import Affine, apply_seam
+from quant.learn.transforms import InputRange, TransformSpec, check_seams, dominance, gradual_mask, transforms_for
 from tests.conftest import CONFIGS, VOCABULARY
 
 CPU = torch.device("cpu")

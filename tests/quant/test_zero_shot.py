@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.load import load_model, load_tokenizer
-from quant import zero_shot
-from quant.core.actquant import ActSpec
-from quant.core.config import RunConfig
+from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
-from quant.core.run import Session
-from quant.evaluate import FULL, Variant
-from quant.zero_shot import Scorer, TaskScore, difference_interval, open_tasks, report
+from quant.evaluate import tasks as zero_shot
+from quant.evaluate.perplexity import FULL, Variant
+from quant.evaluate.tasks import Scorer, TaskScore, difference_interval, open_tasks, report
+from quant.run.config import RunConfig
+from quant.run.session import Session
 from tests.conftest import VOCABULARY
 
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""A decoder block as a function of its weights: streamed activations, fake quantization."""

@@ -1,0 +1,245 @@
+"""Quantized activations: inputs of the linears, and queries, keys and values where attention multiplies them.
+
+Nothing in a family knows of it: linears get a hook for the length of a call, and the products of attention are
+seen by a torch function mode, whichever of the library's implementations runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from quant.core.rounding import FakeQuantize
+from quant.kernels.matmul.weight import IntegerInputs, PackedLinear, PackedWeight
+
+FULL_BITS = 16
+BYTE = 8  # bits up to which inputs are multiplied as integers, where weights are packed
+Deployed = Mapping[str, Tensor | PackedWeight]  # a block's parameters and buffers, linears packed or not
+METHODS = ("per_token", "per_tensor", "static")
+ONLINE = ".online_affine"  # a matrix [n, n] behind a norm that no weight can hold: the norm's output times it
+INPUT_RANGE = ".input_range"  # [2]: lowest and highest input of a linear over the calibration data, for ``static``
+SMALLEST_STEP = 1e-5  # of a token whose entries are all equal
+MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
+
+
+@dataclass(frozen=True)
+class ActSpec:
+    """Bits of the linears' inputs, and of keys and values; 16 leaves them alone. Queries take the bits of the inputs
+    where keys and values are quantized, so that their product is one of integers; else they are left alone.
+
+    method: ``per_token`` (min and max of every token), ``per_tensor`` (of every call), ``static`` (of the whole
+    calibration data, one range a linear; queries, keys and values stay per token). symmetric: the range is [-max|x|, max|x|] (inputs of
+    linears only; what compressed-tensors checkpoints of others ask for).
+    """
+
+    bits: int = FULL_BITS
+    kv_bits: int = FULL_BITS
+    method: str = "per_token"
+    symmetric: bool = False
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is quantized."""
+        return min(self.bits, self.kv_bits) < FULL_BITS
+
+
+def quantize_activations(
+    x: Tensor, bits: int, *, whole: bool = False, span: Tensor | None = None, symmetric: bool = False
+) -> Tensor:
+    """x [..., n] on an asymmetric grid of 2^bits levels over the range of every token, of the ``whole``, or ``span`` [2].
+
+    Computed in float32 at least, returned in x's dtype; gradients reach x through its values and its range.
+    """
+    if bits >= FULL_BITS:
+        return x
+    rows = x if x.dtype == torch.float64 else x.float()
+    if whole or span is not None:
+        rows = rows.reshape(1, -1)
+    scale, zero = _grid(rows, bits, span, symmetric)
+    return FakeQuantize.apply(rows, scale, zero, 2**bits - 1).view(x.shape).to(x.dtype)
+
+
+def _grid(rows: Tensor, bits: int, span: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [..., 1] of rows [..., n], over the range of each or over ``span``."""
+    if span is None:
+        low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    else:
+        low, high = span.to(rows.dtype).view(2, 1, 1)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_STEP)
+    return scale, torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).detach()
+
+
+def integer_inputs(x: Tensor, spec: ActSpec, span: Tensor | None = None) -> IntegerInputs:
+    """The integers behind `quantize_activations` of x [n, in], at most 8 bits: x ≈ scale · (codes + offset), codes int8
+    around the middle of the grid, scale and offset float32 [n]."""
+    rows, middle = x.float(), 2 ** (spec.bits - 1)
+    whole = spec.method != "per_token" or span is not None
+    scale, zero = _grid(rows.reshape(1, -1) if whole else rows, spec.bits, span, spec.symmetric)
+    codes = (torch.round(rows / scale) + zero).clamp_(0, 2**spec.bits - 1) - middle
+    shape = (x.shape[0], 1)
+    return codes.to(torch.int8), scale.expand(shape).flatten(), (middle - zero).expand(shape).flatten()
+
+
+class AttentionProducts(TorchFunctionMode):
+    """Sees the two products of an attention: quantizes what enters them, and shows its logits to ``watch``.
+
+    Covers scaled_dot_product_attention, the eager matmul pair, and BLOOM's baddbmm and bmm.
+    """
+
+    def __init__(self, spec: ActSpec, watch: Callable[[Tensor], None] | None = None) -> None:
+        super().__init__()
+        self.spec, self.watch = spec, watch
+        self.with_values = False  # of the eager pair, the second product is next
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Replace the operands of the products of attention; everything else passes."""
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            q, k, v = self._query(args[0]), self._kept(args[1]), self._kept(args[2])
+            if self.watch is not None:
+                self.watch(_logits(q, k, *args[3:], **kwargs))
+            return func(q, k, v, *args[3:], **kwargs)
+        if func in MATMULS and args[0].dim() == 4:
+            args = (args[0], self._kept(args[1])) if self.with_values else self._query_and_keys(*args)
+            self.with_values = not self.with_values
+        elif func is torch.Tensor.baddbmm:
+            kwargs["batch1"], kwargs["batch2"] = self._query_and_keys(kwargs["batch1"], kwargs["batch2"])
+        elif func is torch.bmm:
+            args = (args[0], self._kept(args[1]))
+        elif func in SOFTMAX and self.watch is not None:
+            self.watch(args[0])
+        return func(*args, **kwargs)
+
+    def _query(self, x: Tensor) -> Tensor:
+        return quantize_activations(x, self.spec.bits) if self.spec.kv_bits < FULL_BITS else x
+
+    def _kept(self, x: Tensor) -> Tensor:
+        return quantize_activations(x, self.spec.kv_bits)
+
+    def _query_and_keys(self, query: Tensor, transposed: Tensor) -> tuple[Tensor, Tensor]:
+        return self._query(query), self._kept(transposed.transpose(-1, -2)).transpose(-1, -2)
+
+
+def _logits(
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The attention logits [..., heads, T, T] of a scaled_dot_product_attention call; masked ones at the dtype's end."""
+    if enable_gqa:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    logits = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)  # the largest tensor of a block: touched once
+    lowest = torch.finfo(logits.dtype).min
+    if is_causal:
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        return logits.masked_fill_(hidden, lowest)
+    if attn_mask is None:
+        return logits
+    return logits.masked_fill_(~attn_mask, lowest) if attn_mask.dtype == torch.bool else logits.add_(attn_mask)
+
+
+class _InputQuantizer:
+    """Hook for linears; linears that read one tensor share its quantized form."""
+
+    def __init__(self, spec: ActSpec) -> None:
+        self.spec = spec
+        self.seen: Tensor | None = None
+        self.quantized: Tensor | None = None
+
+    def hook(self, span: Tensor | None) -> Callable[[nn.Module, tuple], tuple[Tensor]]:
+        whole = self.spec.method != "per_token"
+
+        def act(module: nn.Module, args: tuple) -> tuple[Tensor]:
+            if span is not None:
+                return (quantize_activations(args[0], self.spec.bits, span=span, symmetric=self.spec.symmetric),)
+            if self.seen is not args[0]:
+                self.seen = args[0]
+                self.quantized = quantize_activations(
+                    args[0], self.spec.bits, whole=whole, symmetric=self.spec.symmetric
+                )
+            assert self.quantized is not None
+            return (self.quantized,)
+
+        return act
+
+
+@contextmanager
+def instrumented(
+    block: nn.Module,
+    weights: Deployed,
+    spec: ActSpec | None = None,
+    watch: Callable[[Tensor], None] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """For the length of a `with`: packed linears, matrices behind norms, quantized activations, attention logits given
+    to ``watch``.
+
+    Yields the weights that are the block's own parameters and buffers.
+    """
+    with ExitStack() as stack:
+
+        def keep(handle: Any) -> None:
+            stack.callback(handle.remove)
+
+        own = {
+            name: t for name, t in weights.items() if isinstance(t, Tensor) and not name.endswith((ONLINE, INPUT_RANGE))
+        }
+        for name, value in weights.items():
+            if isinstance(value, PackedWeight):
+                linear = name.removesuffix(".weight")
+                bias = own.pop(f"{linear}.bias", None)
+                _mount(stack, block, linear, packed_linear(value, bias, spec, _span(weights, linear)))
+            elif name.endswith(ONLINE):
+                norm = block.get_submodule(name.removesuffix(ONLINE))
+                keep(norm.register_forward_hook(lambda module, args, out, m=value: out @ m))
+        if spec is not None and spec.bits < FULL_BITS:
+            shared = _InputQuantizer(spec)
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear):
+                    keep(module.register_forward_pre_hook(shared.hook(_span(weights, name))))
+        if watch is not None or (spec is not None and spec.kv_bits < FULL_BITS):
+            stack.enter_context(AttentionProducts(spec or ActSpec(), watch))
+        yield own
+
+
+def _span(weights: Deployed, linear: str) -> Tensor | None:
+    """The fixed range of a linear's inputs, if there is one."""
+    found = weights.get(linear + INPUT_RANGE)
+    return found if isinstance(found, Tensor) else None
+
+
+def packed_linear(
+    weight: PackedWeight, bias: Tensor | None = None, spec: ActSpec | None = None, span: Tensor | None = None
+) -> PackedLinear:
+    """A linear with packed weights that quantizes its inputs: to integers where they have at most 8 bits."""
+    if spec is None or spec.bits >= FULL_BITS:
+        return PackedLinear(weight, bias)
+
+    def floats(x: Tensor) -> Tensor:
+        whole = spec.method != "per_token"
+        return quantize_activations(x, spec.bits, whole=whole, span=span, symmetric=spec.symmetric)
+
+    return PackedLinear(weight, bias, floats, (lambda x: integer_inputs(x, spec, span)) if spec.bits <= BYTE else None)
+
+
+def _mount(stack: ExitStack, block: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in a linear's place until the stack is closed."""
+    parent_name, _, own_name = name.rpartition(".")
+    parent = block.get_submodule(parent_name)
+    before = getattr(parent, own_name)
+    setattr(parent, own_name, module)
+    stack.callback(setattr, parent, own_name, before)

@@ -1,0 +1,277 @@
+"""The block stream: hidden states of calibration or evaluation tokens, carried from block to block.
+
+It owns the device and the activations. Inputs of the blocks are captured from the model's own call, arguments
+and all, so no family code rebuilds masks or position embeddings. A block runs as a function of its weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from models.load import LazyModel, Weights
+from quant.blocks.actquant import ActSpec, Deployed, instrumented
+from quant.core.errors import InputError
+from quant.core.files import reserve, temporary_name
+
+STORE = "activations"  # name of the file of hidden states on the disk
+
+
+class _Captured(Exception):  # noqa: N818  (control flow, not an error)
+    """Raised by the last recorder: everything the blocks need has been seen."""
+
+
+class _Observed(Exception):  # noqa: N818
+    """Raised once every observed linear has seen its input."""
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place; unknown attributes (``attention_type``, ...) are the block's."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: its meta parameters must stay out of sight
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+
+class _Recorder(_StandIn):
+    """Keeps the arguments that the model gives to a block and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__(block)
+        self.last = last
+        self.seen: tuple[Tensor, tuple, dict[str, Any]] | None = None
+
+    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> tuple:
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        self.seen = (hidden, args, kwargs)
+        if self.last:
+            raise _Captured
+        return (hidden, None)
+
+
+class _Replay(_StandIn):
+    """Answers with given hidden states, in the form that the family's blocks answer."""
+
+    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
+        super().__init__(block)
+        self.as_tuple = as_tuple
+        self.hidden: Tensor | None = None
+
+    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        return (self.hidden, None) if self.as_tuple else self.hidden
+
+
+class Activations:
+    """Hidden states [n, T, d] of all samples, on the device, in host memory, or in a file on disk."""
+
+    def __init__(
+        self,
+        kind: str,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        directory: Path,
+    ) -> None:
+        self.device = device
+        if kind == "disk":
+            directory.mkdir(parents=True, exist_ok=True)
+            size = shape[0] * shape[1] * shape[2]
+            file = temporary_name(directory / STORE)
+            reserve(file, size * dtype.itemsize)
+            flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+            file.unlink()  # the mapping keeps the space until it is dropped; nothing is left behind after a kill
+            self.data = flat.view(shape)
+        else:
+            pin = kind == "cpu" and device.type == "cuda"
+            self.data = torch.empty(shape, dtype=dtype, device=device if kind == "device" else "cpu", pin_memory=pin)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.data[rows].to(self.device, non_blocking=True)
+
+    def __setitem__(self, rows: slice, value: Tensor) -> None:
+        self.data[rows] = value.to(self.data.device)
+
+
+class BlockStream:
+    """Hidden states of tokens [n, T] in front of one block at a time.
+
+    seconds: time spent in ``forward`` (blocks) and ``observe`` (observers' own work).
+    """
+
+    def __init__(
+        self,
+        model: LazyModel,
+        tokens: Tensor,
+        *,
+        device: torch.device,
+        batch: int,
+        store: str = "cpu",
+        directory: Path = Path(),
+    ) -> None:
+        self.model, self.device, self.batch = model, device, batch
+        self.tokens = tokens
+        self._new_store = lambda: Activations(
+            store, (*tokens.shape, model.config.hidden_size), model.dtype, device, directory
+        )
+        self.hidden: Activations
+        self.arguments: list[list[tuple[tuple, dict[str, Any]]]] = []  # per batch, per block
+        self.as_tuple = False
+        self.seconds = {"forward": 0.0, "observe": 0.0}
+
+    @property
+    def rows(self) -> list[slice]:
+        """Samples of each batch."""
+        n = self.tokens.shape[0]
+        return [slice(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
+
+    @torch.no_grad()  # not inference_mode: training keeps the arguments for its backward pass
+    def capture(self, outside: Weights) -> BlockStream:
+        """Run embeddings only: store what enters the first block and the arguments of every block."""
+        self.hidden = self._new_store()
+        for rows in self.rows:
+            self.hidden[rows] = self._record(rows, outside)
+        return self
+
+    def _record(self, rows: slice, outside: Weights) -> Tensor:
+        """Keep the arguments that every block gets for these samples; return what enters the first block."""
+        blocks = list(self.model.blocks)
+        recorders = [_Recorder(block, block is blocks[-1]) for block in blocks]
+        with self.model.replaced_blocks(list(recorders)):
+            try:
+                ids = self.tokens[rows].to(self.device)
+                functional_call(self.model.module, outside, (ids,), {"use_cache": False})
+            except _Captured:
+                pass
+        seen = [recorder.seen for recorder in recorders]
+        assert all(seen)
+        arguments = [(args, kwargs) for _, args, kwargs in seen]  # type: ignore[misc]
+        # Unpadded windows of one length share masks and positions: keep one copy.
+        same = bool(self.arguments) and _equal(arguments, self.arguments[0])
+        self.arguments.append(self.arguments[0] if same else arguments)
+        first: Tensor = seen[0][0]  # type: ignore[index]
+        return first
+
+    @torch.no_grad()
+    def in_batches_of(self, batch: int, outside: Weights) -> BlockStream:
+        """The same hidden states (shared, not copied), passing a block ``batch`` samples at a time."""
+        other = object.__new__(BlockStream)
+        other.__dict__.update(self.__dict__)
+        other.batch, other.arguments = batch, []
+        for rows in other.rows:
+            other._record(rows, outside)
+        return other
+
+    def fork(self) -> BlockStream:
+        """A second stream over the same tokens, at the same place, with its own hidden states."""
+        other = object.__new__(BlockStream)
+        other.__dict__.update(self.__dict__)
+        other.hidden = self._new_store()
+        other.hidden.data.copy_(self.hidden.data)
+        other.seconds = dict.fromkeys(self.seconds, 0.0)
+        return other
+
+    def call(
+        self,
+        index: int,
+        weights: Weights,
+        rows: slice,
+        arguments: list[tuple[tuple, dict[str, Any]]],
+    ) -> Tensor:
+        """Outputs of block ``index`` with these weights (its own parameters and buffers) for the samples of a batch."""
+        args, kwargs = arguments[index]
+        output = functional_call(self.model.blocks[index], weights, (self.hidden[rows], *args), kwargs)
+        self.as_tuple = isinstance(output, tuple)
+        hidden: Tensor = output[0] if self.as_tuple else output
+        return hidden
+
+    @torch.inference_mode()
+    def run(
+        self,
+        index: int,
+        weights: Deployed,
+        *,
+        observe: Mapping[str, Callable[[Tensor], None]] | None = None,
+        advance: bool = False,
+        act: ActSpec | None = None,
+    ) -> None:
+        """Run block ``index`` on every batch.
+
+        observe: for linears of the block, by name, what to do with their inputs; without ``advance`` a batch
+        stops as soon as all have seen theirs. advance: the outputs become the next block's inputs. act: how
+        activations are quantized; observers see them quantized. Weights may hold what `instrumented` takes.
+        Raises InputError where an output is not finite.
+        """
+        block, waiting = self.model.blocks[index], set(observe or {})
+        started, observed = time.perf_counter(), self.seconds["observe"]
+        with ExitStack() as stack:
+            own = stack.enter_context(instrumented(block, weights, act))
+            for name, see in (observe or {}).items():
+                hook = self._observer(name, see, waiting, not advance)
+                stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
+            for rows, arguments in zip(self.rows, self.arguments, strict=True):
+                waiting.update(observe or {})
+                try:
+                    output = self.call(index, own, rows, arguments)
+                except _Observed:
+                    continue
+                if advance:
+                    if not bool(torch.isfinite(output).all()):
+                        raise InputError(
+                            f"block {index} gives NaN or infinite activations in {self.model.dtype}; "
+                            "use --dtype float32 or bfloat16, or check the checkpoint"
+                        )
+                    self.hidden[rows] = output
+        self._synchronize()
+        self.seconds["forward"] += time.perf_counter() - started - (self.seconds["observe"] - observed)
+
+    def _observer(self, name: str, act: Callable[[Tensor], None], waiting: set[str], stop: bool) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            self._synchronize()
+            started = time.perf_counter()
+            act(args[0])
+            waiting.discard(name)
+            self._synchronize()
+            self.seconds["observe"] += time.perf_counter() - started
+            if stop and not waiting:
+                raise _Observed
+
+        return hook
+
+    def _synchronize(self) -> None:
+        """Wait for the device, so that the clock measures work and not its launch."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @torch.inference_mode()
+    def logits(self, rows: slice, outside: Weights) -> Tensor:
+        """Logits float32 [batch, T, vocabulary] of samples that have passed every block."""
+        replay = _Replay(self.model.blocks[-1], self.as_tuple)
+        replay.hidden = self.hidden[rows]
+        with self.model.replaced_blocks([replay]):
+            ids = self.tokens[rows].to(self.device)
+            output: Tensor = functional_call(self.model.module, outside, (ids,), {"use_cache": False}).logits
+        return output.float()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two captured arguments hold the same values."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return isinstance(b, type(a)) and len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(v, b[k]) for k, v in a.items())
+    return bool(a == b)

@@ -1,0 +1,1 @@
+"""What a person meets on the terminal: flags, progress, tables, commands."""

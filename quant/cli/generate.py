@@ -1,0 +1,75 @@
+"""python -m quant generate: a quantized model continues a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  python -m quant generate --model runs/llama-quantease-w3-1a2b3c4d --prompt "Once upon a time"
+  python -m quant generate --model out --prompt "The river" --max-new-tokens 200 --temperature 0.8 --seed 1
+"""
+
+
+def main() -> None:
+    """Parse, load, talk."""
+    import torch
+
+    from models.load import load_tokenizer
+    from quant.cli import terminal as cli
+    from quant.cli.flags import DEFAULT_CACHE
+    from quant.core import env
+    from quant.core.errors import InputError
+    from quant.core.text import printable
+    from quant.run.generate import Clock, generate, summary, text_of
+    from quant.run.packed_model import load_resident, open_quantized
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser: Any = cli.Parser(prog="python -m quant generate", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    parser.add_argument("--model", required=True, metavar="RUN|DIR|ID", help="a run directory or any checkpoint")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: 100)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of --temperature above 0 (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *env.DTYPES), help="float32 on a CPU")
+    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, help="of models (default: %(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    args = parser.parse_args()
+    cli.set_logging("warning")
+    found = [
+        message
+        for bad, message in (
+            (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: use 1 or more"),
+            (args.temperature < 0, f"--temperature {args.temperature:g}: use 0 or more"),
+        )
+        if bad
+    ]
+    if found:
+        raise InputError(*found)
+    device = env.pick_device(args.device)
+    dtype = env.pick_dtype(args.dtype, device)
+    quantized = open_quantized(args.model, args.cache_dir, dtype, args.trust_remote_code)
+    tokenizer = load_tokenizer(quantized.model.checkpoint.path, args.trust_remote_code)
+    prompt = tokenizer.encode(args.prompt)
+    if not prompt:
+        raise InputError("--prompt is empty: give text to continue")
+    if len(prompt) + args.max_new_tokens > quantized.model.max_length:
+        raise InputError(
+            f"{len(prompt)} tokens of --prompt and --max-new-tokens {args.max_new_tokens}: "
+            f"the model takes at most {quantized.model.max_length}"
+        )
+    resident, clock = load_resident(quantized, device), Clock()
+    tokens = generate(
+        resident, torch.tensor([prompt], device=device), args.max_new_tokens,
+        temperature=args.temperature, generator=torch.Generator().manual_seed(args.seed),
+        stop=tokenizer.eos_token_id, clock=clock,
+    )  # fmt: skip
+    sys.stdout.write(printable(args.prompt, keep="\n\t"))
+    for piece in text_of(tokens, tokenizer, prompt):
+        sys.stdout.write(printable(piece, keep="\n\t"))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    cli.console().print(summary(resident, clock, len(prompt)), highlight=False, soft_wrap=True)

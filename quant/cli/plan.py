@@ -1,0 +1,56 @@
+"""What --dry-run prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from rich.table import Table
+
+from models.load import load_config
+from quant.cli.terminal import Console, loadability_table
+from quant.core import env
+from quant.core.places import check_places
+from quant.export.runtimes import loadability
+from quant.run.config import RunConfig, places_read, places_written
+from quant.run.plan import checked_contents, estimate, product_rates, shapes_of, solver_cost
+
+
+def show_plan(configs: Sequence[RunConfig], console: Console) -> None:
+    """Print the estimates of every method side by side. Raises InputError for what a run would refuse."""
+    first = configs[0]
+    places = dict.fromkeys(place for config in configs for place in places_written(config))
+    check_places(places_read(first), list(places))
+    device = env.pick_device(first.device)
+    model_config, path = load_config(first.model, first.cache_dir, first.trust_remote_code, with_weights=False)
+    dtype = env.pick_dtype(first.dtype, device) or getattr(model_config, "dtype", None) or torch.float16
+    shapes = shapes_of(model_config, first.trust_remote_code)
+    contents = checked_contents(configs, shapes, model_config)
+    rates = product_rates(device, dtype)
+    plans = [estimate(c, shapes, dtype.itemsize, rates, solver_cost(device, c)) for c in configs if c.quantizes]
+    parameters = (shapes.outside + shapes.block * shapes.n_blocks) / 1e9
+    console.print(
+        f"{first.model}: {model_config.model_type}, {parameters:.2f}B parameters, {shapes.n_blocks} blocks, "
+        f"{device} in {str(dtype).removeprefix('torch.')}; {first.nsamples} calibration windows; nothing is run",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("estimate", header_style="bold")
+    for config in configs:
+        table.add_column(f"{config.method} w{config.wbits}", justify="right")
+    for key in plans[0] if plans else ():
+        table.add_row(key.replace(" bytes", ""), *(_readable(key, plan[key]) for plan in plans))
+    console.print(table)
+    for kind, content in contents:
+        console.print(loadability_table(kind, loadability(kind, content)))
+    console.print(f"configuration: {path}; formulas: quant/run/plan.py", highlight=False, soft_wrap=True)
+
+
+def _readable(key: str, value: float) -> str:
+    if "bytes" in key:
+        return f"{value / 1e9:.3f} GB"
+    if key.startswith("seconds"):
+        return (
+            f"{value:.1f} s" if value < 600 else f"{value / 60:.1f} min" if value < 36000 else f"{value / 3600:.1f} h"
+        )
+    return f"{value:.3f}"

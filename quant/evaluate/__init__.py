@@ -1,0 +1,1 @@
+"""Perplexity, fidelity and tasks of models that pass block by block."""

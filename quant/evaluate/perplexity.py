@@ -1,0 +1,165 @@
+"""Perplexity by named protocol and fidelity to full precision, block-streamed: it fits where quantization fits.
+
+All variants of a model (full precision, and quantized ones) pass through the blocks side by side, so that every
+block is read once. Perplexity is that of the originals: windows of seqlen tokens without overlap, the mean cross
+entropy of each window over its seqlen - 1 predictions, exp of the mean over windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.calibration import Tokens
+from models.load import LazyModel, Weights
+from quant.blocks.actquant import ActSpec, Deployed
+from quant.blocks.stream import BlockStream
+
+FULL = "fp"
+RESAMPLES = 2000
+HEAD_ELEMENTS = 1 << 27  # logits computed at a time: half a gigabyte in float32
+Deploy = Callable[[int, Weights], Deployed]  # block index, full-precision weights -> the variant's weights
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form of the model: its blocks' weights, and how its activations are quantized.
+
+    packed: its linears are packed in every block, and none of theirs is taken from the full-precision weights.
+    """
+
+    deploy: Deploy
+    act: ActSpec | None = None
+    packed: bool = False
+
+
+UNCHANGED = Variant(lambda _, weights: weights)
+
+
+def pass_blocks(
+    model: LazyModel,
+    variants: Mapping[str, Variant],
+    streams: Collection[Mapping[str, BlockStream]],
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Carry streams (each by variant) through all blocks, side by side. Linears are read only where a variant needs them."""
+    n_blocks = len(model.blocks)
+    linears = [f"{name}.weight" for name in model.linear_shapes()]
+    without = linears if all(variant.packed for variant in variants.values()) else []
+    for index in range(n_blocks):
+        weights = model.block_weights(index, device, without=without)
+        for name, variant in variants.items():
+            own = variant.deploy(index, weights)
+            for by_variant in streams:
+                by_variant[name].run(index, own, advance=True, act=variant.act)
+        progress(index + 1, n_blocks)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per window of one variant on one corpus, float64 [n]: mean cross entropy; KL divergence to full precision
+    (nats) and share of positions with the same most likely token, where full precision was run."""
+
+    nll: Tensor
+    kl: Tensor | None = None
+    top1: Tensor | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean cross entropy over windows."""
+        return float(self.nll.mean().exp())
+
+
+def evaluate(
+    model: LazyModel,
+    corpora: Mapping[str, Tokens],
+    variants: Mapping[str, Variant],
+    *,
+    device: torch.device,
+    batch: int,
+    store: str = "cpu",
+    directory: Path = Path(),
+    full: Variant | None = UNCHANGED,
+    full_streams: dict[str, BlockStream] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[str, Scores]]:
+    """Scores by corpus and variant; full precision, where it is asked for, is the variant ``fp`` (of a quantized
+    checkpoint: itself).
+
+    full_streams: full precision behind the last block by corpus, of an earlier call; filled if empty, else full precision
+    does not pass the blocks again.
+    """
+    kept: dict[str, BlockStream] = {} if full_streams is None else full_streams
+    everything = ({FULL: full} if full is not None and not kept else {}) | dict(variants)
+    outside = model.outside_weights(device)
+    streams: dict[str, dict[str, BlockStream]] = {}
+    for name, tokens in corpora.items():
+        first = BlockStream(model, tokens.ids, device=device, batch=batch, store=store, directory=directory)
+        first.capture(outside)
+        streams[name] = {v: first if i == 0 else first.fork() for i, v in enumerate(everything)}
+    del outside  # embeddings and head leave the device while blocks pass
+    pass_blocks(model, everything, streams.values(), device, progress)
+    if FULL in everything:
+        kept |= {name: by_variant[FULL] for name, by_variant in streams.items()}
+    elif full is not None:
+        streams = {name: {FULL: kept[name]} | by_variant for name, by_variant in streams.items()}
+    outside = model.outside_weights(device)
+    return {name: _scores(by_variant, outside) for name, by_variant in streams.items()}
+
+
+@torch.inference_mode()
+def _scores(streams: Mapping[str, BlockStream], outside: Weights) -> dict[str, Scores]:
+    """Head and losses of every variant, a batch at a time."""
+    collected: dict[str, list[tuple[Tensor, ...]]] = {variant: [] for variant in streams}
+    first = next(iter(streams.values()))
+    n, length = first.tokens.shape
+    step = max(1, HEAD_ELEMENTS // (length * first.model.config.vocab_size))
+    for rows in (slice(i, min(i + step, n)) for i in range(0, n, step)):
+        reference: Tensor | None = None
+        for variant, stream in streams.items():
+            targets = stream.tokens[rows, 1:].to(stream.device)
+            log_p = torch.log_softmax(stream.logits(rows, outside)[:, :-1], dim=-1)
+            nll = -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            parts = [nll]
+            if variant == FULL:
+                reference = log_p
+            elif reference is not None:
+                parts.append((reference.exp() * (reference - log_p)).sum(-1))
+                parts.append((reference.argmax(-1) == log_p.argmax(-1)).float())
+            collected[variant].append(tuple(part.double().mean(-1).cpu() for part in parts))
+    return {v: Scores(*(torch.cat(column) for column in zip(*rows, strict=True))) for v, rows in collected.items()}
+
+
+def ratio_interval(nll: Tensor, nll_fp: Tensor, seed: int = 0) -> list[float]:
+    """95% interval of the perplexity ratio: percentile bootstrap over windows, paired, RESAMPLES draws."""
+    difference = (nll - nll_fp).numpy()
+    draws = np.random.default_rng(seed).integers(0, len(difference), size=(RESAMPLES, len(difference)))
+    low, high = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
+    return [float(np.exp(low)), float(np.exp(high))]
+
+
+def report(corpora: Mapping[str, Tokens], scores: Mapping[str, Mapping[str, Scores]], variant: str) -> dict[str, Any]:
+    """The ``perplexity`` and ``fidelity`` entries of results.json for one variant (``fp`` for the base model)."""
+    perplexity, fidelity = {}, {}
+    for name, tokens in corpora.items():
+        own, full = scores[name][variant], scores[name].get(FULL)
+        perplexity[name] = {
+            "protocol": tokens.protocol,
+            "seqlen": tokens.ids.shape[1],
+            "windows": tokens.ids.shape[0],
+            "tokens": tokens.ids.numel(),
+            "token_sha256": tokens.sha256,
+            "fp": full.perplexity if full else None,
+            "quantized": own.perplexity if variant != FULL else None,
+            "ratio_ci95": ratio_interval(own.nll, full.nll) if full and variant != FULL else None,
+        }
+        if own.kl is not None and own.top1 is not None:
+            fidelity[name] = {"kl_divergence": float(own.kl.mean()), "top1_agreement": float(own.top1.mean())}
+    return {"perplexity": perplexity, "fidelity": fidelity}

@@ -1,0 +1,205 @@
+"""Which software takes a checkpoint: rules as data, asked before work begins.
+
+``tried``: the bits for which tests or benchmarks/results/loaders.md have run a rule; the rest was read in the software's
+source or its pull requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quant.blocks.actquant import ActSpec
+from quant.core.types import QuantSpec
+from quant.export import DEQUANTIZED, FORMATS, PACKED, refusal
+from quant.export.formats import Content
+
+GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+MARLIN_GROUPS = (-1, 32, 64, 128)
+ALL_BITS = tuple(range(1, 9))
+# Model types that a runtime knows, of those that this toolkit quantizes (auto_gptq/modeling/_const.py of 0.7.1; the
+# converters of llama.cpp, conversion/)
+AUTO_GPTQ_MODELS = ("bloom", "falcon", "llama", "mistral", "opt", "qwen2")
+LLAMA_CPP_MODELS = ("bloom", "falcon", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+NONE, ONLY, ANY = "none", "only", "any"  # what a rule says of quantized activations
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a runtime takes of a format. None: anything. groups: sizes, -1 for one scale a row. row_by_size: also groups of
+    as many columns as the inputs have. grouped: any size, but not whole rows. inputs, outputs: multiples of.
+    activations: whether it takes none, only quantized ones, or any. models: the types that it knows (a model whose type is
+    not known passes). families: model types that it reads without an error but computes wrongly."""
+
+    runtime: str
+    format: str
+    bits: tuple[int, ...] | None = None
+    symmetric: bool = False
+    groups: tuple[int, ...] | None = None
+    row_by_size: bool = False
+    grouped: bool = False
+    inputs: int = 1
+    outputs: int = 1
+    partial: bool = True
+    reordered: bool = True
+    activations: str = NONE
+    models: tuple[str, ...] | None = None
+    families: tuple[str, ...] = ()
+    needs: str = ""
+    tried: tuple[int, ...] = ()
+
+    def objections(self, content: Content) -> Iterator[str]:
+        """What it does not take, in words."""
+        if self.models is not None and content.model_type and content.model_type not in self.models:
+            yield f"does not know {content.model_type} models"
+        if content.model_type in self.families:
+            yield f"does not compute {content.model_type} models as they are (benchmarks/results/loaders.md)"
+        if self.format == DEQUANTIZED:
+            if content.act.active:
+                yield "runs without activation quantization"
+            return
+        spec = content.spec
+        if spec is None:
+            yield "takes quantized weights only"
+            return
+        if self.bits is not None and content.bits not in self.bits:
+            yield f"takes {_listed(self.bits)} bits, not {content.bits}"
+        if self.symmetric and not content.centered:
+            yield "takes symmetric grids only (--sym)"
+        whole = self.row_by_size and all(n_in == spec.group_size for _, n_in in content.shapes.values())
+        if self.groups is not None and spec.group_size not in self.groups and not whole:
+            yield f"takes groups of {_listed(self.groups)}"
+        if self.grouped and spec.group_size == -1:
+            yield "takes groups, not one scale a row"
+        for name, (n_out, n_in) in content.shapes.items():
+            if n_in % self.inputs or n_out % self.outputs:
+                yield f"needs inputs in multiples of {self.inputs} and outputs of {self.outputs} ({name} is {n_out}x{n_in})"
+                break
+        if not self.partial and not content.whole:
+            yield "needs every block quantized"
+        if not self.reordered and content.reordered:
+            yield "takes columns in order only (no --act-order without --static-groups)"
+        if content.act.active and self.activations == NONE:
+            yield "runs without activation quantization"
+        if not content.act.active and self.activations == ONLY:
+            yield "takes 8-bit weights with 8-bit activations"
+
+
+RULES = (
+    Rule("transformers", DEQUANTIZED, tried=ALL_BITS),
+    *(Rule("transformers", name, (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, row_by_size=True, inputs=32, outputs=32,
+           families=("falcon",), needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
+    Rule("transformers", "compressed-tensors", symmetric=True, families=("falcon",), tried=(2, 3, 4, 8),
+         needs="compressed-tensors>=0.18"),
+    Rule("transformers", "compressed-tensors", tried=(3, 4),
+         needs="compressed-tensors>=0.18 and CompressedTensorsConfig(dequantize=True)"),
+    # OPT flattens tokens before its fully connected part, and then one scale serves all of them
+    Rule("transformers", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
+         families=("falcon", "opt"), tried=(8,), needs="compressed-tensors>=0.18"),
+    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, groups=GPTQMODEL_GROUPS, row_by_size=True, inputs=32,
+         outputs=32, tried=(3, 4)),
+    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, row_by_size=True, inputs=32, outputs=32,
+         tried=(3, 4)),
+    Rule("vllm", DEQUANTIZED),
+    Rule("vllm", "gptq", (4, 8), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64),
+    Rule("vllm", "compressed-tensors", (4, 8), groups=MARLIN_GROUPS, inputs=128, outputs=64),
+    Rule("vllm", "compressed-tensors", (2, 3, 5, 6, 7), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64,
+         needs="a version with the Humming kernels (2026)"),
+    Rule("vllm", "compressed-tensors", (2, 3, 5, 6, 7), groups=MARLIN_GROUPS, inputs=128, outputs=64,
+         needs="a version with asymmetric grids of these bits (its pull request 46528)"),
+    Rule("vllm", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
+         needs="a GPU before Blackwell"),
+    Rule("llama.cpp", DEQUANTIZED, models=LLAMA_CPP_MODELS),
+    Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_MODELS),
+    Rule("llama.cpp", "gptq_v2", (2, 4, 8), models=LLAMA_CPP_MODELS),
+    Rule("llama.cpp", "compressed-tensors", (2, 4, 8), grouped=True, models=LLAMA_CPP_MODELS),
+    Rule("auto-gptq", "gptq", (2, 3, 4), outputs=32, inputs=32, reordered=False, partial=False, models=AUTO_GPTQ_MODELS),
+    Rule("auto-gptq", "gptq", (8,), outputs=32, inputs=32, reordered=False, partial=False, models=AUTO_GPTQ_MODELS,
+         needs="its torch kernels: those in CUDA cut the zero points of 8 bits"),
+    Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS),
+    *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS) for name in PACKED),
+)  # fmt: skip
+RUNTIMES = tuple(dict.fromkeys(rule.runtime for rule in RULES))
+
+
+def objections(runtime: str, kind: str, content: Content) -> list[str]:
+    """Why a runtime does not take this content in this format; empty if it does."""
+    if against := refusal(kind, content):
+        return [against]
+    found = [list(rule.objections(content)) for rule in RULES if (rule.runtime, rule.format) == (runtime, kind)]
+    return min(found, key=len, default=[f"does not read {kind}"])
+
+
+def _rule(runtime: str, kind: str, content: Content) -> Rule:
+    """The rule by which a runtime takes this content."""
+    return next(r for r in RULES if (r.runtime, r.format) == (runtime, kind) and not list(r.objections(content)))
+
+
+RELAXED: dict[str, tuple[Any, str]] = {
+    "reordered": (False, "without --act-order"),
+    "outliers": (False, "without --outlier"),
+    "online": (False, "without --use_ln_matrix"),
+    "act": (ActSpec(), "--abits 16"),
+}
+
+
+def nearest(runtime: str, kind: str, content: Content) -> str | None:
+    """Flags of the choice closest to what is asked for that the runtime takes: format, then grid, then what the format
+    holds besides, then bits.
+    """
+    spec = content.spec
+    if spec is None:
+        return None
+    kinds = [kind, *(f for f in FORMATS if f not in (kind, DEQUANTIZED))]
+    grids = [(sym, group) for group in (spec.group_size, 128, 64, 32, -1) for sym in (spec.symmetric, True)]
+    for bits in dict.fromkeys((spec.bits, 4, 8)):
+        for relax in (False, True):
+            for sym, group in dict.fromkeys(grids):
+                if bits == 1 and sym:
+                    continue
+                for other in kinds:
+                    asked = replace(content, spec=QuantSpec(bits, group, sym))
+                    given_up = _given_up(runtime, other, asked) if relax else []
+                    if _divides(asked) and given_up is not None and (relax or not objections(runtime, other, asked)):
+                        flags = f"--wbits {bits} --group-size {group}{' --sym' if sym else ''} --format {other}"
+                        return " ".join([flags, *given_up])
+    return None
+
+
+def _given_up(runtime: str, kind: str, content: Content) -> list[str] | None:
+    """What of a content besides the grid has to go, in flags; None where that does not help."""
+    taken = replace(content, **{name: value for name, (value, _) in RELAXED.items()})
+    if objections(runtime, kind, taken):
+        return None
+    words = []
+    for name, (_, flag) in RELAXED.items():
+        with_it = replace(taken, **{name: getattr(content, name)})
+        if objections(runtime, kind, with_it):
+            words.append(flag)
+        else:
+            taken = with_it
+    return words
+
+
+def _divides(content: Content) -> bool:
+    assert content.spec is not None
+    group = content.spec.group_size
+    return group == -1 or all(n_in % group == 0 for _, n_in in content.shapes.values())
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))
+
+
+def loadability(kind: str, content: Content) -> list[tuple[str, bool, str, str]]:
+    """Every runtime, whether it takes the content in this format, why not or what it needs, and how that is known."""
+    found = []
+    for runtime in RUNTIMES:
+        if against := objections(runtime, kind, content):
+            found.append((runtime, False, "; ".join(against), ""))
+            continue
+        rule = _rule(runtime, kind, content)
+        ran = content.spec is None or content.spec.code_bits in rule.tried
+        found.append((runtime, True, rule.needs, "ran" if ran and rule.tried else "read in its source"))
+    return found

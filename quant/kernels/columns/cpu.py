@@ -1,0 +1,198 @@
+"""The block loops compiled with numba: parallel over tiles of rows, vectorized along a tile.
+
+A tile of the block is brought into a [B, TILE] buffer, columns first, which stays in the cache of its core together
+with the B x B matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from quant.kernels.columns.reference import ColumnGrid, inverse_diagonal
+
+_GIVEN = torch.get_num_threads()
+TILE = 64
+SPARSE_BELOW = 0.1  # share of changed entries below which they are propagated one by one
+NO_CODES, NO_FLAGS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_)
+
+
+# Blocks are slices of larger matrices: any row stride, one compiled version. Only the B x B matrix is contiguous.
+_CD = "i8(f4[:,:],f4[:,:],f4[:,:],f4[:,::1],f4[::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],b1[:,:],f4[:,::1])"
+_GPTQ = "void(f4[:,:],f4[:,:],f4[:,::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],f4[:,:],f4[::1])"
+_PROPAGATE = "void(f4[:,::1],f4[:,::1],f4[:,::1])"
+_OPTIONS: dict[str, Any] = {"parallel": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+
+@njit(_CD, **_OPTIONS)
+def _coordinate_descent(  # type: ignore[no-untyped-def]
+    residual,
+    correlation,
+    weight,
+    gram,
+    inverse,
+    scale,
+    zero,
+    group,
+    qmax,
+    codes,
+    free,
+    change,  # noqa: ANN001
+):  # noqa: ANN202
+    n_rows, n_columns = weight.shape
+    changed = np.zeros((n_rows + TILE - 1) // TILE, np.int64)
+    for tile in prange((n_rows + TILE - 1) // TILE):
+        first, last = tile * TILE, min(n_rows, (tile + 1) * TILE)
+        n = last - first
+        c, step = np.empty((n_columns, TILE), np.float32), np.zeros(TILE, np.float32)
+        for o in range(n):
+            for j in range(n_columns):
+                c[j, o] = correlation[first + o, j]
+        for j in range(n_columns):
+            g, inv, moved = group[j], inverse[j], 0
+            for o in range(n):
+                row = first + o
+                u = weight[row, j] - residual[row, j] + c[j, o] * inv
+                if codes.size:
+                    code = np.rint(u / scale[row, g]) + zero[row, g]
+                    code = min(max(code, np.float32(0)), qmax)
+                    codes[row, j] = np.uint8(code)
+                    if not (free.size and free[row, j]):
+                        u = (code - zero[row, g]) * scale[row, g]
+                new = weight[row, j] - u
+                step[o] = new - residual[row, j]
+                moved += step[o] != 0
+                residual[row, j] = new
+                change[row, j] = step[o]
+            changed[tile] += moved
+            if moved:
+                for k in range(j + 1, n_columns):
+                    factor = gram[j, k]
+                    for o in range(TILE):
+                        c[k, o] += factor * step[o]
+    return changed.sum()
+
+
+@njit(_GPTQ, **_OPTIONS)
+def _gptq(weight, target, feedback, scale, zero, group, qmax, codes, errors, outlier_above):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, E501
+    n_rows, n_columns = weight.shape
+    for tile in prange((n_rows + TILE - 1) // TILE):
+        first, last = tile * TILE, min(n_rows, (tile + 1) * TILE)
+        n = last - first
+        w, step = np.zeros((n_columns, TILE), np.float32), np.zeros(TILE, np.float32)
+        for o in range(n):
+            for j in range(n_columns):
+                w[j, o] = weight[first + o, j]
+        for j in range(n_columns):
+            g = group[j]
+            for o in range(n):
+                row, kept = first + o, w[j, o]
+                code = np.rint(kept / scale[row, g]) + zero[row, g]
+                code = min(max(code, np.float32(0)), qmax)
+                value = (code - zero[row, g]) * scale[row, g]
+                off = kept - value
+                if not (outlier_above.size and off * off > outlier_above[j]):
+                    kept = value
+                codes[row, j] = np.uint8(code)
+                weight[row, j] = w[j, o]
+                step[o] = target[row, j] - kept
+                errors[row, j] = step[o]
+            for k in range(j + 1, n_columns):
+                factor = feedback[j, k]
+                for o in range(TILE):
+                    w[k, o] += factor * step[o]
+
+
+@njit(_PROPAGATE, **_OPTIONS)
+def _propagate(correlation, change, gram):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    n_rows, n_in = correlation.shape
+    for row in prange(n_rows):
+        for j in range(change.shape[1]):
+            step = change[row, j]
+            if step != 0:
+                for k in range(n_in):
+                    correlation[row, k] += step * gram[j, k]
+
+
+class NumbaKernels:
+    """float32 tensors on the CPU. Arguments as in `blocks.Kernels`."""
+
+    name = "numba"
+
+    def coordinate_descent_(
+        self,
+        residual: Tensor,
+        correlation: Tensor,
+        weight: Tensor,
+        gram: Tensor,
+        grid: ColumnGrid,
+        codes: Tensor | None,
+        free: Tensor | None = None,
+    ) -> Tensor:
+        """See `Kernels`."""
+        share_threads()
+        change = torch.empty(weight.shape)
+        _coordinate_descent(
+            residual.numpy(),
+            correlation.numpy(),
+            weight.numpy(),
+            gram.contiguous().numpy(),
+            inverse_diagonal(gram).numpy(),
+            *_arrays(grid),
+            NO_CODES if codes is None else codes.numpy(),
+            NO_FLAGS if free is None else free.numpy(),
+            change.numpy(),
+        )
+        return change
+
+    def gptq_(
+        self,
+        weight: Tensor,
+        target: Tensor,
+        feedback: Tensor,
+        grid: ColumnGrid,
+        codes: Tensor,
+        errors: Tensor,
+        outlier_above: Tensor | None = None,
+    ) -> None:
+        """See `Kernels`."""
+        share_threads()
+        threshold = torch.empty(0) if outlier_above is None else outlier_above
+        _gptq(
+            weight.numpy(),
+            target.numpy(),
+            feedback.contiguous().numpy(),
+            *_arrays(grid),
+            codes.numpy(),
+            errors.numpy(),
+            threshold.contiguous().numpy(),
+        )
+
+    def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
+        """Few changes are added one by one; many in a matrix product."""
+        if int(torch.count_nonzero(change)) < SPARSE_BELOW * change.numel():
+            share_threads()
+            _propagate(correlation.numpy(), change.contiguous().numpy(), gram.contiguous().numpy())
+        else:
+            correlation.addmm_(change, gram)
+
+
+def _arrays(grid: ColumnGrid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]:
+    return grid.scale.numpy(), grid.zero.numpy(), grid.group.numpy(), np.float32(grid.qmax)
+
+
+def share_threads() -> None:
+    """As many threads for the compiled loops as torch has."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
+# Loading the loops has started numba's threads, and numba then tells OpenMP, which torch shares, to use all cores: torch
+# would compute with as many from here on, whatever it was told.
+share_threads()
+torch.set_num_threads(_GIVEN)
+share_threads()

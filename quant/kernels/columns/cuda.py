@@ -1,0 +1,205 @@
+"""The block loops in Triton: a program for a tile of rows; its slice of the block stays in registers.
+
+A column is picked out of a register tile by a masked sum, which costs as many operations as the rank-one update that
+follows; the only memory read inside the loop is the row of the B x B matrix (and the scales where there are groups).
+Tiles are as wide as the next power of two, the rest is masked. Without a GPU the same code runs in Triton's interpreter (TRITON_INTERPRET=1), as the tests do.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quant.kernels.columns.reference import ColumnGrid, Kernels, TorchKernels, inverse_diagonal
+
+ROWS = 16
+
+
+@triton.jit
+def _round_half_even(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Nearest integer of |x| < 2^22, ties to even, as torch rounds (adding 1.5·2^23 leaves no fraction bits)."""
+    shifted = x + 12582912.0
+    return shifted - 12582912.0
+
+
+@triton.jit
+def _nearest(u, scale, zero, qmax):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Codes of u. Far outside the grid the exact integer does not matter, only that the sum stays in range."""
+    steps = tl.minimum(tl.maximum(tl.math.div_rn(u, scale), -4096.0), 4096.0)
+    return tl.minimum(tl.maximum(_round_half_even(steps) + zero, 0.0), qmax)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _coordinate_descent(  # type: ignore[no-untyped-def]
+    residual, correlation, weight, gram, inverse, scale, zero, group, codes, free, change,  # noqa: ANN001
+    n_rows, n_columns, n_groups, qmax,  # noqa: ANN001
+    residual_stride, correlation_stride, weight_stride, codes_stride, free_stride,  # noqa: ANN001
+    rounding: tl.constexpr, has_free: tl.constexpr, one_group: tl.constexpr,
+    rows_tile: tl.constexpr, columns: tl.constexpr,
+):  # noqa: ANN202  # fmt: skip
+    row = (tl.program_id(0) * rows_tile + tl.arange(0, rows_tile)).to(tl.int64)
+    column = tl.arange(0, columns)
+    inside_row, inside_column = row < n_rows, column < n_columns
+    inside = inside_row[:, None] & inside_column[None, :]
+    target = tl.load(weight + row[:, None] * weight_stride + column[None, :], mask=inside, other=0.0)
+    before = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0)
+    c = tl.load(correlation + row[:, None] * correlation_stride + column[None, :], mask=inside, other=0.0)
+    current = target - before
+    chosen = tl.zeros_like(current)
+    s = tl.load(scale + row * n_groups, mask=inside_row, other=1.0)
+    z = tl.load(zero + row * n_groups, mask=inside_row, other=0.0)
+    for j in range(n_columns):
+        here = column[None, :] == j
+        old = tl.sum(tl.where(here, current, 0.0), axis=1)
+        value = old + tl.sum(tl.where(here, c, 0.0), axis=1) * tl.load(inverse + j)
+        if rounding:
+            if not one_group:
+                g = tl.load(group + j)
+                s = tl.load(scale + row * n_groups + g, mask=inside_row, other=1.0)
+                z = tl.load(zero + row * n_groups + g, mask=inside_row, other=0.0)
+            q = _nearest(value, s, z, qmax)
+            chosen = tl.where(here, q[:, None], chosen)
+            rounded = (q - z) * s
+            if has_free:
+                keep = tl.load(free + row * free_stride + j, mask=inside_row, other=0)
+                value = tl.where(keep != 0, value, rounded)
+            else:
+                value = rounded
+        current = tl.where(here, value[:, None], current)
+        factor = tl.load(gram + j * n_columns + column, mask=inside_column & (column > j), other=0.0)
+        c += (old - value)[:, None] * factor[None, :]
+    after = target - current
+    tl.store(residual + row[:, None] * residual_stride + column[None, :], after, mask=inside)
+    tl.store(change + row[:, None] * n_columns + column[None, :], after - before, mask=inside)
+    if rounding:
+        tl.store(codes + row[:, None] * codes_stride + column[None, :], chosen.to(tl.uint8), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gptq(  # type: ignore[no-untyped-def]
+    weight, target, feedback, scale, zero, group, codes, errors, outlier_above,  # noqa: ANN001
+    n_rows, n_columns, n_groups, qmax, weight_stride, target_stride, codes_stride, errors_stride,  # noqa: ANN001
+    has_outliers: tl.constexpr, one_group: tl.constexpr, rows_tile: tl.constexpr, columns: tl.constexpr,
+):  # noqa: ANN202  # fmt: skip
+    row = (tl.program_id(0) * rows_tile + tl.arange(0, rows_tile)).to(tl.int64)
+    column = tl.arange(0, columns)
+    inside_row, inside_column = row < n_rows, column < n_columns
+    inside = inside_row[:, None] & inside_column[None, :]
+    w = tl.load(weight + row[:, None] * weight_stride + column[None, :], mask=inside, other=0.0)
+    original = tl.load(target + row[:, None] * target_stride + column[None, :], mask=inside, other=0.0)
+    chosen, off_by = tl.zeros_like(w), tl.zeros_like(w)
+    s = tl.load(scale + row * n_groups, mask=inside_row, other=1.0)
+    z = tl.load(zero + row * n_groups, mask=inside_row, other=0.0)
+    for j in range(n_columns):
+        here = column[None, :] == j
+        kept = tl.sum(tl.where(here, w, 0.0), axis=1)
+        if not one_group:
+            g = tl.load(group + j)
+            s = tl.load(scale + row * n_groups + g, mask=inside_row, other=1.0)
+            z = tl.load(zero + row * n_groups + g, mask=inside_row, other=0.0)
+        q = _nearest(kept, s, z, qmax)
+        chosen = tl.where(here, q[:, None], chosen)
+        value = (q - z) * s
+        if has_outliers:
+            distance = kept - value
+            value = tl.where(distance * distance > tl.load(outlier_above + j), kept, value)
+        error = tl.sum(tl.where(here, original, 0.0), axis=1) - value
+        off_by = tl.where(here, error[:, None], off_by)
+        factor = tl.load(feedback + j * n_columns + column, mask=inside_column & (column > j), other=0.0)
+        w += error[:, None] * factor[None, :]
+    tl.store(weight + row[:, None] * weight_stride + column[None, :], w, mask=inside)
+    tl.store(codes + row[:, None] * codes_stride + column[None, :], chosen.to(tl.uint8), mask=inside)
+    tl.store(errors + row[:, None] * errors_stride + column[None, :], off_by, mask=inside)
+
+
+def _trial(kernel: Kernels, device: torch.device, n_groups: int) -> list[Tensor]:
+    """Codes of a block of random weights by coordinate descent, after a sweep that does not round, and by GPTQ.
+
+    With more than one group, some entries are free and some are outliers, and the block is narrower than its tile.
+    """
+    grouped, n_rows = n_groups > 1, 2 * ROWS + 1
+    n_columns = 96 if grouped else 128
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, n_columns, generator=generator).to(device) for n in (n_rows, 2 * n_columns))
+    gram = x.T @ x
+    group = torch.arange(n_columns, device=device) * n_groups // n_columns
+    scale, zero = (torch.full((n_rows, n_groups), v, device=device) for v in (0.3, 4.0))
+    grid = ColumnGrid(scale, zero, group, 7)
+    free, above = (weight > 2, torch.full((n_columns,), 0.2, device=device)) if grouped else (None, None)
+    codes = [torch.zeros(weight.shape, dtype=torch.uint8, device=device) for _ in range(2)]
+    residual = 0.2 * weight
+    for stored in (None, codes[0]):
+        kernel.coordinate_descent_(residual, residual @ gram, weight, gram, grid, stored, free)
+    feedback = (gram / gram.diagonal()[:, None]).triu()
+    kernel.gptq_(weight.clone(), weight, feedback, grid, codes[1], torch.zeros_like(weight), above)
+    return codes
+
+
+class TritonKernels:
+    """float32 tensors on a CUDA device. Arguments as in `blocks.Kernels`."""
+
+    name = "triton"
+
+    def check(self, device: torch.device) -> TritonKernels:
+        """Return self if both kernels compile as the solvers use them and agree with torch. Raises RuntimeError, or
+        what a missing compiler or driver raises."""
+        for n_groups in (1, 2):
+            try:
+                ours, reference = (_trial(kernel, device, n_groups) for kernel in (self, TorchKernels()))
+            except triton.TritonError as error:
+                raise RuntimeError(f"a kernel does not compile: {error}") from error
+            for name, found, expected in zip(("coordinate descent", "gptq"), ours, reference, strict=True):
+                # A compiler may fuse a product and a sum, and a value on the edge of two codes then goes the other way.
+                if (found != expected).float().mean() > 0.01:
+                    raise RuntimeError(f"the compiled kernel of {name} disagrees with torch")
+        return self
+
+    def coordinate_descent_(
+        self,
+        residual: Tensor,
+        correlation: Tensor,
+        weight: Tensor,
+        gram: Tensor,
+        grid: ColumnGrid,
+        codes: Tensor | None,
+        free: Tensor | None = None,
+    ) -> Tensor:
+        """See `Kernels`."""
+        n_rows, n_columns = weight.shape
+        change = torch.empty(n_rows, n_columns, device=weight.device)
+        stored, flags = weight if codes is None else codes, weight if free is None else free
+        _coordinate_descent[(triton.cdiv(n_rows, ROWS),)](
+            residual, correlation, weight, gram.contiguous(), inverse_diagonal(gram), grid.scale, grid.zero, grid.group,
+            stored, flags, change,
+            n_rows, n_columns, grid.scale.shape[1], float(grid.qmax),
+            residual.stride(0), correlation.stride(0), weight.stride(0), stored.stride(0), flags.stride(0),
+            rounding=codes is not None, has_free=codes is not None and free is not None,
+            one_group=grid.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
+        )  # fmt: skip
+        return change
+
+    def gptq_(
+        self,
+        weight: Tensor,
+        target: Tensor,
+        feedback: Tensor,
+        grid: ColumnGrid,
+        codes: Tensor,
+        errors: Tensor,
+        outlier_above: Tensor | None = None,
+    ) -> None:
+        """See `Kernels`."""
+        n_rows, n_columns = weight.shape
+        _gptq[(triton.cdiv(n_rows, ROWS),)](
+            weight, target, feedback.contiguous(), grid.scale, grid.zero, grid.group, codes, errors,
+            weight if outlier_above is None else outlier_above.contiguous(),
+            n_rows, n_columns, grid.scale.shape[1], float(grid.qmax),
+            weight.stride(0), target.stride(0), codes.stride(0), errors.stride(0),
+            has_outliers=outlier_above is not None, one_group=grid.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
+        )  # fmt: skip
+
+    def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
+        """One dense product: finding the columns that changed would make the host wait for the device every block."""
+        correlation.addmm_(change, gram)

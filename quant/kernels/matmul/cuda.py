@@ -1,0 +1,167 @@
+"""Packed products in Triton: codes cut into fields of 8, 4, 2 and 1 bits (3 bits: two of one, one of another), a byte
+array each, whose bytes hold consecutive columns.
+
+A block of columns lies inside one group, so that its scale and zero point are one number a row. One token: a program for a
+few rows multiplies and adds in registers, and reads every byte once (memory bound). More tokens: tiles of codes less their
+zero points are exact in the inputs' dtype and meet them on tensor cores, in float32 sums. Integer inputs are taken as the
+floats they stand for. Without a GPU the same code runs in Triton's interpreter, as the tests do.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quant.kernels.matmul.weight import PackedWeight, SmallInts, floats_of
+
+WIDTHS = (8, 4, 2, 1)
+COLUMNS = 128  # columns of a block, where groups are multiples of it
+ROWS_OF_ONE, ROWS_OF_MANY, TOKENS = 16, 64, 64  # rows of a program, and tokens
+DOT = 16  # the least columns that tensor cores take
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _field(data, row, inside, start, stride, width: tl.constexpr, columns: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Integers int32 [rows, columns] of one field, from column ``start`` on."""
+    column = tl.arange(0, columns)
+    place = (start + column) * width
+    found = tl.load(data + row[:, None] * stride + (place // 8)[None, :], mask=inside[:, None], other=0)
+    return (found.to(tl.int32) >> (place % 8)[None, :]) & ((1 << width) - 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _codes(  # type: ignore[no-untyped-def]
+    f0, f1, f2, row, inside, start, n_columns,  # noqa: ANN001
+    w0: tl.constexpr, w1: tl.constexpr, w2: tl.constexpr, columns: tl.constexpr,
+):  # noqa: ANN202  # fmt: skip
+    """Codes int32 [rows, columns] of up to three fields; a width of 0 is none."""
+    code = _field(f0, row, inside, start, n_columns * w0 // 8, w0, columns)
+    if w1 > 0:
+        code += _field(f1, row, inside, start, n_columns * w1 // 8, w1, columns) << w0
+    if w2 > 0:
+        code += _field(f2, row, inside, start, n_columns * w2 // 8, w2, columns) << (w0 + w1)
+    return code
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _zero(zeros, row, inside, g, n_rows, one_zero, zero_width: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Zero points of rows in a group, float32; a width of 0 is one number for all."""
+    if zero_width == 0:
+        return tl.zeros_like(row).to(tl.float32) + one_zero
+    place = g * zero_width
+    byte = tl.load(zeros + (place // 8) * n_rows + row, mask=inside, other=0).to(tl.int32)
+    return ((byte >> (place % 8)) & ((1 << zero_width) - 1)).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _one_token(  # type: ignore[no-untyped-def]
+    x, f0, f1, f2, scale, zeros, y, n_rows, n_columns, group, n_groups, one_zero,  # noqa: ANN001
+    w0: tl.constexpr, w1: tl.constexpr, w2: tl.constexpr, zero_width: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr,
+):  # noqa: ANN202  # fmt: skip
+    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+    inside = row < n_rows
+    total = tl.zeros((rows, columns), tl.float32)
+    for start in range(0, n_groups * group, columns):
+        g = start // group
+        code = _codes(f0, f1, f2, row, inside, start, n_columns, w0, w1, w2, columns).to(tl.float32)
+        s = tl.load(scale + g * n_rows + row, mask=inside, other=0.0).to(tl.float32)
+        z = _zero(zeros, row, inside, g, n_rows, one_zero, zero_width)
+        part = tl.load(x + start + tl.arange(0, columns)).to(tl.float32)
+        total += (code - z[:, None]) * s[:, None] * part[None, :]
+    tl.store(y + row, tl.sum(total, axis=1), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _many_tokens(  # type: ignore[no-untyped-def]
+    x, f0, f1, f2, scale, zeros, y, n_tokens, n_rows, n_columns, group, n_groups, one_zero,  # noqa: ANN001
+    w0: tl.constexpr, w1: tl.constexpr, w2: tl.constexpr, zero_width: tl.constexpr,
+    tokens: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # noqa: ANN202  # fmt: skip
+    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+    token = (tl.program_id(1) * tokens + tl.arange(0, tokens)).to(tl.int64)
+    inside, given = row < n_rows, token < n_tokens
+    total = tl.zeros((tokens, rows), tl.float32)
+    for start in range(0, n_groups * group, columns):
+        g = start // group
+        code = _codes(f0, f1, f2, row, inside, start, n_columns, w0, w1, w2, columns).to(tl.float32)
+        s = tl.load(scale + g * n_rows + row, mask=inside, other=0.0).to(tl.float32)
+        z = _zero(zeros, row, inside, g, n_rows, one_zero, zero_width)
+        column = start + tl.arange(0, columns)
+        part = tl.load(x + token[:, None] * n_columns + column[None, :], mask=given[:, None], other=0.0)
+        exact = (code - z[:, None]).to(part.dtype)  # integers of at most 8 bits and a sign
+        total += tl.dot(part, tl.trans(exact), input_precision="ieee") * s[None, :]
+    tl.store(y + token[:, None] * n_rows + row[None, :], total, mask=given[:, None] & inside[None, :])
+
+
+def widths_of(bits: int) -> tuple[int, ...]:
+    """Widths of the fields that make up a code, lowest bits first: 7 bits are 4, 2 and 1."""
+    found, rest = [], bits
+    for width in WIDTHS:
+        if rest >= width:
+            found.append(width)
+            rest -= width
+    return tuple(found)
+
+
+class Fields:
+    """uint8 [rows, columns · width / 8] a field."""
+
+    def pack(self, codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+        """Codes uint8 [rows, columns], filled up."""
+        fields, shift = [], 0
+        for width in widths_of(bits):
+            per = 8 // width
+            parts = ((codes >> shift) & (2**width - 1)).view(codes.shape[0], -1, per)
+            field = parts[..., 0].clone()
+            for p in range(1, per):
+                field |= parts[..., p] << (p * width)
+            fields.append(field)
+            shift += width
+        return tuple(fields)
+
+    def unpack(self, stored: tuple[Tensor, ...], bits: int) -> Tensor:
+        """The codes uint8 [rows, columns] again."""
+        codes, shift = torch.zeros((), dtype=torch.uint8, device=stored[0].device), 0
+        for field, width in zip(stored, widths_of(bits), strict=True):
+            parts = [(field >> (p * width)) & (2**width - 1) for p in range(8 // width)]
+            codes = codes | (torch.stack(parts, -1).flatten(1) << shift)
+            shift += width
+        return codes
+
+    def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """See `Layout`."""
+        n_columns, n_rows = x.shape[1], weight.stored[0].shape[0]
+        columns = min(COLUMNS, weight.group & -weight.group)
+        widths, grid = widths_of(weight.bits), weight.grid
+        fields = [*weight.stored, *[weight.stored[0]] * (3 - len(widths))]
+        w0, w1, w2 = (*widths, *[0] * (3 - len(widths)))
+        scale = grid.scale if grid.codes is None else grid.scales()
+        stored, width, one = (
+            (grid.zero.data, grid.zero.width, 0.0) if isinstance(grid.zero, SmallInts) else (scale, 0, grid.zero)
+        )
+        y = torch.empty(x.shape[0], n_rows, device=x.device)
+        common = (n_rows, n_columns, weight.group, weight.n_groups, float(one))
+        if x.shape[0] == 1 or columns < DOT:
+            for token, out in zip(x, y, strict=True):
+                _one_token[(triton.cdiv(n_rows, ROWS_OF_ONE),)](
+                    token, *fields, scale, stored, out, *common, w0=w0, w1=w1, w2=w2, zero_width=width,
+                    rows=ROWS_OF_ONE, columns=columns,
+                )  # fmt: skip
+            return y
+        tokens = min(TOKENS, max(DOT, triton.next_power_of_2(x.shape[0])))
+        _many_tokens[(triton.cdiv(n_rows, ROWS_OF_MANY), triton.cdiv(x.shape[0], tokens))](
+            x, *fields, scale, stored, y, x.shape[0], *common, w0=w0, w1=w1, w2=w2, zero_width=width,
+            tokens=tokens, rows=ROWS_OF_MANY, columns=columns,
+        )  # fmt: skip
+        return y
+
+    def takes_integers(self, weight: PackedWeight, n: int) -> bool:
+        """Never: they are exact in float16 and bfloat16 already."""
+        return False
+
+    def integer_matmul(self, x: Tensor, scale: Tensor, offset: Tensor, weight: PackedWeight) -> Tensor:
+        """See `Layout`."""
+        return self.matmul(floats_of(x, scale, offset, weight), weight)

@@ -1,0 +1,100 @@
+"""Packing solved weights in the layout of a device's kernels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quant.core.types import BilevelScales, Outliers, QuantizedWeight
+from quant.kernels.matmul.weight import (
+    QUAD,
+    TILE,
+    WORD,
+    Expanded,
+    Layout,
+    PackedColumns,
+    PackedGrid,
+    PackedWeight,
+    SmallInts,
+    SparseRows,
+    arrange,
+    pack_small,
+)
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def layout_of(device: torch.device) -> Layout:
+    """The layout of a device's kernels. On CUDA without Triton: one warning, and a byte a code."""
+    if device.type == "cpu":
+        from quant.kernels.matmul.cpu import BitPlanes
+
+        return BitPlanes()
+    if device.type == "cuda":
+        try:
+            from quant.kernels.matmul.cuda import Fields
+
+            return Fields()
+        except ImportError as error:
+            log.warning(
+                "Triton is not usable (%s): packed weights take a byte a code and are multiplied by torch", error
+            )
+    return Expanded()
+
+
+def pack_weight(weight: QuantizedWeight, device: torch.device | str = "cpu") -> PackedWeight:
+    """A solver's answer, packed for a device; nothing is rounded."""
+    layout, device = layout_of(torch.device(device)), torch.device(device)
+    weight = weight.to(device)
+    (n_out, n_in), grid = weight.codes.shape, weight.grid
+    codes, order = weight.codes, None
+    if not weight.has_plain_groups():
+        order = torch.argsort(grid.g_idx, stable=True)
+        codes = codes[:, order]
+    own = -(-n_in // grid.n_groups)
+    fill = WORD if grid.n_groups == 1 else QUAD
+    group = -(-own // fill) * fill
+    rows = -n_out % TILE
+    codes = F.pad(arrange(codes, grid.n_groups, group), (0, 0, 0, rows))
+    bits = weight.spec.code_bits
+    zero: SmallInts | int = (weight.spec.qmax + 1) // 2
+    if not weight.spec.symmetric:
+        zero = pack_small(F.pad(grid.zero.T, (0, rows)), bits)
+    packed_grid = PackedGrid(_scales(F.pad(grid.scale.T, (0, rows)).contiguous(), grid.scale_bits), zero)
+    if grid.bilevel is not None:
+        packed_grid = _bilevel(grid.bilevel, packed_grid, rows)
+    outliers = None if weight.outliers is None else _pack_outliers(weight.outliers, n_out, n_in)
+    return PackedWeight(layout, bits, n_out, n_in, group, layout.pack(codes, bits), packed_grid, order, outliers)
+
+
+def pack_block(solved: Mapping[str, QuantizedWeight], device: torch.device) -> dict[str, PackedWeight]:
+    """The answers of a block's linears, packed, by the names of their weights."""
+    return {f"{name}.weight": pack_weight(weight, device) for name, weight in solved.items()}
+
+
+def _scales(scale: Tensor, bits: int) -> Tensor:
+    return scale.half() if bits == 16 else scale
+
+
+def _bilevel(level: BilevelScales, grid: PackedGrid, rows: int) -> PackedGrid:
+    codes = pack_small(F.pad(level.codes.T, (0, rows)), level.bits)
+    return replace(
+        grid, scale=level.base.T.contiguous(), codes=codes, step=level.step.T.contiguous(), shared=level.rows
+    )
+
+
+def _pack_outliers(outliers: Outliers, n_out: int, n_in: int) -> SparseRows | PackedColumns:
+    if outliers.whole_columns:
+        columns = outliers.index[: outliers.index.numel() // n_out]
+        return PackedColumns(columns.int(), outliers.value.view(n_out, -1))
+    counts = torch.bincount(outliers.index // n_in, minlength=n_out)
+    rows = F.pad(counts.cumsum(0), (1, 0)).int()
+    columns = outliers.index % n_in
+    return SparseRows(rows, columns.short() if n_in <= 1 << 16 else columns.int(), outliers.value)

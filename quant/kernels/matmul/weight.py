@@ -1,0 +1,301 @@
+"""Products with packed weights of 1 to 8 bits: codes stay packed in memory and meet the inputs in registers.
+
+    y[o] = Σ_g scale[g, o] (Σ_i code[o, i] x[i] - zero[g, o] Σ_i x[i]),    i over the columns of group g,
+
+plus sparse outliers. How codes are kept is the matter of a `Layout`, one for each kind of device: bit planes in tiles of
+rows on a CPU (`packed_cpu`), words of 1, 2, 4 and 8 bits on CUDA (`packed_cuda`). Scales, zero points and outliers take
+the bits that `QuantizedWeight.storage_bits` counts, but for zero points of 3 bits, kept in 4, and of 5 to 7, kept in 8.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+TILE = 32  # rows are filled up to a multiple of it
+WORD = 32  # columns are filled up to a multiple of it
+QUAD = 4  # columns of a group are filled up to a multiple of it
+PRODUCTS = 16 << 20  # bytes of the products of inputs and sparse outliers that are held at a time
+IntegerInputs = tuple[Tensor, Tensor, Tensor]  # int8 [n, in], scale float32 [n], offset float32 [n]
+
+
+class Layout(Protocol):
+    """How codes lie in the memory of one kind of device, and the products with them."""
+
+    def pack(self, codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+        """Codes uint8 [rows, columns] of a weight, filled up, in this layout."""
+
+    def unpack(self, stored: tuple[Tensor, ...], bits: int) -> Tensor:
+        """The codes uint8 [rows, columns] again."""
+
+    def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """x float [n, columns], arranged as the codes are, times the weight without its outliers: float32 [n, rows]."""
+
+    def takes_integers(self, weight: PackedWeight, n: int) -> bool:
+        """Whether n tokens of integer inputs are faster than the floats they stand for."""
+
+    def integer_matmul(self, x: Tensor, scale: Tensor, offset: Tensor, weight: PackedWeight) -> Tensor:
+        """As `matmul` for inputs scale[n] · (x[n] + offset[n]), x int8."""
+
+
+@dataclass(frozen=True)
+class SmallInts:
+    """Integers [G, rows] of ``width`` 1, 2, 4 or 8 bits, those of consecutive groups in one byte: uint8 [ceil(G·width/8), rows]."""
+
+    data: Tensor
+    width: int
+    n_groups: int
+
+    def expand(self) -> Tensor:
+        """The integers, uint8 [G, rows]."""
+        per = 8 // self.width
+        parts = [(self.data >> (p * self.width)) & (2**self.width - 1) for p in range(per)]
+        return torch.stack(parts, 1).flatten(0, 1)[: self.n_groups]
+
+
+def pack_small(values: Tensor, bits: int) -> SmallInts:
+    """Integers [G, rows] below 2^bits in the narrowest width that divides a byte."""
+    width = next(w for w in (1, 2, 4, 8) if w >= bits)
+    per, values = 8 // width, values.to(torch.uint8)
+    padded = F.pad(values, (0, 0, 0, -values.shape[0] % per)).view(-1, per, values.shape[1])
+    data = padded[:, 0].clone()
+    for p in range(1, per):
+        data |= padded[:, p] << (p * width)
+    return SmallInts(data, width, values.shape[0])
+
+
+@dataclass(frozen=True)
+class PackedGrid:
+    """Scales and zero points, groups first.
+
+    scale [G, rows] float16, or float32 where that would round them. zero: [G, rows], or one number for all (symmetric).
+    codes, step: scales in few bits are scale + codes · step, with scale and step [G, ceil(out / shared)] (SpQR).
+    """
+
+    scale: Tensor
+    zero: SmallInts | int
+    codes: SmallInts | None = None
+    step: Tensor | None = None
+    shared: int = 1
+
+    def scales(self) -> Tensor:
+        """Float32 [G, rows]."""
+        if self.codes is None or self.step is None:
+            return self.scale.float()
+        rows = self.codes.data.shape[1]
+        base, step = (t.float().repeat_interleave(self.shared, 1) for t in (self.scale, self.step))
+        base, step = (F.pad(t, (0, max(0, rows - t.shape[1])))[:, :rows] for t in (base, step))
+        return base + self.codes.expand().float() * step
+
+    def zeros(self) -> Tensor:
+        """Float32 [G, rows] or [1, 1]."""
+        if isinstance(self.zero, int):
+            return torch.full((1, 1), float(self.zero), device=self.scale.device)
+        return self.zero.expand().float()
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept."""
+        small = [part.data for part in (self.zero, self.codes) if isinstance(part, SmallInts)]
+        return [self.scale, *small, *([] if self.step is None else [self.step])]
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """Outliers in compressed rows: rows int32 [out + 1], columns int16 holding unsigned numbers (int32 above 65536
+    columns), values float16 or float32."""
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def column_numbers(self) -> Tensor:
+        """Columns as int64."""
+        return self.columns.long() & 0xFFFF if self.columns.dtype == torch.int16 else self.columns.long()
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """weight [out, in] with the outliers added in place."""
+        row = torch.repeat_interleave(torch.arange(weight.shape[0], device=weight.device), self.rows.long().diff())
+        return weight.index_put_((row, self.column_numbers()), self.values.to(weight.dtype), accumulate=True)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x float32 [n, in] times the outliers: float32 [n, out]; products of so many tokens at a time as fit in
+        PRODUCTS bytes."""
+        columns, values, rows = self.column_numbers(), self.values.float()[:, None], self.rows.long()
+        step = max(1, PRODUCTS // (4 * max(1, columns.numel())))
+        out = x.new_empty(x.shape[0], rows.numel() - 1)
+        for own in (slice(first, first + step) for first in range(0, x.shape[0], step)):
+            products = x[own].T[columns].mul_(values)
+            out[own] = torch.segment_reduce(products, "sum", offsets=rows, axis=0).T
+        return out
+
+
+@dataclass(frozen=True)
+class PackedColumns:
+    """Outliers that are whole columns: columns int32 [k], values float16 or float32 [out, k]."""
+
+    columns: Tensor
+    values: Tensor
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """weight [out, in] with the outliers added in place."""
+        return weight.index_add_(1, self.columns.long(), self.values.to(weight.dtype))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x float32 [n, in] times the outliers: float32 [n, out]."""
+        return x[:, self.columns.long()] @ self.values.float().T
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A linear's weight, packed for one device.
+
+    group: columns of a group, filled up to a multiple of 4. order: int64 [in], columns sorted by group where they are not.
+    """
+
+    layout: Layout
+    bits: int
+    n_out: int
+    n_in: int
+    group: int
+    stored: tuple[Tensor, ...]
+    grid: PackedGrid
+    order: Tensor | None = None
+    outliers: SparseRows | PackedColumns | None = None
+
+    @property
+    def n_groups(self) -> int:
+        """Groups along the inputs."""
+        return self.grid.scale.shape[0]
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """int8 [columns]: one for every column of the weight, zero where groups are filled up."""
+        return self.arranged(torch.ones(1, self.n_in, dtype=torch.int8, device=self.grid.scale.device))[0]
+
+    def nbytes(self) -> int:
+        """Memory of all of it."""
+        parts = [*self.stored, *self.grid.tensors()]
+        if self.outliers is not None:
+            parts += [t for t in vars(self.outliers).values() if isinstance(t, Tensor)]
+        if self.order is not None:
+            parts.append(self.order)
+        return sum(part.nbytes for part in parts)
+
+    def arranged(self, columns: Tensor) -> Tensor:
+        """[n, in] in the order of the codes, filled up with zeros: [n, columns]."""
+        if self.order is not None:
+            columns = columns[:, self.order]
+        return arrange(columns, self.n_groups, self.group)
+
+    def codes(self) -> Tensor:
+        """The codes uint8 [out, in] again, columns sorted by group."""
+        codes = self.layout.unpack(self.stored, self.bits)[: self.n_out, : self.n_groups * self.group]
+        own = -(-self.n_in // self.n_groups)
+        return codes.view(self.n_out, self.n_groups, self.group)[:, :, :own].flatten(1)[:, : self.n_in]
+
+    def dequantize(self) -> Tensor:
+        """The weight float32 [out, in], with its outliers."""
+        own = -(-self.n_in // self.n_groups)
+
+        def of_columns(values: Tensor) -> Tensor:
+            return values.expand(self.n_groups, -1).repeat_interleave(own, 0).T[: self.n_out, : self.n_in]
+
+        values = (self.codes().float() - of_columns(self.grid.zeros())) * of_columns(self.grid.scales())
+        if self.order is not None:
+            values = torch.empty_like(values).index_copy_(1, self.order, values)
+        return values if self.outliers is None else self.outliers.add_to(values)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [n, in] times the weight transposed, float32 [n, out]."""
+        y = self.layout.matmul(self.arranged(x), self)[:, : self.n_out]
+        return y if self.outliers is None else y + self.outliers.matmul(x.float())
+
+    def integer_matmul(self, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """As `matmul` for inputs scale[n] · (x[n] + offset[n]), x int8 [n, in]."""
+        y = self.layout.integer_matmul(self.arranged(x), scale, offset, self)[:, : self.n_out]
+        if self.outliers is None:
+            return y
+        return y + self.outliers.matmul((x.float() + offset[:, None]) * scale[:, None])
+
+
+def arrange(columns: Tensor, n_groups: int, group: int) -> Tensor:
+    """[n, in], sorted by group, with every group filled up to ``group`` and all to a multiple of WORD, by zeros."""
+    n, n_in = columns.shape
+    own = -(-n_in // n_groups)
+    if own != group:
+        columns = F.pad(F.pad(columns, (0, own * n_groups - n_in)).view(n, n_groups, own), (0, group - own)).flatten(1)
+    total = -(-n_groups * group // WORD) * WORD
+    return F.pad(columns, (0, total - columns.shape[1])).contiguous()
+
+
+def floats_of(x: Tensor, scale: Tensor, offset: Tensor, weight: PackedWeight) -> Tensor:
+    """What arranged integer inputs stand for; columns that fill up stay zero."""
+    return (x.float() + offset[:, None]) * scale[:, None] * weight.ones
+
+
+class Expanded:
+    """The plainest layout, a byte a code, for devices without kernels, and the reference of the others."""
+
+    def pack(self, codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+        """As they are."""
+        return (codes,)
+
+    def unpack(self, stored: tuple[Tensor, ...], bits: int) -> Tensor:
+        """As they are."""
+        return stored[0]
+
+    def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """The equation of this file, group by group."""
+        codes = self.unpack(weight.stored, weight.bits).float()
+        scale, zero = weight.grid.scales(), weight.grid.zeros().expand(weight.n_groups, -1)
+        y = torch.zeros(x.shape[0], codes.shape[0], device=x.device)
+        for g in range(weight.n_groups):
+            own = slice(g * weight.group, (g + 1) * weight.group)
+            part = x[:, own].float()
+            y += scale[g] * (part @ codes[:, own].T - zero[g] * part.sum(1, keepdim=True))
+        return y
+
+    def takes_integers(self, weight: PackedWeight, n: int) -> bool:
+        """Never."""
+        return False
+
+    def integer_matmul(self, x: Tensor, scale: Tensor, offset: Tensor, weight: PackedWeight) -> Tensor:
+        """By the floats that the integers stand for."""
+        return self.matmul(floats_of(x, scale, offset, weight), weight)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight stays packed.
+
+    floats, integers: how inputs are quantized, as the values they stand for or as `IntegerInputs`; None leaves them.
+    """
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Tensor | None = None,
+        floats: Callable[[Tensor], Tensor] | None = None,
+        integers: Callable[[Tensor], IntegerInputs] | None = None,
+    ) -> None:
+        super().__init__()
+        self.packed, self.bias, self.floats, self.integers = weight, bias, floats, integers
+        self.in_features, self.out_features = weight.n_in, weight.n_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out], in x's dtype."""
+        rows: Any = x.reshape(-1, x.shape[-1])
+        if self.integers is not None and self.packed.layout.takes_integers(self.packed, rows.shape[0]):
+            y = self.packed.integer_matmul(*self.integers(rows))
+        else:
+            y = self.packed.matmul(rows if self.floats is None else self.floats(rows))
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y.view(*x.shape[:-1], -1).to(x.dtype)

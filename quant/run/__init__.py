@@ -1,0 +1,1 @@
+"""One run from its configuration to results.json and a checkpoint; resumable."""

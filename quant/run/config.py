@@ -1,0 +1,183 @@
+"""What a run is told, and whether a checkpoint format can hold what comes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from data.corpora import is_file
+from quant.blocks.actquant import ActSpec
+from quant.core.errors import InputError
+from quant.core.places import Place
+from quant.core.types import QuantSpec
+from quant.export import DEQUANTIZED, refusal
+from quant.export.formats import Content
+from quant.export.runtimes import nearest, objections
+from quant.learn.learner import Learning
+from quant.learn.transforms import TransformSpec
+from quant.run.directory import Record
+from quant.run.stored import Allowed, taken
+from quant.solvers import get_solver, solver_options
+
+FULL_BITS = 16  # --wbits 16: nothing is quantized, the base model is evaluated
+DEFAULT_MAX_SEQLEN = 2048
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is told. Paths are as given; ``options`` are the solver's own keyword options.
+
+    method names the run; solver, where it is not the method itself, rounds. learning, act: see `Recipe`. resume: a run
+    directory whose learned parameters are the start. format: of the checkpoint in ``save``; fallback: the format to
+    save in where an answer turns out not to fit the first (None: that is a failure); target: the software that is to
+    load it. packed: evaluate with packed weights, as they would be used. act_scales, act_shifts: files of
+    generate_act_scale_shift.py. deterministic: on CUDA, only deterministic algorithms.
+    """
+
+    model: str
+    dataset: str = "c4"
+    seed: int = 0
+    nsamples: int = 128
+    seqlen: int | None = None
+    method: str = "quantease"
+    wbits: int = FULL_BITS
+    group_size: int = -1
+    symmetric: bool = False
+    range: str = "minmax"
+    levels: int | None = None
+    solver: str | None = None
+    learning: Learning | None = None
+    act: ActSpec = field(default_factory=ActSpec)
+    resume: Path | None = None
+    act_scales: Path | None = None
+    act_shifts: Path | None = None
+    attn_implementation: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    true_sequential: bool = False
+    num_layers: int = 1000
+    eval_datasets: tuple[str, ...] = ("wikitext2", "ptb", "c4")
+    limit: int | None = None
+    full_precision_eval: bool = True
+    tasks: tuple[str, ...] = ()
+    task_path: Path | None = None
+    num_fewshot: int | None = None
+    data_dir: Path | None = None
+    cache_dir: Path = Path.home() / ".cache" / "llm-quantizer"
+    device: str = "auto"
+    dtype: str = "auto"
+    solver_precision: str = "highest"
+    activation_store: str = "cpu"
+    calib_batch: int = 4
+    runs: Path = Path("runs")
+    run_dir: Path | None = None
+    save: Path | None = None
+    format: str = DEQUANTIZED
+    fallback: str | None = None
+    target: str | None = None
+    packed: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    deterministic: bool = False
+
+    def to_json(self) -> Record:
+        """The configuration as JSON can hold it; `from_json` takes it back."""
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        found: Record = json.loads(json.dumps(plain))
+        return found
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any], origin: str, allowed: Allowed) -> RunConfig:
+        """A configuration that was kept by `to_json`, as far as it may count: see `taken`; places to write are this
+        version's defaults. Raises InputError where an entry is unknown."""
+        found = taken(stored, origin, allowed)
+        kinds = {f.name: str(f.type) for f in fields(cls)}
+        unknown = sorted(set(found) - set(kinds))
+        if unknown:
+            raise InputError(f"the run was made by another version: unknown entry {unknown[0]!r}")
+        values: dict[str, Any] = {}
+        for name, value in found.items():
+            if "Path" in kinds[name] and value is not None:
+                value = Path(value)
+            elif kinds[name].startswith("tuple"):
+                value = tuple(value)
+            elif name == "act":
+                value = ActSpec(**value)
+            elif name == "learning" and value is not None:
+                transform = value["transform"]
+                spec = TransformSpec(**{**transform, "kinds": tuple(transform["kinds"])})
+                value = Learning(**{**value, "transform": spec})
+            values[name] = value
+        return cls(**values)
+
+    @property
+    def quantizes(self) -> bool:
+        """False where only the base model is evaluated."""
+        return self.wbits != FULL_BITS or self.act.active or self.learning is not None
+
+
+def stores_of(config: RunConfig) -> int:
+    """How many sets of hidden states of the calibration windows a run holds at a time."""
+    learning = config.learning
+    return 1 if learning is None else 2 + learning.augmented + learning.attention
+
+
+def places_read(config: RunConfig) -> list[Place]:
+    """The paths that a run reads: what the hub or the project holds under a name has none."""
+    data = (*((config.dataset,) if config.quantizes else ()), *config.eval_datasets)
+    found = [Place("--model", Path(config.model))] if Path(config.model).is_dir() else []
+    found += [Place("the data file", Path(source)) for source in dict.fromkeys(data) if is_file(source)]
+    named = (("--data-dir", config.data_dir), ("--task-path", config.task_path), ("--act-scales", config.act_scales),
+             ("--act-shifts", config.act_shifts), ("--resume", config.resume))  # fmt: skip
+    return found + [Place(flag, path) for flag, path in named if path is not None]
+
+
+def places_written(config: RunConfig) -> list[Place]:
+    """The paths that a run writes to."""
+    named = (("--run-dir", config.run_dir), ("--save", config.save), ("--cache-dir", config.cache_dir))
+    return [Place(flag, path) for flag, path in named if path is not None]
+
+
+def spec_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec | None:
+    """The grid asked for; None where weights stay. Raises InputError for none that there is, or that does not fit a linear."""
+    if config.wbits == FULL_BITS:
+        return None
+    where = "the grid"
+    try:
+        spec = QuantSpec(config.wbits, config.group_size, config.symmetric, config.range, config.levels)
+        for where, (_, n_in) in shapes.items():  # noqa: B007
+            spec.n_groups(n_in)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+    return spec
+
+
+def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int, model_type: str) -> Content:
+    """What a checkpoint of a configuration has to hold, before work begins. Raises InputError where `spec_of` does."""
+    options = config.options
+    ordered = options.get("static_groups") or options.get("group_aware") or config.group_size == -1
+    return Content(
+        spec_of(config, shapes),
+        shapes,
+        config.act,
+        reordered=bool(options.get("act_order")) and not ordered,
+        outliers=options.get("outlier", 0) > 0
+        or "scale_bits" in solver_options(get_solver(config.solver or config.method)),
+        online=config.learning is not None and config.learning.transform.norm_matrix,
+        whole=config.num_layers >= n_blocks,
+        model_type=model_type,
+        true_sequential=config.true_sequential,
+        static_groups=bool(options.get("static_groups")),
+    )
+
+
+def check_format(config: RunConfig, content: Content) -> None:
+    """Raise InputError where the format cannot hold the content, or the target does not take it in that format."""
+    if against := refusal(config.format, content):
+        raise InputError(f"format {config.format}: {against}")
+    if config.target is not None and (found := objections(config.target, config.format, content)):
+        near = nearest(config.target, config.format, content)
+        hint = f"; it takes {near}" if near else ""
+        raise InputError(f"--target {config.target}: with --format {config.format}, it {'; '.join(found)}{hint}")

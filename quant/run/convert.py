@@ -1,0 +1,180 @@
+"""One set of codes in another format: from a run directory, or from a checkpoint, without rounding anything."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.checkpoint import RESULTS
+from models.load import LazyModel, load_model, load_tokenizer
+from quant.core.errors import InputError
+from quant.core.files import check_space, json_sha256, read_json
+from quant.core.places import Place, check_places
+from quant.core.types import QuantizedWeight
+from quant.export import PACKED, refusal
+from quant.export.formats import Content, Layers
+from quant.export.read import QuantizedCheckpoint, open_checkpoint
+from quant.export.target import check_target, settle
+from quant.export.write import (
+    copied_files,
+    entries,
+    layers_of,
+    model_config,
+    model_side_files,
+    packed_entries,
+    save_checkpoint,
+    size_of,
+)
+from quant.run.config import RunConfig, check_format, content_of
+from quant.run.packed_model import FinishedRun, open_run
+from quant.run.results import is_whole
+
+log = logging.getLogger(__name__)
+CONVERTED = "converted_sha256"  # entry of results.json: hash of what decides a conversion
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "generation_config.json",
+    "*.model",
+    "merges.txt",
+    "vocab.*",
+    "*.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A source that was opened and found to fit a format. entries, config, side_files, results: of the checkpoint;
+    digest: of what decides it; size: of its tensors, in bytes."""
+
+    content: Content
+    entries: Callable[[], Iterator[tuple[str, Tensor]]]
+    config: Mapping[str, Any]
+    side_files: Callable[[Path], None]
+    results: Mapping[str, Any]
+    digest: str
+    size: int
+
+
+def convert(
+    source: Path,
+    kind: str,
+    target: Path,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    cache_dir: Path = RunConfig.cache_dir,
+) -> Content:
+    """Write ``source`` in a format to ``target``; returns what it holds. What is there already, of this source in this
+    format and whole, stays. Raises InputError where that cannot be."""
+    check_places([Place("the source", source)], [Place("--out", target), Place("--cache-dir", cache_dir)])
+    settle(target)
+    if (source / "manifest.json").exists():
+        run = open_run(source, cache_dir, trust_remote_code=trust_remote_code)
+        if Path(run.config.model).is_dir():
+            check_places([Place("the model of the run", Path(run.config.model))], [Place("--out", target)])
+        found = _of_run(run, kind)
+    elif (source / "config.json").exists():
+        found = _of_checkpoint(source, kind, trust_remote_code, cache_dir)
+    else:
+        raise InputError(f"{source} is neither a run directory (manifest.json) nor a checkpoint (config.json)")
+    if overwrite or not is_whole(target, {CONVERTED: found.digest}):
+        if others := check_target(target, overwrite):
+            log.warning("%s: files of others stay: %s", target, ", ".join(file.name for file in others))
+        check_space(target, found.size)
+        results = dict(found.results) | {"format": kind, CONVERTED: found.digest}
+        save_checkpoint(found.entries(), target, found.config, found.side_files, results)
+    return found.content
+
+
+def _of_run(run: FinishedRun, kind: str) -> Conversion:
+    model, n_blocks = run.model, run.n_blocks
+    config = replace(run.config, format=kind, target=None)
+    content = content_of(config, model.linear_shapes(), len(model.blocks), model.config.model_type)
+    check_format(config, content)
+
+    def replaced(index: int) -> Mapping[str, Any]:
+        if index >= n_blocks:
+            return {}
+        solved = {f"{name}.weight": weight for name, weight in run.directory.read_weights(index).items()}
+        return run.directory.read_changed(index) | solved
+
+    tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
+    return Conversion(
+        content,
+        lambda: packed_entries(entries(model, replaced), kind, content, model.storage_dtype),
+        model_config(model, kind, content, n_blocks),
+        model_side_files(model, tokenizer),
+        run.results,
+        json_sha256(
+            {"run": run.results.get("configuration_sha256"), "codes": run.results.get("codes_sha256"), "to": kind}
+        ),
+        size_of(model, kind, content, layers_of(model, n_blocks)),
+    )
+
+
+def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: Path) -> Conversion:
+    declared = read_json(source / "config.json")
+    digest = {"config": json_sha256(declared), "to": kind}
+    if not declared.pop("quantization_config", None):
+        raise InputError(f"{source} is a plain checkpoint: there are no codes to convert; quantize it")
+    model = load_model(str(source), dtype=None, cache_dir=cache_dir, opener=open_checkpoint,
+                       trust_remote_code=trust_remote_code)  # fmt: skip
+    checkpoint = model.checkpoint
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    layers = _layers_in(model, checkpoint)
+    content = checkpoint.content(whole=not any(name.startswith(f"{layers.blocks}.") for name in layers.untouched))
+    if against := refusal(kind, content):
+        raise InputError(against)
+    if kind in PACKED:
+        declared["quantization_config"] = PACKED[kind].config(content, layers)
+    sides = copied_files(source, declared, SIDE_FILES)
+
+    def side_files(directory: Path) -> None:
+        for file in sides:
+            shutil.copy(file, directory)
+
+    old = source / RESULTS
+    return Conversion(
+        content,
+        lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype),
+        declared,
+        side_files,
+        read_json(old) if old.exists() else {},
+        json_sha256(digest | {"weights": checkpoint.sha256()}),
+        size_of(model, kind, content, layers),
+    )
+
+
+def _layers_in(model: LazyModel, checkpoint: QuantizedCheckpoint) -> Layers:
+    """The linears of the module, by whether the checkpoint has them quantized. Raises InputError for quantized tensors
+    that are no linear of it.
+    """
+    prefix, quantized = f"{model.module.base_model_prefix}.", set(checkpoint.linears)
+    linears = [name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)]
+    spelt = {name: {name, name.removeprefix(prefix), prefix + name} & quantized for name in linears}
+    if strange := quantized - set().union(*spelt.values()):
+        raise InputError(f"{checkpoint.path}: {min(strange)} is quantized, but is no linear of the model")
+    done, rest = ([name for name in linears if bool(spelt[name]) == held] for held in (True, False))
+    return Layers(done, rest, model.family.blocks, len(model.blocks))
+
+
+def same_codes(first: QuantizedWeight, second: QuantizedWeight) -> bool:
+    """Whether two answers hold the same codes, scales, zero points, groups and outliers on the same grid. How the range
+    of a grid was found is not told by a checkpoint, and not compared; a grid is its codes and groups, whatever named them.
+    """
+    grids = [(w.spec.bits, w.spec.levels, w.spec.group_size, w.spec.symmetric, w.grid.qmax) for w in (first, second)]
+    pairs = [(first.codes, second.codes), (first.grid.scale, second.grid.scale), (first.grid.zero, second.grid.zero),
+             (first.grid.g_idx, second.grid.g_idx)]  # fmt: skip
+    if grids[0] != grids[1] or (first.outliers is None) != (second.outliers is None):
+        return False
+    if first.outliers is not None and second.outliers is not None:
+        pairs += [(first.outliers.index, second.outliers.index), (first.outliers.value, second.outliers.value)]
+    return all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)

@@ -1,0 +1,299 @@
+"""The run directory: what is on disk is whole, or is not there.
+
+manifest.json, journal.jsonl, blocks/NNNNN.safetensors, results.json. Every file is written to a temporary name,
+synced and renamed. A block's file carries its journal lines, so the journal is rebuilt from the blocks when a
+killed run is continued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from quant.blocks.stream import STORE
+from quant.core.errors import InputError
+from quant.core.files import (
+    RECORD,
+    RECORD_LOCK,
+    TEMPORARY,
+    check_plain_file,
+    locked,
+    owned,
+    read_json,
+    sha256_of_file,
+    unlink_all,
+    write_atomically,
+    write_json,
+)
+from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
+
+Record = dict[str, Any]
+SCHEMA = 1
+LOCK = "run.lock"
+OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD)
+BLOCK_FILE = re.compile(r"[0-9]{5,}\.safetensors")
+CHANGED, LEARNED = "changed/", "learned/"  # prefixes of a block file's other tensors
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """What stays in memory of a finished block: its journal records, seconds by stage, a hash of what is deployed,
+    and how learning went (losses, events)."""
+
+    records: list[Record]
+    seconds: Mapping[str, float]
+    codes_sha256: str
+    learning: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RunDirectory:
+    """One run on disk. ``open`` decides whether there is something to continue."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.blocks = path / "blocks"
+        self._verified: set[int] = set()  # blocks whose tensors had their hash when they were first read
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory, and keep other processes out of it. Raises InputError where the place cannot be written, or
+        another process holds it."""
+        with ExitStack() as stack:
+            try:
+                self.blocks.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path / LOCK, f"the run directory {self.path}"))
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise InputError(f"cannot write the run directory {self.path}: {reason}; use --run-dir") from error
+            yield
+
+    def open(self, manifest: Record, overwrite: bool) -> list[Path]:
+        """Start a run, or continue the one that is here if its configuration is the same. overwrite: discard that one,
+        file by file; returns what else lies there, which stays.
+
+        Raises InputError with the differences if it is another, or if what is here is not a run.
+        """
+        self._check_links()
+        previous, others = self.read("manifest.json"), self._others()
+        if previous is None and others:
+            raise InputError(
+                f"{self.path} holds other files ({others[0].name}, ...); give --run-dir an empty directory"
+            )
+        if previous is not None:
+            check_manifest(previous, self.path / "manifest.json")
+        if previous is not None and overwrite:
+            self._discard()
+            previous = None
+        unlink_all(self._leftovers())
+        if previous is None:
+            write_json(self.path / "manifest.json", manifest)
+            return others
+        old, new = previous["configuration"], manifest["configuration"]
+        changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        if changed:
+            raise InputError(
+                f"{self.path} holds a run of another configuration ({'; '.join(changed)}); "
+                "use another --run-dir, or --overwrite to discard it"
+            )
+        return others
+
+    def _own(self) -> list[Path]:
+        """The files here that a run writes: those of fixed names, blocks, and pages as they were written."""
+        named = [self.path / name for name in OWN_FILES if (self.path / name).exists()]
+        blocks = [file for file in self.blocks.iterdir() if BLOCK_FILE.fullmatch(file.name)]
+        record = owned(self.path)
+        pages = [self.path / name for name, hashes in record.items() if _is_one_of(self.path / name, hashes)]
+        return [*named, *blocks, *pages, *self._leftovers()]
+
+    def _leftovers(self) -> list[Path]:
+        """Temporary files of a process that was killed; what it wrote was to get a name of a run's files."""
+        loose = {*OWN_FILES, STORE, *owned(self.path)}
+        places = (self.path, loose.__contains__), (self.blocks, BLOCK_FILE.fullmatch)
+        return [
+            file
+            for directory, is_own in places
+            for file in directory.iterdir()
+            if (match := TEMPORARY.fullmatch(file.name)) and is_own(match["name"])
+        ]
+
+    def _others(self) -> list[Path]:
+        """What lies here and is not a run's."""
+        own = {*self._own(), self.blocks, self.path / LOCK, self.path / RECORD_LOCK}
+        return sorted(file for file in (*self.path.iterdir(), *self.blocks.iterdir()) if file not in own)
+
+    def _discard(self) -> None:
+        """Delete the files of the run, the manifest last: until then it says whose the others are."""
+        manifest = self.path / "manifest.json"
+        unlink_all(file for file in self._own() if file != manifest)
+        unlink_all([manifest])
+        self._verified.clear()
+
+    def _check_links(self) -> None:
+        """Raise InputError where a name of a run's files is a link: writing there would write somewhere else."""
+        for file in (self.blocks, *(self.path / name for name in OWN_FILES)):
+            if file.is_symlink():
+                raise InputError(f"{file} is a link to another place: give --run-dir another directory")
+
+    def read(self, name: str) -> Record | None:
+        """A JSON file of the run, or None if it is not there. Raises InputError if it is damaged."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return read_json(path)
+        except InputError as error:
+            raise InputError(f"{error}; give another run directory, or move the file away") from error
+
+    def block_file(self, index: int) -> Path:
+        """Where block ``index`` is kept."""
+        return self.blocks / f"{index:05d}.safetensors"
+
+    def finished_blocks(self) -> list[BlockSummary]:
+        """The leading blocks that are done; the journal is rewritten to hold exactly their lines."""
+        done: list[BlockSummary] = []
+        while self.block_file(len(done)).exists():
+            done.append(self.read_summary(len(done)))
+        lines = [json.dumps(record) + "\n" for block in done for record in block.records]
+        write_atomically(self.path / "journal.jsonl", "".join(lines).encode())
+        return done
+
+    def write_block(
+        self,
+        index: int,
+        weights: Mapping[str, QuantizedWeight],
+        records: list[Record],
+        seconds: Mapping[str, float],
+        *,
+        changed: Mapping[str, Tensor] | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        learning: Mapping[str, Any] | None = None,
+    ) -> BlockSummary:
+        """Keep a finished block, then add its lines to the journal.
+
+        changed: what is deployed otherwise than in the checkpoint, besides the solved linears. learned: parameters to
+        continue from.
+        """
+        tensors = {CHANGED + name: tensor.cpu().contiguous() for name, tensor in (changed or {}).items()}
+        linears: dict[str, Any] = {}
+        for name, weight in weights.items():
+            grid = weight.grid
+            parts = {"codes": weight.codes, "scale": grid.scale, "zero": grid.zero, "g_idx": grid.g_idx}
+            linears[name] = {"spec": weight.spec.to_json(), "qmax": grid.qmax, "info": dict(weight.info)}
+            if weight.outliers is not None:
+                parts |= {"outlier_index": weight.outliers.index, "outlier_value": weight.outliers.value}
+                linears[name]["whole_columns"] = weight.outliers.whole_columns
+            if grid.bilevel is not None:
+                level = grid.bilevel
+                parts |= {"scale_codes": level.codes, "scale_base": level.base, "scale_step": level.step}
+                linears[name]["bilevel"] = {"bits": level.bits, "rows": level.rows}
+            tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
+        summary = BlockSummary(records, dict(seconds), _digest(tensors), dict(learning or {}))
+        tensors |= {LEARNED + name: tensor.cpu().contiguous() for name, tensor in (learned or {}).items()}
+        metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(asdict(summary))}
+        write_atomically(self.block_file(index), save(tensors, metadata))
+        self._verified.discard(index)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(self.path / "journal.jsonl", flags, 0o666), "w") as stream:
+            stream.write("".join(json.dumps(record) + "\n" for record in records))
+        return summary
+
+    def read_summary(self, index: int) -> BlockSummary:
+        """Records, seconds and hash of a finished block, without its tensors."""
+        with self._opened(index) as file:
+            return BlockSummary(**json.loads(file.metadata()["summary"]))
+
+    def read_weights(self, index: int) -> dict[str, QuantizedWeight]:
+        """The solved linears of a finished block, by name. Raises InputError where they are not those that were solved."""
+        with self._opened(index) as file:
+            self._verify(index, file)
+            entries = json.loads(file.metadata()["linears"])
+            return {name: _quantized(file, name, entry).check() for name, entry in entries.items()}
+
+    def read_changed(self, index: int) -> dict[str, Tensor]:
+        """What a finished block deploys otherwise than the checkpoint, besides the solved linears."""
+        with self._opened(index) as file:
+            self._verify(index, file)
+        return self._read_prefixed(index, CHANGED)
+
+    def read_learned(self, index: int) -> dict[str, Tensor]:
+        """The learned parameters of a finished block."""
+        return self._read_prefixed(index, LEARNED)
+
+    def _verify(self, index: int, file: Any) -> None:
+        """Raise ValueError where what a block deploys has not the hash that was kept with it; once a block."""
+        if index in self._verified:
+            return
+        names = [name for name in file.keys() if not name.startswith(LEARNED)]  # noqa: SIM118
+        if (
+            _digest({name: file.get_tensor(name) for name in names})
+            != json.loads(file.metadata()["summary"])["codes_sha256"]
+        ):
+            raise ValueError("its tensors have another hash than when they were written")
+        self._verified.add(index)
+
+    def _read_prefixed(self, index: int, prefix: str) -> dict[str, Tensor]:
+        with self._opened(index) as file:
+            return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Any]:
+        """A block's file. Raises InputError if it is damaged or not there."""
+        path = self.block_file(index)
+        check_plain_file(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except FileNotFoundError as error:
+            raise InputError(f"{path} is missing; the command of the run solves it again") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}); delete it and the later blocks, and run the command of that run again"
+            ) from error
+
+
+def check_manifest(manifest: Record, path: Path) -> None:
+    """Raise InputError for a manifest that no run wrote: other programs have files of this name too."""
+    parts = ("request", "configuration", "model", "versions")
+    if manifest.get("schema") != SCHEMA or not all(isinstance(manifest.get(part), dict) for part in parts):
+        raise InputError(f"{path} is not the manifest of a run: give another directory")
+
+
+def _is_one_of(path: Path, hashes: list[str]) -> bool:
+    return path.is_file() and not path.is_symlink() and sha256_of_file(path) in hashes
+
+
+def _quantized(file: Any, name: str, entry: Record) -> QuantizedWeight:
+    """One linear of an opened block file."""
+
+    def part(which: str) -> Tensor:
+        tensor: Tensor = file.get_tensor(f"{name}.{which}")
+        return tensor
+
+    bilevel = outliers = None
+    if "bilevel" in entry:
+        bilevel = BilevelScales(part("scale_codes"), part("scale_base"), part("scale_step"), **entry["bilevel"])
+    if "whole_columns" in entry:
+        outliers = Outliers(part("outlier_index"), part("outlier_value"), entry["whole_columns"])
+    grid = Grid(part("scale"), part("zero"), part("g_idx"), entry["qmax"], bilevel)
+    return QuantizedWeight(part("codes"), grid, QuantSpec(**entry["spec"]), entry["info"], outliers)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
+    return digest.hexdigest()

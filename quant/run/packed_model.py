@@ -1,0 +1,162 @@
+"""What was quantized, by block: from a run directory or a checkpoint; and a whole model in memory with its linears packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.load import LazyModel, Weights, load_model
+from quant.blocks.actquant import ActSpec, Deployed
+from quant.core.errors import InputError
+from quant.core.types import QuantizedWeight
+from quant.export.read import QuantizedCheckpoint, open_checkpoint
+from quant.kernels.matmul.pack import pack_block
+from quant.kernels.matmul.weight import PackedWeight
+from quant.run.config import FULL_BITS, RunConfig
+from quant.run.directory import RunDirectory, check_manifest
+from quant.run.stored import Allowed
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized model: answers of a block's linears by name, what else a block deploys otherwise, activations."""
+
+    model: LazyModel
+    solved: Callable[[int], Mapping[str, QuantizedWeight]]
+    changed: Callable[[int], Mapping[str, Tensor]]
+    act: ActSpec
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run directory with results, and its model."""
+
+    config: RunConfig
+    model: LazyModel
+    directory: RunDirectory
+    n_blocks: int
+    results: dict[str, Any]
+
+    def quantized(self) -> Quantized:
+        """Its answers; none for blocks that were left alone."""
+
+        def read(method: Callable[[int], Any]) -> Callable[[int], Any]:
+            return lambda index: method(index) if index < self.n_blocks else {}
+
+        directory = self.directory
+        return Quantized(self.model, read(directory.read_weights), read(directory.read_changed), self.config.act)
+
+
+def open_run(
+    source: Path, cache_dir: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> FinishedRun:
+    """A finished run. Raises InputError where it is not finished, or its model is not the same any more.
+
+    The run says which model it was made of (the hash is checked); cache_dir and trust_remote_code are the caller's.
+    """
+    directory = RunDirectory(source)
+    manifest, results = directory.read("manifest.json"), directory.read("results.json")
+    origin = source / "manifest.json"
+    if manifest is None:
+        raise InputError(f"{source} is no run directory: it has no manifest.json")
+    check_manifest(manifest, origin)
+    if results is None:
+        raise InputError(f"{source} has no results.json: the run is not finished; the same command continues it")
+    try:
+        # Nothing of what a request names but the model is read here.
+        allowed = Allowed(trust_remote_code, paths=True)
+        config = RunConfig.from_json(manifest["request"], str(origin), allowed)
+        expected, n_blocks = manifest["model"]["sha256"], int(manifest["configuration"]["blocks"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{origin} is no manifest of a run ({error}); run it again") from error
+    if config.wbits == FULL_BITS:
+        raise InputError(f"{source}: no weight was quantized there")
+    biases = config.learning is not None and config.learning.transform.shift
+    model = load_model(config.model, dtype=dtype, cache_dir=cache_dir, biases=biases,
+                       trust_remote_code=config.trust_remote_code)  # fmt: skip
+    if model.checkpoint.sha256() != expected:
+        raise InputError(f"{config.model} is not the model of the run any more: its weights have another hash")
+    return FinishedRun(config, model, directory, n_blocks, results)
+
+
+def open_quantized(
+    source: str, cache_dir: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> Quantized:
+    """A run directory, a quantized checkpoint, or a plain one, of which nothing is packed."""
+    if (Path(source) / "manifest.json").exists():
+        return open_run(Path(source), cache_dir, dtype, trust_remote_code).quantized()
+    model = load_model(source, dtype=dtype, cache_dir=cache_dir, opener=open_checkpoint,
+                       trust_remote_code=trust_remote_code)  # fmt: skip
+    return of_checkpoint(model)
+
+
+def of_checkpoint(model: LazyModel) -> Quantized:
+    """The answers in the model's own checkpoint; none if it is plain."""
+    checkpoint = model.checkpoint
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return Quantized(model, lambda index: {}, lambda index: {}, ActSpec())
+    return Quantized(model, lambda index: checkpoint.solved(model, index), lambda index: {}, checkpoint.act)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A model in memory. weights: of its blocks as `instrumented` takes them, by block.linear names, packed ones packed.
+
+    packed_bytes: of the packed linears; stored_bytes: what they would take in storage; other_bytes: everything else.
+    """
+
+    module: nn.Module
+    blocks: nn.Module
+    weights: Deployed
+    act: ActSpec
+    packed_bytes: int
+    stored_bytes: int
+    other_bytes: int
+
+
+def load_resident(quantized: Quantized, device: torch.device) -> Resident:
+    """Bring a model into memory, block by block, with its linears packed."""
+    model = quantized.model
+    state: Weights = {}
+    packed: dict[str, PackedWeight] = {}
+    packed_bytes = stored_bits = 0
+    outside = model.outside_weights(device)
+    for index in range(len(model.blocks)):
+        solved = quantized.solved(index)
+        own = model.block_weights(index, device, without=[f"{name}.weight" for name in solved])
+        own |= {name: t.to(device, model.dtype) for name, t in quantized.changed(index).items()}
+        linears = pack_block(solved, device)
+        packed_bytes += sum(weight.nbytes() for weight in linears.values())
+        stored_bits += sum(weight.storage_bits() for weight in solved.values())
+        state |= {f"{index}.{name}": tensor for name, tensor in own.items()}
+        packed |= {f"{index}.{name}": weight for name, weight in linears.items()}
+    blocks = model.blocks
+    _assign(model.module, outside)
+    held = {name for name, _ in [*blocks.named_parameters(), *blocks.named_buffers()]}
+    _assign(blocks, {name: tensor for name, tensor in state.items() if name in held})
+    others = sum(t.nbytes for t in {t.data_ptr(): t for t in [*outside.values(), *state.values()]}.values())
+    return Resident(
+        model.module, blocks, {**state, **packed}, quantized.act, packed_bytes, (stored_bits + 7) // 8, others
+    )
+
+
+def _assign(module: nn.Module, tensors: Weights) -> None:
+    """Put tensors where parameters and buffers of these names are; tied ones stay tied."""
+    tied: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            tied.setdefault(id(parameter), []).append((owner, name))
+    for full, tensor in tensors.items():
+        owner_name, _, name = full.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if name in owner._buffers:
+            owner._buffers[name] = tensor
+            continue
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for place, own_name in tied[id(owner._parameters[name])]:
+            place._parameters[own_name] = parameter

@@ -1,0 +1,256 @@
+"""`--dry-run`: what a run would take, from the model's configuration and rates measured on this machine.
+
+Memory (bytes)
+  block       parameters of a block x bytes of the arithmetic's dtype
+  statistics  4·in² for every Gram matrix alive: all groups of a block, or the largest with --true-sequential
+  solver      of the linear and the phase that take most; a = 4·out·in, g = 4·in², the Gram matrix itself is statistics'
+              every method, measuring the error   3.25·a (weight, codes, values, error), 2·a more with groups
+              gptq, spqr: factorization           a + 2·g (permuted copy and factor), g more with a column order
+                          sweep                   3.25·a + g (weight, work, errors, codes; factor), a more with an order;
+                                                  spqr 8.25·a + g at its end
+              quantease   descent                 5·a (weight, target, residual, correlation, codes); 7·a in
+                                                  gptq_quantease, 10·a with a searched or refitted grid, 14·a with
+                                                  outliers; 2·g more with a refitted grid or outliers, g with act-order
+                          act-order               2·a + 2·g while the Gram matrix is permuted
+              workspaces of the libraries' factorizations are not in it
+  batch       --calib-batch x seqlen x (8·hidden + 3·widest linear) x bytes of the dtype
+  learning    4·6 for every parameter of a block (original, transformed, rounded, and what their gradients need) and
+              --batch_size x seqlen x (17·hidden + 2.5·heads·seqlen) x bytes of the dtype for the backward pass
+              (Korthikanti et al. 2022, equation 2)
+  quantized   codes, scales, zero points; 16 bits for every number of a matrix behind a norm; with --outlier of
+              quantease 32 bits more for each outlier (16 for each weight of an outlier column); spqr's outliers depend
+              on the weights and are not in it
+  device      block + the largest of statistics + solver, statistics + batch, and learning + embeddings and head while they are in use
+  host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
+              two of them, one more for --aug_loss and one for an attention loss
+Time (seconds)
+  calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
+              --true-sequential one partial pass a group), at the measured matrix-product rate of the dtype;
+              Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate
+  solve       out·(a·in + b·in²), a and b from the solver itself timed on two small layers
+  learn       4·2·parameters flops a token and epoch (forward, backward, the loss at the end of the epoch), 5 with an
+              attention loss, and one pass for the targets
+  evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set
+The rates come from a fraction of a second of work; expect the estimate within a factor of two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import family_of
+from models.load import build_meta
+from quant.core.gram import BLOCK, LayerStats
+from quant.core.types import QuantSpec
+from quant.export import DEQUANTIZED
+from quant.export.formats import Content
+from quant.learn.transforms import check_seams
+from quant.run.config import (
+    DEFAULT_MAX_SEQLEN,
+    FULL_BITS,
+    RunConfig,
+    check_format,
+    content_of,
+    stores_of,
+)
+from quant.solvers import get_solver, solver_options
+
+EVAL_TOKENS = 300_000  # about WikiText-2's test split
+SAMPLES = (512, 1024)  # inputs of the two layers that a solver is timed on
+SAMPLE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a model: blocks, parameters of one block and outside, linears as groups of (name, out, in), norms of a
+    block that a matrix may stand behind."""
+
+    n_blocks: int
+    block: int
+    outside: int
+    hidden: int
+    max_length: int
+    groups: list[list[tuple[str, int, int]]]
+    heads: int = 1
+    norms: int = 0
+
+    @property
+    def linears(self) -> list[tuple[str, int, int]]:
+        """All linears of a block."""
+        return [linear for group in self.groups for linear in group]
+
+
+def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
+    """Sizes from a configuration alone; no weights are needed."""
+    family = family_of(config.model_type)
+    module = build_meta(config, torch.float32, trust_remote_code)
+    blocks = module.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    found = dict(blocks[0].named_modules())
+    groups = [
+        [(name, found[name].out_features, found[name].in_features) for name in group] for group in family.groups(config)
+    ]
+    per_block = sum(p.numel() for p in blocks[0].parameters())
+    outside = sum(p.numel() for p in module.parameters()) - per_block * len(blocks)
+    longest = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQLEN)
+    heads = family.heads(config).q[1].shape[0]
+    norms = sum(seam.kind == "norm" for seam in family.seams(config))
+    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups, heads, norms)
+
+
+def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """flop/s of matrix products on this machine, in the arithmetic's dtype and in float32."""
+    size = 2048 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device)
+    half = a.to(dtype)
+    return 2 * size**3 / _seconds(lambda: half @ half, device), 2 * size**3 / _seconds(lambda: a @ a, device)
+
+
+def solver_cost(device: torch.device, config: RunConfig) -> tuple[float, float]:
+    """(a, b): the solver takes out·(a·in + b·in²) seconds on this machine."""
+    if config.wbits == FULL_BITS:
+        return 0.0, 0.0
+    solver = get_solver(config.solver or config.method)
+    spec = QuantSpec(config.wbits, -1, config.symmetric, config.range, config.levels)
+    seconds = []
+    for n_in in SAMPLES:
+        stats = LayerStats(n_in, device)
+        stats.update(torch.randn(2 * n_in, n_in, device=device))
+        weight = torch.randn(SAMPLE_ROWS, n_in, device=device)
+        work = partial(solver, weight, stats, spec, **config.options)
+        seconds.append(_seconds(work, device, repeats=1))
+    (p, r), (t, u) = SAMPLES, (x / SAMPLE_ROWS for x in seconds)
+    b = max(0.0, (u / r - t / p) / (r - p))
+    return max(0.0, t / p - b * p), b
+
+
+def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+    """Best of a few runs, after one to warm up."""
+    best = float("inf")
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        result = work()
+        if isinstance(result, Tensor):
+            result.flatten()[0].item()  # waits for the device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def estimate(
+    config: RunConfig, shapes: Shapes, itemsize: int, rates: tuple[float, float], cost: tuple[float, float]
+) -> dict[str, float]:
+    """Bytes and seconds of a run; see the module's text for the formulas."""
+    seqlen = config.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
+    n_blocks, tokens = min(config.num_layers, shapes.n_blocks), config.nsamples * seqlen
+    grams = [4 * group[0][2] ** 2 for group in shapes.groups]
+    statistics = max(grams) if config.true_sequential else sum(grams)
+    workspace = max(solver_bytes(config, out, n_in) for _, out, n_in in shapes.linears)
+    widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
+    batch = config.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
+    weights = sum(out * n_in for _, out, n_in in shapes.linears)
+    code_bits, side = 16, 0.0
+    if config.wbits != FULL_BITS:
+        spec = QuantSpec(config.wbits, config.group_size, config.symmetric, levels=config.levels)
+        code_bits, group_bits = spec.code_bits, 16 + (0 if spec.symmetric else spec.code_bits)
+        side = sum(out * spec.n_groups(n_in) * group_bits for _, out, n_in in shapes.linears)
+        if (config.solver or config.method) == "quantease":  # spqr's option of that name is a threshold, no share
+            each = 16 if config.options.get("structure_outlier") else 32
+            side += weights * config.options.get("outlier", 0.0) * each
+    if config.learning is not None and config.learning.transform.norm_matrix:
+        side += 16 * shapes.norms * shapes.hidden**2
+
+    sizes = [sum(out * n_in for _, out, n_in in group) for group in shapes.groups]
+    before = [sum(sizes[:i]) / weights for i in range(len(sizes))]  # share of the block in front of each group
+    passes = 1 + (sum(before) if config.true_sequential else 1)
+    forward = n_blocks * tokens * 2 * shapes.block * passes / rates[0]
+    gram = n_blocks * tokens * sum(_gram_flops(group[0][2]) for group in shapes.groups) / rates[1]
+    solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
+    learn, learning = _learning(config, shapes, tokens, seqlen, itemsize)
+    variants = 2 if config.full_precision_eval else 1
+    evaluated = EVAL_TOKENS * len(config.eval_datasets) * variants
+    total_parameters = shapes.outside + shapes.block * shapes.n_blocks
+    evaluate = evaluated * 2 * total_parameters / rates[0]
+    return {
+        "device bytes: block": shapes.block * itemsize,
+        "device bytes: statistics": statistics,
+        "device bytes: solver": workspace,
+        "device bytes: batch": batch,
+        **({"device bytes: learning": learning} if config.learning else {}),
+        "device bytes: peak": max(
+            shapes.block * itemsize + max(statistics + workspace, statistics + batch, learning),
+            shapes.outside * itemsize + batch,
+        ),
+        f"{'disk' if config.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
+        * shapes.hidden
+        * itemsize
+        * stores_of(config),
+        "disk bytes: run directory": n_blocks * weights,
+        "disk bytes: checkpoint": total_parameters * 2 if config.save else 0,
+        "quantized bytes": n_blocks * (weights * code_bits + side) / 8,
+        "bits per weight": code_bits + side / weights,
+        "seconds: forward": forward,
+        "seconds: gram": gram,
+        "seconds: solve": solve,
+        **({"seconds: learn": learn / rates[0]} if config.learning else {}),
+        "seconds: evaluate": evaluate,
+        "seconds: total": forward + gram + solve + evaluate + learn / rates[0],
+    }
+
+
+def solver_bytes(config: RunConfig, n_out: int, n_in: int) -> float:
+    """Bytes of the largest phase of solving one linear, without its Gram matrix; see the module's text."""
+    options = solver_options(get_solver(config.solver or config.method)) | dict(config.options)  # also those not given
+    area, square = 4.0 * n_out * n_in, 4.0 * n_in**2
+    factorizes = "percdamp" in options
+    ordered = bool(options.get("act_order") or options.get("group_aware"))
+    phases = [(3.25 if config.group_size == -1 else 5.25) * area]
+    if factorizes:
+        phases += [area + (2 + ordered) * square, (3.25 + ordered) * area + square]
+    if "scale_bits" in options:
+        phases.append(8.25 * area + square)
+    if "num_iter" in options:
+        outlier, refit = options.get("outlier", 0.0) > 0, options.get("refit_grid", False)
+        areas = 14 if outlier else 10 if refit or options.get("search_grid") else 7 if factorizes else 5
+        permuted = ordered and not factorizes
+        phases += [areas * area + (2 * (outlier or refit) + permuted) * square, 2 * (area + square) * permuted]
+    return max(phases)
+
+
+def _learning(config: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize: int) -> tuple[float, float]:
+    """flops of all blocks, and bytes on the device, that learning takes."""
+    learning = config.learning
+    if learning is None:
+        return 0.0, 0.0
+    passes = 1 + learning.augmented + learning.epochs * (5 if learning.attention else 4)
+    kept = learning.batch * seqlen * (17 * shapes.hidden + 2.5 * shapes.heads * seqlen) * itemsize
+    flops = min(config.num_layers, shapes.n_blocks) * tokens * 2.0 * shapes.block * passes
+    return flops, 24 * shapes.block + kept
+
+
+def _gram_flops(n_in: int) -> float:
+    blocks = -(-n_in // BLOCK)
+    return n_in**2 * (1 + 1 / blocks)
+
+
+def checked_contents(configs: Sequence[RunConfig], shapes: Shapes, model_config: Any) -> list[tuple[str, Content]]:
+    """Format and content of a checkpoint of every configuration that quantizes. Raises InputError where `Session` would:
+    for seams that are not there, groups that do not divide, and formats that are to be written."""
+    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
+    found = []
+    for config in (c for c in configs if c.quantizes):
+        if config.learning is not None:
+            check_seams(family_of(model_config.model_type), model_config, config.learning.transform)
+        content = content_of(config, named, shapes.n_blocks, model_config.model_type)
+        if config.save is not None or config.target is not None or config.format != DEQUANTIZED:
+            check_format(config, content)
+        found.append((config.format, content))
+    return found

@@ -1,0 +1,68 @@
+"""Repeat a run from its manifest, and say whether the result is identical."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from quant.core.errors import InputError
+from quant.core.places import Place, check_places
+from quant.run.config import RunConfig
+from quant.run.directory import RunDirectory, check_manifest
+from quant.run.session import Session
+from quant.run.stored import NOTHING_ALLOWED, Allowed
+
+NUMBERS = ("codes_sha256", "bits_per_weight", "perplexity", "fidelity", "zero_shot", "mean_relative_error")
+
+
+def repeat(
+    run: Path, into: Path, allowed: Allowed = NOTHING_ALLOWED, cache_dir: Path = RunConfig.cache_dir
+) -> list[str]:
+    """Run the configuration of ``run`` again in ``into``; return a line for everything that differs.
+
+    Raises InputError where the run is unfinished, or its model or data have changed, or where it asks for what
+    ``allowed`` does not allow.
+    """
+    source = RunDirectory(run)
+    manifest, before = source.read("manifest.json"), source.read("results.json")
+    if manifest is None:
+        raise InputError(f"{run} has no manifest that says what was asked for")
+    check_manifest(manifest, run / "manifest.json")
+    if before is None:
+        raise InputError(f"{run} was not finished; run its command again first")
+    config = RunConfig.from_json(manifest["request"], str(run / "manifest.json"), allowed)
+    config = replace(config, run_dir=into, cache_dir=cache_dir)
+    check_places([Place("the run", run)], [Place("--into", into)])
+    session = Session(config)
+    changed = [
+        f"{key}: {manifest['configuration'].get(key)} -> {value}"
+        for key, value in session.configuration(config).items()
+        if manifest["configuration"].get(key) != value
+    ]
+    if changed:
+        raise InputError(f"{run} cannot be repeated as it was: {'; '.join(changed)}")
+    after = session.run(config)
+    found = [
+        f"block {index}: other codes"
+        for index in range(manifest["configuration"]["blocks"])
+        if _codes(source, index) != _codes(RunDirectory(into), index)
+    ]
+    return found + [f"{key}: {before[key]} -> {after[key]}" for key in NUMBERS if before[key] != after[key]]
+
+
+def _codes(run: RunDirectory, index: int) -> str:
+    """The hash of a block's codes, after they were read and found to have it."""
+    run.read_weights(index)
+    return run.read_summary(index).codes_sha256
+
+
+def versions_that_differ(run: Path, into: Path) -> list[str]:
+    """Packages, threads and hardware that are not those of the first run: where to look if results differ."""
+    first, second = (RunDirectory(path).read("manifest.json") for path in (run, into))
+    assert first is not None and second is not None
+    return [
+        f"{key} {first[part].get(key)} -> {second[part].get(key)}"
+        for part in ("versions", "hardware")
+        for key in first[part]
+        if first[part].get(key) != second[part].get(key)
+    ]

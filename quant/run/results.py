@@ -1,0 +1,118 @@
+"""What a run says of itself: manifest.json before the work, results.json after it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from data.calibration import Tokens
+from models.checkpoint import RESULTS, unlike_written
+from models.load import LazyModel
+from quant.core import env
+from quant.core.files import read_json
+from quant.export.read import QuantizedCheckpoint
+from quant.kernels.columns import describe as describe_kernels
+from quant.run.config import RunConfig
+from quant.run.directory import BlockSummary, Record
+
+
+def manifest_of(
+    config: RunConfig,
+    configuration: Record,
+    model: LazyModel,
+    device: torch.device,
+    calibration: Tokens | None,
+    evaluation: Iterable[Tokens],
+) -> Record:
+    """The command, the configuration, and what it runs on and with. configuration: what decides the codes."""
+    return {
+        "schema": 1,
+        "command": sys.argv,
+        "request": config.to_json(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "configuration": configuration,
+        "seed": config.seed,
+        "model": {
+            "id": config.model,
+            "sha256": configuration["model_sha256"],
+            "model_type": model.config.model_type,
+            "added_biases": len(model.added),
+        },
+        "calibration": calibration and {"name": calibration.name} | _described(calibration),
+        "evaluation": {tokens.name: _described(tokens) for tokens in evaluation},
+        "versions": env.versions(),
+        "commit": env.commit(),
+        "hardware": env.describe(device),
+        "kernels": describe_kernels(device),
+    }
+
+
+def _described(tokens: Tokens) -> Record:
+    return {
+        "protocol": tokens.protocol,
+        "sha256": tokens.sha256,
+        "text_sha256": tokens.text_sha256,
+        "shape": list(tokens.ids.shape),
+    }
+
+
+def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel) -> Record:
+    """The entries of results.json that come from the codes and the journal."""
+    records = [record for block in blocks for record in block.records]
+    bits = sum(r["storage_bits"] for r in records)
+    count = sum(r["shape"][0] * r["shape"][1] for r in records)
+    stored = torch.finfo(model.storage_dtype).bits
+    learned = [block.learning for block in blocks if block.learning]
+    if not records:  # nothing was solved: the linears of these blocks stay in the checkpoint's dtype
+        count = len(blocks) * sum(out * n_in for out, n_in in model.linear_shapes().values())
+        bits = stored * count
+    bits += 16 * sum(log["online_parameters"] for log in learned)
+    if not count and isinstance(model.checkpoint, QuantizedCheckpoint):
+        bits, count = model.checkpoint.storage()
+    seconds = {k: sum(block.seconds.get(k, 0.0) for block in blocks) for k in ("forward", "gram", "solve", "learn")}
+    digest = hashlib.sha256("".join(block.codes_sha256 for block in blocks).encode()).hexdigest()
+    return {
+        "schema": 1,
+        "method": config.method if config.quantizes else "base",
+        "wbits": config.wbits,
+        "abits": config.act.bits,
+        "kv_bits": config.act.kv_bits,
+        "solver": config.solver or config.method,
+        "options": dict(config.options),
+        "group_size": config.group_size,
+        "symmetric": config.symmetric,
+        "bits_per_weight": bits / count if count else float(stored),
+        "outlier_share": sum(r["outlier_share"] * r["shape"][0] * r["shape"][1] for r in records) / count
+        if records
+        else 0.0,
+        "entropy_bits": math.log2(config.levels or 2**config.wbits) if records else None,
+        "quantized_bytes": (bits + 7) // 8,
+        "checkpoint_bytes": 0,
+        "codes_sha256": digest,
+        "zero_shot": {},
+        "mean_relative_error": sum(r["relative_error"] for r in records) / len(records) if records else 0.0,
+        "learning": learned,
+        "verdicts": {v: sum(r["verdict"] == v for r in records) for v in ("ok", "look", "bad")},
+        "seconds": seconds
+        | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0, "tasks": 0.0},
+    }
+
+
+def is_saved(save: Path, digest: str, kinds: Collection[str]) -> bool:
+    """Whether ``save`` holds, whole and unchanged, the checkpoint of the configuration with this hash in one of these
+    formats."""
+    return any(is_whole(save, {"configuration_sha256": digest, "format": kind}) for kind in kinds)
+
+
+def is_whole(directory: Path, entries: Record) -> bool:
+    """Whether a directory holds a whole and unchanged checkpoint whose results.json has these entries."""
+    path = directory / RESULTS
+    found = read_json(path) if path.exists() else {}
+    same = all(found.get(key) == value for key, value in entries.items())
+    return same and bool(found.get("files_sha256")) and unlike_written(directory, found) is None

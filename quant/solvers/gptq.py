@@ -1,0 +1,132 @@
+"""GPTQ: column-by-column rounding; later columns take up the errors of earlier ones (GPTQ, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quant.core.gram import LayerStats
+from quant.core.grid import fit_grid, fit_scale_zero
+from quant.core.linalg import damped_factor
+from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.kernels.columns import ColumnGrid, kernels
+from quant.solvers import solver
+
+Fit = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # weights [out, n] of a group, its columns -> scale, zero [out]
+
+
+@solver("gptq")
+def gptq(
+    weight: Tensor,
+    stats: LayerStats,
+    spec: QuantSpec,
+    *,
+    grid: Grid | None = None,
+    percdamp: float = 0.01,
+    auto_damp: bool = False,
+    act_order: bool = False,
+    static_groups: bool = False,
+    group_aware: bool = False,
+    block_size: int = 128,
+) -> QuantizedWeight:
+    """Round weight [out, in] left to right; the errors of the columns so far are taken up by the next ones.
+
+    With Σ + percdamp·mean(diag Σ)·I = V Vᵀ, V upper triangular, column k is rounded at w_k + Σ_{j<k} (w_j - ŵ_j)
+    V_jk / V_kk. That is GPTQ's answer (there w_k -= e_j U_jk with the factor U of the inverse) from one factorization
+    and no inverse (QuIP shows that its LDLQ equals GPTQ). Group grids are fitted to the
+    compensated weights when the sweep reaches the group, unless static_groups fits them to the original
+    weights. act_order visits columns by decreasing Gram diagonal and forms groups in that order (checkpoints must
+    then store the order); with group_aware, whole groups by decreasing sum of their diagonal and columns by
+    decreasing diagonal inside, so that column i stays in group i // group_size. Raises SingularGramError, see there.
+    Deviation: a dead column keeps its nearest code (the released code sets it to zero).
+    """
+    weight = weight.detach().float()
+    stats.check()
+    order = visiting_order(stats.diagonal, spec, act_order, group_aware)
+    gram = stats.gram[order][:, order] if act_order or group_aware else stats.gram
+    upper, used_damp = damped_factor(gram, percdamp, auto_damp)
+    del gram
+    fit: Fit | None = None
+    if grid is None:
+        if not static_groups and spec.group_size != -1:
+            importance = stats.diagonal[order]
+            fit = lambda part, columns: fit_scale_zero(part, spec, importance[columns])  # noqa: E731
+        grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
+    visited = replace(grid, g_idx=grid.g_idx[order])
+    target = weight[:, order] if act_order or group_aware else weight
+    codes, scale, zero, _, _ = feedback_rounding(target, upper, visited, spec, fit, block_size)
+    fitted = Grid(scale, zero.to(torch.int32), grid.g_idx, grid.qmax)
+    return QuantizedWeight(codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
+
+
+def visiting_order(diagonal: Tensor, spec: QuantSpec, act_order: bool, group_aware: bool = False) -> Tensor:
+    """The order [in] in which columns are visited. Raises ValueError for two orders at once."""
+    if act_order and group_aware:
+        raise ValueError("act_order and group_aware are two orders of the columns: give one of them")
+    n_in = diagonal.numel()
+    if not (act_order or group_aware):
+        return torch.arange(n_in, device=diagonal.device)
+    if act_order or spec.group_size == -1:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    groups = diagonal.view(spec.n_groups(n_in), -1)
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    columns = inside + torch.arange(0, n_in, groups.shape[1], device=diagonal.device)[:, None]
+    return columns[torch.argsort(groups.sum(1), descending=True, stable=True)].flatten()
+
+
+def feedback_rounding(
+    weight: Tensor,
+    upper: Tensor,
+    grid: Grid,
+    spec: QuantSpec,
+    fit: Fit | None,
+    block_size: int,
+    outlier_above: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """GPTQ's sweep over weight [out, in] in visiting order, whose groups are contiguous if ``fit`` is given.
+
+    upper: V of the damped Gram matrix; consumed. fit: called when the sweep reaches a group, with its compensated weights;
+    without it ``grid`` stays as it is. outlier_above float32 [in]: see `Kernels.gptq_`. Returns codes uint8 [out, in],
+    scale and zero float32 [out, G], the compensated weights at which columns were rounded, and the errors
+    (weight minus what is kept) [out, in].
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: use 1 or more columns")
+    work, n_in = weight.clone(memory_format=torch.contiguous_format), weight.shape[1]
+    feedback = upper.div_(upper.diagonal().clone())
+    scale, zero, group = grid.scale.clone(), grid.zero.float(), grid.g_idx
+    codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
+    kernel = kernels(work.device)
+    # Blocks are whole groups, so that a group's weights are fully compensated when its grid is fitted.
+    size = n_in // grid.n_groups if fit is not None else block_size
+    block_size = size * max(1, block_size // size)
+    for start in range(0, n_in, block_size):
+        end = min(start + block_size, n_in)
+        for first in range(start, end, size):
+            part = slice(first, min(first + size, end))
+            if fit is not None:
+                g = int(group[first])
+                scale[:, g], zero[:, g] = fit(compensated(weight[:, part], work[:, part], feedback[part, part]), part)
+            columns = ColumnGrid(scale, zero, group[part], grid.qmax)
+            limit = None if outlier_above is None else outlier_above[part]
+            kernel.gptq_(
+                work[:, part], weight[:, part], feedback[part, part], columns, codes[:, part], errors[:, part], limit
+            )
+            if part.stop < end:
+                work[:, part.stop : end].addmm_(errors[:, part], feedback[part, part.stop : end])
+        if end < n_in:
+            work[:, end:].addmm_(errors[:, start:end], feedback[start:end, end:])
+    return codes, scale, zero, work, errors
+
+
+def compensated(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:
+    """The best values [out, n] of a group's columns given the rounded columns before it, none of the group's rounded.
+
+    ``work`` holds the weights plus the feedback of earlier columns alone; a column also takes up what the columns
+    between change, and does so here as if they were not rounded: weight + (work - weight) · feedback⁻¹.
+    """
+    pushed = torch.linalg.solve_triangular(feedback, work - weight, upper=True, left=False, unitriangular=True)
+    return weight + pushed

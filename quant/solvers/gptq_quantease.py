@@ -1,0 +1,46 @@
+"""GPTQ, then QuantEase: GPTQ's codes, improved by coordinate descent towards the original weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quant.core.gram import LayerStats
+from quant.core.linalg import objective
+from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.solvers import solver
+from quant.solvers.gptq import gptq
+from quant.solvers.quantease import quantease
+
+
+@solver("gptq_quantease")
+def gptq_quantease(
+    weight: Tensor,
+    stats: LayerStats,
+    spec: QuantSpec,
+    *,
+    grid: Grid | None = None,
+    num_iter: int = 30,
+    percdamp: float = 0.01,
+    auto_damp: bool = False,
+    act_order: bool = False,
+    static_groups: bool = False,
+    group_aware: bool = False,
+    refit_grid: bool = False,
+    block_size: int = 128,
+) -> QuantizedWeight:
+    """Sweeps that round every time, from GPTQ's codes on GPTQ's grid (which refit_grid refits), for weight [out, in].
+
+    The target is the original weight. Each step lowers the objective or leaves it; GPTQ's own answer is returned
+    where arithmetic has left it the better one. Raises what `gptq` raises.
+    """
+    start = gptq(
+        weight, stats, spec, grid=grid, percdamp=percdamp, auto_damp=auto_damp, act_order=act_order,
+        static_groups=static_groups, group_aware=group_aware, block_size=block_size,
+    )  # fmt: skip
+    answer = quantease(
+        weight, stats, spec, init=start, num_iter=num_iter, relax=False, refit_grid=refit_grid, block_size=block_size
+    )
+    info = {**start.info, **answer.info}
+    before, after = (objective(weight.detach().float() - a.dequantize(), stats.gram) for a in (start, answer))
+    best = answer if after <= before else start
+    return QuantizedWeight(best.codes, best.grid, spec, info)

@@ -1,0 +1,240 @@
+"""QuantEase: cyclic coordinate descent on the layer objective ‖(W - Ŵ)X‖² (Algorithm 2, accelerated; Algorithm 3).
+
+The exact minimizer of column j, all rows at once, with E = W - Ŵ, Σ = X Xᵀ and C = E Σ:
+
+    u_j = Ŵ_j + C_j / Σ_jj,      Ŵ_j <- Q(u_j)
+
+C is kept up to date. Columns are visited in blocks of B: inside a block only the B x B tile of Σ is needed, after
+it the block's changes ΔE reach the other columns by one product, C += ΔE Σ (2·out·in·B flops, the floor of the
+method, and less where few entries changed). That is the same sequence of coordinate updates as the column-by-column
+loop. No inverse, no factorization, no damping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quant.core.gram import LayerStats
+from quant.core.grid import at_least_finest, fit_grid, refit_scale_zero, round_scale, within_largest
+from quant.core.linalg import largest_eigenvalue
+from quant.core.outliers import kept_outliers
+from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
+from quant.kernels.columns import ColumnGrid, kernels
+from quant.solvers import solver
+
+MAX_ALPHA = 2.0  # a gradient step of alpha / (2 λmax) ends no higher up to here; with the projection, up to 1
+FACTORS, SEARCH_SWEEPS = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15), 3
+
+
+class Descent:
+    """Coordinate descent in progress; columns are in visiting order.
+
+    target [out, in]; residual = target - Ŵ; correlation = residual @ gram; codes uint8, those of the last rounding
+    sweep. free [out, in] bool: entries that are not rounded.
+    """
+
+    def __init__(self, target: Tensor, gram: Tensor, grid: Grid, block_size: int) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size}: use 1 or more columns")
+        self.target, self.gram, self.block_size = target, gram, block_size
+        self.scale, self.zero = grid.scale.clone(), grid.zero.float()
+        self.group, self.qmax = grid.g_idx, grid.qmax
+        self.residual, self.correlation = torch.zeros_like(target), torch.zeros_like(target)
+        self.codes = torch.empty_like(target, dtype=torch.uint8)
+        self.free: Tensor | None = None
+        self.kernels = kernels(target.device)
+
+    def start_from(self, approximation: Tensor) -> None:
+        """Begin at Ŵ [out, in] instead of at the target itself."""
+        self.residual = self.target - approximation
+        self.correlation = self.residual @ self.gram
+
+    def sweep(self, rounding: bool) -> None:
+        """Visit every column once."""
+        for start in range(0, self.target.shape[1], self.block_size):
+            block = slice(start, start + self.block_size)
+            change = self.kernels.coordinate_descent_(
+                self.residual[:, block],
+                self.correlation[:, block],
+                self.target[:, block],
+                self.gram[block, block],
+                ColumnGrid(self.scale, self.zero, self.group[block], self.qmax),
+                self.codes[:, block] if rounding else None,
+                None if self.free is None else self.free[:, block],
+            )
+            self.kernels.propagate_(self.correlation, change, self.gram[block])
+
+    def move_target(self, change: Tensor) -> None:
+        """Add change [out, in] to the target; Ŵ stays."""
+        self.target = self.target + change
+        self.residual += change
+        self.kernels.propagate_(self.correlation, change, self.gram)
+
+    def refit(self, spec: QuantSpec) -> None:
+        """Scale and zero point of every group in closed form for the codes as they are; never raises the objective."""
+        for g in range(self.scale.shape[1]):
+            columns = (self.group == g).nonzero().squeeze(1)
+            offsets = self.codes[:, columns].float() - self.zero[:, g, None]
+            if self.free is not None:
+                offsets.masked_fill_(self.free[:, columns], 0)
+            before = offsets * self.scale[:, g, None]
+            rows = self.gram[columns]
+            self.scale[:, g], shift = refit_scale_zero(
+                offsets, self.scale[:, g], self.zero[:, g], rows[:, columns], self.correlation[:, columns],
+                spec=spec, symmetric=spec.symmetric or self.free is not None,
+            )  # fmt: skip
+            self.zero[:, g] += shift
+            change = before - (offsets - shift[:, None]) * self.scale[:, g, None]
+            self.residual[:, columns] += change
+            self.kernels.propagate_(self.correlation, change, rows)
+
+
+def rounds(sweep: int, num_iter: int) -> bool:
+    """Whether a sweep rounds. Sweeps 1, 4, ..., 25 store the unrounded minimizer (released code's schedule)."""
+    return sweep % 3 != 1 or sweep == num_iter - 1 or sweep > 25
+
+
+def searched(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_size: int) -> Grid:
+    """The grid with each row's scales times the factor whose descent of SEARCH_SWEEPS sweeps ends lowest."""
+    best = torch.full_like(target[:, 0], torch.inf)
+    scale = grid.scale
+    for factor in FACTORS:
+        wanted = at_least_finest(round_scale(grid.scale * factor), spec)
+        trial = replace(grid, scale=within_largest(wanted, grid.zero, spec))
+        descent = Descent(target, gram, trial, block_size)
+        for sweep in range(SEARCH_SWEEPS):
+            descent.sweep(rounds(sweep, SEARCH_SWEEPS))
+        objective = (descent.residual * descent.correlation).sum(1)
+        better = objective < best
+        best = torch.where(better, objective, best)
+        scale = torch.where(better[:, None], trial.scale, scale)
+    return replace(grid, scale=scale)
+
+
+@solver("quantease")
+def quantease(
+    weight: Tensor,
+    stats: LayerStats,
+    spec: QuantSpec,
+    *,
+    grid: Grid | None = None,
+    init: QuantizedWeight | None = None,
+    num_iter: int = 30,
+    relax: bool = True,
+    act_order: bool = False,
+    static_groups: bool = False,
+    search_grid: bool = False,
+    refit_grid: bool = False,
+    outlier: float = 0.0,
+    structure_outlier: bool = False,
+    alpha: float = 1.0,
+    outlier_metric: str = "auto",
+    block_size: int = 128,
+) -> QuantizedWeight:
+    """Coordinate descent from W itself, or from ``init`` (on its grid), for weight [out, in].
+
+    The grid is fitted to the original weights and stays fixed, unless refit_grid refits it to the codes between
+    rounding sweeps. search_grid multiplies the scales of each row by the factor of FACTORS under which a short descent
+    ends lowest. act_order visits columns by decreasing Gram diagonal and forms groups in that order unless
+    static_groups. relax=False rounds in every sweep. Columns with a zero Gram diagonal are rounded to nearest.
+
+    outlier > 0 keeps that share of the weights (or of the columns, structure_outlier) in full precision (Algorithm
+    3): between sweeps the outliers take a projected gradient step of alpha / (2 λmax(Σ)); in the last third of the
+    sweeps their places are fixed and their values descend exactly, as coordinates that are not rounded.
+    Raises ValueError for options that leave nothing to do.
+    """
+    if num_iter < 1:
+        raise ValueError(f"num_iter={num_iter}: coordinate descent needs at least one sweep")
+    if not 0 <= outlier < 1:
+        raise ValueError(f"outlier={outlier:g}: a share of the weights, 0 or more and below 1")
+    if not 0 < alpha <= MAX_ALPHA:
+        raise ValueError(f"alpha={alpha:g}: a step above 0, at most {MAX_ALPHA:g} (beyond it the outliers diverge)")
+    weight = weight.detach().float()
+    stats.check()
+    order = stats.order() if act_order else torch.arange(weight.shape[1], device=weight.device)
+    target, gram = weight[:, order].contiguous(), stats.gram[order][:, order] if act_order else stats.gram
+    metric = outlier_metric if outlier_metric != "auto" else "gram" if structure_outlier else "weight"
+    if metric not in ("weight", "gram"):
+        raise ValueError(f"outlier_metric={outlier_metric!r}: use weight, gram or auto")
+    outliers = OutlierSet(target, gram, outlier, structure_outlier, alpha, metric) if outlier > 0 else None
+    back = torch.argsort(order)
+    if grid is None:
+        inliers = weight if outliers is None else (target - outliers.values)[:, back]
+        formed = order if act_order and not static_groups else None
+        grid = init.grid if init else fit_grid(inliers, spec, stats.diagonal, formed)
+    visited = replace(grid, g_idx=grid.g_idx[order])
+    if search_grid and init is None:
+        inliers = target if outliers is None else target - outliers.values
+        visited = searched(inliers, gram, visited, spec, block_size)
+    descent = Descent(target, gram, visited, block_size)
+    if init is not None:
+        descent.start_from(init.dequantize()[:, order])
+    if outliers is not None:
+        descent.target = target - outliers.values
+    for sweep in range(num_iter):
+        rounding = rounds(sweep, num_iter) or not relax
+        if outliers is not None and sweep == num_iter - num_iter // 3:
+            descent.target, descent.free = target, outliers.chosen  # their places are final: Ŵ takes them in
+        descent.sweep(rounding)
+        if refit_grid and rounding and sweep + 1 < num_iter:
+            descent.refit(spec)
+        if outliers is not None and descent.free is None:
+            outliers.step_(descent)
+    found = None if outliers is None else outliers.collect(descent, back, spec)
+    fitted = Grid(descent.scale, descent.zero.to(torch.int32), grid.g_idx, grid.qmax)
+    return QuantizedWeight(descent.codes[:, back].contiguous(), fitted, spec, {"num_iter": num_iter}, found)
+
+
+class OutlierSet:
+    """H of Algorithm 3: the entries (or columns) of the weight [out, in] that stay in full precision.
+
+    Raises ValueError for a share that leaves nothing to quantize.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, share: float, structured: bool, alpha: float, metric: str) -> None:
+        whole = weight.shape[1] if structured else weight.numel()
+        self.count, self.structured = max(1, round(share * whole)), structured
+        if self.count >= whole:
+            what = "columns" if structured else "weights"
+            raise ValueError(f"outlier={share:g} makes all {whole} {what} outliers and leaves nothing to quantize")
+        if not structured and 2 * self.count >= whole > 2:  # 32 bits each, with their places
+            raise ValueError(
+                f"outlier={share:g}: these outliers alone take the bits of the whole layer and leave nothing to quantize; use a share below 0.5"
+            )
+        # In the metric of the Gram diagonal d, columns count by what they do to the output; the plain one is published.
+        d = gram.diagonal() if metric == "gram" else torch.ones_like(gram.diagonal())
+        self.metric = d.clamp_min(1e-6 * max(float(d.mean()), torch.finfo(torch.float32).tiny))
+        root = self.metric.sqrt()
+        bound = largest_eigenvalue(gram / root / root[:, None])
+        self.step = alpha / (2 * bound * self.metric) if bound > 0 else torch.zeros_like(self.metric)  # all inputs zero
+        self.chosen = self._largest(weight)
+        self.values = weight * self.chosen
+
+    def _largest(self, matrix: Tensor) -> Tensor:
+        """Which entries are in the largest ``count`` ones (or in the ``count`` columns of largest norm)."""
+        mask = torch.zeros_like(matrix, dtype=torch.bool)
+        if self.structured:
+            mask[:, (matrix.square().sum(0) * self.metric).topk(self.count).indices] = True
+        else:
+            mask.view(-1)[(matrix.abs() * self.metric.sqrt()).flatten().topk(self.count).indices] = True
+        return mask
+
+    def step_(self, descent: Descent) -> None:
+        """H <- P(H + step·(W - Ŵ - H)Σ), and the target of the descent with it."""
+        moved = self.values + self.step * descent.correlation
+        self.chosen = self._largest(moved)
+        moved *= self.chosen
+        descent.move_target(self.values - moved)
+        self.values = moved
+
+    def collect(self, descent: Descent, back: Tensor, spec: QuantSpec) -> Outliers:
+        """What must be added to the values of the codes, in the layer's own order of columns."""
+        group = descent.group
+        coded = (descent.codes.float() - descent.zero[:, group]) * descent.scale[:, group]
+        extra = descent.target - descent.residual - coded + (0 if descent.free is not None else self.values)
+        chosen = self.chosen[:, back]
+        extra, coded, step = (t[:, back][chosen] for t in (extra, coded, descent.scale[:, group]))
+        return kept_outliers(chosen, extra, coded, step, spec.largest, whole_columns=self.structured)
