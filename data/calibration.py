@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from data.corpora import check_file, check_name, file_documents, file_stem, hub_documents, is_file, sha256_of
 from quant.core.errors import InputError
+from quant.core.files import temporary_name
 
 KNOWN = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "demo")
 MIXED = ("wikitext2", "ptb", "c4")  # OmniQuant's ``mix``: a third of the windows from each
@@ -238,7 +238,7 @@ def _read_cache(file: Path | None) -> Tensor | None:
 def _write_cache(file: Path, ids: Tensor) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # runs may share a cache
+        temporary = temporary_name(file)  # runs may share a cache
         temporary.write_bytes(save({"ids": ids}, {"format": "pt", "sha256": _sha256(ids)}))
         temporary.replace(file)
     except OSError as error:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.core.errors import InputError
-from quant.core.files import check_plain_file, is_plain_name, json_sha256, locked, read_json, sha256_of_file
+from quant.core.files import check_plain_file, is_plain_name, json_sha256, locked, read_json, resolved, sha256_of_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -52,10 +52,19 @@ def side_files(path: Path) -> Iterator[Path]:
 
 
 def check_own(file: Path, directory: Path) -> None:
-    """Raise InputError for a file of a model that is a link to somewhere else: it would be copied with the model. The
-    hub's cache, whose files are links to the blobs beside the snapshots, is one place."""
-    target, blobs = file.resolve(), directory.resolve().parent.parent / "blobs"
-    if not target.is_relative_to(directory.resolve()) and target.parent != blobs:
+    """Raise InputError for a file of a model that is a link to somewhere else: it would be copied with the model. Links
+    into the hub's cache, and to the file of the same name in another model's directory, are taken for what they are.
+    """
+    target = resolved(file)
+    hub = target.parent.name == "blobs" and (
+        target.parent.parent.name.startswith("models--") or target.parent.parent == directory.resolve().parent.parent
+    )
+    other_model = (
+        target.name == file.name
+        and (target.parent / "config.json").is_file()
+        and any(target.parent.glob("*.safetensors"))
+    )
+    if not (target.is_relative_to(directory.resolve()) or hub or other_model):
         raise InputError(f"{file} is a link to {target}, outside of the model: put a copy of it in its place")
 
 

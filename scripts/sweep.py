@@ -30,11 +30,11 @@ sys.path.insert(0, str(ROOT))  # the command lines are imported for their parser
 
 from quant.cli.terminal import said_of  # noqa: E402
 from quant.core.errors import InputError, RunError, first_line  # noqa: E402
-from quant.core.files import check_owned, check_plain_file, write_owned  # noqa: E402
+from quant.core.files import check_owned, check_plain_file, locked, write_owned  # noqa: E402
 from quant.core.places import Place, check_places  # noqa: E402
-from quant.core.text import markdown_cell  # noqa: E402
+from quant.core.text import markdown_cell, printable  # noqa: E402
 from quant.report.page import open_run, write_report  # noqa: E402
-from quant.run.config import RunConfig  # noqa: E402
+from quant.run.config import RunConfig, places_read  # noqa: E402
 from quant.run.session import FullPrecision, Session  # noqa: E402
 from quant.run.stored import NOTHING_ALLOWED, Allowed, ordered_places, taken  # noqa: E402
 
@@ -292,13 +292,38 @@ def _scalar(path: Path, node: Any, name: str) -> Any:
 
 def check_orders(rows: Sequence[Row], allowed: Allowed = NOTHING_ALLOWED) -> None:
     """Raise InputError, with its place, for an entry of a table that only a flag of this command may say: to run the
-    model's code, to read files, to write or replace something."""
+    model's code, to read files, to write or replace something. What counts is what the command line makes of a row."""
     for row in rows:
-        for name in ordered_places(row.flags):
-            place = row.places.get(name, row.where)
-            raise InputError(f"{place}: {name} says where to write, which a table does not: give it in --flags")
-        for name, value in row.flags.items():
-            taken({name: value}, row.places.get(name, row.where), allowed)
+        given = _given(row)
+        for name in ordered_places(given):
+            raise InputError(
+                f"{_place_of(f'--{name}', row)}: {name} says where to write, which a table does not: give it in --flags"
+            )
+        for name, value in given.items():
+            taken({name: value}, _place_of(f"--{name}", row), allowed)
+
+
+def _given(row: Row) -> dict[str, Any]:
+    """What a row says to its command line, by the parser's own names. Raises InputError where it does not parse."""
+    parser = module_of(row).parser()
+    try:
+        args = vars(parser.parse_args(words_of(row.flags)))
+    except InputError as error:
+        message = first_line(error)
+        raise InputError(f"{_place_of(message, row)}: {message}") from error
+    return {name: value for name, value in args.items() if value != parser.get_default(name)}
+
+
+def module_of(row: Row) -> Any:
+    """The command line of a row. Raises InputError for another one."""
+    import main as learned
+    import model_quantizer
+
+    command = row.flags["command"]
+    if command not in COMMANDS:
+        place = row.places.get("command", row.where)
+        raise InputError(f"{place}: command {command!r}; use {' or '.join(COMMANDS)}")
+    return learned if command == "main.py" else model_quantizer
 
 
 def with_more(rows: Sequence[Row], seeds: Sequence[str], flags: Mapping[str, str]) -> list[Row]:
@@ -312,21 +337,14 @@ def with_more(rows: Sequence[Row], seeds: Sequence[str], flags: Mapping[str, str
 def cells_of(rows: Sequence[Row], out: Path) -> list[Cell]:
     """Rows as configurations, by the command lines' own parsers. Raises InputError naming the row, and the entry if it
     is one of the table."""
-    import main as learned
-    import model_quantizer
-
     found: list[Cell] = []
     seen: dict[str, Row] = {}
     names = dict.fromkeys(name for row in rows for name in row.flags)
     varying = [n for n in names if n != "seed" and (n == "model" or len({row.flags.get(n) for row in rows}) > 1)]
     for row in rows:
-        flags, command = row.flags, row.flags["command"]
-        if command not in COMMANDS:
-            place = row.places.get("command", row.where)
-            raise InputError(f"{place}: command {command!r}; use {' or '.join(COMMANDS)}")
-        module: Any = learned if command == "main.py" else model_quantizer
+        flags = row.flags
         try:
-            config = module.config_from(words_of(flags))
+            config = module_of(row).config_from(words_of(flags))
         except InputError as error:
             message = first_line(error)
             raise InputError(f"{_place_of(message, row)}: {message}") from error
@@ -344,8 +362,12 @@ def cells_of(rows: Sequence[Row], out: Path) -> list[Cell]:
 
 
 def words_of(flags: Mapping[str, str]) -> list[str]:
-    """Flags as the words of a command line."""
-    return [w for k, v in flags.items() if k != "command" for w in ([f"--{k}", v] if v else [f"--{k}"])]
+    """Flags as the words of a command line, of which each is one flag, whatever its value begins with. Raises InputError
+    for names that are none."""
+    for name in flags:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise InputError(f"{name!r} is not the name of a flag")
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in flags.items() if name != "command"]
 
 
 def _place_of(message: str, row: Row) -> str:
@@ -624,6 +646,8 @@ def main() -> None:
     cells = cells_of(
         with_more(rows, [s for s in args.seeds.split(",") if s], flags_of(args.flags, "--flags")), args.out
     )
+    reads = dict.fromkeys(place for cell in cells for place in places_read(cell.config))
+    check_places(reads, [Place("--out", args.out, adds=True)])
     groups, console = groups_of(cells, args.rows_per_task), cli.console()
     if args.dry_run:
         for number, cell in ((number, cell) for number, group in enumerate(groups) for cell in group):
@@ -631,13 +655,15 @@ def main() -> None:
             console.print(f"task {number}: {command}", soft_wrap=True)
         return
     if args.executor == "slurm":
-        sys.stdout.write(slurm(groups, args))
+        script = slurm(groups, args)
+        sys.stdout.write(printable(script, keep="\n") if sys.stdout.isatty() else script)
         return
     if args.only_group is not None:
         if not 0 <= args.only_group < len(groups):
             raise InputError(f"--only-group {args.only_group}: there are {len(groups)} tasks, from 0")
         groups = [groups[args.only_group]]
-    with Board(cells, console) as board:
+    args.out.mkdir(parents=True, exist_ok=True)
+    with locked(args.out / f"{name}.lock", f"the sweep in {args.out}"), Board(cells, console) as board:
         if args.executor == "ray":
             work = with_ray(groups, args, board.moved)
         else:

@@ -34,7 +34,7 @@ from quant.core.errors import InputError
 from quant.core.files import RECORD, check_owned, locked, read_json, resolved, write_atomically, write_owned
 from quant.core.places import Place, check_places
 from quant.export import target as target_module
-from quant.export.target import MARK, OWN, replacing, settle, written_files
+from quant.export.target import HIDDEN, OWN, replacing
 from quant.run.config import RunConfig, places_written
 from quant.run.convert import convert
 from quant.run.directory import LOCK, RunDirectory
@@ -176,9 +176,13 @@ def test_a_run_is_repeated_from_named_files_only_on_demand(command, quick, model
         ("save: /tmp/x", "save says where to write"),
         ("overwrite: true", "overwrite says where to write"),
         ("run_dir: /tmp/x", "run_dir says where to write"),
-        ("cacheDir: /tmp/x", "cacheDir says where to write"),
+        ("cacheDir: /tmp/x", "cache_dir says where to write"),
         ("data-dir: data", "--allow-paths"),
         ("eval-datasets: 'demo,mine.txt'", "--allow-paths"),
+        ("trust-rem: true", "unknown argument"),
+        ("sav: /tmp/x", "unknown argument"),
+        ("sym: --trust-remote-code", "ignored explicit argument"),
+        ("sym: '--save=/tmp/x'", "ignored explicit argument"),
     ],
 )
 def test_a_table_orders_nothing(command, tmp_path, entry, says):
@@ -186,6 +190,14 @@ def test_a_table_orders_nothing(command, tmp_path, entry, says):
     table.write_text(f"fixed:\n  model: models/demo/llama\n  {entry}\nrows: [{{wbits: 3}}]\n")
     one_line(command(sweep, table, "--out", tmp_path / "o", "--dry-run"), f"{table}, line 3, column", says)
     assert not (tmp_path / "o").exists()
+
+
+def test_a_table_has_names_of_flags_alone(command, tmp_path):
+    table = tmp_path / "t.yaml"
+    for name in ("save=/tmp/x", "a b", "", "-x", "--save"):
+        table.write_text(json.dumps({"fixed": {"model": "models/demo/llama", name: True}, "rows": [{"wbits": 3}]}))
+        code, _, err = command(sweep, table, "--out", tmp_path / "o", "--dry-run")
+        assert code == 2 and len(err.splitlines()) == 1, (name, err)
 
 
 # Places are checked against each other
@@ -274,7 +286,7 @@ def contradictions(base: Path) -> Iterator[tuple[object, list[object], tuple[str
         ("--save", "--task-path"),
     )
     yield quantizer, ["--run-dir", base / "a", "--cache-dir", base / "a"], ("--run-dir", "--cache-dir")
-    yield quantizer, ["--run-dir", base / "a", "--cache-dir", model / "c"], ("--cache-dir", "--model")
+    yield quantizer, ["--run-dir", base / "a", "--cache-dir", model], ("--cache-dir", "--model")
     yield quantizer, ["--run-dir", base / "a", "--save", base / "a" / "rtn",
                       "--quantization-method", "rtn,gptq"], ("--run-dir", "--save")  # fmt: skip
     yield quantizer, ["--run-dir", base / "a", "--save", base / "a", "--dry-run"], ("--run-dir", "--save")
@@ -507,8 +519,8 @@ def test_owned_files_survive_a_kill_between_any_two_steps(tmp_path):
         with pytest.raises(InputError, match="was changed since"):
             write_owned(directory, {"b": b"4"})
         assert (directory / "b").read_bytes() == b"mine"
-    for name in ("../x", "a/b", "", ".."):
-        with pytest.raises(InputError, match="is not a file name"):
+    for name in ("../x", "a/b", "", "..", RECORD):
+        with pytest.raises(InputError, match="is not the name of a file"):
             write_owned(tmp_path / "0", {name: b""})
     (tmp_path / "0" / RECORD).write_text(json.dumps({"files": {"../precious": ["0"]}}))
     with pytest.raises(InputError, match="is damaged"):
@@ -711,7 +723,7 @@ def test_convert_killed_at_any_moment_continues(overwrite, exchange, source, tmp
             break
         assert (code, seen) == (-9, kills)
         if overwrite and exchange:
-            left = {k: v for k, v in tree(out).items() if "mine" not in k and k not in ("notes", MARK)}
+            left = {k: v for k, v in tree(out).items() if "mine" not in k and k != "notes" and not k.startswith(HIDDEN)}
             assert left in (old, expected), f"kill {kills}: neither the old nor the new checkpoint is whole"
         kept = [*tmp_path.glob(f"*out-{kills}*/mine.md"), *tmp_path.glob(f".*out-{kills}*/mine.md")]
         assert not overwrite or [p.read_text() for p in {p.resolve() for p in kept}] == ["mine"], f"kill {kills}"
@@ -744,19 +756,155 @@ def test_convert_again_changes_nothing(source, tmp_path):
         convert(out, "bitplane", packed, cache_dir=cache)
 
 
-def test_a_hidden_directory_of_others_is_left_alone(tmp_path):
-    for name in (".s.tmp", ".s.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mine").write_text("mine")
-        (tmp_path / "s").mkdir(exist_ok=True)
-        before = tree(tmp_path)
-        with pytest.raises(InputError, match="was not made by this toolkit: move it away"), replacing(tmp_path / "s"):
-            pass
-        with pytest.raises(InputError, match="move it away"):
-            settle(tmp_path / "s")
+@pytest.mark.parametrize("part", ["new", "old"])
+@pytest.mark.parametrize("kind", ["files", "link", "dangling", "file"])
+def test_hidden_neighbours_of_others_are_left_alone(part, kind, source, tmp_path):
+    """Under the very name that this toolkit would take: it proves its own by a mark, and follows no link."""
+    out, cache = tmp_path / "s", tmp_path / "cache"
+    convert(source, "gptq_v2", tmp_path / "v1", cache_dir=cache)
+    place = tmp_path / f"{HIDDEN}{part}-of-s"
+    if kind == "files":
+        place.mkdir()
+        (place / "mine").write_text("mine")
+    elif kind == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to("v1" if kind == "link" else "nowhere")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="was not made by this toolkit: move it away"):
+        convert(source, "bitplane", out, cache_dir=cache)
+    assert not out.exists()
+    assert {k: v for k, v in tree(tmp_path).items() if k in before} == before
+
+
+def test_backups_and_locks_of_the_person_are_not_taken(source, tmp_path):
+    out, cache = tmp_path / "ck", tmp_path / "cache"
+    convert(source, "bitplane", out, cache_dir=cache)
+    for name in (".ck.old", ".ck.tmp"):
+        shutil.copytree(out, tmp_path / name)
+    (tmp_path / ".ck.lock").write_text("mine")
+    before = tree(tmp_path)
+    for overwrite in (False, True):
+        convert(source, "bitplane", out, overwrite, cache_dir=cache)
         assert tree(tmp_path) == before
-        shutil.rmtree(tmp_path / name)
-    assert written_files(tmp_path / "s") == [] and OWN
+    lock = tmp_path / f"{HIDDEN}lock-of-ck"
+    lock.write_text("mine")
+    with pytest.raises(InputError, match="is not a lock of this toolkit"):
+        convert(source, "bitplane", out, True, cache_dir=cache)
+    assert lock.read_text() == "mine"
+
+
+def test_what_comes_while_a_checkpoint_is_made_is_not_replaced(tmp_path):
+    target = tmp_path / "s"
+    with pytest.raises(InputError, match="is not empty"), replacing(target, overwrite=False) as new:
+        (new / "config.json").write_text("{}")
+        target.mkdir()
+        (target / "theirs").write_text("theirs")
+    assert tree(tmp_path) == {"s": None, "s/theirs": b"theirs"}
+
+
+def test_an_empty_directory_is_filled_where_it_is(command, quick, model_dir, source, tmp_path, monkeypatch):
+    """It may be the working directory, or a mount: its name cannot be given to another."""
+    out = tmp_path / "out"
+    out.mkdir()
+    inode = out.stat().st_ino
+    monkeypatch.setattr(target_module, "_exchange", lambda *_: pytest.fail("exchanged"))
+    convert(source, "bitplane", out, cache_dir=tmp_path / "cache")
+    assert out.stat().st_ino == inode and not [p for p in out.iterdir() if p.name.startswith(".")]
+    kills = 0
+    convert(source, "bitplane", tmp_path / "expected", cache_dir=tmp_path / "cache")
+    while True:
+        place = tmp_path / f"mount-{kills}"
+        place.mkdir()
+        work = lambda place=place: convert(source, "bitplane", place, cache_dir=tmp_path / "cache")  # noqa: E731
+        code, _ = in_a_process(work, kills)
+        if code == 0:
+            break
+        loads = (place / "config.json").exists()
+        assert not loads or tree(tmp_path / "expected").items() <= tree(place).items(), "config.json comes last"
+        work()
+        assert tree(place) == tree(tmp_path / "expected"), f"kill {kills}"
+        kills += 1
+    assert kills > 10
+
+
+def test_a_finished_checkpoint_that_lost_a_file_is_said(command, quick, model_dir, tmp_path):
+    save = tmp_path / "s"
+    assert saved_by_us(command, quick, model_dir("llama"), save, tmp_path)[0] == 0
+    (save / "tokenizer.json").unlink()
+    one_line(saved_by_us(command, quick, model_dir("llama"), save, tmp_path), save, "is not empty")
+    assert saved_by_us(command, quick, model_dir("llama"), save, tmp_path, "--overwrite")[0] == 0
+    for hashes in ([1], {"a\0b": "0"}, {"../../x": "0"}, None):
+        edit_json(save / "results.json", lambda r, hashes=hashes: r.update({OWN: hashes}))
+        code, _, err = saved_by_us(command, quick, model_dir("llama"), save, tmp_path)
+        assert code in (0, 2) and "Traceback" not in err
+    edit_json(save / "results.json", lambda r: r.pop(OWN))
+    assert saved_by_us(command, quick, model_dir("llama"), save, tmp_path)[0] == 0, "of an earlier version"
+
+
+def test_several_chat_templates_are_saved(command, quick, model_dir, tmp_path):
+    model = shutil.copytree(model_dir("llama"), tmp_path / "m")
+    templates = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
+    edit_json(model / "tokenizer_config.json", lambda c: c.update(chat_template=templates))
+    save = tmp_path / "s"
+    for flags in ([], [], ["--overwrite", "--wbits", 4]):
+        assert saved_by_us(command, quick, model, save, tmp_path, *flags)[0] == 0
+        assert (save / "additional_chat_templates" / "rag.jinja").read_text() == "b"
+
+
+def test_files_behind_links_count_as_read(command, quick, model_dir, tmp_path):
+    """--save would take the weights that --model links to."""
+    save, model = tmp_path / "ck", tmp_path / "m"
+    assert saved_by_us(command, quick, model_dir("llama"), save, tmp_path)[0] == 0
+    shutil.copytree(model_dir("llama"), model)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to(save / "model.safetensors")
+    before = tree(save)
+    one_line(saved_by_us(command, quick, model, save, tmp_path, "--overwrite"), "--save", "a file of --model")
+    assert tree(save) == before
+
+
+def test_a_run_directory_of_others_is_looked_at_before_anything_is_made(command, quick, model_dir, tmp_path):
+    place = tmp_path / "d"
+    place.mkdir()
+    (place / "run.lock").write_text("precious")
+    one_line(command(model_quantizer, "--model", model_dir("llama"), *quick, "--run-dir", place), "run.lock")
+    (place / "thesis").write_text("precious")
+    one_line(command(model_quantizer, "--model", model_dir("llama"), *quick, "--run-dir", place), "thesis")
+    assert tree(place) == {"run.lock": b"precious", "thesis": b"precious"}
+
+
+def test_everyday_places_are_taken(command, quick, model_dir, text, tmp_path, monkeypatch):
+    """The model's directory as the working directory, data beside runs, a cache anywhere."""
+    model = shutil.copytree(model_dir("llama"), tmp_path / "m")
+    at_default = quick[:-2]
+    monkeypatch.setattr(RunConfig, "cache_dir", tmp_path / "cache", raising=False)
+
+    def here(directory: Path, *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, words)])
+        monkeypatch.chdir(directory)
+        return guarded(model_quantizer.main), "", ""
+
+    assert here(model, "--model", ".", *at_default, "--cache-dir", "cache")[0] == 0
+    assert (model / "runs").is_dir() and (model / "cache").is_dir()
+    (tmp_path / "data").mkdir()
+    shutil.copy(text, tmp_path / "data")
+    words = [
+        "--model",
+        model_dir("llama"),
+        *at_default,
+        "--data-dir",
+        ".",
+        "--cache-dir",
+        "cache",
+        "--run-dir",
+        "out/run",
+    ]
+    assert here(tmp_path / "data", *words)[0] == 0
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert here(empty, "--model", model_dir("llama"), *quick, "--run-dir", tmp_path / "r", "--save", ".")[0] == 0
+    assert (empty / "config.json").exists() and Path.cwd() == empty
 
 
 # One process a run directory

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 class Parser(argparse.ArgumentParser):
     """Accepts --group-size, --group_size and --groupsize alike; a misspelt flag is answered with the nearest one."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse after bringing every flag to its declared spelling."""
         given = list(sys.argv[1:] if args is None else args)

@@ -195,6 +195,7 @@ def _take(lock: Path, what: str, until: float) -> int:
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
+            _check_lock_file(descriptor, lock)
             free = _is_free(descriptor, lock)
             if free and _is_still(descriptor, lock):
                 os.ftruncate(descriptor, 0)
@@ -208,6 +209,19 @@ def _take(lock: Path, what: str, until: float) -> int:
         os.close(descriptor)  # taken, or its holder ended and took the name away between the two calls
         if not free:
             time.sleep(0.05)
+
+
+def _check_lock_file(descriptor: int, lock: Path) -> None:
+    """Raise InputError where a file of this name is not a lock of this toolkit: it would be emptied and deleted."""
+    about = os.fstat(descriptor)
+    legal = stat.S_ISREG(about.st_mode) and about.st_nlink <= 1
+    if legal and about.st_size:
+        try:
+            legal = set(json.loads(os.pread(descriptor, 4096, 0).decode())) == {"process", "host"}
+        except ValueError:
+            legal = False
+    if not legal:
+        raise InputError(f"{lock} is in the way and is not a lock of this toolkit: move it away")
 
 
 def _is_free(descriptor: int, lock: Path) -> bool:
@@ -248,11 +262,18 @@ def write_owned(directory: Path, contents: Mapping[str, bytes]) -> None:
     """Write files into a directory that may hold others: what is there under these names goes only if it is, byte for
     byte, what was written here before (RECORD knows). Raises InputError that names the first that is not.
     """
-    if strange := [name for name in contents if not is_plain_name(name)]:
-        raise InputError(f"{strange[0]!r} is not a file name")
+    if strange := [name for name in contents if not is_plain_name(name) or name in (RECORD, RECORD_LOCK)]:
+        raise InputError(f"{strange[0]!r} is not the name of a file that can be written here")
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory / RECORD_LOCK, str(directory), patience=20):
         record = owned(directory)
+        written = {*record, *contents, RECORD}
+        killed = (
+            file
+            for file in directory.iterdir()
+            if (match := TEMPORARY.fullmatch(file.name)) and match["name"] in written
+        )
+        unlink_all(killed)
         for name in contents:
             check_owned(directory / name, record)
         new = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}

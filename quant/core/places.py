@@ -14,13 +14,24 @@ from pathlib import Path
 from quant.core.errors import InputError
 from quant.core.files import resolved
 
+SAME, INSIDE, AROUND = "is the same place as", "lies inside", "contains"
+ALL = frozenset((SAME, INSIDE, AROUND))
+
 
 @dataclass(frozen=True)
 class Place:
-    """A path with the flag that it came from."""
+    """A path with the flag that it came from.
+
+    may: how a place that is written may lie to one that is read all the same. adds: files of their own names come to it
+    and nothing else goes, so that it may lie in and around others of this kind. root: a directory that is read, in which
+    named files are looked for, and into which others may be written.
+    """
 
     flag: str
     path: Path
+    may: frozenset[str] = frozenset()
+    adds: bool = False
+    root: bool = False
 
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
@@ -40,10 +51,12 @@ def check_places(reads: Iterable[Place], writes: Sequence[Place]) -> None:
     sources = list(reads)
     for number, target in enumerate(writes):
         for other in sources:
-            if relation := _relation(target.path, other.path):
+            relation = _relation(target.path, other.path)
+            if relation in ALL - target.may - (frozenset((INSIDE,)) if other.root and target.adds else frozenset()):
                 raise InputError(f"{target} {relation} {other}, which is read: use another place for {target.flag}")
         for other in writes[number + 1 :]:
-            if relation := _relation(target.path, other.path):
+            relation = _relation(target.path, other.path)
+            if relation == SAME or (relation is not None and not (target.adds and other.adds)):
                 raise InputError(
                     f"{target} {relation} {other}, which is written too: use another place for one of them"
                 )
@@ -53,8 +66,8 @@ def _relation(first: Path, second: Path) -> str | None:
     """How two places lie to each other, in words; None where they are apart."""
     inside, around = _is_inside(first, second), _is_inside(second, first)
     if inside and around:
-        return "is the same place as"
-    return "lies inside" if inside else "contains" if around else None
+        return SAME
+    return INSIDE if inside else AROUND if around else None
 
 
 def _is_inside(path: Path, other: Path) -> bool:

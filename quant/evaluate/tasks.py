@@ -23,7 +23,7 @@ from torch import Tensor
 from models.load import LazyModel
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError, first_line
-from quant.core.files import check_plain_file
+from quant.core.files import check_plain_file, resolved
 from quant.evaluate.perplexity import FULL, HEAD_ELEMENTS, RESAMPLES, Variant, pass_blocks
 
 HIDDEN_BYTES = 4 << 30  # of hidden states held at a time, all variants together
@@ -173,16 +173,22 @@ def open_tasks(
     tasks in ``path`` that bring Python, unless trust_remote_code.
     """
     if path is not None and not trust_remote_code:
+        seen: set[Path] = set()
         for file in sorted(path.rglob("*.y*ml")):
-            check_no_code(file)
-    with sandboxed_templates():
+            check_no_code(file, seen)
+    with sandboxed(trust_remote_code):
         return _open_tasks(names, path, num_fewshot, limit)
 
 
-def check_no_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
-    """Raise InputError where a task's YAML, or one that it includes, names Python to run (``!function``)."""
+def check_no_code(file: Path, seen: set[Path]) -> None:
+    """Raise InputError where a task's YAML, or one that it includes, names Python to run (``!function``). seen: the files
+    that were read, links resolved as lm-eval does; filled."""
     import yaml
 
+    file = resolved(file)
+    if file in seen:
+        return
+    seen.add(file)
     check_plain_file(file)
     try:
         root = yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
@@ -199,33 +205,38 @@ def check_no_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
             raise InputError(f"{where}: {node.tag} runs Python; give --trust-remote-code if you trust the tasks")
         if isinstance(node, yaml.MappingNode):
             nodes += [part for pair in node.value for part in pair]
-            for key, value in node.value:
-                if key.value == "include":
-                    for name in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                        included = file.parent / str(name.value)
-                        if included.exists() and included not in seen:
-                            check_no_code(included, seen | {included})
+            included = [value for key, value in node.value if key.value == "include"]
+            names = [part for value in included for part in (value.value if value.id == "sequence" else [value])]
+            for name in names:
+                check_no_code(file.parent / str(name.value), seen)
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
 
 
 @contextmanager
-def sandboxed_templates() -> Iterator[None]:
-    """Let lm-eval fill in the templates of tasks without their reaching Python. Raises InputError for one that tries."""
-    from jinja2.exceptions import SecurityError
+def sandboxed(trust_remote_code: bool = False) -> Iterator[None]:
+    """Let lm-eval fill in the templates of tasks without their reaching Python, and load no metrics that are programs.
+    Raises InputError for a template that tries, or that is none."""
+    import evaluate
+    from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
-    own = utils.env
+    def refuse(name: str, *_: Any, **__: Any) -> Any:
+        raise InputError(f"--tasks: the metric {name!r} is a program; give --trust-remote-code if you trust the tasks")
+
+    own, load = utils.env, evaluate.load
     boxed = SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline)
     boxed.filters |= own.filters
-    utils.env = boxed
+    utils.env, evaluate.load = boxed, load if trust_remote_code else refuse
     try:
         yield
     except SecurityError as error:
         raise InputError(f"--tasks: a task's template reaches for Python ({error}); it is not run") from error
+    except (TemplateError, OverflowError) as error:
+        raise InputError(f"--tasks: a task's template cannot be filled in ({first_line(error)})") from error
     finally:
-        utils.env = own
+        utils.env, evaluate.load = own, load
 
 
 def _open_tasks(names: Sequence[str], path: Path | None, num_fewshot: int | None, limit: int | None) -> Tasks:
@@ -247,7 +258,9 @@ def _open_tasks(names: Sequence[str], path: Path | None, num_fewshot: int | None
             raise InputError(f"--tasks: unknown task {name!r}; {hint}")
         try:
             members[name] = tuple(manager.load([name])["tasks"])
-        except (DatasetsError, OSError) as error:
+        except (DatasetsError, OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"--tasks {name}: its data cannot be loaded ({reason[:160]}); download them on a machine with a network "
@@ -283,7 +296,7 @@ def run_tasks(scorer: Scorer, tokenizer: Any, tasks: Tasks) -> dict[str, dict[st
     found: dict[str, dict[str, TaskScore]] = {}
     for variant in scorer.variants:
         with (
-            sandboxed_templates(),
+            sandboxed(),
             Path(os.devnull).open("w") as nowhere,
             redirect_stderr(nowhere),
         ):  # its bars; logging goes on

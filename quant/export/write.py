@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import RESULTS, check_own, write_tensors
+from models.checkpoint import RESULTS, check_own, side_files, write_tensors
 from models.load import LazyModel
 from quant.blocks.actquant import INPUT_RANGE
 from quant.core.errors import InputError
@@ -21,7 +21,7 @@ from quant.core.files import json_sha256, sha256_of_file
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
 from quant.export.formats import Content, Layers, check_shape
-from quant.export.target import MARK, OWN, replacing
+from quant.export.target import OWN, hashes_of, replacing
 
 SHARD_BYTES = 5_000_000_000
 Entry = tuple[str, Tensor | QuantizedWeight]
@@ -99,6 +99,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     side_files: Callable[[Path], None],
     results: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write config.json, side files, weights (sharded above 5 GB), results.json with hashes of all that was written.
 
@@ -106,7 +107,7 @@ def save_checkpoint(
     alone). Nothing is left behind where anything fails, and a checkpoint that was there before is then still there.
     Raises InputError for values that are not finite in the dtype in which they are written.
     """
-    with replacing(target) as directory:
+    with replacing(target, overwrite) as directory:
         _write_weights(finite(stream), directory)
         side_files(directory)
         _write_json(directory / "config.json", config)
@@ -118,7 +119,7 @@ def save_checkpoint(
             "files_sha256": {file.name: sha256_of_file(file) for file in weights},
             "quantization_sha256": json_sha256(quantization) if quantization else None,
             "config_sha256": json_sha256(config),
-            OWN: {file.name: sha256_of_file(file) for file in sorted(directory.iterdir()) if file.name != MARK},
+            OWN: hashes_of(directory),
         }
         _write_json(directory / RESULTS, dict(results or {}) | written)
 
@@ -157,9 +158,12 @@ def model_side_files(model: LazyModel, tokenizer: Any) -> Callable[[Path], None]
 
 def copied_files(source: Path, config: Mapping[str, Any], patterns: Iterable[str]) -> list[Path]:
     """What a checkpoint takes over from the model in ``source``: files of these names, and the Python that a config.json
-    with ``auto_map`` needs. Raises InputError for links to somewhere else."""
+    with ``auto_map`` needs. Raises InputError for links to somewhere else, also of files that are taken over after they
+    were read."""
+    for file in (*side_files(source), *source.glob("additional_chat_templates/*")):
+        check_own(file, source)
     patterns = [*patterns, *(["*.py"] if config.get("auto_map") else [])]
-    files = sorted({file for pattern in patterns for file in source.glob(pattern)})
+    files = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
     for file in files:
         check_own(file, source)
     return files

@@ -30,7 +30,7 @@ from quant.core.errors import InputError
 from quant.core.files import check_plain_file, write_owned
 from quant.core.text import brief, csv_cell, printable
 from quant.report.published import method_of, published
-from quant.run.directory import Record, RunDirectory
+from quant.run.directory import Record, RunDirectory, check_manifest
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -78,6 +78,7 @@ def open_run(path: Path) -> Run:
     manifest = directory.read("manifest.json") if path.is_dir() else None
     if manifest is None:
         raise InputError(f"{path} is not a run directory (it has no manifest.json)")
+    check_manifest(manifest, path / "manifest.json")
     results = directory.read("results.json")
     if results is None:
         done = len(list((path / "blocks").glob("*.safetensors")))

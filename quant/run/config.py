@@ -10,8 +10,9 @@ from typing import Any
 
 from data.corpora import is_file
 from quant.blocks.actquant import ActSpec
-from quant.core.errors import InputError
-from quant.core.places import Place
+from quant.core.errors import InputError, first_line
+from quant.core.files import resolved
+from quant.core.places import AROUND, INSIDE, Place
 from quant.core.types import QuantSpec
 from quant.export import DEQUANTIZED, refusal
 from quant.export.formats import Content
@@ -97,25 +98,33 @@ class RunConfig:
         unknown = sorted(set(found) - set(kinds))
         if unknown:
             raise InputError(f"the run was made by another version: unknown entry {unknown[0]!r}")
-        values: dict[str, Any] = {}
-        for name, value in found.items():
-            if "Path" in kinds[name] and value is not None:
-                value = Path(value)
-            elif kinds[name].startswith("tuple"):
-                value = tuple(value)
-            elif name == "act":
-                value = ActSpec(**value)
-            elif name == "learning" and value is not None:
-                transform = value["transform"]
-                spec = TransformSpec(**{**transform, "kinds": tuple(transform["kinds"])})
-                value = Learning(**{**value, "transform": spec})
-            values[name] = value
+        try:
+            values = {name: _as_field(kinds[name], name, value) for name, value in found.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{origin} is not a request of this version ({first_line(error)})") from error
         return cls(**values)
 
     @property
     def quantizes(self) -> bool:
         """False where only the base model is evaluated."""
         return self.wbits != FULL_BITS or self.act.active or self.learning is not None
+
+
+def _as_field(kind: str, name: str, value: Any) -> Any:
+    """A stored value as a field of RunConfig has it. Raises TypeError or KeyError for one of another type."""
+    if name == "act":
+        return ActSpec(**value)
+    if name == "learning" and value is not None:
+        transform = value["transform"]
+        return Learning(**{**value, "transform": TransformSpec(**{**transform, "kinds": tuple(transform["kinds"])})})
+    if value is None and kind.endswith("None"):
+        return None
+    plain: dict[str, type] = {"str": str, "int": int, "bool": bool, "tuple": list, "Path": str, "Mapping": dict}
+    wanted = next(own for start, own in plain.items() if kind.startswith(start)) if name != "learning" else dict
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise TypeError(f"{name} is {value!r}")
+    given: Any = value
+    return tuple(given) if wanted is list else Path(given) if kind.startswith("Path") else given
 
 
 def stores_of(config: RunConfig) -> int:
@@ -126,18 +135,26 @@ def stores_of(config: RunConfig) -> int:
 
 def places_read(config: RunConfig) -> list[Place]:
     """The paths that a run reads: what the hub or the project holds under a name has none."""
+    model = Path(config.model)
+    places = [Place("--model", model)] if model.is_dir() else []
+    links = [file for file in model.iterdir() if file.is_symlink()] if model.is_dir() else []
+    places += [Place("a file of --model,", target) for target in dict.fromkeys(map(resolved, links))]
     data = (*((config.dataset,) if config.quantizes else ()), *config.eval_datasets)
-    found = [Place("--model", Path(config.model))] if Path(config.model).is_dir() else []
-    found += [Place("the data file", Path(source)) for source in dict.fromkeys(data) if is_file(source)]
-    named = (("--data-dir", config.data_dir), ("--task-path", config.task_path), ("--act-scales", config.act_scales),
-             ("--act-shifts", config.act_shifts), ("--resume", config.resume))  # fmt: skip
-    return found + [Place(flag, path) for flag, path in named if path is not None]
+    places += [Place("the data file", Path(source)) for source in dict.fromkeys(data) if is_file(source)]
+    named = (("--act-scales", config.act_scales), ("--act-shifts", config.act_shifts), ("--resume", config.resume))
+    places += [Place(flag, path) for flag, path in named if path is not None]
+    roots = (("--data-dir", config.data_dir), ("--task-path", config.task_path))
+    return places + [Place(flag, path, root=True) for flag, path in roots if path is not None]
 
 
-def places_written(config: RunConfig) -> list[Place]:
-    """The paths that a run writes to."""
-    named = (("--run-dir", config.run_dir), ("--save", config.save), ("--cache-dir", config.cache_dir))
-    return [Place(flag, path) for flag, path in named if path is not None]
+def places_written(config: RunConfig, run_dir: Path | None = None) -> list[Place]:
+    """The paths that a run writes to. run_dir: the run directory where no flag names it; it may lie anywhere new, as the
+    cache may, whose files have names of their own."""
+    places = [Place("--run-dir", config.run_dir, adds=True)] if config.run_dir is not None else []
+    if config.run_dir is None and run_dir is not None:
+        places.append(Place("the run directory", run_dir, frozenset((INSIDE,)), adds=True))
+    places += [Place("--save", config.save)] if config.save is not None else []
+    return [*places, Place("--cache-dir", config.cache_dir, frozenset((INSIDE, AROUND)), adds=True)]
 
 
 def spec_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec | None:

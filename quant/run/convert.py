@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.checkpoint import RESULTS
+from models.checkpoint import RESULTS, check_own
 from models.load import LazyModel, load_model, load_tokenizer
 from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, read_json
@@ -32,7 +32,7 @@ from quant.export.write import (
     size_of,
 )
 from quant.run.config import RunConfig, check_format, content_of
-from quant.run.packed_model import FinishedRun, open_run
+from quant.run.packed_model import FinishedRun, is_run, open_run
 from quant.run.results import is_whole
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,7 @@ def convert(
     """Write ``source`` in a format to ``target``; returns what it holds. What is there already, of this source in this
     format and whole, stays. Raises InputError where that cannot be."""
     check_places([Place("the source", source)], [Place("--out", target), Place("--cache-dir", cache_dir)])
-    settle(target)
-    if (source / "manifest.json").exists():
+    if is_run(source):
         run = open_run(source, cache_dir, trust_remote_code=trust_remote_code)
         if Path(run.config.model).is_dir():
             check_places([Place("the model of the run", Path(run.config.model))], [Place("--out", target)])
@@ -85,12 +84,13 @@ def convert(
         found = _of_checkpoint(source, kind, trust_remote_code, cache_dir)
     else:
         raise InputError(f"{source} is neither a run directory (manifest.json) nor a checkpoint (config.json)")
+    settle(target)
     if overwrite or not is_whole(target, {CONVERTED: found.digest}):
         if others := check_target(target, overwrite):
             log.warning("%s: files of others stay: %s", target, ", ".join(file.name for file in others))
         check_space(target, found.size)
         results = dict(found.results) | {"format": kind, CONVERTED: found.digest}
-        save_checkpoint(found.entries(), target, found.config, found.side_files, results)
+        save_checkpoint(found.entries(), target, found.config, found.side_files, results, overwrite)
     return found.content
 
 
@@ -142,6 +142,8 @@ def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: 
             shutil.copy(file, directory)
 
     old = source / RESULTS
+    if old.exists():
+        check_own(old, source)
     return Conversion(
         content,
         lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype),

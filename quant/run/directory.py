@@ -68,16 +68,31 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the directory, and keep other processes out of it. Raises InputError where the place cannot be written, or
-        another process holds it."""
+        """Make the directory, and keep other processes out of it. Raises InputError where the place cannot be written or
+        holds files of others, or another process holds it."""
+        if self.path.is_dir():
+            self._check_place()  # before anything is made there
         with ExitStack() as stack:
             try:
-                self.blocks.mkdir(parents=True, exist_ok=True)
+                self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.path / LOCK, f"the run directory {self.path}"))
+                self.blocks.mkdir(exist_ok=True)
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise InputError(f"cannot write the run directory {self.path}: {reason}; use --run-dir") from error
             yield
+
+    def _check_place(self) -> tuple[Record | None, list[Path]]:
+        """The manifest that is here, and files of others. Raises InputError where they are no place for a run."""
+        self.check_links()
+        previous, others = self.read("manifest.json"), self._others()
+        if previous is None and others:
+            raise InputError(
+                f"{self.path} holds other files ({others[0].name}, ...); give --run-dir an empty directory"
+            )
+        if previous is not None:
+            check_manifest(previous, self.path / "manifest.json")
+        return previous, others
 
     def open(self, manifest: Record, overwrite: bool) -> list[Path]:
         """Start a run, or continue the one that is here if its configuration is the same. overwrite: discard that one,
@@ -85,7 +100,7 @@ class RunDirectory:
 
         Raises InputError with the differences if it is another, or if what is here is not a run.
         """
-        self._check_links()
+        self.check_links()
         previous, others = self.read("manifest.json"), self._others()
         if previous is None and others:
             raise InputError(
@@ -112,7 +127,7 @@ class RunDirectory:
     def _own(self) -> list[Path]:
         """The files here that a run writes: those of fixed names, blocks, and pages as they were written."""
         named = [self.path / name for name in OWN_FILES if (self.path / name).exists()]
-        blocks = [file for file in self.blocks.iterdir() if BLOCK_FILE.fullmatch(file.name)]
+        blocks = [file for file in self._in_blocks() if BLOCK_FILE.fullmatch(file.name) and _is_block(file)]
         record = owned(self.path)
         pages = [self.path / name for name, hashes in record.items() if _is_one_of(self.path / name, hashes)]
         return [*named, *blocks, *pages, *self._leftovers()]
@@ -120,18 +135,21 @@ class RunDirectory:
     def _leftovers(self) -> list[Path]:
         """Temporary files of a process that was killed; what it wrote was to get a name of a run's files."""
         loose = {*OWN_FILES, STORE, *owned(self.path)}
-        places = (self.path, loose.__contains__), (self.blocks, BLOCK_FILE.fullmatch)
+        places = (list(self.path.iterdir()), loose.__contains__), (self._in_blocks(), BLOCK_FILE.fullmatch)
         return [
             file
-            for directory, is_own in places
-            for file in directory.iterdir()
+            for files, is_own in places
+            for file in files
             if (match := TEMPORARY.fullmatch(file.name)) and is_own(match["name"])
         ]
 
     def _others(self) -> list[Path]:
         """What lies here and is not a run's."""
         own = {*self._own(), self.blocks, self.path / LOCK, self.path / RECORD_LOCK}
-        return sorted(file for file in (*self.path.iterdir(), *self.blocks.iterdir()) if file not in own)
+        return sorted(file for file in (*self.path.iterdir(), *self._in_blocks()) if file not in own)
+
+    def _in_blocks(self) -> list[Path]:
+        return list(self.blocks.iterdir()) if self.blocks.is_dir() else []
 
     def _discard(self) -> None:
         """Delete the files of the run, the manifest last: until then it says whose the others are."""
@@ -140,7 +158,7 @@ class RunDirectory:
         unlink_all([manifest])
         self._verified.clear()
 
-    def _check_links(self) -> None:
+    def check_links(self) -> None:
         """Raise InputError where a name of a run's files is a link: writing there would write somewhere else."""
         for file in (self.blocks, *(self.path / name for name in OWN_FILES)):
             if file.is_symlink():
@@ -268,6 +286,16 @@ def check_manifest(manifest: Record, path: Path) -> None:
     parts = ("request", "configuration", "model", "versions")
     if manifest.get("schema") != SCHEMA or not all(isinstance(manifest.get(part), dict) for part in parts):
         raise InputError(f"{path} is not the manifest of a run: give another directory")
+
+
+def _is_block(path: Path) -> bool:
+    """Whether a file is one that a run wrote, or what is left of it: a block says so in its header."""
+    check_plain_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {"linears", "summary"} <= (file.metadata() or {}).keys()
+    except (SafetensorError, OSError):
+        return path.is_file() and not path.is_symlink()
 
 
 def _is_one_of(path: Path, hashes: list[str]) -> bool:

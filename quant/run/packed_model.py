@@ -60,6 +60,7 @@ def open_run(
     The run says which model it was made of (the hash is checked); cache_dir and trust_remote_code are the caller's.
     """
     directory = RunDirectory(source)
+    directory.check_links()
     manifest, results = directory.read("manifest.json"), directory.read("results.json")
     origin = source / "manifest.json"
     if manifest is None:
@@ -77,6 +78,8 @@ def open_run(
     if config.wbits == FULL_BITS:
         raise InputError(f"{source}: no weight was quantized there")
     biases = config.learning is not None and config.learning.transform.shift
+    if not Path(config.model).is_dir() and (Path(config.model).is_absolute() or config.model.count("/") != 1):
+        raise InputError(f"{source} was made of {config.model}, which is not here: run this where that run was made")
     model = load_model(config.model, dtype=dtype, cache_dir=cache_dir, biases=biases,
                        trust_remote_code=config.trust_remote_code)  # fmt: skip
     if model.checkpoint.sha256() != expected:
@@ -84,11 +87,16 @@ def open_run(
     return FinishedRun(config, model, directory, n_blocks, results)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a path is meant as a run directory. A model may hold another program's manifest.json."""
+    return (path / "manifest.json").exists() and ((path / "blocks").is_dir() or not (path / "config.json").is_file())
+
+
 def open_quantized(
     source: str, cache_dir: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Quantized:
     """A run directory, a quantized checkpoint, or a plain one, of which nothing is packed."""
-    if (Path(source) / "manifest.json").exists():
+    if is_run(Path(source)):
         return open_run(Path(source), cache_dir, dtype, trust_remote_code).quantized()
     model = load_model(source, dtype=dtype, cache_dir=cache_dir, opener=open_checkpoint,
                        trust_remote_code=trust_remote_code)  # fmt: skip

@@ -17,6 +17,7 @@ from models.load import LazyModel
 from quant.core import env
 from quant.core.files import read_json
 from quant.export.read import QuantizedCheckpoint
+from quant.export.target import OWN, is_complete
 from quant.kernels.columns import describe as describe_kernels
 from quant.run.config import RunConfig
 from quant.run.directory import BlockSummary, Record
@@ -115,4 +116,5 @@ def is_whole(directory: Path, entries: Record) -> bool:
     path = directory / RESULTS
     found = read_json(path) if path.exists() else {}
     same = all(found.get(key) == value for key, value in entries.items())
-    return same and bool(found.get("files_sha256")) and unlike_written(directory, found) is None
+    complete = OWN not in found or is_complete(directory)  # earlier versions did not list all files
+    return same and complete and bool(found.get("files_sha256")) and unlike_written(directory, found) is None

@@ -280,10 +280,9 @@ class Session:
     def _checked(self, configs: Sequence[RunConfig], held: ExitStack) -> list[Job]:
         """Everything that can be wrong with configurations, before any work; their directories are opened, and no other
         process's until ``held`` ends."""
-        named = [replace(config, run_dir=self.run_path(config)) for config in configs]
-        places = dict.fromkeys(place for config in named for place in places_written(config))
-        check_places(places_read(self.config), list(places))
-        return [self._checked_job(config, held) for config in named]
+        written = (place for config in configs for place in places_written(config, self.run_path(config)))
+        check_places(places_read(self.config), list(dict.fromkeys(written)))
+        return [self._checked_job(config, held) for config in configs]
 
     def _checked_job(self, config: RunConfig, held: ExitStack) -> Job:
         recipe = self.recipe(config) if config.quantizes else None
@@ -383,7 +382,8 @@ class Session:
             stream = packed_entries(entries(self.model, replaced), kind, content, self.model.storage_dtype)
             described = model_config(self.model, kind, content, job.n_blocks)
             results = dict(job.results or {}) | {"format": kind}
-            save_checkpoint(stream, target, described, model_side_files(self.model, self.tokenizer), results)
+            save_checkpoint(stream, target, described, model_side_files(self.model, self.tokenizer), results,
+                            config.overwrite)  # fmt: skip
 
         try:
             write(config.format)

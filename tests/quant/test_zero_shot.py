@@ -225,3 +225,49 @@ def test_a_task_that_is_no_yaml_is_one_line(content, local_task):
     with pytest.raises(InputError, match="other.yaml is not a readable task") as error:
         open_tasks(["mine"], local_task, None, 4)
     assert "\n" not in str(error.value)
+
+
+def test_a_metric_runs_no_python_without_the_flag(local_task, tmp_path):
+    mark = tmp_path / "PWNED"
+    (local_task / "m.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    file = local_task / "mine.yaml"
+    for more in ("", ", hf_evaluate: true"):
+        own = f"metric_list: [{{metric: {local_task / 'm.py'}, aggregation: mean, higher_is_better: true{more}}}]"
+        lines = [own if line.startswith("metric_list") else line for line in file.read_text().splitlines()]
+        file.write_text("\n".join(lines))
+        with pytest.raises(InputError):
+            zero_shot.run_tasks(*scorer_of_demo(tmp_path), open_tasks(["mine"], local_task, None, 4))
+        assert not mark.exists()
+
+
+def test_an_include_is_looked_for_where_the_file_is(local_task, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "base.txt").write_text("process_docs: !function evil.rows\n")
+    (hidden / "real.txt").write_text("include: base.txt\n" + (local_task / "mine.yaml").read_text())
+    (local_task / "link.yaml").symlink_to(hidden / "real.txt")
+    with pytest.raises(InputError, match="base.txt, line 1: !function runs Python"):
+        open_tasks(["mine"], local_task, None, 4)
+    (hidden / "real.txt").write_text("include: nothing.txt\n")
+    with pytest.raises(InputError, match="nothing.txt is not a readable task"):
+        open_tasks(["mine"], local_task, None, 4)
+
+
+def test_includes_are_read_once(local_task):
+    for i in range(24):
+        (local_task / f"i{i}.yaml").write_text(f"include: [i{i + 1}.yaml, i{i + 1}.yaml]\n" if i < 23 else "task: x\n")
+    zero_shot.check_no_code(local_task / "i0.yaml", set())
+    (local_task / "self.yaml").write_text("include: self.yaml\n")
+    zero_shot.check_no_code(local_task / "self.yaml", set())
+
+
+@pytest.mark.parametrize("template", ["{{", "{{ range(10**9) | list }}", "{% for %}"])
+def test_a_template_that_is_none_is_one_line(template, local_task, tmp_path):
+    file = local_task / "mine.yaml"
+    lines = [
+        f'doc_to_text: "{template}"' if line.startswith("doc_to_text") else line
+        for line in file.read_text().splitlines()
+    ]
+    file.write_text("\n".join(lines))
+    with pytest.raises(InputError, match="template cannot be filled in|cannot be loaded"):
+        zero_shot.run_tasks(*scorer_of_demo(tmp_path), open_tasks(["mine"], local_task, None, 4))
