@@ -28,8 +28,9 @@ from quant.core import env
 from quant.core.types import QuantSpec
 from quant.learn import learner as learn
 from quant.learn import recipes
-from quant.learn.learner import BlockLoss, Learner, Learning
-from quant.learn.transforms import InputRange, TransformSpec
+from quant.learn.config import Learning, TransformSpec
+from quant.learn.learner import BlockLoss, Learner
+from quant.learn.transforms import InputRange
 
 VARIANTS = {
     "omniquant W3A16, lwc": ("omniquant", 3, 16, {"let": False}),

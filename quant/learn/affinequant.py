@@ -12,7 +12,7 @@ strict diagonal dominance is taken back for that row (`quant.learn.learner`).
 from __future__ import annotations
 
 from quant.learn import recipe
-from quant.learn.learner import Learning
+from quant.learn.config import Learning
 from quant.learn.omniquant import omniquant
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ from quant.core.rounding import RoundTo
 from quant.core.types import Grid, QuantSpec
 from quant.learn import affine as seams
 from quant.learn.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
+from quant.learn.config import Learning
 from quant.learn.transforms import (
     InputRange,
     Parameters,
-    TransformSpec,
     dominance,
     floored_factors,
     transforms_for,
@@ -39,36 +39,6 @@ from quant.learn.transforms import (
 log = logging.getLogger(__name__)
 COMPENSATED_FIRST, COMPENSATED_LAST, COMPENSATION_LR = 3, 4, 1e-2
 Progress = Callable[[int, int, float, float], None]  # epoch, epochs, loss now, loss at the start
-
-
-@dataclass(frozen=True)
-class Learning:
-    """What is learned for every block, and how. A paper's method is one value of it.
-
-    transform: at which seams, in which form. clip: learnable clipping of both ends of every weight group.
-    compensation: a matrix of rank one added to the last linear of the first 3 and last 4 blocks (ABQ-LLM).
-    augmented: the loss also asks for the full-precision block's answer to the quantized prefix (``--aug_loss``).
-    distribution, attention: ABQ-LLM's log-cosine and attention terms. patience: epochs without a better loss after
-    which a block is done; 0 trains them all.
-    """
-
-    transform: TransformSpec = field(default_factory=TransformSpec)
-    clip: bool = False
-    compensation: bool = False
-    epochs: int = 10
-    let_lr: float = 5e-3
-    lwc_lr: float = 1e-2
-    weight_decay: float = 0.0
-    batch: int = 1
-    augmented: bool = False
-    distribution: bool = False
-    attention: bool = False
-    patience: int = 0
-
-    @property
-    def ranges(self) -> bool:
-        """Whether the starting scales need the ranges of the inputs."""
-        return self.transform.let and bool(self.transform.kinds)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quant.learn import recipe
-from quant.learn.learner import Learning
+from quant.learn.config import Learning
 
 
 @recipe("omniquant")

@@ -18,6 +18,7 @@ from models.family import HeadLayout, ModelFamily, Seam
 from models.load import Weights
 from quant.core.errors import InputError
 from quant.learn.affine import Affine, apply_seam
+from quant.learn.config import TransformSpec
 
 SMALLEST_SCALE = 1e-2  # OmniQuant keeps |s| above it
 HEAD_KINDS = ("qk", "vo")  # seams between heads, where ``matrix`` puts one for each
@@ -40,28 +41,6 @@ class InputRange:
             largest, middle = torch.maximum(-low, high).clamp_(min=0), (low + high) / 2
             self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
             self.shift = middle if self.shift is None else 0.99 * self.shift + 0.01 * middle
-
-
-@dataclass(frozen=True)
-class TransformSpec:
-    """What is asked for at the seams of a model.
-
-    let: whether anything is transformed. kinds: at which seams; a recipe fills in its own where there are none.
-    matrix: dense matrices for each head on ``qk`` and ``vo``; norm_matrix: a dense matrix behind
-    every norm. shift: where the family can hold it. alpha: SmoothQuant's exponent of the starting scale. tied: q/k
-    scales that commute with rotary embeddings (the released codes' do not, and change the function). stability:
-    factor of matrix entries off the diagonal. precise: inverses in float64.
-    """
-
-    let: bool = False
-    kinds: tuple[str, ...] = ()
-    matrix: bool = False
-    norm_matrix: bool = False
-    shift: bool = False
-    alpha: float = 0.5
-    tied: bool = True
-    stability: float = 1.0
-    precise: bool = False
 
 
 @dataclass(frozen=True)

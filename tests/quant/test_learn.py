@@ -25,8 +25,9 @@ from quant.learn import learner as learn
 from quant.learn import recipes
 from quant.learn.affine import ONLINE
 from quant.learn.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
-from quant.learn.learner import Learner, Learning, learn_block
-from quant.learn.transforms import InputRange, TransformSpec, dominance
+from quant.learn.config import Learning, TransformSpec
+from quant.learn.learner import Learner, learn_block
+from quant.learn.transforms import InputRange, dominance
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
 from quant.run.quantize import Recipe, deploy, quantize_block

@@ -11,7 +11,8 @@ from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
 from quant.learn import transforms
 from quant.learn.affine import Affine, apply_seam
-from quant.learn.transforms import InputRange, TransformSpec, check_seams, dominance, gradual_mask, transforms_for
+from quant.learn.config import TransformSpec
+from quant.learn.transforms import InputRange, check_seams, dominance, gradual_mask, transforms_for
 from tests.conftest import CONFIGS, VOCABULARY
 
 CPU = torch.device("cpu")
