@@ -12,21 +12,68 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from quant.learn import recipe
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quant.learn import attention_term, loss_term, recipe
 from quant.learn.config import Learning
 from quant.learn.omniquant import omniquant
 
 
 @recipe("abq")
-def abq(asked: Learning, wbits: int, abits: int) -> Learning:
+def abq(learning: Learning, wbits: int, abits: int) -> Learning:
     """The row of the paper."""
-    found = omniquant(asked, wbits, abits)
-    if found.transform.let and not asked.transform.kinds:
-        found = replace(found, transform=replace(found.transform, kinds=(*found.transform.kinds, "mul")))
-    return replace(found, compensation=True, augmented=True, distribution=True, attention=True)
+    row = omniquant(learning, wbits, abits)
+    if row.transform.let and not learning.transform.kinds:
+        row = replace(row, transform=replace(row.transform, kinds=(*row.transform.kinds, "mul")))
+    return replace(row, compensation=True, augmented=True, distribution=True, attention=True)
 
 
 def balanced_levels(wbits: int, balance: str) -> int | None:
     """Levels of the grid under ``--bit-balance`` on, off or auto (on at 1 and 2 bits); None for 2^wbits."""
     return 2**wbits + 1 if balance == "on" or (balance == "auto" and wbits <= 2) else None
+
+
+@loss_term("distribution")
+def log_cosine(out: Tensor, target: Tensor) -> Tensor:
+    """-log |mean cosine of outputs and targets [..., hidden]|."""
+    return -F.cosine_similarity(out, target, dim=-1).mean().abs().log()
+
+
+@attention_term("attention")
+def symmetric_kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(p, q) + KL(q, p) of the attention probabilities of logits [..., T, T], mean over everything but the keys.
+
+    Gradients reach ``logits`` alone. Masked entries must be finite (the dtype's lowest number, as the library has it).
+    """
+    return SymmetricKL.apply(logits.float(), reference.float())
+
+
+class SymmetricKL(torch.autograd.Function):
+    """Σ (p - q)(log p - log q) over the keys, mean over the rest: the largest tensors of a step, so passed few times.
+
+    With u = q (log q - log p) + q - p, the gradient is (u - q Σ u) divided by the number of rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, reference: Tensor) -> Tensor:
+        """The mean; keeps the gradient."""
+        log_p, log_q = torch.log_softmax(reference, -1), torch.log_softmax(logits, -1)
+        q, rows = log_q.exp(), logits.shape[:-1].numel()
+        # In place from here on: ``log_q`` becomes log q - log p, ``log_p`` becomes q - p, then u, then the gradient.
+        ratio = log_q.sub_(log_p)
+        difference = log_p.exp_().neg_().add_(q)
+        loss = torch.dot(difference.view(-1), ratio.view(-1)) / rows
+        gradient = difference.addcmul_(ratio, q)
+        gradient.addcmul_(q, gradient.sum(-1, keepdim=True), value=-1)
+        ctx.save_for_backward(gradient.div_(rows))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        """The kept gradient reaches the logits."""
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None

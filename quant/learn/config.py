@@ -55,3 +55,9 @@ class Learning:
     def ranges(self) -> bool:
         """Whether the starting scales need the ranges of the inputs."""
         return self.transform.let and bool(self.transform.kinds)
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        """Names of the terms of the loss, in the order in which they are added up."""
+        papers = {"distribution": self.distribution, "attention": self.attention}
+        return ("reconstruction", *(name for name, taken in papers.items() if taken))

@@ -38,7 +38,8 @@ from quant.export.write import (
     save_checkpoint,
 )
 from quant.kernels.matmul.pack import pack_block
-from quant.learn.learner import LearnedBlock, learn_block
+from quant.learn.learner import LearnedBlock
+from quant.learn.loop import learn_block
 from quant.learn.transforms import check_seams
 from quant.run.config import (
     DEFAULT_MAX_SEQLEN,

@@ -26,7 +26,9 @@ from quant.learn import recipes
 from quant.learn.affine import ONLINE
 from quant.learn.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
 from quant.learn.config import Learning, TransformSpec
-from quant.learn.learner import Learner, learn_block
+from quant.learn.learner import Learner
+from quant.learn.loop import learn_block, optimizer_for, train_epoch
+from quant.learn.losses import BlockLoss
 from quant.learn.transforms import InputRange, dominance
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
@@ -139,7 +141,7 @@ def test_gradients_against_finite_differences(name, form, grid, model_dir, tmp_p
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.mul_(1 + 0.05 * noise).add_(0.01 * noise)
     target = torch.randn(bench.full.hidden.data.shape, generator=generator, dtype=torch.float64)
-    loss = learn.BlockLoss(learner, bench.weights, [target], bench.full if learning.attention else None)
+    loss = BlockLoss(learner, bench.weights, [target], bench.full if learning.attention else None)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the loss is taken in float32 otherwise
 
     def value() -> torch.Tensor:
@@ -288,7 +290,7 @@ def test_rates_and_decay_of_the_optimizer(lwc_lr, model_dir, tmp_path):
     learner = bench.learner(learning, QuantSpec(3), ActSpec(4, 4))
     rates = {"clip": lwc_lr, "rank1": 0.01, "norm": 0.007, "vo": 0.007, "qk": 0.007, "mul": 0.007}
     for factor in (1.0, 0.5):
-        groups = learn._optimizer(learner, factor).param_groups
+        groups = optimizer_for(learner, factor).param_groups
         found = {id(p): group for group in groups for p in group["params"]}
         assert len(found) == sum(len(group["params"]) for group in groups) == len(learner.parameters)
         for name, parameter in learner.parameters.items():
@@ -354,12 +356,12 @@ def test_no_step_waits_for_the_device(form, store, model_dir, tmp_path):
     learning, act = FORMS[form](4), ActSpec(4, 4)
     ranges = {name: InputRange(torch.ones(n), torch.zeros(n)) for name, (_, n) in model.linear_shapes().items()}
     learner = Learner(model, 0, weights, QuantSpec(3), act, learning, ranges)
-    loss = learn.BlockLoss(learner, weights, [stream.fork().hidden], stream if learning.attention else None)
-    optimizer = learn._optimizer(learner, 1.0)
-    learn._one_epoch(learner, loss, stream, optimizer, 0.5)  # sets up what is set up once
+    loss = BlockLoss(learner, weights, [stream.fork().hidden], stream if learning.attention else None)
+    optimizer = optimizer_for(learner, 1.0)
+    train_epoch(learner, loss, stream, optimizer, 0.5)  # sets up what is set up once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        learn._one_epoch(learner, loss, stream, optimizer, 1.0)
+        train_epoch(learner, loss, stream, optimizer, 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(bool(p.isfinite().all()) for p in learner.parameters.values())
@@ -368,13 +370,13 @@ def test_no_step_waits_for_the_device(form, store, model_dir, tmp_path):
 def test_a_loss_that_is_not_finite_is_undone(model_dir, tmp_path, monkeypatch):
     bench = Bench(model_dir("opt"), tmp_path)
     learning = replace(asked(), epochs=3)
-    over_all, calls = learn.BlockLoss.over_all, []
+    over_all, calls = BlockLoss.over_all, []
 
     def once_broken(self, stream, effective):
         calls.append({k: p.clone() for k, p in effective.items()})
         return math.nan if len(calls) == 3 else over_all(self, stream, effective)
 
-    monkeypatch.setattr(learn.BlockLoss, "over_all", once_broken)
+    monkeypatch.setattr(BlockLoss, "over_all", once_broken)
     learned = bench.learn(learning, QuantSpec(2))
     (event,) = learned.log["events"]
     assert "epoch 2: loss not finite, rolled back, rates x 0.5" in event
