@@ -31,7 +31,7 @@ from quant.learn.config import Learning, TransformSpec
 from quant.learn.learner import Learner
 from quant.learn.loop import optimizer_for, train_epoch
 from quant.learn.losses import BlockLoss
-from quant.learn.transforms import InputRange
+from quant.learn.parametrization import InputRange
 
 VARIANTS = {
     "omniquant W3A16, lwc": ("omniquant", 3, 16, {"let": False}),

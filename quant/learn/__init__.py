@@ -49,6 +49,8 @@ class Registry:
 
 
 recipe = Registry()  # (Learning asked for, wbits, abits) -> Learning, under the name of main.py's --method
+ingredient = Registry()  # Block -> the Parametrizations that are learned of it
+transform = Registry()  # Transform that takes the place of a scale where its `stands_at` says so
 loss_term = Registry()  # (out, target) [n, T, hidden] -> scalar, for every target
 attention_term = Registry()  # (logits, those of the full-precision block) [n, heads, T, T] -> scalar
 

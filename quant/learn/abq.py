@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quant.learn import attention_term, loss_term, recipe
+from models.load import Weights
+from quant.learn import attention_term, ingredient, loss_term, recipe
 from quant.learn.config import Learning
 from quant.learn.omniquant import omniquant
+from quant.learn.parametrization import Block, InputRange, Parameters, Parametrization
+
+COMPENSATED_FIRST, COMPENSATED_LAST, COMPENSATION_LR = 3, 4, 1e-2
 
 
 @recipe("abq")
@@ -35,6 +40,37 @@ def abq(learning: Learning, wbits: int, abits: int) -> Learning:
 def balanced_levels(wbits: int, balance: str) -> int | None:
     """Levels of the grid under ``--bit-balance`` on, off or auto (on at 1 and 2 bits); None for 2^wbits."""
     return 2**wbits + 1 if balance == "on" or (balance == "auto" and wbits <= 2) else None
+
+
+def is_compensated(index: int, n_blocks: int) -> bool:
+    """Whether a block is among the first or last, which get a compensation."""
+    return index < COMPENSATED_FIRST or index >= n_blocks - COMPENSATED_LAST
+
+
+@ingredient("compensation")
+def compensation(block: Block) -> list[Compensation]:
+    """One for the down projection, which is the last linear."""
+    if not is_compensated(block.index, len(block.model.blocks)):
+        return []
+    return [Compensation(block.linears[-1])]
+
+
+class Compensation(Parametrization):
+    """W + a bᵀ for the weight [out, in] of a linear: ``left`` a [out, 1], ``right`` b [1, in]."""
+
+    rate = COMPENSATION_LR
+
+    def __init__(self, linear: str) -> None:
+        self.name, self.weight = f"rank1.{linear}", f"{linear}.weight"
+
+    def initial(self, weights: Weights, ranges: Mapping[str, InputRange]) -> Parameters:
+        """Nothing added, and a gradient for a."""
+        (n_out, n_in), device = weights[self.weight].shape, weights[self.weight].device
+        return {"left": torch.zeros(n_out, 1, device=device), "right": torch.ones(1, n_in, device=device)}
+
+    def apply(self, weights: Weights, parameters: Parameters) -> Weights:
+        """The sum, in place of the weight."""
+        return {**weights, self.weight: weights[self.weight] + parameters["left"] * parameters["right"]}
 
 
 @loss_term("distribution")

@@ -57,6 +57,12 @@ class Learning:
         return self.transform.let and bool(self.transform.kinds)
 
     @property
+    def ingredients(self) -> tuple[str, ...]:
+        """Names of the parametrizations, in the order in which they reach the weights."""
+        asked = {"let": self.transform.let, "clip": self.clip, "compensation": self.compensation}
+        return tuple(name for name, taken in asked.items() if taken)
+
+    @property
     def loss_terms(self) -> tuple[str, ...]:
         """Names of the terms of the loss, in the order in which they are added up."""
         papers = {"distribution": self.distribution, "attention": self.attention}

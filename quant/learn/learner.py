@@ -1,15 +1,15 @@
-"""Learning the transforms and clips of one block, so that its quantized form answers like the original.
+"""One block as a function of what is learned of it, so that its quantized form answers like the original.
 
     min over Θ of  loss(F(W, X), F(Q(T(W; Θ)), X̂))
 
-with F the block as a function of its weights, X the full-precision inputs and X̂ those behind the quantized prefix.
+with Θ the parameters of a list of parametrizations, F the block as a function of its weights, X the full-precision inputs and X̂ those behind the quantized prefix.
 The weights that are trained are those that are deployed: `Learner.materialize` is the only path to them, and the
 solver that follows gets the grid of the same formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +19,14 @@ from torch import Tensor
 from models.load import LazyModel, Weights
 from quant.blocks.actquant import ONLINE, ActSpec
 from quant.core.errors import InputError
+from quant.core.grid import range_to_grid
 from quant.core.rounding import RoundTo
 from quant.core.types import Grid, QuantSpec
 from quant.learn import affine as seams
-from quant.learn.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
+from quant.learn import ingredient
 from quant.learn.config import Learning
-from quant.learn.transforms import (
-    InputRange,
-    Parameters,
-    transforms_for,
-)
-
-COMPENSATED_FIRST, COMPENSATED_LAST, COMPENSATION_LR = 3, 4, 1e-2
+from quant.learn.fake_quant import fake_quantize, grid_of, group_range
+from quant.learn.parametrization import Block, InputRange, Parameters, Parametrization
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,10 @@ class LearnedBlock:
 
 
 class Learner:
-    """One block's trainable form. ``start`` continues from learned parameters instead of the usual start.
+    """One block's trainable form: a list of parametrizations, and their parameters by ``<name>.<key>``.
 
-    Raises InputError if ``start`` does not fit.
+    parameters: raw, as the optimizer moves them. *Effective* ones are what the weights depend on, and what is saved.
+    start: effective parameters to continue from, instead of the usual start. Raises InputError if they do not fit.
     """
 
     def __init__(
@@ -71,108 +68,138 @@ class Learner:
         self.model, self.index, self.spec, self.act, self.learning = model, index, spec, act, learning
         wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         self.weights = {k: t.to(wide) if t.is_floating_point() else t for k, t in weights.items()}
-        self.linears = [name for group in model.groups for name in group]
-        self.transforms = transforms_for(model.family, model.config, weights, learning.transform)
-        parameters: Parameters = {}
-        for transform in self.transforms:
-            parameters |= transform.initial(weights, ranges)
-        if learning.clip and spec is not None:
-            for name in self.linears:
-                lower, upper = clip_logits(weights[f"{name}.weight"], spec)
-                parameters |= {f"clip.{name}.lower": lower, f"clip.{name}.upper": upper}
-        if learning.compensation and self._compensates():
-            n_out, n_in = weights[f"{self.linears[-1]}.weight"].shape
-            device = weights[f"{self.linears[-1]}.weight"].device
-            parameters[f"rank1.{self.linears[-1]}.left"] = torch.zeros(n_out, 1, device=device)
-            parameters[f"rank1.{self.linears[-1]}.right"] = torch.ones(1, n_in, device=device)
+        block = Block(model, index, weights, spec, learning)
+        self.linears = block.linears
+        self.parametrizations: list[Parametrization] = [
+            part for make in ingredient.pick(learning.ingredients) for part in make(block)
+        ]
+        initial = [(part, part.initial(weights, ranges)) for part in self.parametrizations]
+        self.keys = {part.name: tuple(own) for part, own in initial}
+        parameters = _join(initial)
         self.resumed = start is not None
         if start is not None:
-            parameters = self._checked(parameters, start)
+            parameters = self._raw(parameters, start)
         self.parameters = {k: p.to(wide).requires_grad_() for k, p in parameters.items()}
-        # Steps of single rows of matrices that were taken back; counted on the device, read when the block is done.
-        self.rejected = torch.zeros((), dtype=torch.int64, device=next(iter(weights.values())).device)
 
-    def _compensates(self) -> bool:
-        return self.index < COMPENSATED_FIRST or self.index >= len(self.model.blocks) - COMPENSATED_LAST
+    def parts(self, parameters: Mapping[str, Tensor]) -> list[tuple[Parametrization, Parameters]]:
+        """Every parametrization with those of the parameters that are its own, by key."""
+        return [
+            (part, {key: parameters[k] for key in self.keys[part.name] if (k := f"{part.name}.{key}") in parameters})
+            for part in self.parametrizations
+        ]
 
-    def _checked(self, own: Parameters, start: Parameters) -> Parameters:
-        """Learned parameters as raw ones. Raises InputError where names or shapes differ."""
+    def _raw(self, own: Parameters, start: Parameters) -> Parameters:
+        """Raw parameters of effective ones. Raises InputError where names or shapes are not the block's own."""
         wrong = [k for k in {*own, *start} if k not in own or k not in start or own[k].shape != start[k].shape]
         if wrong:
             raise InputError(
                 f"--resume: block {self.index} has other learned parameters ({sorted(wrong)[0]}, ...); "
                 "give the same --lwc, --let, --use_matrix, --use_ln_matrix, bits and groups as the run that learned them"
             )
-        raw = {k: p.to(own[k].device) for k, p in start.items()}
-        for name in (f"{t.name}.matrix" for t in self.transforms if f"{t.name}.matrix" in raw):
-            diagonal = torch.diag_embed(raw[name].diagonal(dim1=-2, dim2=-1))
-            raw[name] = diagonal + (raw[name] - diagonal) / self.learning.transform.stability
-        return raw
+        start = {k: start[k].to(p.device) for k, p in own.items()}
+        return _join((part, part.raw(effective)) for part, effective in self.parts(start))
+
+    def _progress(self, progress: float) -> float:
+        """Parameters that were learned before have their training behind them."""
+        return 1.0 if self.resumed else progress
 
     def effective(self, parameters: Mapping[str, Tensor], progress: float) -> Parameters:
-        """Parameters with the gradual masks in them: what is saved, and all that the weights depend on."""
-        found = dict(parameters)
-        for transform in self.transforms:
-            found = transform.masked(found, 1.0 if self.resumed else progress)
-        return found
+        """What is saved, and all that the weights depend on, at ``progress`` in [0, 1] of the training."""
+        at = self._progress(progress)
+        return _join((part, part.effective(raw, at)) for part, raw in self.parts(parameters))
 
-    def transformed(self, effective: Mapping[str, Tensor]) -> Weights:
-        """The block's weights with all transforms in them, not quantized, float32 (or float64)."""
+    @torch.no_grad()
+    def before_step(self) -> Parameters:
+        """Copies of the parameters that `after_step` may put back."""
+        names = [f"{part.name}.{key}" for part in self.parametrizations for key in part.guarded]
+        return {k: self.parameters[k].clone() for k in names}
+
+    @torch.no_grad()
+    def after_step(self, before: Parameters, progress: float) -> None:
+        """Let every parametrization correct what a step of the optimizer made of its parameters, in place."""
+        at = self._progress(progress)
+        for (part, raw), (_, old) in zip(self.parts(self.parameters), self.parts(before), strict=True):
+            part.after_step(raw, old, at)
+
+    def transform(self, effective: Mapping[str, Tensor]) -> Weights:
+        """The block's weights with every parametrization in them, not quantized, float32 (or float64)."""
         weights = self.weights
-        for transform in self.transforms:
-            weights = transform.apply(weights, effective)
-        last = self.linears[-1]
-        if f"rank1.{last}.left" in effective:
-            added = effective[f"rank1.{last}.left"] * effective[f"rank1.{last}.right"]
-            weights = {**weights, f"{last}.weight": weights[f"{last}.weight"] + added}
+        for part, own in self.parts(effective):
+            weights = part.apply(weights, own)
         return weights
 
-    def clip(self, effective: Mapping[str, Tensor], linear: str) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of both ends of a linear's range."""
-        return effective.get(f"clip.{linear}.lower"), effective.get(f"clip.{linear}.upper")
+    def scale_zero(self, linear: str, weight: Tensor, effective: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Scale and zero point [out, G] of a linear's transformed weight [out, in], within what clips leave of its range."""
+        assert self.spec is not None
+        low, high = group_range(weight, self.spec)
+        for part, own in self.parts(effective):
+            low, high = part.clip(linear, low, high, own)
+        return range_to_grid(low, high, self.spec)
 
     def materialize(self, effective: Mapping[str, Tensor]) -> Weights:
         """The weights that the block is trained with and deployed with, in the arithmetic's dtype."""
-        found = {}
-        for name, tensor in self.transformed(effective).items():
-            linear, _, part = name.rpartition(".")
-            if self.spec is not None and part == "weight" and linear in self.linears:
-                scale, zero = clipped_scale_zero(tensor, self.spec, *self.clip(effective, linear))
-                tensor = quantize_through(tensor, scale, zero, self.spec.qmax)
-            found[name] = self._stored(name, tensor)
-        return found
+        weights = {}
+        # 1. The same function with other numbers inside (and what compensates for rounding).
+        for name, tensor in self.transform(effective).items():
+            linear, _, entry = name.rpartition(".")
+            # 2. Weights of linears on their grids, which are those of the transformed weights.
+            if self.spec is not None and entry == "weight" and linear in self.linears:
+                scale, zero = self.scale_zero(linear, tensor, effective)
+                tensor = fake_quantize(tensor, scale, zero, self.spec.qmax)
+            # 3. What a checkpoint makes of the numbers. Gradients pass 2 and 3 straight through.
+            weights[name] = self._round_as_stored(name, tensor)
+        return weights
 
-    def _stored(self, name: str, tensor: Tensor) -> Tensor:
-        """As a checkpoint holds it."""
+    def _round_as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """As a checkpoint holds it, in the arithmetic's dtype."""
         if not tensor.is_floating_point():
             return tensor
-        kept = self._kept_dtype(name)
-        if kept != tensor.dtype:
-            tensor = RoundTo.apply(tensor, kept)
+        storage = self._storage_dtype(name)
+        if storage != tensor.dtype:
+            tensor = RoundTo.apply(tensor, storage)
         return tensor.to(self.model.dtype)
 
-    def _kept_dtype(self, name: str) -> torch.dtype:
+    def _storage_dtype(self, name: str) -> torch.dtype:
         """In which a checkpoint holds an entry of floating-point numbers that no solver rounds."""
         return seams.ONLINE_DTYPE if name.endswith(ONLINE) else self.model.storage_dtype
+
+    def facts(self, effective: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the parametrizations say of the block: counts added up, of margins the smallest."""
+        together: dict[str, Any] = {}
+        for part, own in self.parts(effective):
+            for name, value in part.facts(own).items():
+                other = together.setdefault(name, value * 0 if isinstance(value, int) else value)
+                together[name] = other + value if isinstance(value, int) else min(other, value)
+        return together
 
     @torch.no_grad()
     def finish(self, effective: Parameters, record: Mapping[str, Any]) -> LearnedBlock:
         """The block with these parameters, for the solver."""
-        transformed = self.transformed(effective)
-        solved = {f"{name}.weight" for name in self.linears} if self.spec is not None else set()
-        changed = {k: t for k, t in transformed.items() if k not in solved and t is not self.weights.get(k)}
-        keep = {k: t.to(self._kept_dtype(k)) for k, t in changed.items()}
-        online = sum(t.numel() for k, t in keep.items() if k.endswith(ONLINE))
+        weights = self.transform(effective)
+        targets = {name: weights[f"{name}.weight"] for name in self.linears}
         grids = {}
         if self.spec is not None:
-            for name in self.linears:
-                weight = transformed[f"{name}.weight"]
-                grids[name] = clipped_grid(weight, self.spec, *self.clip(effective, name))
+            for name, weight in targets.items():
+                scale, zero = self.scale_zero(name, weight, effective)
+                grids[name] = grid_of(scale, zero, weight.shape[1], self.spec.qmax)
+        # The solver's codes stand for the weights that have a grid; every other entry that is new is kept as it is.
+        solved = {f"{name}.weight" for name in grids}
+        changed = {k: t for k, t in weights.items() if k not in solved and t is not self.weights.get(k)}
+        tensors = {k: t.to(self._storage_dtype(k)) for k, t in changed.items()}
         return LearnedBlock(
-            weights={k: self._stored(k, t) for k, t in transformed.items()},
-            targets={name: transformed[f"{name}.weight"].float() for name in self.linears},
+            weights={k: self._round_as_stored(k, t) for k, t in weights.items()},
+            targets={name: weight.float() for name, weight in targets.items()},
             grids=grids,
-            tensors=keep,
+            tensors=tensors,
             parameters={k: p.detach().clone() for k, p in effective.items()},
-            log={**record, "online_parameters": online, "shifted": [t.name for t in self.transforms if t.shift]},
+            log={
+                **record,
+                "online_parameters": sum(t.numel() for k, t in tensors.items() if k.endswith(ONLINE)),
+                "shifted": [k.removesuffix(".shift") for k in effective if k.endswith(".shift")],
+            },
         )
+
+
+def _join(parts: Iterable[tuple[Parametrization, Parameters]]) -> Parameters:
+    """Parameters of all parts under their full names."""
+    return {f"{part.name}.{key}": tensor for part, own in parts for key, tensor in own.items()}

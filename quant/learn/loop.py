@@ -16,9 +16,9 @@ from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
 from quant.core.types import QuantSpec
 from quant.learn.config import Learning
-from quant.learn.learner import COMPENSATION_LR, LearnedBlock, Learner
+from quant.learn.learner import LearnedBlock, Learner
 from quant.learn.losses import BlockLoss, watches_attention
-from quant.learn.transforms import InputRange, Parameters, dominance, floored_factors
+from quant.learn.parametrization import InputRange, Parameters
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, float, float], None]  # epoch, epochs, loss now, loss at the start
@@ -70,8 +70,8 @@ def train(
     the rates are halved, and the record says so. The host reads the device once an epoch.
     """
     learning, raw = learner.learning, learner.parameters
-    best = {k: p.detach().clone() for k, p in learner.effective(raw, 0.0).items()}
-    saved = {k: p.detach().clone() for k, p in raw.items()}
+    # Two copies of the best iterate: effective parameters for the deployed block, raw ones to go back to.
+    best, best_raw = _copy(learner.effective(raw, 0.0)), _copy(raw)
     first = lowest = loss.over_all(stream, best)
     if not math.isfinite(first):
         raise InputError(
@@ -85,11 +85,12 @@ def train(
     for epoch in range(learning.epochs):
         opened = epoch / (learning.epochs - 1) if learning.epochs > 1 else 1.0
         train_epoch(learner, loss, training, optimizer, opened)
-        effective = {k: p.detach() for k, p in learner.effective(raw, opened).items()}
+        effective = _copy(learner.effective(raw, opened))
         now = loss.over_all(stream, effective)
         record["epochs"] = epoch + 1
         record["losses"].append(now if math.isfinite(now) else None)
         progress(epoch + 1, learning.epochs, now, first)
+        # Roll back: AdamW's moments are not finite either, so that a new one starts from the best iterate.
         if not math.isfinite(now):
             rate /= 2
             record["events"].append(f"epoch {epoch + 1}: loss not finite, rolled back, rates x {rate:g}")
@@ -97,70 +98,40 @@ def train(
                 "block %d, epoch %d: the loss is not finite; rolled back, rates halved", learner.index, epoch + 1
             )
             for k, p in raw.items():
-                p.data.copy_(saved[k])
+                p.data.copy_(best_raw[k])
             optimizer = optimizer_for(learner, rate)
             continue
         if now < lowest:
-            lowest, stale = now, 0
-            best = {k: p.clone() for k, p in effective.items()}
-            saved = {k: p.detach().clone() for k, p in raw.items()}
+            lowest, stale, best, best_raw = now, 0, effective, _copy(raw)
         else:
             stale += 1
         if learning.patience and stale >= learning.patience:
             record["events"].append(f"stopped after epoch {epoch + 1}: no better loss for {stale} epochs")
             break
-    return learner.finish(best, record | _invertibility(learner, best) | {"loss_end": lowest})
+    return learner.finish(best, record | learner.facts(best) | {"loss_end": lowest})
 
 
-@torch.no_grad()
-def _invertibility(learner: Learner, effective: Parameters) -> dict[str, Any]:
-    """How far the matrices are from being singular: rows' smallest dominance and how many of their steps were taken
-    back; of the complex factors of RoPE-tied matrices the smallest |a + bi|."""
-    found: dict[str, Any] = {}
-    margins = [float(dominance(p).min()) for k, p in effective.items() if k.endswith(".matrix")]
-    if margins:
-        found |= {"smallest_dominance": min(margins), "rejected_rows": int(learner.rejected)}
-    sizes = [
-        float(floored_factors(effective[f"{t.name}.real"], effective[f"{t.name}.imaginary"]).norm(dim=0).min())
-        for t in learner.transforms
-        if f"{t.name}.real" in effective
-    ]
-    return found | ({"smallest_factor": min(sizes)} if sizes else {})
+def _copy(parameters: Parameters) -> Parameters:
+    return {k: p.detach().clone() for k, p in parameters.items()}
 
 
-def optimizer_for(learner: Learner, rate: float) -> torch.optim.Optimizer:
-    """AdamW with the papers' rates by kind of parameter, times ``rate``."""
-    learning = learner.learning
-    rates = {"clip": learning.lwc_lr, "rank1": COMPENSATION_LR}
+def optimizer_for(learner: Learner, factor: float) -> torch.optim.Optimizer:
+    """AdamW with the rates of the parametrizations, times ``factor``."""
     by_rate: dict[float, list[Tensor]] = {}
-    for name, parameter in learner.parameters.items():
-        by_rate.setdefault(rates.get(name.split(".")[0], learning.let_lr), []).append(parameter)
-    groups = [{"params": tensors, "lr": lr * rate} for lr, tensors in by_rate.items()]
-    return torch.optim.AdamW(groups, weight_decay=learning.weight_decay, fused=True)
+    for part, own in learner.parts(learner.parameters):
+        by_rate.setdefault(part.rate, []).extend(own.values())
+    groups = [{"params": tensors, "lr": rate * factor} for rate, tensors in by_rate.items()]
+    return torch.optim.AdamW(groups, weight_decay=learner.learning.weight_decay, fused=True)
 
 
 def train_epoch(
     learner: Learner, loss: BlockLoss, training: BlockStream, optimizer: torch.optim.Optimizer, opened: float
 ) -> None:
-    """One step for every batch, in order."""
-    raw = learner.parameters
-    matrices = [f"{t.name}.matrix" for t in learner.transforms if f"{t.name}.matrix" in raw]
+    """One step for every batch, in order, with masks opened that far."""
     for rows, arguments in zip(training.rows, training.arguments, strict=True):
-        weights = learner.materialize(learner.effective(raw, opened))
+        weights = learner.materialize(learner.effective(learner.parameters, opened))
         optimizer.zero_grad(set_to_none=True)
         loss(training, weights, rows, arguments).backward()
-        before = {name: raw[name].detach().clone() for name in matrices}
+        before = learner.before_step()
         optimizer.step()
-        _keep_invertible(learner, before, opened)
-
-
-@torch.no_grad()
-def _keep_invertible(learner: Learner, before: Parameters, opened: float) -> None:
-    """Take back the step of every row of a matrix that would lose strict diagonal dominance."""
-    if not before:
-        return
-    effective = learner.effective(learner.parameters, opened)
-    for name, old in before.items():
-        holds = (dominance(effective[name]) > 0).unsqueeze(-1)
-        learner.parameters[name].copy_(torch.where(holds, learner.parameters[name], old))
-        learner.rejected += (~holds).sum()
+        learner.after_step(before, opened)

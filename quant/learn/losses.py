@@ -17,7 +17,7 @@ from quant.blocks.stream import BlockStream
 from quant.learn import attention_term, loss_term
 from quant.learn.config import Learning
 from quant.learn.learner import Learner
-from quant.learn.transforms import Parameters
+from quant.learn.parametrization import Parameters
 
 
 @loss_term("reconstruction")

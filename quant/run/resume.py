@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from models.load import LazyModel
 from quant.core.errors import InputError
-from quant.learn.transforms import InputRange
+from quant.learn.parametrization import InputRange
 from quant.run.config import RunConfig
 from quant.run.directory import Record, RunDirectory
 

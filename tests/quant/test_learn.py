@@ -20,16 +20,17 @@ from quant.blocks.stream import BlockStream
 from quant.core import grid as grid_module
 from quant.core.errors import InputError
 from quant.core.types import QuantSpec
+from quant.learn import abq, recipes
 from quant.learn import affine as seams
-from quant.learn import learner as learn
-from quant.learn import recipes
 from quant.learn.affine import ONLINE
-from quant.learn.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
+from quant.learn.affinequant import dominance
 from quant.learn.config import Learning, TransformSpec
+from quant.learn.fake_quant import fake_quantize, grid_of, group_range
 from quant.learn.learner import Learner
 from quant.learn.loop import learn_block, optimizer_for, train_epoch
 from quant.learn.losses import BlockLoss
-from quant.learn.transforms import InputRange, dominance
+from quant.learn.omniquant import WeightClip
+from quant.learn.parametrization import Block, InputRange
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
 from quant.run.quantize import Recipe, deploy, quantize_block
@@ -95,22 +96,23 @@ def test_clipped_weights_equal_a_slow_reference(spec, scale):
     """Every group on its own, in Python floats of float32 values; the solver's grid is the trained one."""
     weight = torch.randn(5, 32) * scale
     weight[0], weight[1] = 0.0, weight[1].abs()
-    lower, upper = clip_logits(weight, spec)
+    clip = WeightClip("linear", spec, rate=0.01)
+    lower, upper = clip.initial({"linear.weight": weight}, {}).values()
     lower, upper = lower + torch.randn_like(lower), upper - 3 + torch.randn_like(upper)
-    found_scale, found_zero = clipped_scale_zero(weight, spec, lower, upper)
-    for g, part in enumerate(weight.view(5, found_scale.shape[1], -1).unbind(1)):
+    clipped = clip.clip("linear", *group_range(weight, spec), {"lower": lower, "upper": upper})
+    scale, zero = grid_module.range_to_grid(*clipped, spec)
+    values = fake_quantize(weight, scale, zero, spec.qmax)
+    for g, part in enumerate(weight.view(5, scale.shape[1], -1).unbind(1)):
         low = part.amin(1).clamp(max=0) * torch.sigmoid(lower[:, g])
         high = part.amax(1).clamp(min=0) * torch.sigmoid(upper[:, g])
         s, z = grid_module.range_to_grid(low, high, spec)
-        torch.testing.assert_close(found_scale[:, g], s, rtol=0, atol=0)
+        torch.testing.assert_close(scale[:, g], s, rtol=0, atol=0)
         codes = [
             [min(max(round(float(v / s[i])) + int(z[i]), 0), spec.qmax) for v in row] for i, row in enumerate(part)
         ]
         expected = (torch.tensor(codes) - z[:, None]) * s[:, None]
-        values = quantize_through(weight, found_scale, found_zero, spec.qmax).view(5, found_scale.shape[1], -1)[:, g]
-        torch.testing.assert_close(values, expected.float(), rtol=0, atol=0)
-    fitted = clipped_grid(weight, spec, lower, upper)
-    values = quantize_through(weight, found_scale, found_zero, spec.qmax)
+        torch.testing.assert_close(values.view(5, scale.shape[1], -1)[:, g], expected.float(), rtol=0, atol=0)
+    fitted = grid_of(scale, zero, weight.shape[1], spec.qmax)
     assert torch.equal(fitted.dequantize(fitted.quantize(weight)), values)
 
 
@@ -275,7 +277,7 @@ def test_rows_of_the_papers(method, abits):
     plain = Learning(TransformSpec(let=True, matrix=True, stability=0.1), clip=True, let_lr=0.02, epochs=3)
     expected = replace(plain, transform=replace(plain.transform, **transform), **others)
     assert recipes()[method](plain, 3, abits) == expected
-    assert (Learning().let_lr, Learning().lwc_lr, learn.COMPENSATION_LR) == (5e-3, 1e-2, 1e-2)
+    assert (Learning().let_lr, Learning().lwc_lr, abq.COMPENSATION_LR) == (5e-3, 1e-2, 1e-2)
     named = replace(plain, transform=replace(plain.transform, kinds=("vo",)))
     assert recipes()[method](named, 3, abits) == replace(named, **others), "seams that were named stay"
     clips = replace(plain, transform=TransformSpec())
@@ -409,13 +411,11 @@ def test_compensation_is_on_first_and_last_blocks_and_merged(model_dir, tmp_path
     learned = bench.learn(learning, QuantSpec(3))
     left, right = (learned.parameters[f"rank1.mlp.down_proj.{side}"] for side in ("left", "right"))
     assert float(left.abs().max()) > 0 and left.shape == (32, 1) and right.shape == (1, 64)
-    bench.model.module.model.layers.extend([bench.model.blocks[0]] * 9)  # 12 blocks: the middle ones have none
-    where = []
-    for index in range(12):
-        learner = bench.learner(learning, QuantSpec(3))
-        learner.index = index
-        where.append(learner._compensates())
-    assert where == [True] * 3 + [False] * 5 + [True] * 4
+    where = [abq.is_compensated(index, 12) for index in range(12)]
+    assert where == [True] * 3 + [False] * 5 + [True] * 4, "the middle ones have none"
+    bench.model.module.model.layers.extend([bench.model.blocks[0]] * 9)
+    assert len(abq.compensation(Block(bench.model, 2, bench.weights, None, learning))) == 1
+    assert abq.compensation(Block(bench.model, 3, bench.weights, None, learning)) == []
 
 
 # Whole runs.
