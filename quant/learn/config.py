@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Learning:
     compensation: a matrix of rank one added to the last linear of the first 3 and last 4 blocks (ABQ-LLM).
     augmented: the loss also asks for the full-precision block's answer to the quantized prefix (``--aug_loss``).
     distribution, attention: ABQ-LLM's log-cosine and attention terms. patience: epochs without a better loss after
-    which a block is done; 0 trains them all.
+    which a block is done; 0 trains them all. extra_ingredients, extra_terms: registered ones without a field here.
     """
 
     transform: TransformSpec = field(default_factory=TransformSpec)
@@ -50,6 +51,17 @@ class Learning:
     distribution: bool = False
     attention: bool = False
     patience: int = 0
+    extra_ingredients: tuple[str, ...] = ()
+    extra_terms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:  # from JSON they come as lists
+        for name in ("extra_ingredients", "extra_terms"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run's configuration holds, and hashes, of it."""
+        extra = ("extra_ingredients", "extra_terms")  # absent in runs that were made before there were any
+        return {k: v for k, v in asdict(self).items() if v or k not in extra}
 
     @property
     def ranges(self) -> bool:
@@ -60,10 +72,10 @@ class Learning:
     def ingredients(self) -> tuple[str, ...]:
         """Names of the parametrizations, in the order in which they reach the weights."""
         asked = {"let": self.transform.let, "clip": self.clip, "compensation": self.compensation}
-        return tuple(name for name, taken in asked.items() if taken)
+        return (*(name for name, taken in asked.items() if taken), *self.extra_ingredients)
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
         """Names of the terms of the loss, in the order in which they are added up."""
         papers = {"distribution": self.distribution, "attention": self.attention}
-        return ("reconstruction", *(name for name, taken in papers.items() if taken))
+        return ("reconstruction", *(name for name, taken in papers.items() if taken), *self.extra_terms)

@@ -96,7 +96,7 @@ class Learner:
                 f"--resume: block {self.index} has other learned parameters ({sorted(wrong)[0]}, ...); "
                 "give the same --lwc, --let, --use_matrix, --use_ln_matrix, bits and groups as the run that learned them"
             )
-        start = {k: start[k].to(p.device) for k, p in own.items()}
+        start = {k: start[k].to(p.device, copy=True) for k, p in own.items()}  # the optimizer writes in place
         return _join((part, part.raw(effective)) for part, effective in self.parts(start))
 
     def _progress(self, progress: float) -> float:

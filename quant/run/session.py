@@ -208,7 +208,7 @@ class Session:
             "range": config.range,
             "levels": config.levels,
             "solver": config.solver or config.method,
-            "learning": asdict(config.learning) if config.learning else None,
+            "learning": config.learning.to_json() if config.learning else None,
             "act": asdict(config.act),
             "start": None,
             "act_ranges": [_file_digest(path) for path in (config.act_scales, config.act_shifts)],

@@ -20,7 +20,7 @@ from quant.blocks.stream import BlockStream
 from quant.core import grid as grid_module
 from quant.core.errors import InputError
 from quant.core.types import QuantSpec
-from quant.learn import abq, recipes
+from quant.learn import abq, attention_term, ingredient, loss_term, recipe, recipes
 from quant.learn import affine as seams
 from quant.learn.affine import ONLINE
 from quant.learn.affinequant import dominance
@@ -30,7 +30,7 @@ from quant.learn.learner import Learner
 from quant.learn.loop import learn_block, optimizer_for, train_epoch
 from quant.learn.losses import BlockLoss
 from quant.learn.omniquant import WeightClip
-from quant.learn.parametrization import Block, InputRange
+from quant.learn.parametrization import Block, InputRange, Parametrization
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
 from quant.run.quantize import Recipe, deploy, quantize_block
@@ -300,6 +300,101 @@ def test_rates_and_decay_of_the_optimizer(lwc_lr, model_dir, tmp_path):
             assert group["lr"] == pytest.approx(factor * rates[name.split(".")[0]]), name
             assert group["weight_decay"] == 0.013
     assert {name.split(".")[0] for name in learner.parameters} == set(rates)
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for registry in (ingredient, loss_term, attention_term, recipe):
+        monkeypatch.setattr(registry, "_entries", dict(registry.entries()))
+
+
+def test_a_loss_term_of_ones_own_in_one_file(registries, model_dir, text, tmp_path):
+    """A function and a recipe that names it; the rest of the house does not know."""
+
+    @loss_term("largest")
+    def largest_error(out, target):
+        return 0.1 * (out - target).abs().amax(-1).mean()
+
+    @attention_term("logits")
+    def logit_error(logits, reference):
+        return 1e-3 * (logits - reference).square().tril().mean()
+
+    @recipe("mine")
+    def mine(learning, wbits, abits):
+        return replace(learning, extra_terms=("largest", "logits"))
+
+    bench, spec = Bench(model_dir("llama"), tmp_path), QuantSpec(3)
+    plain, more = (asked(method, let=False, epochs=12, lwc_lr=0.3) for method in ("omniquant", "mine"))
+    learned, other = bench.learn(more, spec), bench.learn(plain, spec)
+    assert learned.log["loss_start"] > 1.05 * other.log["loss_start"], "it counts"
+    assert learned.log["loss_end"] < 0.95 * learned.log["loss_start"], "it is trained"
+    assert any(not torch.equal(learned.parameters[k], p) for k, p in other.parameters.items()), "its gradient arrives"
+    config = config_for(model_dir("llama"), text, tmp_path, learning=replace(more, epochs=1), method="mine")
+    configuration = Session(config).configuration(config)["learning"]
+    assert configuration["extra_terms"] == ["largest", "logits"]
+    assert Learning(**configuration | {"transform": more.transform}) == replace(more, epochs=1)
+    with pytest.raises(InputError, match="nothing to learn is called 'smallest'; known: .*largest"):
+        bench.learn(replace(plain, extra_terms=("smallest",)), spec)
+
+
+def test_a_parameter_of_every_weight_of_ones_own_in_one_file(registries, model_dir, text, tmp_path):
+    """A class, what makes it for a block, and a recipe that names it: trained, deployed, resumed, refused."""
+
+    class Nudge(Parametrization):
+        rate = 0.003
+
+        def __init__(self, linear):
+            self.name, self.weight = f"nudge.{linear}", f"{linear}.weight"
+
+        def initial(self, weights, ranges):
+            return {"by": torch.zeros_like(weights[self.weight])}
+
+        def apply(self, weights, parameters):
+            return {**weights, self.weight: weights[self.weight] + parameters["by"]}
+
+        def after_step(self, parameters, before, progress):
+            parameters["by"].clamp_(-0.01, 0.01)
+
+    @ingredient("nudge")
+    def nudges(block):
+        return [Nudge(linear) for linear in block.linears]
+
+    @recipe("mine")
+    def mine(learning, wbits, abits):
+        return replace(learning, extra_ingredients=("nudge",))
+
+    bench, spec = Bench(model_dir("llama"), tmp_path), QuantSpec(3)
+    learning = asked("mine", let=False, epochs=5)
+    learner = bench.learner(learning, spec)
+    rates = {group["lr"]: len(group["params"]) for group in optimizer_for(learner, 1.0).param_groups}
+    assert rates == {learning.lwc_lr: 14, 0.003: 7}
+    learned = bench.learn(learning, spec)
+    assert learned.log["loss_end"] < 0.9 * bench.learn(replace(learning, extra_ingredients=()), spec).log["loss_end"]
+    for name in learner.linears:
+        by = learned.parameters[f"nudge.{name}.by"]
+        assert 0 < float(by.abs().max()) <= float(torch.tensor(0.01))
+        torch.testing.assert_close(learned.targets[name], bench.weights[f"{name}.weight"] + by, rtol=0, atol=0)
+    config = config_for(model_dir("llama"), text, tmp_path, learning=replace(learning, epochs=1), method="mine")
+    trained = Session(config).run(config)
+    again = replace(config, learning=learning, resume=config.run_dir, run_dir=tmp_path / "again")
+    again = replace(again, learning=replace(learning, epochs=0))
+    assert Session(again).run(again)["codes_sha256"] == trained["codes_sha256"]
+    other = replace(again, learning=asked(let=False, epochs=0), run_dir=tmp_path / "other")
+    with pytest.raises(InputError, match="learned for another configuration .extra_ingredients"):
+        Session(other).run(other)
+
+
+def test_what_configurations_hold_of_learning():
+    """Run directories are found by the hash of it: neither names nor values move where nothing is added."""
+    assert Learning().to_json() == {
+        "transform": {
+            "let": False, "kinds": (), "matrix": False, "norm_matrix": False, "shift": False, "alpha": 0.5,
+            "tied": True, "stability": 1.0, "precise": False,
+        },
+        "clip": False, "compensation": False, "epochs": 10, "let_lr": 5e-3, "lwc_lr": 1e-2, "weight_decay": 0.0,
+        "batch": 1, "augmented": False, "distribution": False, "attention": False, "patience": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "shifts"), [("opt", 3), ("bloom", 3), ("llama", 0)])
