@@ -75,6 +75,7 @@ class Learner:
         ]
         initial = [(part, part.initial(weights, ranges)) for part in self.parametrizations]
         self.keys = {part.name: tuple(own) for part, own in initial}
+        assert len(self.keys) == len(initial), "two parametrizations of one name"
         parameters = _join(initial)
         self.resumed = start is not None
         if start is not None:
