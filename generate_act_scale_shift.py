@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(session: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Largest |x| and shift of every linear's input channels, float32 [in] by full module path."""
-    from quant.learn.transforms import InputRange
+    from quant.learn.parametrization import InputRange
 
     model, stream = session.model, session.calibration_stream()
     scales, shifts = {}, {}

@@ -260,8 +260,7 @@ def resolve(args: argparse.Namespace) -> None:
 def learning_of(args: argparse.Namespace) -> Any:
     """What is learned, by the method's recipe; None if nothing is."""
     from quant.learn import recipes
-    from quant.learn.learner import Learning
-    from quant.learn.transforms import TransformSpec
+    from quant.learn.config import Learning, TransformSpec
 
     if not (args.lwc or args.let):
         return None

@@ -20,8 +20,7 @@ from quant.core import env
 from quant.core.text import markdown_cell
 from quant.learn import recipes
 from quant.learn.abq import balanced_levels
-from quant.learn.learner import Learning
-from quant.learn.transforms import TransformSpec
+from quant.learn.config import Learning, TransformSpec
 from quant.run.config import RunConfig
 from quant.run.session import Session
 from quant.solvers import get_solver, solver_options

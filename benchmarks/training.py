@@ -26,10 +26,12 @@ from quant.blocks.stream import BlockStream
 from quant.cli.terminal import console
 from quant.core import env
 from quant.core.types import QuantSpec
-from quant.learn import learner as learn
 from quant.learn import recipes
-from quant.learn.learner import BlockLoss, Learner, Learning
-from quant.learn.transforms import InputRange, TransformSpec
+from quant.learn.config import Learning, TransformSpec
+from quant.learn.learner import Learner
+from quant.learn.loop import optimizer_for, train_epoch
+from quant.learn.losses import BlockLoss
+from quant.learn.parametrization import InputRange
 
 VARIANTS = {
     "omniquant W3A16, lwc": ("omniquant", 3, 16, {"let": False}),
@@ -119,9 +121,9 @@ def row(label: str, attention: str, args: argparse.Namespace, stream: BlockStrea
             for rows, arguments in zip(stream.rows, stream.arguments, strict=True):
                 stream.call(0, own, rows, arguments)
 
-    optimizer = learn._optimizer(learner, 1.0)
+    optimizer = optimizer_for(learner, 1.0)
     plain = seconds(forward, device) / args.nsamples
-    step = seconds(lambda: learn._one_epoch(learner, loss, stream, optimizer, 1.0), device) / args.nsamples
+    step = seconds(lambda: train_epoch(learner, loss, stream, optimizer, 1.0), device) / args.nsamples
     peak = env.peak_bytes(device)
     hours = whole * args.epochs * 128 * (step + plain) / 3600  # the loss at the end of an epoch is a forward pass
     return (

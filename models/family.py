@@ -1,7 +1,7 @@
 """What the toolkit knows of a model family: its blocks, the order of their linears, and what may be rescaled.
 
 A *seam* is a place where one tensor writes what others read, so that the values between them may be transformed
-without changing the block's function: x' = (x - shift) A, taken back by the readers. `quant/learn/transforms.py`
+without changing the block's function: x' = (x - shift) A, taken back by its consumers. `quant/learn/affine.py`
 does the algebra; a family only names the places.
 """
 

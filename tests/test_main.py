@@ -21,8 +21,7 @@ from models.load import load_config
 from quant.blocks.actquant import ActSpec
 from quant.cli.terminal import guarded
 from quant.core import env
-from quant.learn.learner import Learning
-from quant.learn.transforms import TransformSpec
+from quant.learn.config import Learning, TransformSpec
 from quant.run.plan import estimate, shapes_of
 from quant.solvers import get_solver, solver_options, solvers
 

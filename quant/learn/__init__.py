@@ -1,31 +1,60 @@
-"""Learned methods by name: every file of this folder with a function under `@recipe("name")`."""
+"""Learned methods and their ingredients by name: every file of this folder that registers some.
+
+A paper's file holds the paper: the ingredients that are its own, and a `recipe` that says which ones it takes.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
-_recipes: dict[str, Callable[..., Any]] = {}
+from quant.core.errors import InputError
 
-
-def recipe(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what a paper makes of the learning asked for: (Learning, wbits, abits) -> Learning, for main.py."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _recipes[name] = function
-        return function
-
-    return register
+Entry = TypeVar("Entry")
 
 
-def _import_all() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+class Registry:
+    """Functions or classes under names; ``@registry("name")`` adds one. Raises ValueError if the name is taken."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Any] = {}
+
+    def __call__(self, name: str) -> Callable[[Entry], Entry]:
+        """A decorator that adds what it decorates."""
+
+        def register(entry: Entry) -> Entry:
+            taken = self._entries.setdefault(name, entry)
+            if taken.__module__ != entry.__module__:
+                raise ValueError(f"{name!r} exists already in {taken.__module__}")
+            self._entries[name] = entry
+            return entry
+
+        return register
+
+    def entries(self) -> Mapping[str, Any]:
+        """All of them, by name; imports the files of this folder."""
+        for module in pkgutil.iter_modules(__path__):
+            importlib.import_module(f"{__name__}.{module.name}")
+        return dict(sorted(self._entries.items()))
+
+    def pick(self, names: Iterable[str]) -> list[Any]:
+        """The named ones, in that order. Raises InputError where there is none of a name."""
+        names, entries = list(names), self.entries()
+        unknown = sorted(set(names) - set(entries))
+        if unknown:
+            raise InputError(f"nothing to learn is called {unknown[0]!r}; known: {', '.join(entries)}")
+        return [entries[name] for name in names]
+
+
+recipe = Registry()  # (Learning asked for, wbits, abits) -> Learning, under the name of main.py's --method
+ingredient = Registry()  # Block -> the Parametrizations that are learned of it
+transform = Registry()  # Transform that takes the place of a scale where its `stands_at` says so
+loss_term = Registry()  # (out, target) [n, T, hidden] -> scalar, for every target
+attention_term = Registry()  # (logits, those of the full-precision block) [n, heads, T, T] -> scalar
 
 
 def recipes() -> Mapping[str, Callable[..., Any]]:
     """Every learned method of this folder, by name."""
-    _import_all()
-    return dict(sorted(_recipes.items()))
+    return recipe.entries()

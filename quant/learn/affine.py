@@ -1,6 +1,6 @@
-"""Rewriting the weights of a block at a seam: x' = (x - shift) A, written by the producer, undone by the readers.
+"""Rewriting the weights of a block at a seam: x' = (x - shift) A, written by the producer, undone by its consumers.
 
-One sign convention: readers W' = W A⁻ᵀ, b' = b + W shift; producers V' = Aᵀ V, c' = Aᵀ (c - shift); norms hold a
+One sign convention: consumers W' = W A⁻ᵀ, b' = b + W shift; producers V' = Aᵀ V, c' = Aᵀ (c - shift); norms hold a
 diagonal A and the shift only. Everything is out of place and differentiable.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from models.family import HeadLayout, Seam
@@ -23,12 +24,12 @@ ONLINE_DTYPE = torch.float16  # in which it is kept, whatever the checkpoint's o
 class Affine:
     """A by its inverse M, for each head: the diagonal's entries [heads, d], or dense [heads, d, d]. shift [heads, d].
 
-    Seams without heads have one. ``precise`` inverts dense matrices in float64.
+    Seams without heads have one. ``float64`` inverts dense matrices in that dtype.
     """
 
     inverse: Tensor
     shift: Tensor | None = None
-    precise: bool = False
+    float64: bool = False
 
     @property
     def dense(self) -> bool:
@@ -37,7 +38,7 @@ class Affine:
 
     def matrix(self) -> Tensor:
         """A of a dense transform, [heads, d, d]."""
-        inverse = self.inverse.double() if self.precise else self.inverse
+        inverse = self.inverse.double() if self.float64 else self.inverse
         # `inv` would wait for the device to say whether it is singular; numbers that are not finite are seen later
         return torch.linalg.inv_ex(inverse).inverse.to(self.inverse.dtype)
 
@@ -62,20 +63,20 @@ class Affine:
 
 def apply_seam(weights: Weights, seam: Seam, layout: HeadLayout, affine: Affine, norm_offset: float = 0.0) -> Weights:
     """The block's weights with the transform in them; entries that stay are the same tensors."""
-    if seam.kind == "qk":
-        written = _write(weights, *layout.q, affine.inverse.shape[0], affine.forward_rows)
-        return _write(written, *layout.k, affine.inverse.shape[0], affine.inverse_rows)
-    repeats = layout.repeats if seam.kind == "vo" else 1
-    read = dict(weights)
+    heads = affine.inverse.shape[0]
+    if seam.kind == "qk":  # the product of queries and keys undoes it: there is no consumer
+        queries = _producer(weights, *layout.q, heads, affine.forward_rows)
+        return _producer(queries, *layout.k, heads, affine.inverse_rows)
+    new = dict(weights)
     for linear in seam.consumers:
-        read |= _read(weights, linear, affine, repeats)
+        new |= _consumer(weights, linear, affine, layout.repeats if seam.kind == "vo" else 1)
     if seam.kind == "norm":
-        return read | _through_norm(weights, seam.producer, affine, norm_offset)
+        return new | _norm(weights, seam.producer, affine, norm_offset)
     name, rows = layout.v if seam.kind == "vo" else (seam.producer, _all_rows(weights, seam.producer))
     if affine.shift is not None:
-        bias = read[f"{name}.bias"]
-        read[f"{name}.bias"] = bias.index_add(0, rows.flatten(), -affine.shift.flatten().to(bias.dtype))
-    return _write(read, name, rows, affine.inverse.shape[0], affine.forward_rows)
+        bias = new[f"{name}.bias"]
+        new[f"{name}.bias"] = bias.index_add(0, rows.flatten(), -affine.shift.flatten().to(bias.dtype))
+    return _producer(new, name, rows, heads, affine.forward_rows)
 
 
 def _all_rows(weights: Weights, linear: str) -> Tensor:
@@ -83,33 +84,31 @@ def _all_rows(weights: Weights, linear: str) -> Tensor:
     return torch.arange(weight.shape[0], device=weight.device)[None]
 
 
-def _write(weights: Weights, linear: str, rows: Tensor, heads: int, change: Callable[[Tensor], Tensor]) -> Weights:
-    """Apply ``change`` to rows [heads * repeats, d] of a linear's weight and bias."""
-    new = dict(weights)
-    index = rows.flatten()
-    for part in ("weight", "bias"):
-        tensor = weights.get(f"{linear}.{part}")
-        if tensor is None:
+def _producer(weights: Weights, linear: str, rows: Tensor, heads: int, change: Callable[[Tensor], Tensor]) -> Weights:
+    """All weights, with ``change`` applied to rows [heads * repeats, d] of a linear's weight and bias."""
+    new, index = dict(weights), rows.flatten()
+    for name in (f"{linear}.weight", f"{linear}.bias"):
+        if (tensor := weights.get(name)) is None:
             continue
-        picked = tensor[index].view(heads, rows.shape[0] // heads, rows.shape[1], -1)
-        changed = change(picked).reshape(index.numel(), *tensor.shape[1:])
-        new[f"{linear}.{part}"] = tensor.index_copy(0, index, changed)
+        # [out, in] or [out] -> [heads, repeats, d, in or 1]: heads of queries that share keys have one transform
+        picked = rearrange(tensor[index], "(h r d) ... -> h r d (...)", h=heads, d=rows.shape[1])
+        changed = rearrange(change(picked), "h r d i -> (h r d) i").view(-1, *tensor.shape[1:])
+        new[name] = tensor.index_copy(0, index, changed)
     return new
 
 
-def _read(weights: Weights, linear: str, affine: Affine, repeats: int) -> Weights:
-    """A reader's weight, and its bias where there is a shift."""
+def _consumer(weights: Weights, linear: str, affine: Affine, repeats: int) -> Weights:
+    """A consumer's weight, and its bias where there is a shift."""
     weight = weights[f"{linear}.weight"]
-    heads, d = affine.inverse.shape[:2]
-    columns = weight.view(-1, heads, repeats, d)
-    new = {f"{linear}.weight": affine.columns(columns).reshape(weight.shape)}
+    columns = rearrange(weight, "out (h r d) -> out h r d", h=affine.inverse.shape[0], r=repeats)
+    new = {f"{linear}.weight": rearrange(affine.columns(columns), "out h r d -> out (h r d)")}
     if affine.shift is not None:
-        moved = affine.shift[:, None].expand(heads, repeats, d).reshape(-1)
-        new[f"{linear}.bias"] = weights[f"{linear}.bias"] + weight @ moved
+        moved = weight @ repeat(affine.shift, "h d -> (h r d)", r=repeats)
+        new[f"{linear}.bias"] = weights[f"{linear}.bias"] + moved
     return new
 
 
-def _through_norm(weights: Weights, norm: str, affine: Affine, offset: float) -> Weights:
+def _norm(weights: Weights, norm: str, affine: Affine, offset: float) -> Weights:
     """The norm's weight and bias; a dense A goes behind the norm as a matrix of its own."""
     new: Weights = {}
     bias = weights.get(f"{norm}.bias")
@@ -117,8 +116,7 @@ def _through_norm(weights: Weights, norm: str, affine: Affine, offset: float) ->
         assert bias is not None
         bias = new[f"{norm}.bias"] = bias - affine.shift[0]
     if affine.dense:
-        new[norm + ONLINE] = affine.matrix()[0]
-        return new
+        return {**new, norm + ONLINE: affine.matrix()[0]}
     scale = affine.inverse[0]
     new[f"{norm}.weight"] = (weights[f"{norm}.weight"] + offset) / scale - offset
     if bias is not None:

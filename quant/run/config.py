@@ -17,8 +17,7 @@ from quant.core.types import QuantSpec
 from quant.export import DEQUANTIZED, refusal
 from quant.export.formats import Content
 from quant.export.runtimes import nearest, objections
-from quant.learn.learner import Learning
-from quant.learn.transforms import TransformSpec
+from quant.learn.config import Learning, TransformSpec
 from quant.run.directory import Record
 from quant.run.stored import Allowed, taken
 from quant.solvers import get_solver, solver_options

@@ -22,7 +22,8 @@ from quant.core.linalg import SingularGramError, products_in, relative_error
 from quant.core.scaling import exponent_outside
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import describe as describe_kernels
-from quant.learn.learner import LearnedBlock, Learning
+from quant.learn.config import Learning
+from quant.learn.learner import LearnedBlock
 from quant.run.directory import Record
 from quant.solvers.rtn import rtn
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from models.load import LazyModel
 from quant.core.errors import InputError
-from quant.learn.transforms import InputRange
+from quant.learn.parametrization import InputRange
 from quant.run.config import RunConfig
 from quant.run.directory import Record, RunDirectory
 
@@ -119,7 +119,7 @@ def _learned_for(configuration: Record) -> Record:
     found = {"method": configuration["method"].split("+")[0].strip()} | {name: configuration[name] for name in names}
     found |= {f"activations, {name}": value for name, value in configuration["act"].items()}
     transform = learning.get("transform", {})
-    found |= {name: learning.get(name) for name in ("clip", "compensation")}
+    found |= {name: learning.get(name) for name in ("clip", "compensation", "extra_ingredients")}
     return found | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}
 
 

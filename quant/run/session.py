@@ -38,7 +38,8 @@ from quant.export.write import (
     save_checkpoint,
 )
 from quant.kernels.matmul.pack import pack_block
-from quant.learn.learner import LearnedBlock, learn_block
+from quant.learn.learner import LearnedBlock
+from quant.learn.loop import learn_block
 from quant.learn.transforms import check_seams
 from quant.run.config import (
     DEFAULT_MAX_SEQLEN,
@@ -207,7 +208,7 @@ class Session:
             "range": config.range,
             "levels": config.levels,
             "solver": config.solver or config.method,
-            "learning": asdict(config.learning) if config.learning else None,
+            "learning": config.learning.to_json() if config.learning else None,
             "act": asdict(config.act),
             "start": None,
             "act_ranges": [_file_digest(path) for path in (config.act_scales, config.act_shifts)],

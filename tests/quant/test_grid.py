@@ -6,7 +6,8 @@ import torch
 
 from quant.core.grid import fit_grid, fit_scale_zero, range_to_grid
 from quant.core.types import QuantizedWeight, QuantSpec
-from quant.learn.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
+from quant.learn.fake_quant import fake_quantize, grid_of, group_range
+from quant.learn.omniquant import WeightClip
 from tests.references import weights
 
 SPECS = [
@@ -252,15 +253,16 @@ def test_the_largest_level_belongs_to_the_weights_and_not_to_the_spec() -> None:
 def test_learned_grids_stay_within_the_largest_value(symmetric: bool) -> None:
     spec = QuantSpec(3, 16, symmetric, largest=65504.0)
     weight = near(65504.0).requires_grad_()
-    lower, upper = (t.requires_grad_() for t in clip_logits(weight, spec))
-    scale, zero = clipped_scale_zero(weight, spec, lower, upper)
-    value = quantize_through(weight, scale, zero, spec.qmax)
+    clip = WeightClip("linear", spec, rate=0.01)
+    logits = {k: t.requires_grad_() for k, t in clip.initial({"linear.weight": weight}, {}).items()}
+    scale, zero = range_to_grid(*clip.clip("linear", *group_range(weight, spec), logits), spec)
+    value = fake_quantize(weight, scale, zero, spec.qmax)
     assert bool(torch.isfinite(value.half()).all())
     (value / 65504).square().mean().backward()
-    for parameter in (weight, lower, upper):
+    for parameter in (weight, *logits.values()):
         assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all())
-    assert float(upper.grad.abs().sum()) > 0
-    assert torch.equal(clipped_grid(weight, spec, lower, upper).scale, scale)
+    assert float(logits["upper"].grad.abs().sum()) > 0
+    assert torch.equal(grid_of(scale, zero, weight.shape[1], spec.qmax).scale, scale)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

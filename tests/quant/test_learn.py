@@ -20,13 +20,17 @@ from quant.blocks.stream import BlockStream
 from quant.core import grid as grid_module
 from quant.core.errors import InputError
 from quant.core.types import QuantSpec
+from quant.learn import abq, attention_term, ingredient, loss_term, recipe, recipes
 from quant.learn import affine as seams
-from quant.learn import learner as learn
-from quant.learn import recipes
 from quant.learn.affine import ONLINE
-from quant.learn.clip import clip_logits, clipped_grid, clipped_scale_zero, quantize_through
-from quant.learn.learner import Learner, Learning, learn_block
-from quant.learn.transforms import InputRange, TransformSpec, dominance
+from quant.learn.affinequant import dominance
+from quant.learn.config import Learning, TransformSpec
+from quant.learn.fake_quant import fake_quantize, grid_of, group_range
+from quant.learn.learner import Learner
+from quant.learn.loop import learn_block, optimizer_for, train_epoch
+from quant.learn.losses import BlockLoss
+from quant.learn.omniquant import WeightClip
+from quant.learn.parametrization import Block, InputRange, Parametrization
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
 from quant.run.quantize import Recipe, deploy, quantize_block
@@ -92,22 +96,23 @@ def test_clipped_weights_equal_a_slow_reference(spec, scale):
     """Every group on its own, in Python floats of float32 values; the solver's grid is the trained one."""
     weight = torch.randn(5, 32) * scale
     weight[0], weight[1] = 0.0, weight[1].abs()
-    lower, upper = clip_logits(weight, spec)
+    clip = WeightClip("linear", spec, rate=0.01)
+    lower, upper = clip.initial({"linear.weight": weight}, {}).values()
     lower, upper = lower + torch.randn_like(lower), upper - 3 + torch.randn_like(upper)
-    found_scale, found_zero = clipped_scale_zero(weight, spec, lower, upper)
-    for g, part in enumerate(weight.view(5, found_scale.shape[1], -1).unbind(1)):
+    clipped = clip.clip("linear", *group_range(weight, spec), {"lower": lower, "upper": upper})
+    scale, zero = grid_module.range_to_grid(*clipped, spec)
+    values = fake_quantize(weight, scale, zero, spec.qmax)
+    for g, part in enumerate(weight.view(5, scale.shape[1], -1).unbind(1)):
         low = part.amin(1).clamp(max=0) * torch.sigmoid(lower[:, g])
         high = part.amax(1).clamp(min=0) * torch.sigmoid(upper[:, g])
         s, z = grid_module.range_to_grid(low, high, spec)
-        torch.testing.assert_close(found_scale[:, g], s, rtol=0, atol=0)
+        torch.testing.assert_close(scale[:, g], s, rtol=0, atol=0)
         codes = [
             [min(max(round(float(v / s[i])) + int(z[i]), 0), spec.qmax) for v in row] for i, row in enumerate(part)
         ]
         expected = (torch.tensor(codes) - z[:, None]) * s[:, None]
-        values = quantize_through(weight, found_scale, found_zero, spec.qmax).view(5, found_scale.shape[1], -1)[:, g]
-        torch.testing.assert_close(values, expected.float(), rtol=0, atol=0)
-    fitted = clipped_grid(weight, spec, lower, upper)
-    values = quantize_through(weight, found_scale, found_zero, spec.qmax)
+        torch.testing.assert_close(values.view(5, scale.shape[1], -1)[:, g], expected.float(), rtol=0, atol=0)
+    fitted = grid_of(scale, zero, weight.shape[1], spec.qmax)
     assert torch.equal(fitted.dequantize(fitted.quantize(weight)), values)
 
 
@@ -138,7 +143,7 @@ def test_gradients_against_finite_differences(name, form, grid, model_dir, tmp_p
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.mul_(1 + 0.05 * noise).add_(0.01 * noise)
     target = torch.randn(bench.full.hidden.data.shape, generator=generator, dtype=torch.float64)
-    loss = learn.BlockLoss(learner, bench.weights, [target], bench.full if learning.attention else None)
+    loss = BlockLoss(learner, bench.weights, [target], bench.full if learning.attention else None)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the loss is taken in float32 otherwise
 
     def value() -> torch.Tensor:
@@ -272,7 +277,7 @@ def test_rows_of_the_papers(method, abits):
     plain = Learning(TransformSpec(let=True, matrix=True, stability=0.1), clip=True, let_lr=0.02, epochs=3)
     expected = replace(plain, transform=replace(plain.transform, **transform), **others)
     assert recipes()[method](plain, 3, abits) == expected
-    assert (Learning().let_lr, Learning().lwc_lr, learn.COMPENSATION_LR) == (5e-3, 1e-2, 1e-2)
+    assert (Learning().let_lr, Learning().lwc_lr, abq.COMPENSATION_LR) == (5e-3, 1e-2, 1e-2)
     named = replace(plain, transform=replace(plain.transform, kinds=("vo",)))
     assert recipes()[method](named, 3, abits) == replace(named, **others), "seams that were named stay"
     clips = replace(plain, transform=TransformSpec())
@@ -287,7 +292,7 @@ def test_rates_and_decay_of_the_optimizer(lwc_lr, model_dir, tmp_path):
     learner = bench.learner(learning, QuantSpec(3), ActSpec(4, 4))
     rates = {"clip": lwc_lr, "rank1": 0.01, "norm": 0.007, "vo": 0.007, "qk": 0.007, "mul": 0.007}
     for factor in (1.0, 0.5):
-        groups = learn._optimizer(learner, factor).param_groups
+        groups = optimizer_for(learner, factor).param_groups
         found = {id(p): group for group in groups for p in group["params"]}
         assert len(found) == sum(len(group["params"]) for group in groups) == len(learner.parameters)
         for name, parameter in learner.parameters.items():
@@ -295,6 +300,101 @@ def test_rates_and_decay_of_the_optimizer(lwc_lr, model_dir, tmp_path):
             assert group["lr"] == pytest.approx(factor * rates[name.split(".")[0]]), name
             assert group["weight_decay"] == 0.013
     assert {name.split(".")[0] for name in learner.parameters} == set(rates)
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for registry in (ingredient, loss_term, attention_term, recipe):
+        monkeypatch.setattr(registry, "_entries", dict(registry.entries()))
+
+
+def test_a_loss_term_of_ones_own_in_one_file(registries, model_dir, text, tmp_path):
+    """A function and a recipe that names it; the rest of the house does not know."""
+
+    @loss_term("largest")
+    def largest_error(out, target):
+        return 0.1 * (out - target).abs().amax(-1).mean()
+
+    @attention_term("logits")
+    def logit_error(logits, reference):
+        return 1e-3 * (logits - reference).square().tril().mean()
+
+    @recipe("mine")
+    def mine(learning, wbits, abits):
+        return replace(learning, extra_terms=("largest", "logits"))
+
+    bench, spec = Bench(model_dir("llama"), tmp_path), QuantSpec(3)
+    plain, more = (asked(method, let=False, epochs=12, lwc_lr=0.3) for method in ("omniquant", "mine"))
+    learned, other = bench.learn(more, spec), bench.learn(plain, spec)
+    assert learned.log["loss_start"] > 1.05 * other.log["loss_start"], "it counts"
+    assert learned.log["loss_end"] < 0.95 * learned.log["loss_start"], "it is trained"
+    assert any(not torch.equal(learned.parameters[k], p) for k, p in other.parameters.items()), "its gradient arrives"
+    config = config_for(model_dir("llama"), text, tmp_path, learning=replace(more, epochs=1), method="mine")
+    configuration = Session(config).configuration(config)["learning"]
+    assert configuration["extra_terms"] == ["largest", "logits"]
+    assert Learning(**configuration | {"transform": more.transform}) == replace(more, epochs=1)
+    with pytest.raises(InputError, match="nothing to learn is called 'smallest'; known: .*largest"):
+        bench.learn(replace(plain, extra_terms=("smallest",)), spec)
+
+
+def test_a_parameter_of_every_weight_of_ones_own_in_one_file(registries, model_dir, text, tmp_path):
+    """A class, what makes it for a block, and a recipe that names it: trained, deployed, resumed, refused."""
+
+    class Nudge(Parametrization):
+        rate = 0.003
+
+        def __init__(self, linear):
+            self.name, self.weight = f"nudge.{linear}", f"{linear}.weight"
+
+        def initial(self, weights, ranges):
+            return {"by": torch.zeros_like(weights[self.weight])}
+
+        def apply(self, weights, parameters):
+            return {**weights, self.weight: weights[self.weight] + parameters["by"]}
+
+        def after_step(self, parameters, before, progress):
+            parameters["by"].clamp_(-0.01, 0.01)
+
+    @ingredient("nudge")
+    def nudges(block):
+        return [Nudge(linear) for linear in block.linears]
+
+    @recipe("mine")
+    def mine(learning, wbits, abits):
+        return replace(learning, extra_ingredients=("nudge",))
+
+    bench, spec = Bench(model_dir("llama"), tmp_path), QuantSpec(3)
+    learning = asked("mine", let=False, epochs=5)
+    learner = bench.learner(learning, spec)
+    rates = {group["lr"]: len(group["params"]) for group in optimizer_for(learner, 1.0).param_groups}
+    assert rates == {learning.lwc_lr: 14, 0.003: 7}
+    learned = bench.learn(learning, spec)
+    assert learned.log["loss_end"] < 0.9 * bench.learn(replace(learning, extra_ingredients=()), spec).log["loss_end"]
+    for name in learner.linears:
+        by = learned.parameters[f"nudge.{name}.by"]
+        assert 0 < float(by.abs().max()) <= float(torch.tensor(0.01))
+        torch.testing.assert_close(learned.targets[name], bench.weights[f"{name}.weight"] + by, rtol=0, atol=0)
+    config = config_for(model_dir("llama"), text, tmp_path, learning=replace(learning, epochs=1), method="mine")
+    trained = Session(config).run(config)
+    again = replace(config, learning=learning, resume=config.run_dir, run_dir=tmp_path / "again")
+    again = replace(again, learning=replace(learning, epochs=0))
+    assert Session(again).run(again)["codes_sha256"] == trained["codes_sha256"]
+    other = replace(again, learning=asked(let=False, epochs=0), run_dir=tmp_path / "other")
+    with pytest.raises(InputError, match="learned for another configuration .extra_ingredients"):
+        Session(other).run(other)
+
+
+def test_what_configurations_hold_of_learning():
+    """Run directories are found by the hash of it: neither names nor values move where nothing is added."""
+    assert Learning().to_json() == {
+        "transform": {
+            "let": False, "kinds": (), "matrix": False, "norm_matrix": False, "shift": False, "alpha": 0.5,
+            "tied": True, "stability": 1.0, "precise": False,
+        },
+        "clip": False, "compensation": False, "epochs": 10, "let_lr": 5e-3, "lwc_lr": 1e-2, "weight_decay": 0.0,
+        "batch": 1, "augmented": False, "distribution": False, "attention": False, "patience": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "shifts"), [("opt", 3), ("bloom", 3), ("llama", 0)])
@@ -353,12 +453,12 @@ def test_no_step_waits_for_the_device(form, store, model_dir, tmp_path):
     learning, act = FORMS[form](4), ActSpec(4, 4)
     ranges = {name: InputRange(torch.ones(n), torch.zeros(n)) for name, (_, n) in model.linear_shapes().items()}
     learner = Learner(model, 0, weights, QuantSpec(3), act, learning, ranges)
-    loss = learn.BlockLoss(learner, weights, [stream.fork().hidden], stream if learning.attention else None)
-    optimizer = learn._optimizer(learner, 1.0)
-    learn._one_epoch(learner, loss, stream, optimizer, 0.5)  # sets up what is set up once
+    loss = BlockLoss(learner, weights, [stream.fork().hidden], stream if learning.attention else None)
+    optimizer = optimizer_for(learner, 1.0)
+    train_epoch(learner, loss, stream, optimizer, 0.5)  # sets up what is set up once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        learn._one_epoch(learner, loss, stream, optimizer, 1.0)
+        train_epoch(learner, loss, stream, optimizer, 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(bool(p.isfinite().all()) for p in learner.parameters.values())
@@ -367,13 +467,13 @@ def test_no_step_waits_for_the_device(form, store, model_dir, tmp_path):
 def test_a_loss_that_is_not_finite_is_undone(model_dir, tmp_path, monkeypatch):
     bench = Bench(model_dir("opt"), tmp_path)
     learning = replace(asked(), epochs=3)
-    over_all, calls = learn.BlockLoss.over_all, []
+    over_all, calls = BlockLoss.over_all, []
 
     def once_broken(self, stream, effective):
         calls.append({k: p.clone() for k, p in effective.items()})
         return math.nan if len(calls) == 3 else over_all(self, stream, effective)
 
-    monkeypatch.setattr(learn.BlockLoss, "over_all", once_broken)
+    monkeypatch.setattr(BlockLoss, "over_all", once_broken)
     learned = bench.learn(learning, QuantSpec(2))
     (event,) = learned.log["events"]
     assert "epoch 2: loss not finite, rolled back, rates x 0.5" in event
@@ -406,13 +506,11 @@ def test_compensation_is_on_first_and_last_blocks_and_merged(model_dir, tmp_path
     learned = bench.learn(learning, QuantSpec(3))
     left, right = (learned.parameters[f"rank1.mlp.down_proj.{side}"] for side in ("left", "right"))
     assert float(left.abs().max()) > 0 and left.shape == (32, 1) and right.shape == (1, 64)
-    bench.model.module.model.layers.extend([bench.model.blocks[0]] * 9)  # 12 blocks: the middle ones have none
-    where = []
-    for index in range(12):
-        learner = bench.learner(learning, QuantSpec(3))
-        learner.index = index
-        where.append(learner._compensates())
-    assert where == [True] * 3 + [False] * 5 + [True] * 4
+    where = [abq.is_compensated(index, 12) for index in range(12)]
+    assert where == [True] * 3 + [False] * 5 + [True] * 4, "the middle ones have none"
+    bench.model.module.model.layers.extend([bench.model.blocks[0]] * 9)
+    assert len(abq.compensation(Block(bench.model, 2, bench.weights, None, learning))) == 1
+    assert abq.compensation(Block(bench.model, 3, bench.weights, None, learning)) == []
 
 
 # Whole runs.
