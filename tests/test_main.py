@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -523,19 +522,6 @@ def test_every_row_of_the_papers_is_a_command_without_mistakes(tmp_path):
         else:
             args.methods, args.corpora = [args.quantization_method], []
         assert of.mistakes(args) == []
-
-
-def test_the_shell_loop_names_every_command(tmp_path):
-    def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["bash", "scripts/papers.sh", *words], cwd=ROOT, env={"PRINT": "1", "PATH": "/usr/bin:/bin"},
-                              capture_output=True, text=True, check=False)  # fmt: skip
-
-    found = run("*", "llama-2-7b", "W4A4", "--", "--seqlen", "64")
-    assert found.returncode == 0 and "3 runs, 0 failed" in found.stdout
-    assert all(
-        "meta-llama/Llama-2-7b-hf" in line and line.endswith("--seqlen 64") for line in found.stdout.splitlines()[:3]
-    )
-    assert run("nothing", "*", "*").returncode == 2 and run().returncode == 2
 
 
 def test_the_cost_of_matrices_behind_norms_is_said(command, small, tmp_path):
