@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,8 @@ def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_pat
         ("--lwx", "did you mean --lwc?"),
         ("--lwc --attn_implementation flex_attention", "--attn_implementation: invalid choice: 'flex_attention'"),
         ("--lwc --let-seams norm,vo", "--let-seams needs --let"),
+        ("--lwc --without attention", "--without leaves out parts of abq"),
+        ("--lwc --method abq --without loss", "--without loss: use compensation, distribution, attention"),
         ("--let --use_matrix --let-seams norm", "--use_matrix needs seams between heads"),
         ("--let --use_ln_matrix --let-seams vo", "--use_ln_matrix needs the norm seams"),
         ("--lwc --wd -1", "--wd -1: use 0"),
@@ -361,6 +364,12 @@ def test_every_flag_reaches_its_own_entry(flags):
     follows = {"--solver gptq": {"method", "options.percdamp"}}.get(flags, set())
     assert entry in changed and changed - {entry} <= follows, changed
     assert given[entry] == json.loads(json.dumps(value if not isinstance(value, Path) else str(value)))
+
+
+def test_parts_of_abq_are_left_out():
+    words = [*BASE, "--method", "abq"]
+    whole, without = (main_command.config_from([*words, *more]) for more in ([], ["--without", "attention,distribution"]))
+    assert without.learning == replace(whole.learning, attention=False, distribution=False) != whole.learning
 
 
 @pytest.mark.parametrize("solver", sorted(solvers()))
