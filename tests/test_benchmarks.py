@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import end_to_end
-from benchmarks.solvers import column_loop, measured, problem
+from benchmarks.solvers import column_loop, measure, problem
 from quant.blocks.stream import BlockStream
 from quant.core.grid import fit_grid
 from quant.core.types import QuantSpec
@@ -30,7 +30,7 @@ def test_the_published_loop_is_the_same_descent():
 def test_rows_of_one_shape(monkeypatch):
     monkeypatch.setattr(blocks, "_chosen", {})
     args = argparse.Namespace(device="cpu", sweeps=4, precision="highest", float64=True)
-    rows = [row.split(" | ") for row in measured(8, 32, args, [TorchKernels()])]
+    rows = [row.split(" | ") for row in measure(8, 32, args, [TorchKernels()])]
     assert [row[1:3] for row in rows] == [
         ["gram", "torch"], ["quantease", "column loop"], ["gptq", "torch"], ["quantease", "torch"],
         ["objective after 4 sweeps", "column loop"], ["objective after 4 sweeps", "torch"],
