@@ -368,7 +368,9 @@ def test_every_flag_reaches_its_own_entry(flags):
 
 def test_parts_of_abq_are_left_out():
     words = [*BASE, "--method", "abq"]
-    whole, without = (main_command.config_from([*words, *more]) for more in ([], ["--without", "attention,distribution"]))
+    whole, without = (
+        main_command.config_from([*words, *more]) for more in ([], ["--without", "attention,distribution"])
+    )
     assert without.learning == replace(whole.learning, attention=False, distribution=False) != whole.learning
 
 
