@@ -11,6 +11,7 @@ import torch
 
 from quant.cli.terminal import console
 from quant.core import env
+from quant.core.text import markdown_cell
 
 
 def synchronize(device: torch.device) -> None:
@@ -60,9 +61,11 @@ def heading(head: str) -> list[str]:
     return [head, "|---" * (head.count("|") - 1) + "|"]
 
 
-def table(head: str, rows: Iterable[str]) -> list[str]:
-    """Markdown lines of a table, with an empty one behind them."""
-    return [*heading(head), *rows, ""]
+def table(records: Iterable[Mapping[str, str]]) -> list[str]:
+    """Markdown lines of a table whose columns are the first record's names, with an empty line behind them."""
+    rows = list(records)
+    cells = [[markdown_cell(row.get(name, "")) for name in rows[0]] for row in rows]
+    return [*heading(f"| {' | '.join(rows[0])} |"), *(f"| {' | '.join(row)} |" for row in cells), ""]
 
 
 def show(*lines: str) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -25,7 +26,8 @@ from quant.core.text import markdown_cell
 from quant.report.page import Run, open_run
 
 BASES = ("rtn", "gptq", "omniquant")  # what a method is counted against, where the table has them
-IN_SETTING = ("model", "seed", "quantization-method", "method", "solver")  # flags that a row's label does not repeat
+NOT_IN_LABEL = ("model", "quantization-method", "method", "solver")
+STAGES = ("forward", "gram", "learn", "solve")
 
 
 @dataclass
@@ -37,135 +39,114 @@ class Row:
     setting: str = ""
     label: str = ""
 
-    @property
-    def start(self) -> str:
-        """The first cells of a table's row."""
-        return f"| {markdown_cell(self.run.model)} | {self.setting} | {markdown_cell(self.label)} |"
-
-    @property
-    def ratios(self) -> list[float]:
-        """Perplexity over that of full precision, of every corpus."""
-        return [scores["quantized"] / scores["fp"] for scores in self.run.results["perplexity"].values()]
-
-    @property
-    def errors(self) -> list[float]:
-        """Relative error of every linear."""
-        return [record["relative_error"] for record in self.run.records]
+    def __post_init__(self) -> None:
+        r = self.results = self.run.results
+        self.setting = f"W{r['wbits']}A{r['abits']}" + (f"g{r['group_size']}" if r["group_size"] > 0 else "")
+        self.start = {"model": self.run.model, "setting": self.setting}
+        self.errors = {(e["block"], e["name"]): e["relative_error"] for e in self.run.records}
 
 
 def rows_of(sweep: Mapping[str, Any]) -> list[Row]:
-    """The finished rows of a sweep, with their labels."""
+    """The finished rows of a sweep, with their labels, model by model and setting by setting."""
     rows = [Row(open_run(Path(r["run_dir"])), r["flags"]) for r in sweep["rows"] if r["status"] == "done"]
     for row in rows:
-        r = row.run.results
-        row.setting = f"W{r['wbits']}A{r['abits']}" + (f"g{r['group_size']}" if r["group_size"] > 0 else "")
-    models, settings = (
-        list(dict.fromkeys(names)) for names in ((r.run.model for r in rows), (r.setting for r in rows))
-    )
-    rows.sort(key=lambda row: (models.index(row.run.model), settings.index(row.setting)))
-    for row in rows:
-        method = row.run.results["method"]
-        peers = [o.flags for o in rows if (o.setting, o.run.results["method"]) == (row.setting, method)]
-        own = {k: v for k, v in row.flags.items() if k not in IN_SETTING and len({f.get(k) for f in peers}) > 1}
+        method = row.results["method"]
+        peers = [o.flags for o in rows if (o.setting, o.results["method"]) == (row.setting, method)]
+        own = {k: v for k, v in row.flags.items() if k not in NOT_IN_LABEL and len({f.get(k) for f in peers}) > 1}
         row.label = " ".join([method, *(f"--{k} {v}".strip() for k, v in own.items())])
-    return rows
+        row.start["method"] = row.label
+    order = {name: n for n, name in enumerate(dict.fromkeys([r.run.model for r in rows] + [r.setting for r in rows]))}
+    return sorted(rows, key=lambda row: (order[row.run.model], order[row.setting]))
 
 
-def bases_of(rows: Iterable[Row]) -> dict[str, str]:
-    """Labels to count against, by method: the first row of each."""
-    first: dict[str, str] = {}
+def counts(own: Mapping[Any, float], others: Mapping[str, Mapping[Any, float]]) -> dict[str, str]:
+    """For how many of the keys that both have the value is below that of each base."""
+    shared = {base: own.keys() & values.keys() for base, values in others.items()}
+    return {f"below {base}": f"{sum(own[key] < others[base][key] for key in keys)} of {len(keys)}" if keys else "-"
+            for base, keys in shared.items()}  # fmt: skip
+
+
+def mean_records(rows: Sequence[Row], bases: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Means over models and corpora, and on how many models a method's perplexity is below that of each base."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        first.setdefault(row.run.results["method"], row.label)
-    return {name: first[name] for name in BASES if name in first}
+        groups.setdefault((row.setting, row.label), []).append(row)
+    ratios = {key: {row.run.model: mean(s["quantized"] / s["fp"] for s in row.results["perplexity"].values()) for row in own}
+              for key, own in groups.items()}  # fmt: skip
+    for (setting, label), own in groups.items():
+        kl = mean(f["kl_divergence"] for row in own for f in row.results["fidelity"].values())
+        yield {
+            "setting": setting,
+            "method": label,
+            "perplexity ratio": f"{mean(ratios[setting, label].values()):.4f}",
+            "KL divergence": f"{kl:.5f}",
+            "relative error": f"{mean(row.results['mean_relative_error'] for row in own):.5f}",
+        } | counts(ratios[setting, label], {name: ratios.get((setting, base), {}) for name, base in bases.items()})
 
 
-def mean_rows(rows: Sequence[Row], bases: Mapping[str, str]) -> list[str]:
-    """Means over models, and for how many models a method's perplexity is below that of each base."""
-    lines = []
-    for setting, label in dict.fromkeys((row.setting, row.label) for row in rows):
-        by_label = {name: {r.run.model: mean(r.ratios) for r in rows if (r.setting, r.label) == (setting, name)}
-                    for name in (label, *bases.values())}  # fmt: skip
-        own = [row for row in rows if (row.setting, row.label) == (setting, label)]
-        kl = mean(f["kl_divergence"] for row in own for f in row.run.results["fidelity"].values())
-        counts = " | ".join(below(by_label[label], by_label[base]) for base in bases.values())
-        error = mean(row.run.results["mean_relative_error"] for row in own)
-        lines.append(
-            f"| {setting} | {label} | {mean(by_label[label].values()):.4f} | {kl:.5f} | {error:.5f} | {counts} |"
-        )
-    return lines
+def quality_records(row: Row) -> Iterator[dict[str, str]]:
+    """A run on every corpus."""
+    r = row.results
+    learned = [log["loss_end"] / log["loss_start"] for log in r["learning"]]
+    for corpus, scores in r["perplexity"].items():
+        yield row.start | {
+            "bits per weight": f"{r['bits_per_weight']:.3f}",
+            "data": corpus,
+            "ppl before": f"{scores['fp']:.3f}",
+            "ppl after": f"{scores['quantized']:.3f}",
+            "ratio, 95% interval": "{:.4f}-{:.4f}".format(*scores["ratio_ci95"]),
+            "KL divergence": f"{r['fidelity'][corpus]['kl_divergence']:.5f}",
+            "mean relative error": f"{r['mean_relative_error']:.5f}",
+            "loss, end / start": f"{mean(learned):.3f}" if learned else "-",
+        }
 
 
-def below(own: Mapping[Any, float], base: Mapping[Any, float]) -> str:
-    """For how many of the keys that both have the value is lower."""
-    shared = own.keys() & base.keys()
-    return f"{sum(own[key] < base[key] for key in shared)} of {len(shared)}" if shared else "-"
-
-
-def quality_row(row: Row, corpus: str) -> str:
-    """A run on a corpus."""
-    r = row.run.results
-    scores, learned = r["perplexity"][corpus], [log["loss_end"] / log["loss_start"] for log in r["learning"]]
-    low, high = scores["ratio_ci95"]
-    return (
-        f"{row.start} {r['bits_per_weight']:.3f} | {markdown_cell(corpus)} | {scores['fp']:.3f} | {scores['quantized']:.3f} "
-        f"| {low:.4f}-{high:.4f} | {r['fidelity'][corpus]['kl_divergence']:.5f} | {r['mean_relative_error']:.5f} "
-        f"| {f'{mean(learned):.3f}' if learned else '-'} |"
-    )
-
-
-def error_row(row: Row, rows: Sequence[Row], bases: Mapping[str, str]) -> str:
+def error_record(row: Row, rows: Sequence[Row], bases: Mapping[str, str]) -> dict[str, str]:
     """Mean relative error of a run's linears, and for how many of them it is below each base."""
     peers = {o.label: o.errors for o in rows if (o.run.model, o.setting) == (row.run.model, row.setting)}
-    own = dict(enumerate(row.errors))
-    counts = (below(own, dict(enumerate(peers.get(base, ())))) for base in bases.values())
-    return f"{row.start} {mean(row.errors):.5f} | {' | '.join(counts)} |"
+    others = {name: peers.get(base, {}) for name, base in bases.items()}
+    return row.start | {"mean relative error": f"{mean(row.errors.values()):.5f}"} | counts(row.errors, others)
 
 
-def seconds_row(row: Row) -> str:
+def seconds_record(row: Row) -> dict[str, str]:
     """Seconds by stage with their shares of the quantization itself, and peak memory."""
-    s, peak = row.run.results["seconds"], row.run.results["peak_bytes"]
-    stages = ("forward", "gram", "learn", "solve")
-    whole = sum(s[stage] for stage in stages)
-    shares = " | ".join(f"{s[stage]:.2f} ({s[stage] / whole:.0%})" for stage in stages)
-    memory = f"{peak['host'] / 1e9:.2f} | {peak['device'] / 1e9:.2f}"
-    return f"{row.start} {s['load']:.1f} | {shares} | {s['evaluate']:.1f} | {memory} |"
+    s, peak = row.results["seconds"], row.results["peak_bytes"]
+    whole = sum(s[stage] for stage in STAGES)
+    stages = {f"{stage} s": f"{s[stage]:.2f} ({s[stage] / whole:.0%})" for stage in STAGES}
+    memory = {f"{place} GB": f"{peak[place] / 1e9:.2f}" for place in ("host", "device")}
+    return row.start | {"load s": f"{s['load']:.1f}"} | stages | {"evaluate s": f"{s['evaluate']:.1f}"} | memory
 
 
 def sweep_lines(directory: Path) -> list[str]:
     """The tables of a sweep."""
     sweep = read_json(directory / "sweep.json")
     rows = rows_of(sweep)
-    if not rows:
-        raise InputError(f"{directory}: no row is finished")
+    if not rows or not all(row.results["fidelity"] for row in rows):
+        raise InputError(f"{directory}: no row is finished, or one was not evaluated beside full precision")
+    first = {row.results["method"]: row.label for row in reversed(rows)}
+    bases = {name: first[name] for name in BASES if name in first}
     shared = set.intersection(*(set(row.flags.items()) for row in rows))
     flags = " ".join(f"--{k} {v}".strip() for k, v in rows[0].flags.items() if (k, v) in shared and k != "command")
-    manifest = rows[0].run.manifest
-    shape = "{} windows of {} tokens".format
-    corpora = ", ".join(f"{name} {shape(*data['shape'])}" for name, data in manifest["evaluation"].items())
-    bases = bases_of(rows)
-    counts = " | ".join(f"below {name}" for name in bases)
-    seconds = "load s | forward s | gram s | learn s | solve s | evaluate s | host GB | device GB"
-    runs = "| model | setting | method |"
+    manifest, windows = rows[0].run.manifest, "{} windows of {} tokens".format
+    corpora = ", ".join(f"{name} {windows(*data['shape'])}" for name, data in manifest["evaluation"].items())
     return [
         f"# {markdown_cell(directory.name)}: {len(rows)} runs", "",
         f"`python scripts/sweep.py {sweep['table']}`, every row: `{flags}`. Calibration {manifest['calibration']['name']}, "
-        f"{shape(*manifest['calibration']['shape'])}, seed {manifest['seed']}; perplexity of {corpora}, without overlap; the "
+        f"{windows(*manifest['calibration']['shape'])}, seed {manifest['seed']}; perplexity of {corpora}, without overlap; the "
         "interval is that of the ratio to full precision. Setting: bits of weights and activations, columns of a group. "
         f"{machine_line(manifest['hardware'], manifest['versions'])}.", "",
         "Means over models and corpora, and on how many models the perplexity is lower:", "",
-        *table(f"| setting | method | perplexity ratio | KL divergence | relative error | {counts} |", mean_rows(rows, bases)),
-        *table(f"{runs} bits per weight | data | ppl before | ppl after | ratio, 95% interval | KL divergence "
-               "| mean relative error | loss, end / start |",
-               (quality_row(row, corpus) for row in rows for corpus in row.run.results["perplexity"])),
+        *table(mean_records(rows, bases)),
+        *table(record for row in rows for record in quality_records(row)),
         "## Relative error of the linears", "",
         "For how many linears it is lower than with each base. Every method is measured on the activations of its own "
         "quantized prefix.", "",
-        *table(f"{runs} mean relative error | {counts} |", (error_row(row, rows, bases) for row in rows)),
+        *table(error_record(row, rows, bases) for row in rows),
         "## Seconds and peak memory", "",
         "forward: calibration passes through the blocks; gram: accumulation of x xᵀ; learn: training; solve: the solvers, with "
         "the error measurements of the journal. Shares are of the sum of these. Rows that were evaluated together have "
         "equal shares of evaluate. Host memory is the process's peak so far.", "",
-        *table(f"{runs} {seconds} |", map(seconds_row, rows)),
+        *table(map(seconds_record, rows)),
     ]  # fmt: skip
 
 
@@ -175,25 +156,20 @@ def layer_lines(directory: Path, about: str) -> list[str]:
     for path in sorted(directory.glob("*/*/*/layers.json")):
         for r in json.loads(path.read_text()):
             columns = tables.setdefault((path.parts[-4], r["bits"]), {})
-            column = columns.setdefault(f"{r['method']} {path.parts[-2]}", {})
-            column[r["block"], r["name"]] = r["relative_error"]
+            columns.setdefault(f"{r['method']} {path.parts[-2]}", {})[r["block"], r["name"]] = r["relative_error"]
     if not tables:
         raise InputError(f"{directory} has neither a sweep.json nor <model>/<width>/<variant>/layers.json")
     lines = [f"# {markdown_cell(directory.name)}: every linear", "",
              f"`benchmarks/layers.sh {directory.name}`, {about}. Relative error ‖(W-Ŵ)X‖²/‖WX‖², every method from the same "
              f"full-precision statistics. {version_line(env.versions())}.", ""]  # fmt: skip
     for (model, bits), columns in tables.items():
-        cells = [(f"{block} | {name}", [f"{column[block, name]:.5f}" for column in columns.values()])
-                 for block, name in next(iter(columns.values()))]  # fmt: skip
-        cells.append((" | mean", [f"{mean(column.values()):.5f}" for column in columns.values()]))
-        for base in columns:
-            cells.append((f" | below {base}", [below(column, columns[base]) for column in columns.values()]))
-        rows = (f"| {start} | {' | '.join(own)} |" for start, own in cells)
-        lines += [
-            f"## {markdown_cell(model)}, {bits} bits",
-            "",
-            *table(f"| block | linear | {' | '.join(columns)} |", rows),
-        ]
+        records = [{"block": str(block), "linear": name} | {label: f"{own[block, name]:.5f}" for label, own in columns.items()}
+                   for block, name in next(iter(columns.values()))]  # fmt: skip
+        records.append({"linear": "mean"} | {label: f"{mean(own.values()):.5f}" for label, own in columns.items()})
+        below = {label: counts(own, columns) for label, own in columns.items()}
+        for base in (f"below {label}" for label in columns):
+            records.append({"linear": base} | {label: below[label][base] for label in columns})
+        lines += [f"## {markdown_cell(model)}, {bits} bits", "", *table(records)]
     return lines
 
 
@@ -211,4 +187,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from quant.cli.terminal import guarded
+
+    sys.exit(guarded(main))
