@@ -63,17 +63,26 @@ def write_random(config: Any, directory: Path, dtype: torch.dtype) -> None:
     config.save_pretrained(directory)
 
 
+def random_stream(
+    directory: Path, args: argparse.Namespace, batch: int, store: str, attention: str | None = None
+) -> BlockStream:
+    """Random windows in front of the first block of the checkpoint."""
+    device = env.pick_device(args.device)
+    dtype = env.pick_dtype(args.dtype, device)
+    model = load_model(str(directory), dtype=dtype, cache_dir=directory, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (args.nsamples, args.seqlen), generator=generator)
+    stream = BlockStream(model, tokens, device=device, batch=batch, store=store, directory=directory)
+    return stream.capture(model.outside_weights(device))
+
+
 def quantize(directory: Path, method: str, args: argparse.Namespace, whole: int) -> dict[str, float]:
     """Seconds by stage of one method over every block of the checkpoint, of a model that has ``whole`` blocks."""
     device = env.pick_device(args.device)
     env.reset_peak(device)
     started = time.perf_counter()
-    model = load_model(str(directory), dtype=env.pick_dtype(args.dtype, device), cache_dir=directory)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (args.nsamples, args.seqlen), generator=generator)
-    stream = BlockStream(
-        model, tokens, device=device, batch=args.calib_batch, store=args.activation_store, directory=directory
-    ).capture(model.outside_weights(device))
+    stream = random_stream(directory, args, args.calib_batch, args.activation_store)
+    model = stream.model
     options = solver_options(get_solver(method)) | ({"num_iter": args.sweeps} if method == "quantease" else {})
     recipe = Recipe(method, get_solver(method), QuantSpec(args.wbits), options, args.true_sequential)
     compile_kernels(recipe, device)

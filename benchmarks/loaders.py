@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.measuring import write
 from data.demo import text
 from quant.blocks.actquant import ActSpec
 from quant.export.runtimes import loadability
@@ -232,11 +233,6 @@ def cells(row: dict[str, object]) -> str:
     return f"{row.get('ours', 0):.4f} | {row.get('theirs', 0):.4f} | {row.get('logits', 0):.1e} | {row['said']}"
 
 
-def write_table(path: Path, lines: list[str]) -> None:
-    """The table as far as it is measured."""
-    path.write_text("# Our checkpoints in other people's software\n\n" + "\n".join(lines) + "\n")
-
-
 def main() -> None:
     """All cases, one table; exit code 1 if a checkpoint that should load did not, measured otherwise, or is refused by our
     rules where another set of them is expected."""
@@ -250,7 +246,8 @@ def main() -> None:
     code = f"from importlib.metadata import version as v; print(', '.join(f'{{p}} {{v(p)}}' for p in {packages}))"
     versions = subprocess.run([peer, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     bounds = ", ".join(f"{how} {bound:g}" for how, bound in LOGITS.items())
-    lines = [f"Loaded by {versions}, on a CPU.", f"Perplexity of {WINDOWS} windows of {SEQLEN} tokens of the demo text;",
+    lines = ["# Our checkpoints in other people's software", "",
+             f"Loaded by {versions}, on a CPU.", f"Perplexity of {WINDOWS} windows of {SEQLEN} tokens of the demo text;",
              f"logits: relative distance to ours in float32. same: the perplexity within {TOLERANCE:.1%} and the logits",
              f"within {bounds}, {LOGITS_A8:g} with quantized activations (of a copy of the model in float32). transformers computes in",
              "the checkpoint's dtype,",
@@ -266,15 +263,13 @@ def main() -> None:
                 failed += row["said"] not in ("same", "refused")
                 lines.append(f"| {family} | {case.bits} | {case.grid} | {case.format} | {case.how} | {cells(row)} |")
                 print(lines[-1], flush=True)
-            if args.out:
-                write_table(args.out, lines)
+            write(lines, args.out)  # as far as it is measured
         made = other_way(peer, Path(directory))
     failed += made["said"] != "same"
     lines += ["", "A checkpoint that gptqmodel made (llama, 4 bits, g32), read by us and by gptqmodel:", "",
               "| ours | theirs | logits | |", "|-|-|-|-|", f"| {cells(made)} |"]  # fmt: skip
     print(lines[-1])
-    if args.out:
-        write_table(args.out, lines)
+    write(lines, args.out)
     sys.exit(1 if failed else 0)
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.end_to_end import write_random
+from benchmarks.end_to_end import random_stream, write_random
 from benchmarks.measuring import best_seconds, heading, peak_of, show
-from models.load import load_config, load_model
+from models.load import load_config
 from quant.blocks.actquant import ActSpec, instrumented
 from quant.blocks.stream import BlockStream
 from quant.core import env
@@ -63,24 +63,10 @@ def main() -> None:
         show(f"block {shape}; {env.describe(device)}; torch {torch.__version__}", "")
         show(*heading("| method | attention | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |"))
         for attention in args.attention:
-            stream = capture(directory, args, attention, config.vocab_size)
+            stream = random_stream(directory, args, 1, "device", attention)
             weights = stream.model.block_weights(0, device)
             for label in VARIANTS:
                 show(row(label, attention, args, stream, weights, whole))
-
-
-def capture(directory: Path, args: argparse.Namespace, attention: str, vocabulary: int) -> BlockStream:
-    """Random windows in front of the block, one a batch, with that implementation of attention."""
-    device = env.pick_device(args.device)
-    model = load_model(
-        str(directory),
-        dtype=env.pick_dtype(args.dtype, device),
-        cache_dir=directory,
-        attn_implementation=attention,
-    )
-    tokens = torch.randint(0, vocabulary, (args.nsamples, args.seqlen))
-    stream = BlockStream(model, tokens, device=device, batch=1, store="device")
-    return stream.capture(model.outside_weights(device))
 
 
 def row(label: str, attention: str, args: argparse.Namespace, stream: BlockStream, weights: dict, whole: int) -> str:
