@@ -88,6 +88,9 @@ class Cell:
     results: dict[str, Any] = field(default_factory=dict)
 
 
+Flags = dict[str, tuple[Any, str]]  # value and place by name
+
+
 def read_table(path: Path, chosen: Mapping[str, str] | None = None, models: Path | None = None) -> list[Row]:
     """Rows of flags. Raises InputError with line and column where the table is malformed, or empty.
 
@@ -197,9 +200,6 @@ def _papers(
     if not rows:
         raise InputError(f"{path}: no row has {', '.join(f'{name} {pattern!r}' for name, pattern in chosen.items())}")
     return rows
-
-
-Flags = dict[str, tuple[Any, str]]  # value and place by name
 
 
 def _row(entries: Flags, where: str) -> Row:
