@@ -27,8 +27,8 @@ def test_the_published_loop_is_the_same_descent():
     weight, gram = weights(6, 40).double(), make_stats(inputs(40, 200)).gram.double()
     grid, schedule = fit_grid(weight.float(), QuantSpec(3)), [rounds(k, 7) for k in range(7)]
     codes = naive_coordinate_descent(weight, gram, grid, torch.arange(40), schedule)
-    found = column_loop(weight, gram, grid, schedule)
-    torch.testing.assert_close(found.float(), grid.dequantize(codes), rtol=1e-5, atol=1e-6)
+    answer = column_loop(weight, gram, grid, schedule)
+    torch.testing.assert_close(answer.float(), grid.dequantize(codes), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_of_one_shape(monkeypatch):
@@ -109,8 +109,8 @@ assert after["device"] == 0
 print(before - after["host"])
 """
     root = Path(__file__).parents[1]
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
-    assert int(found.stdout) > 150_000_000
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
+    assert int(answer.stdout) > 150_000_000
 
 
 @pytest.mark.parametrize("whole", [3, 4])
@@ -123,9 +123,9 @@ def test_a_model_that_was_cut_passes_its_last_block_too(whole, model_dir, tmp_pa
         device="cpu", dtype="auto", nsamples=4, seqlen=16, calib_batch=2, activation_store="cpu", sweeps=2, wbits=3,
         true_sequential=False,
     )  # fmt: skip
-    found = end_to_end.quantize(model_dir("llama"), "quantease", args, whole)
+    answer = end_to_end.quantize(model_dir("llama"), "quantease", args, whole)
     assert passed == list(range(whole - 1))
-    assert 0 < found["once"] < found["total"]
+    assert 0 < answer["once"] < answer["total"]
 
 
 def test_what_happens_once_is_not_extrapolated():
