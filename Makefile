@@ -45,7 +45,8 @@ bench: venv
 	$(BIN)/python -m benchmarks.solvers
 
 tables: venv
-	$(BIN)/python -m benchmarks.tables demo
+	$(BIN)/python scripts/sweep.py scripts/sweeps/tables-demo.yaml
+	$(BIN)/python -m benchmarks.tables runs/sweeps/tables-demo --out benchmarks/results/demo.md
 
 clean:
 	rm -rf .venv runs

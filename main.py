@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ EXAMPLES = """examples:
 Exit codes: 0 done, 2 bad arguments or unusable input, 1 a failure after work began, 130 interrupted.
 """
 SEAMS = ("norm", "vo", "qk", "mul")
+PARTS = ("compensation", "distribution", "attention")  # of abq: fields of Learning
 WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
 
 
@@ -91,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--alpha", type=float, default=0.5, help="SmoothQuant's exponent of the starting scale (default: 0.5)"
     )
+    g.add_argument("--without", metavar="A,B", help=f"of {', '.join(PARTS)}: parts of abq that are left out")
     g.add_argument("--let-seams", metavar="A,B", help=f"of {', '.join(SEAMS)} (default: the method's)")
     g.add_argument(
         "--let-rope",
@@ -224,6 +227,9 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(not 0 < args.sf <= 1, f"--sf {args.sf:g}: use a number above 0, at most 1")
     check(not 0 <= args.alpha <= 1, f"--alpha {args.alpha:g}: use a number from 0 to 1")
     check(args.let_seams is not None and not args.let, "--let-seams needs --let")
+    check(args.without is not None and args.method != "abq", "--without leaves out parts of abq: give --method abq")
+    for part in args.left_out:
+        check(part not in PARTS, f"--without {part}: use {', '.join(PARTS)}")
     for seam in args.seams:
         check(seam not in SEAMS, f"--let-seams {seam}: use {', '.join(SEAMS)}")
     check(args.act_scales is not None and not args.let, "--act-scales only matters with --let")
@@ -253,6 +259,7 @@ def resolve(args: argparse.Namespace) -> None:
     if args.abits is None:
         args.abits = 4 if args.method == "affinequant" else 16
     args.kvbits = args.abits if args.kvbits is None else args.kvbits
+    args.left_out = [part for part in (args.without or "").split(",") if part]
     args.seams = [seam for seam in (args.let_seams or "").split(",") if seam]
     args.corpora = [d for d in args.eval_datasets.split(",") if d] if args.eval_ppl else []
 
@@ -286,7 +293,8 @@ def learning_of(args: argparse.Namespace) -> Any:
         augmented=args.aug_loss,
         patience=args.patience,
     )
-    return recipes()[args.method](asked, args.wbits, min(args.abits, args.kvbits))
+    recipe = recipes()[args.method](asked, args.wbits, min(args.abits, args.kvbits))
+    return replace(recipe, **dict.fromkeys(args.left_out, False))
 
 
 def run_config(args: argparse.Namespace) -> Any:

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.measuring import heading, peak_of, show, synchronize
 from models import family_of
 from models.load import build_meta, load_config, load_model
 from quant.blocks.stream import BlockStream
-from quant.cli.terminal import console
 from quant.core import env
 from quant.core.gram import LayerStats
 from quant.core.text import markdown_cell
@@ -63,36 +63,44 @@ def write_random(config: Any, directory: Path, dtype: torch.dtype) -> None:
     config.save_pretrained(directory)
 
 
+def random_stream(
+    directory: Path, args: argparse.Namespace, batch: int, store: str, attention: str | None = None
+) -> BlockStream:
+    """Random windows in front of the first block of the checkpoint."""
+    device = env.pick_device(args.device)
+    dtype = env.pick_dtype(args.dtype, device)
+    model = load_model(str(directory), dtype=dtype, cache_dir=directory, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (args.nsamples, args.seqlen), generator=generator)
+    stream = BlockStream(model, tokens, device=device, batch=batch, store=store, directory=directory)
+    return stream.capture(model.outside_weights(device))
+
+
 def quantize(directory: Path, method: str, args: argparse.Namespace, whole: int) -> dict[str, float]:
     """Seconds by stage of one method over every block of the checkpoint, of a model that has ``whole`` blocks."""
     device = env.pick_device(args.device)
     env.reset_peak(device)
     started = time.perf_counter()
-    model = load_model(str(directory), dtype=env.pick_dtype(args.dtype, device), cache_dir=directory)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (args.nsamples, args.seqlen), generator=generator)
-    stream = BlockStream(
-        model, tokens, device=device, batch=args.calib_batch, store=args.activation_store, directory=directory
-    ).capture(model.outside_weights(device))
+    stream = random_stream(directory, args, args.calib_batch, args.activation_store)
+    model = stream.model
     options = solver_options(get_solver(method)) | ({"num_iter": args.sweeps} if method == "quantease" else {})
     recipe = Recipe(method, get_solver(method), QuantSpec(args.wbits), options, args.true_sequential)
     compile_kernels(recipe, device)
     once = time.perf_counter() - started
-    found = dict.fromkeys(("read", "solve"), 0.0)
+    times = dict.fromkeys(("read", "solve"), 0.0)
     for index in range(len(model.blocks)):
         clock = time.perf_counter()
         weights = model.block_weights(index, device)
-        found["read"] += time.perf_counter() - clock
+        times["read"] += time.perf_counter() - clock
         block = quantize_block(stream, index, weights, recipe)
-        found["solve"] += block.seconds
+        times["solve"] += block.seconds
         if index + 1 < whole:  # also behind the last block that is done here: the whole model goes on
             stream.run(index, block.weights, advance=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    peak = env.peak_bytes(device)
-    found |= {"forward": stream.seconds["forward"], "gram": stream.seconds["observe"]}
+    synchronize(device)
+    peak = peak_of(device)
+    times |= {"forward": stream.seconds["forward"], "gram": stream.seconds["observe"]}
     total = time.perf_counter() - started
-    return found | {"once": once, "total": total, "peak": float(peak["device"] or peak["host"])}
+    return times | {"once": once, "total": total, "peak": float(peak)}
 
 
 def compile_kernels(recipe: Recipe, device: torch.device) -> None:
@@ -125,25 +133,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--directory", type=Path, help="where the random checkpoint is written (default: temporary)")
     args = parser.parse_args()
-    out = console()
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         directory = Path(name)
         config, _ = load_config(args.config, directory, with_weights=False)
         whole = config.num_hidden_layers
         config.num_hidden_layers = min(whole, args.blocks or whole)
         write_random(config, directory, torch.float16)
-        out.print(HEADER, soft_wrap=True)
-        out.print("|---" * 11 + "|", soft_wrap=True)
+        show(*heading(HEADER))
         for method in args.methods:
             t = quantize(directory, method, args, whole)
             done = config.num_hidden_layers
             everything = f"{all_blocks(t, done, whole):.0f}" + (" (extrapolated)" if done < whole else "")
             stages = " | ".join(f"{t[stage]:.1f}" for stage in STAGES)
-            out.print(
+            show(
                 f"| {markdown_cell(Path(args.config).name)} | {done} of {whole} | {method} | {t['total']:.1f} | {t['once']:.1f} "
                 f"| {t['read']:.1f} | {stages} | {everything} | {t['peak'] / 1e9:.1f} |",
-                highlight=False,
-                soft_wrap=True,
             )
 
 

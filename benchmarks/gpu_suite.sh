@@ -53,7 +53,7 @@ stage "packed products" 25 "$python" -m benchmarks.packed --device cuda
 {
   echo "# On a GPU"
   echo
-  "$python" -c 'import torch; from quant.core import machine; d = machine.pick_device("cuda"); print(f"{machine.describe(d)}; " + ", ".join(f"{k} {v}" for k, v in machine.versions().items()) + ".")'
+  "$python" -c 'from benchmarks.measuring import machine_line; from quant.core import env; print(machine_line(env.describe(env.pick_device("cuda")), env.versions()) + ".")'
   echo
   echo "| stage | what | figures |"
   echo "|---|---|---|"

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.measuring import write
 from data.demo import text
 from quant.blocks.actquant import ActSpec
 from quant.export.runtimes import loadability
@@ -58,10 +59,10 @@ class Case:
     @property
     def grid(self) -> str:
         """What the table says of it."""
-        found = f"{'sym' if self.symmetric else 'asym'} g{self.group}"
+        words = f"{'sym' if self.symmetric else 'asym'} g{self.group}"
         if self.act.active:
-            found += f" A{self.act.bits} {'sym' if self.act.symmetric else 'asym'}"
-        return found + (f", {self.blocks} blocks" if self.blocks < 1000 else "")
+            words += f" A{self.act.bits} {'sym' if self.act.symmetric else 'asym'}"
+        return words + (f", {self.blocks} blocks" if self.blocks < 1000 else "")
 
     @property
     def kind(self) -> str:
@@ -117,7 +118,7 @@ def request(model: str | Path, run_dir: Path, case: Case | None, windows: int = 
                    num_layers=case.blocks)  # fmt: skip
 
 
-def prepared(family: str, case: Case, base: Path) -> tuple[Case, Path]:
+def prepare(family: str, case: Case, base: Path) -> tuple[Case, Path]:
     """The checkpoint of a case, and the case with the reader that takes it."""
     run = base / f"{family}-{case.name}"
     if not (run / "results.json").exists():
@@ -167,13 +168,13 @@ def ask(peer: str, jobs: Sequence[tuple[str, Path, Path]], ids: torch.Tensor, ba
     return ([line for line in done.stderr.splitlines() if line.strip()] or ["no answer"])[-1] if done.returncode else ""
 
 
-def compared(answer: Path, perplexity: float, logits: torch.Tensor, bound: float, failure: str) -> dict[str, object]:
+def compare(answer: Path, perplexity: float, logits: torch.Tensor, bound: float, failure: str) -> dict[str, object]:
     """What a reader computed beside what we computed."""
     if not answer.exists():
         return {"ours": perplexity, "said": (failure or "no answer")[:160]}
-    found = load_file(answer)
-    theirs = float(found["losses"].mean().exp())
-    distance = float((found["logits"] - logits).norm() / logits.norm())
+    computed = load_file(answer)
+    theirs = float(computed["losses"].mean().exp())
+    distance = float((computed["logits"] - logits).norm() / logits.norm())
     same = abs(theirs / perplexity - 1) < TOLERANCE and distance < bound
     return {"ours": perplexity, "theirs": theirs, "logits": distance, "said": "same" if same else "DIFFERENT"}
 
@@ -181,7 +182,7 @@ def compared(answer: Path, perplexity: float, logits: torch.Tensor, bound: float
 def of_family(peer: str, family: str, cases: Sequence[Case], base: Path) -> list[tuple[Case, dict[str, object]]]:
     """Rows of the table. Readers of GPTQ and of compressed-tensors get a process each. What our rules refuse is a row too:
     ``refused`` where that is expected, else ``REFUSED``; and what should have been refused is ``NOT REFUSED``."""
-    made = [prepared(family, case, base) for case in cases]
+    made = [prepare(family, case, base) for case in cases]
     asked = [(case, path) for case, path in made if case.how != REFUSED]
     expected = EXPECTED_REFUSED.get(family, set())
     answers = {path: ours(path, base) for path in dict.fromkeys(path for _, path in asked)}
@@ -191,7 +192,7 @@ def of_family(peer: str, family: str, cases: Sequence[Case], base: Path) -> list
                 if case.format.startswith(group)]  # fmt: skip
         if jobs:
             failure = ask(peer, [(case.how, path, out) for case, path, out in jobs], answers[jobs[0][1]][2], base)
-            rows += [(case, compared(out, *answers[path][:2], case.bound, failure)) for case, path, out in jobs]
+            rows += [(case, compare(out, *answers[path][:2], case.bound, failure)) for case, path, out in jobs]
     for case, row in rows:
         if case.kind in expected:
             row["said"] = "NOT REFUSED"
@@ -222,19 +223,14 @@ def other_way(peer: str, base: Path) -> dict[str, object]:
         return {"said": done.stderr.splitlines()[-1][:160]}
     perplexity, logits, ids = ours(made, base)
     failure = ask(peer, [("gptqmodel", made, out)], ids, base)
-    return compared(out, perplexity, logits, LOGITS["gptqmodel"], failure)
+    return compare(out, perplexity, logits, LOGITS["gptqmodel"], failure)
 
 
-def shown(row: dict[str, object]) -> str:
+def cells(row: dict[str, object]) -> str:
     """Perplexities, distance, verdict; of what was not loaded, the verdict."""
     if "ours" not in row:
         return f"- | - | - | {row['said']}"
     return f"{row.get('ours', 0):.4f} | {row.get('theirs', 0):.4f} | {row.get('logits', 0):.1e} | {row['said']}"
-
-
-def write_table(path: Path, lines: list[str]) -> None:
-    """The table as far as it is measured."""
-    path.write_text("# Our checkpoints in other people's software\n\n" + "\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -250,7 +246,8 @@ def main() -> None:
     code = f"from importlib.metadata import version as v; print(', '.join(f'{{p}} {{v(p)}}' for p in {packages}))"
     versions = subprocess.run([peer, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     bounds = ", ".join(f"{how} {bound:g}" for how, bound in LOGITS.items())
-    lines = [f"Loaded by {versions}, on a CPU.", f"Perplexity of {WINDOWS} windows of {SEQLEN} tokens of the demo text;",
+    lines = ["# Our checkpoints in other people's software", "",
+             f"Loaded by {versions}, on a CPU.", f"Perplexity of {WINDOWS} windows of {SEQLEN} tokens of the demo text;",
              f"logits: relative distance to ours in float32. same: the perplexity within {TOLERANCE:.1%} and the logits",
              f"within {bounds}, {LOGITS_A8:g} with quantized activations (of a copy of the model in float32). transformers computes in",
              "the checkpoint's dtype,",
@@ -264,17 +261,15 @@ def main() -> None:
             cases = (*EVERY_FAMILY, *FIRST_FAMILY) if family == FAMILIES[0] else EVERY_FAMILY
             for case, row in of_family(peer, family, cases, Path(directory)):
                 failed += row["said"] not in ("same", "refused")
-                lines.append(f"| {family} | {case.bits} | {case.grid} | {case.format} | {case.how} | {shown(row)} |")
+                lines.append(f"| {family} | {case.bits} | {case.grid} | {case.format} | {case.how} | {cells(row)} |")
                 print(lines[-1], flush=True)
-            if args.out:
-                write_table(args.out, lines)
+            write(lines, args.out)  # as far as it is measured
         made = other_way(peer, Path(directory))
     failed += made["said"] != "same"
     lines += ["", "A checkpoint that gptqmodel made (llama, 4 bits, g32), read by us and by gptqmodel:", "",
-              "| ours | theirs | logits | |", "|-|-|-|-|", f"| {shown(made)} |"]  # fmt: skip
+              "| ours | theirs | logits | |", "|-|-|-|-|", f"| {cells(made)} |"]  # fmt: skip
     print(lines[-1])
-    if args.out:
-        write_table(args.out, lines)
+    write(lines, args.out)
     sys.exit(1 if failed else 0)
 
 

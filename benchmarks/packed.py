@@ -13,16 +13,16 @@ has them (bfloat16 inputs, groups of 128; int8 a scale a row).
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import about, best_seconds, heading, machine_line, show, write
 from quant.blocks.actquant import ActSpec, packed_linear
-from quant.cli.terminal import console
 from quant.core import env
 from quant.core.grid import fit_grid
 from quant.core.types import QuantizedWeight, QuantSpec
@@ -43,26 +43,15 @@ class Row:
     dtype: torch.dtype = torch.float32
 
 
-def seconds(row: Row, x: Tensor, device: torch.device, budget: float = 0.3) -> float:
-    """Of one call: the best round through all copies within the budget of seconds, three rounds at least."""
-    x, best, spent, rounds = x.to(row.dtype), float("inf"), 0.0, 0
-    while rounds < 4 or spent < budget:
-        synchronize(device)
-        started = time.perf_counter()
+def seconds(row: Row, x: Tensor, device: torch.device) -> float:
+    """Of one call: the best round through all copies within 0.3 seconds, three rounds at least; the first one compiles."""
+    x = x.to(row.dtype)
+
+    def round_through() -> None:
         for call in row.calls:
             call(x)
-        synchronize(device)
-        took = time.perf_counter() - started
-        spent, rounds = spent + took, rounds + 1
-        if rounds > 1:  # the first one compiles
-            best = min(best, took / len(row.calls))
-    return best
 
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return best_seconds(round_through, device, warm_up=True, budget=0.3) / len(row.calls)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -110,7 +99,7 @@ def torch_int8(weight: Tensor, device: torch.device) -> Row | None:
     return Row("torch int8", calls, held[0].nbytes, torch.bfloat16)
 
 
-def packed(weight: Tensor, bits: int, group: int, act: int, device: torch.device) -> Row:
+def packed_row(weight: Tensor, bits: int, group: int, act: int, device: torch.device) -> Row:
     """Ours; inputs are float, or quantized to ``act`` bits a token."""
     spec = QuantSpec(bits, group)
     grid = fit_grid(weight, spec)
@@ -126,17 +115,13 @@ def packed(weight: Tensor, bits: int, group: int, act: int, device: torch.device
 def rows_of(weight: Tensor, device: torch.device) -> list[Callable[[], Row | None]]:
     """The kernels, made when their turn comes: their copies take memory."""
     first, second = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.float16, torch.bfloat16)
-    found: list[Callable[[], Row | None]] = [
+    makers: list[Callable[[], Row | None]] = [
         lambda: dense(weight, first, device), lambda: dense(weight, second, device),
         lambda: torch_int8(weight, device), lambda: torch_int4(weight, device),
     ]  # fmt: skip
-    for group in (-1, 128):
-        for bits in BITS:
-            for act in (16, 8):
-                found.append(lambda b=bits, g=group, a=act: packed(weight, b, g, a, device))
-    if device.type == "cuda":
-        found.append(lambda: packed(weight, 4, -1, 4, device))  # ABQ-LLM publishes W4A4
-    return found
+    kinds = [(bits, group, act) for group in (-1, 128) for bits in BITS for act in (16, 8)]
+    kinds += [(4, -1, 4)] * (device.type == "cuda")  # ABQ-LLM publishes W4A4
+    return makers + [partial(packed_row, weight, *kind, device) for kind in kinds]
 
 
 def table(n_out: int, n_in: int, tokens: list[int], device: torch.device, copy: float) -> list[str]:
@@ -157,20 +142,20 @@ def table(n_out: int, n_in: int, tokens: list[int], device: torch.device, copy: 
             f"| {n_out} x {n_in}: {row.name} | {row.nbytes / 1e6:.1f} | {rate / 1e9:.1f} | {rate / copy:.0%} | "
             f"{cached * 1e3:.3f} | {cells} |"
         )
-        console().print(lines[-1], highlight=False, soft_wrap=True)
+        show(lines[-1])
     return lines
 
 
 def packing(device: torch.device) -> str:
     """Seconds of packing 4096 x 4096 codes at each width."""
     weight = torch.randn(4096, 4096)
-    found = []
+    times = []
     for bits in BITS:
         grid = fit_grid(weight, QuantSpec(bits, 128))
         answer = QuantizedWeight(grid.quantize(weight), grid, QuantSpec(bits, 128))
-        row = Row("", [lambda _, a=answer: pack_weight(a, device)], 0)
-        found.append(f"{seconds(row, torch.zeros(1), device) * 1e3:.0f} ms at {bits} bits")
-    return "Packing 4096 x 4096 codes in groups of 128: " + ", ".join(found) + "."
+        took = best_seconds(partial(pack_weight, answer, device), device, warm_up=True, budget=0.3)
+        times.append(f"{took * 1e3:.0f} ms at {bits} bits")
+    return "Packing 4096 x 4096 codes in groups of 128: " + ", ".join(times) + "."
 
 
 def main() -> None:
@@ -182,31 +167,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table here as well")
     args = parser.parse_args()
     device = env.pick_device(args.device)
-    versions = ", ".join(f"{k} {v}" for k, v in env.versions().items())
     copy = copy_rate(device)
     heads = " | ".join(f"ms, {n} token{'s' if n > 1 else ''} (times)" for n in args.tokens)
-    header = [
-        f"| out x in: kernel | MB | GB/s | of copy | ms, in cache | {heads} |",
-        "|---" * (5 + len(args.tokens)) + "|",
-    ]
-    for line in header:
-        console().print(line, highlight=False, soft_wrap=True)
+    header = heading(f"| out x in: kernel | MB | GB/s | of copy | ms, in cache | {heads} |")
+    show(*header)
     rows = [line for shape in args.shapes for line in table(*map(int, shape.split("x")), args.tokens, device, copy)]
     said = f"Copy: {copy / 1e9:.1f} GB/s. {packing(device)}"
-    console().print(said, highlight=False, soft_wrap=True)
-    if args.out:
-        about = (__doc__ or "").split("\n\n", 2)[2].strip().replace("\n", " ")
-        top = [
-            "# Products with packed weights",
-            "",
-            f"{env.describe(device)}; {versions}.",
-            "",
-            about,
-            "",
-            said,
-            "",
-        ]
-        args.out.write_text("\n".join([*top, *header, *rows]) + "\n")
+    show(said)
+    top = ["# Products with packed weights", "", f"{machine_line(env.describe(device), env.versions())}.", ""]
+    write([*top, about(__doc__), "", said, "", *header, *rows], args.out)
 
 
 if __name__ == "__main__":

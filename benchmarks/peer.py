@@ -1,6 +1,6 @@
 """Run by the Python of another environment: load checkpoints with other people's software and say what they compute.
 
-python benchmarks/peer.py load JOBS.json               (a list of HOW, MODEL, TOKENS, OUT; HOW: see `opened`)
+python benchmarks/peer.py load JOBS.json               (a list of HOW, MODEL, TOKENS, OUT; HOW: see `open_model`)
 python benchmarks/peer.py make MODEL TEXT OUT          (a checkpoint that gptqmodel made)
 """
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def opened(how: str, model: str):
+def open_model(how: str, model: str):
     """The causal LM. how: transformers, gptqmodel, or dequantize (transformers, everything dequantized at loading)."""
     if how == "gptqmodel":
         from gptqmodel import BACKEND, GPTQModel
@@ -40,7 +40,7 @@ def load(jobs: str) -> None:
 
 def answer(how: str, model: str, tokens: str, out: str) -> None:
     """Logits of the first windows and the losses of all, written to ``out``."""
-    lm = opened(how, model)
+    lm = open_model(how, model)
     ids = load_file(tokens)["ids"]
     losses, kept = [], []
     with torch.inference_mode():

@@ -14,7 +14,6 @@ the process (of the device on CUDA) while the row ran, what was in use before in
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant.cli.terminal import console
+from benchmarks.measuring import about, best_seconds, heading, machine_line, peak_of, show, write
 from quant.core import env
 from quant.core.gram import LayerStats
 from quant.core.grid import fit_grid
@@ -36,18 +35,6 @@ from quant.solvers.quantease import Descent, quantease, rounds
 
 BLOCK = 128
 HEADER = "| out x in | what | backend | seconds | floor, seconds | times the floor | column loop / ours | peak MB |"
-
-
-def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """Best of a few runs."""
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def column_loop(weight: Tensor, gram: Tensor, grid: Grid, rounding: list[bool]) -> Tensor:
@@ -95,29 +82,28 @@ def problem(n_out: int, n_in: int, device: str) -> tuple[Tensor, Tensor]:
     return torch.randn(n_out, n_in, generator=generator).to(device), x.to(device)
 
 
-def measured(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Kernels]) -> list[str]:
+def measure(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Kernels]) -> list[str]:
     """The rows of one shape."""
-    device, sweeps, precision = args.device, args.sweeps, args.precision
-    weight, x = problem(n_out, n_in, device)
+    device, sweeps, precision = torch.device(args.device), args.sweeps, args.precision
+    weight, x = problem(n_out, n_in, args.device)
     stats, spec = LayerStats(n_in, device), QuantSpec(3)
     stats.update(x)
     gram, work, schedule = stats.gram, torch.zeros_like(weight), [rounds(k, sweeps) for k in range(sweeps)]
     grid = fit_grid(weight, spec)
     floors = {
-        "gram": seconds(lambda: x.T @ x),
-        "gptq": seconds(partial(gptq_floor, weight, gram)),
-        "quantease": sweeps * seconds(partial(sweep_floor, work, weight, gram)),
+        "gram": best_seconds(lambda: x.T @ x, device),
+        "gptq": best_seconds(partial(gptq_floor, weight, gram), device),
+        "quantease": sweeps * best_seconds(partial(sweep_floor, work, weight, gram), device),
     }
     shape, rows, loop = f"{n_out} x {n_in}", [], 0.0
 
     def row(what: str, backend: str, work: Callable[[], object], repeats: int = 3) -> None:
         nonlocal loop
-        env.reset_peak(torch.device(device))
-        took = seconds(work, repeats)
-        peak = env.peak_bytes(torch.device(device))
+        env.reset_peak(device)
+        took = best_seconds(work, device, repeats)
         loop = loop or (took if what == "quantease" else 0.0)  # the column loop is the first of its rows
         against = f"{loop / took:.1f}" if what == "quantease" else "-"
-        ratio, memory = f"{floors[what]:.3f} | {took / floors[what]:.2f}", (peak["device"] or peak["host"]) / 1e6
+        ratio, memory = f"{floors[what]:.3f} | {took / floors[what]:.2f}", peak_of(device) / 1e6
         rows.append(f"| {shape} | {what} | {backend} | {took:.3f} | {ratio} | {against} | {memory:.0f} |")
 
     row("gram", "torch", lambda: LayerStats(n_in, device).update(x))
@@ -126,13 +112,13 @@ def measured(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Ker
     ours = partial(quantease, weight, stats, spec, grid=grid, num_iter=sweeps)
     ends = {"column loop": relative_error(weight, published.pop(), gram)}
     for backend in backends:
-        blocks._chosen[torch.device(device).type] = backend
+        blocks._chosen[device.type] = backend
         quantease(weight[:64], stats, spec, num_iter=1), gptq(weight[:64], stats, spec)  # compile
         row("gptq", backend.name, partial(gptq, weight, stats, spec))
         row("quantease", backend.name, ours, repeats=2)
         ends[backend.name] = relative_error(weight, ours().dequantize(), gram)
     if precision != "highest":
-        blocks._chosen[torch.device(device).type] = backends[0]
+        blocks._chosen[device.type] = backends[0]
         with products_in(precision):
             lower = f"{backends[0].name}, products {precision}"
             row("quantease", lower, ours, repeats=2)
@@ -178,25 +164,16 @@ def main() -> None:
     args = parser.parse_args()
     fastest = kernels(torch.device(args.device))
     backends = [fastest, *([TorchKernels()] if args.reference and fastest.name != "torch" else [])]
-    hardware = env.describe(torch.device(args.device))
-    versions = ", ".join(f"{k} {v}" for k, v in env.versions().items())
-    lines = [
-        "# Solvers against their floors",
-        "",
-        f"{hardware}; {versions}; 3 bits, {args.sweeps} sweeps, float32.",
-        "",
-    ]
-    lines += [(__doc__ or "").split("\n\n", 2)[2].strip().replace("\n", " "), "", HEADER, "|---" * 8 + "|"]
-    out = console()
-    for line in lines[-2:]:
-        out.print(line, highlight=False, soft_wrap=True)
+    machine = machine_line(env.describe(torch.device(args.device)), env.versions())
+    lines = ["# Solvers against their floors", "", f"{machine}; 3 bits, {args.sweeps} sweeps, float32.", ""]
+    lines += [about(__doc__), "", *heading(HEADER)]
+    show(*lines[-2:])
     for shape in args.shapes:
         n_out, n_in = map(int, shape.split("x"))
-        for line in measured(n_out, n_in, args, backends):
-            lines.append(line)
-            out.print(line, highlight=False, soft_wrap=True)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+        rows = measure(n_out, n_in, args, backends)
+        show(*rows)
+        lines += rows
+    write(lines, args.out)
 
 
 if __name__ == "__main__":

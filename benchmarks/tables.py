@@ -1,233 +1,192 @@
-"""Tables of methods x bits x models, as markdown and JSON under benchmarks/results/.
+"""Markdown tables of what is finished: the runs of a sweep, or layers compared by model_quantizer.py --compare-layers.
 
-    python -m benchmarks.tables demo                  # the five demo models on the demo world
-    python -m benchmarks.tables text --name wikitext2-ptb --model DIR --model DIR --calibration train.txt \\
-        --evaluation wiki.txt --evaluation ptb.txt --seqlen 256
+    python scripts/sweep.py scripts/sweeps/tables-demo.yaml
+    python -m benchmarks.tables runs/sweeps/tables-demo --out benchmarks/results/demo.md
+    benchmarks/layers.sh linears TEXT MODEL...                      # compares layers and comes back here
 
-Every row is an ordinary run of model_quantizer.py; a second call continues where the first one stopped.
+A method is shown with those of its flags that other rows of the same method and setting do not have.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from quant.cli.terminal import ProgressBars, console, set_logging
+from benchmarks.measuring import machine_line, show, table, version_line, write
 from quant.core import env
+from quant.core.errors import InputError
+from quant.core.files import read_json
 from quant.core.text import markdown_cell
-from quant.run.config import RunConfig
-from quant.run.session import Session
-from quant.solvers import get_solver, solver_options
+from quant.report.page import Run, open_run
 
-ROOT = Path(__file__).parents[1]
-DEMO = [str(Path("models/demo") / family) for family in ("opt", "bloom", "falcon", "llama", "mistral")]
-BEST = {"search_grid": True, "refit_grid": True}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rtn": ("rtn", {}),
-    "gptq": ("gptq", {}),
-    "gptq_quantease": ("gptq_quantease", {}),
-    "quantease": ("quantease", {}),
-    "quantease, 0.5% outliers": ("quantease", {"outlier": 0.005}),
-    "quantease, 1% outliers": ("quantease", {"outlier": 0.01}),
-    "quantease, 2% outliers": ("quantease", {"outlier": 0.02}),
-    "quantease, 1% columns": ("quantease", {"outlier": 0.01, "structure_outlier": True}),
-    "spqr, threshold 0.2": ("spqr", {"outlier": 0.2}),
-    "spqr, g16": ("spqr", {"outlier": 0.2, "group_size": 16}),
-    "gptq, mse range": ("gptq", {"range": "mse"}),
-    "quantease, mse range": ("quantease", {"range": "mse"}),
-    "quantease, searched and refitted": ("quantease", BEST),
-    "quantease, preset best": ("quantease", {"range": "mse", **BEST}),
-}
-BASIC = ("rtn", "gptq", "quantease")
+BASES = ("rtn", "gptq", "omniquant")  # what a method is counted against, where the table has them
+NOT_IN_LABEL = ("model", "quantization-method", "method", "solver")
+STAGES = ("forward", "gram", "learn", "solve")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One finished run: its model, its name in the tables, results.json and journal."""
+    """A finished run, the flags of its row, its setting (W3A16g64), and its method with the flags that set it apart."""
 
-    model: str
-    label: str
-    results: dict[str, Any]
+    run: Run
+    flags: Mapping[str, str]
+    setting: str = ""
+    label: str = ""
 
-    @property
-    def setting(self) -> str:
-        """Bits and groups, as two cells."""
-        group = self.results["group_size"]
-        return f"{self.results['wbits']} | {'row' if group == -1 else group}"
-
-    def errors(self) -> list[float]:
-        """Relative error of every linear."""
-        journal = Path(self.results["run_dir"]) / "journal.jsonl"
-        return [json.loads(line)["relative_error"] for line in journal.open()]
+    def __post_init__(self) -> None:
+        r = self.results = self.run.results
+        self.setting = f"W{r['wbits']}A{r['abits']}" + (f"g{r['group_size']}" if r["group_size"] > 0 else "")
+        self.start = {"model": self.run.model, "setting": self.setting}
+        self.errors = {(e["block"], e["name"]): e["relative_error"] for e in self.run.records}
 
 
-def configs(args: argparse.Namespace, model: str, bits: int, group: int) -> dict[str, RunConfig]:
-    """The variants for one model and grid, true-sequential, with each method's own defaults."""
-    found = {}
-    for label in args.variants:
-        method, options = VARIANTS[label]
-        own = options.get("group_size")  # a variant with groups of its own is one row, not one for each of --groups
-        if own is not None and group != args.groups[0]:
-            continue
-        grouped = group if own is None else own
-        place = "".join(c if c.isalnum() or c == "_" else "-" for c in f"{label}-w{bits}g{grouped}")
-        found[label] = RunConfig(
-            model=model,
-            dataset=args.calibration,
-            eval_datasets=tuple(args.evaluation),
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            limit=args.limit,
-            method=method,
-            wbits=bits,
-            group_size=grouped,
-            range=options.get("range", "minmax"),
-            options=solver_options(get_solver(method))
-            | {k: v for k, v in options.items() if k not in ("range", "group_size")},
-            true_sequential=True,
-            calib_batch=16,
-            run_dir=Path("runs") / "tables" / args.name / Path(model).name / place,
-        )
-    return found
-
-
-def quality_rows(rows: list[Row]) -> list[str]:
-    """One markdown row a run and corpus."""
-    lines = []
+def rows_of(sweep: Mapping[str, Any]) -> list[Row]:
+    """The finished rows of a sweep, with their labels, model by model and setting by setting."""
+    rows = [Row(open_run(Path(r["run_dir"])), r["flags"]) for r in sweep["rows"] if r["status"] == "done"]
     for row in rows:
-        r = row.results
-        for name, scores in r["perplexity"].items():
-            low, high = scores["ratio_ci95"]
-            lines.append(
-                f"| {markdown_cell(Path(row.model).name)} | {row.setting} | {row.label} "
-                f"| {r['bits_per_weight']:.3f} | {markdown_cell(name)} "
-                f"| {scores['fp']:.3f} | {scores['quantized']:.3f} | {low:.4f}-{high:.4f} "
-                f"| {r['fidelity'][name]['kl_divergence']:.5f} | {r['mean_relative_error']:.5f} |"
-            )
-    return lines
+        method = row.results["method"]
+        peers = [o.flags for o in rows if (o.setting, o.results["method"]) == (row.setting, method)]
+        own = {k: v for k, v in row.flags.items() if k not in NOT_IN_LABEL and len({f.get(k) for f in peers}) > 1}
+        row.label = " ".join([method, *(f"--{k} {v}".strip() for k, v in own.items())])
+        row.start["method"] = row.label
+    order = {name: n for n, name in enumerate(dict.fromkeys([r.run.model for r in rows] + [r.setting for r in rows]))}
+    return sorted(rows, key=lambda row: (order[row.run.model], order[row.setting]))
 
 
-def stage_rows(rows: list[Row]) -> list[str]:
-    """Seconds by stage and shares of the quantization itself."""
-    lines = []
+def counts(own: Mapping[Any, float], others: Mapping[str, Mapping[Any, float]]) -> dict[str, str]:
+    """For how many of the keys that both have the value is below that of each base."""
+    shared = {base: own.keys() & values.keys() for base, values in others.items()}
+    return {f"below {base}": f"{sum(own[key] < others[base][key] for key in keys)} of {len(keys)}" if keys else "-"
+            for base, keys in shared.items()}  # fmt: skip
+
+
+def mean_records(rows: Sequence[Row], bases: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Means over models and corpora, and on how many models a method's perplexity is below that of each base."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        s = row.results["seconds"]
-        whole = s["forward"] + s["gram"] + s["solve"]
-        shares = " | ".join(f"{s[k]:.2f} ({s[k] / whole:.0%})" for k in ("forward", "gram", "solve"))
-        lines.append(
-            f"| {markdown_cell(Path(row.model).name)} | {row.setting} | {row.label} | {s['load']:.1f} | {shares} "
-            f"| {s['evaluate']:.1f} | {row.results['peak_bytes']['host'] / 1e9:.2f} |"
-        )
-    return lines
+        groups.setdefault((row.setting, row.label), []).append(row)
+    ratios = {key: {row.run.model: mean(s["quantized"] / s["fp"] for s in row.results["perplexity"].values()) for row in own}
+              for key, own in groups.items()}  # fmt: skip
+    for (setting, label), own in groups.items():
+        kl = mean(f["kl_divergence"] for row in own for f in row.results["fidelity"].values())
+        yield {
+            "setting": setting,
+            "method": label,
+            "perplexity ratio": f"{mean(ratios[setting, label].values()):.4f}",
+            "KL divergence": f"{kl:.5f}",
+            "relative error": f"{mean(row.results['mean_relative_error'] for row in own):.5f}",
+        } | counts(ratios[setting, label], {name: ratios.get((setting, base), {}) for name, base in bases.items()})
 
 
-def error_rows(rows: list[Row]) -> list[str]:
-    """Mean relative error of the linears, and for how many of them it is below that of rtn and of gptq."""
-    lines = []
-    for row in rows:
-        others = {r.label: r.errors() for r in rows if (r.model, r.setting) == (row.model, row.setting)}
-        own = row.errors()
-        below = [
-            f"{sum(a < b for a, b in zip(own, others[base], strict=True))} of {len(own)}" if base in others else "-"
-            for base in ("rtn", "gptq")
-        ]
-        lines.append(
-            f"| {markdown_cell(Path(row.model).name)} | {row.setting} | {row.label} | {mean(own):.5f} | {' | '.join(below)} |"
-        )
+def quality_records(row: Row) -> Iterator[dict[str, str]]:
+    """A run on every corpus."""
+    r = row.results
+    learned = [log["loss_end"] / log["loss_start"] for log in r["learning"]]
+    for corpus, scores in r["perplexity"].items():
+        yield row.start | {
+            "bits per weight": f"{r['bits_per_weight']:.3f}",
+            "data": corpus,
+            "ppl before": f"{scores['fp']:.3f}",
+            "ppl after": f"{scores['quantized']:.3f}",
+            "ratio, 95% interval": "{:.4f}-{:.4f}".format(*scores["ratio_ci95"]),
+            "KL divergence": f"{r['fidelity'][corpus]['kl_divergence']:.5f}",
+            "mean relative error": f"{r['mean_relative_error']:.5f}",
+            "loss, end / start": f"{mean(learned):.3f}" if learned else "-",
+        }
+
+
+def error_record(row: Row, rows: Sequence[Row], bases: Mapping[str, str]) -> dict[str, str]:
+    """Mean relative error of a run's linears, and for how many of them it is below each base."""
+    peers = {o.label: o.errors for o in rows if (o.run.model, o.setting) == (row.run.model, row.setting)}
+    others = {name: peers.get(base, {}) for name, base in bases.items()}
+    return row.start | {"mean relative error": f"{mean(row.errors.values()):.5f}"} | counts(row.errors, others)
+
+
+def seconds_record(row: Row) -> dict[str, str]:
+    """Seconds by stage with their shares of the quantization itself, and peak memory."""
+    s, peak = row.results["seconds"], row.results["peak_bytes"]
+    whole = sum(s[stage] for stage in STAGES)
+    stages = {f"{stage} s": f"{s[stage]:.2f} ({s[stage] / whole:.0%})" for stage in STAGES}
+    memory = {f"{place} GB": f"{peak[place] / 1e9:.2f}" for place in ("host", "device")}
+    return row.start | {"load s": f"{s['load']:.1f}"} | stages | {"evaluate s": f"{s['evaluate']:.1f}"} | memory
+
+
+def sweep_lines(directory: Path) -> list[str]:
+    """The tables of a sweep."""
+    sweep = read_json(directory / "sweep.json")
+    rows = rows_of(sweep)
+    if not rows or not all(row.results["fidelity"] for row in rows):
+        raise InputError(f"{directory}: no row is finished, or one was not evaluated beside full precision")
+    first = {row.results["method"]: row.label for row in reversed(rows)}
+    bases = {name: first[name] for name in BASES if name in first}
+    shared = set.intersection(*(set(row.flags.items()) for row in rows))
+    flags = " ".join(f"--{k} {v}".strip() for k, v in rows[0].flags.items() if (k, v) in shared and k != "command")
+    manifest, windows = rows[0].run.manifest, "{} windows of {} tokens".format
+    corpora = ", ".join(f"{name} {windows(*data['shape'])}" for name, data in manifest["evaluation"].items())
+    return [
+        f"# {markdown_cell(directory.name)}: {len(rows)} runs", "",
+        f"`python scripts/sweep.py {sweep['table']}`, every row: `{flags}`. Calibration {manifest['calibration']['name']}, "
+        f"{windows(*manifest['calibration']['shape'])}, seed {manifest['seed']}; perplexity of {corpora}, without overlap; the "
+        "interval is that of the ratio to full precision. Setting: bits of weights and activations, columns of a group. "
+        f"{machine_line(manifest['hardware'], manifest['versions'])}.", "",
+        "Means over models and corpora, and on how many models the perplexity is lower:", "",
+        *table(mean_records(rows, bases)),
+        *table(record for row in rows for record in quality_records(row)),
+        "## Relative error of the linears", "",
+        "For how many linears it is lower than with each base. Every method is measured on the activations of its own "
+        "quantized prefix.", "",
+        *table(error_record(row, rows, bases) for row in rows),
+        "## Seconds and peak memory", "",
+        "forward: calibration passes through the blocks; gram: accumulation of x xᵀ; learn: training; solve: the solvers, with "
+        "the error measurements of the journal. Shares are of the sum of these. Rows that were evaluated together have "
+        "equal shares of evaluate. Host memory is the process's peak so far.", "",
+        *table(map(seconds_record, rows)),
+    ]  # fmt: skip
+
+
+def layer_lines(directory: Path, about: str) -> list[str]:
+    """A table for every model and width of <model>/<width>/<variant>/layers.json: linears down, methods across."""
+    tables: dict[tuple[str, int], dict[str, dict[tuple[int, str], float]]] = {}
+    for path in sorted(directory.glob("*/*/*/layers.json")):
+        for r in json.loads(path.read_text()):
+            columns = tables.setdefault((path.parts[-4], r["bits"]), {})
+            columns.setdefault(f"{r['method']} {path.parts[-2]}", {})[r["block"], r["name"]] = r["relative_error"]
+    if not tables:
+        raise InputError(f"{directory} has neither a sweep.json nor <model>/<width>/<variant>/layers.json")
+    lines = [f"# {markdown_cell(directory.name)}: every linear", "",
+             f"`benchmarks/layers.sh {directory.name}`, {about}. Relative error ‖(W-Ŵ)X‖²/‖WX‖², every method from the same "
+             f"full-precision statistics. {version_line(env.versions())}.", ""]  # fmt: skip
+    for (model, bits), columns in tables.items():
+        records = [{"block": str(block), "linear": name} | {label: f"{own[block, name]:.5f}" for label, own in columns.items()}
+                   for block, name in next(iter(columns.values()))]  # fmt: skip
+        records.append({"linear": "mean"} | {label: f"{mean(own.values()):.5f}" for label, own in columns.items()})
+        below = {label: counts(own, columns) for label, own in columns.items()}
+        for base in (f"below {label}" for label in columns):
+            records.append({"linear": base} | {label: below[label][base] for label in columns})
+        lines += [f"## {markdown_cell(model)}, {bits} bits", "", *table(records)]
     return lines
 
 
 def main() -> None:
-    """Run all rows, write the tables."""
+    """Print the tables, or write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("demo", "text"))
-    parser.add_argument("--name", default="demo", help="of the files under benchmarks/results/")
-    parser.add_argument("--model", action="append")
-    parser.add_argument("--calibration", default="demo")
-    parser.add_argument("--evaluation", action="append")
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--nsamples", type=int, default=128)
-    parser.add_argument("--limit", type=int, help="evaluate the first N windows of each text")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--quality-only", action="store_true", help="no table of seconds: the machine is not quiet")
-    parser.add_argument("--groups", type=int, nargs="+", default=[-1])
-    parser.add_argument("--variants", nargs="+", default=list(BASIC), help=f"of: {', '.join(VARIANTS)}; or all")
+    parser.add_argument("directory", type=Path, help="of a sweep, or of compared layers")
+    parser.add_argument("--out", type=Path, help="write the tables here as well")
+    parser.add_argument("--about", default="", help="compared layers: what they were calibrated on")
     args = parser.parse_args()
-    args.evaluation = args.evaluation or ["demo"]
-    args.variants = list(VARIANTS) if args.variants == ["all"] else args.variants
-    set_logging("warning")
-    rows: list[Row] = []
-    out = console()
-    for model in args.model or DEMO:
-        session: Session | None = None
-        for bits, group in ((b, g) for b in args.bits for g in args.groups):
-            plans = configs(args, model, bits, group)
-            session = session or Session(next(iter(plans.values())))
-            with ProgressBars(out) as bars:
-                finished = session.run_all(
-                    list(plans.values()),
-                    lambda m, b=bits, g=group, n=Path(model).name: bars.for_method(f"{n} {m} w{b} g{g}"),
-                )
-            rows += [Row(model, label, results) for label, results in zip(plans, finished, strict=True)]
-    assert session is not None
-    write(args, rows, session)
-    out.print(f"benchmarks/results/{args.name}.md")
-
-
-def seconds_section(head: str, rows: list[Row]) -> list[str]:
-    """Seconds by stage."""
-    return [
-        "## Seconds and peak memory",
-        "",
-        "forward: calibration passes through the blocks; gram: accumulation of x xᵀ; solve: the solvers, with the error "
-        "measurements of the journal. Shares are of the sum of these three. The methods of a row of bits and groups are "
-        "evaluated together; evaluate is an equal share of that. Host memory is the process's peak so far.",
-        "",
-        f"{head} load s | forward s | gram s | solve s | evaluate s | host GB |",
-        "|---" * 10 + "|",
-        *stage_rows(rows),
-        "",
-    ]
-
-
-def write(args: argparse.Namespace, rows: list[Row], session: Session) -> None:
-    """The three tables as markdown, and what they were measured on."""
-    versions = ", ".join(f"{k} {v}" for k, v in env.versions().items())
-    shown = [Path(source).name for source in (args.calibration, *args.evaluation)]
-    windows = f"the first {args.limit}" if args.limit else "all"
-    head = "| model | bits | group | method |"
-    text = [
-        f"# {args.name}: {len(args.variants)} methods at {', '.join(map(str, args.bits))} bits",
-        "",
-        f"Asymmetric grids, min-max unless the name says otherwise, true-sequential. Calibration {shown[0]}, {args.nsamples} windows of "
-        f"{args.seqlen} tokens, seed 0. Perplexity: {windows} windows of {args.seqlen} tokens without overlap, on "
-        f"{', '.join(shown[1:])}; the interval is that of the ratio of the perplexities. "
-        f"{session.device.type}, {env.describe(session.device)['threads']} threads, float32 arithmetic. {versions}.",
-        "",
-        f"{head} bits per weight | data | ppl before | ppl after | ratio, 95% interval | KL divergence "
-        "| mean relative error |",
-        "|---" * 11 + "|",
-        *quality_rows(rows),
-        "",
-        "## Relative error of the linears",
-        "",
-        "Mean over linears; for how many linears it is lower than with rtn, with gptq. Every method is measured on the "
-        "activations of its own quantized prefix.",
-        "",
-        f"{head} mean relative error | below rtn | below gptq |",
-        "|---" * 7 + "|",
-        *error_rows(rows),
-        "",
-    ]
-    if not args.quality_only:
-        text += seconds_section(head, rows)
-    (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
-    (ROOT / "benchmarks" / "results" / f"{args.name}.md").write_text("\n".join(text))
+    is_sweep = (args.directory / "sweep.json").exists()
+    lines = sweep_lines(args.directory) if is_sweep else layer_lines(args.directory, args.about)
+    show(*lines)
+    write(lines, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    from quant.cli.terminal import guarded
+
+    sys.exit(guarded(main))

@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.end_to_end import write_random
-from models.load import load_config, load_model
+from benchmarks.end_to_end import random_stream, write_random
+from benchmarks.measuring import best_seconds, heading, peak_of, show
+from models.load import load_config
 from quant.blocks.actquant import ActSpec, instrumented
 from quant.blocks.stream import BlockStream
-from quant.cli.terminal import console
 from quant.core import env
 from quant.core.types import QuantSpec
 from quant.learn import recipes
@@ -44,18 +43,6 @@ SMALL = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8
          "num_hidden_layers": 1, "vocab_size": 1000}  # fmt: skip
 
 
-def seconds(work: Callable[[], None], device: torch.device, repeats: int = 2) -> float:
-    """Best of a few runs, after one to warm up."""
-    best = float("inf")
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
 def main() -> None:
     """Write the block, time forward passes and steps, print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    device, out = env.pick_device(args.device), console()
+    device = env.pick_device(args.device)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         config, _ = load_config(args.config or "benchmarks/configs/llama-2-7b", directory, with_weights=False)
@@ -75,31 +62,13 @@ def main() -> None:
         config.update({"num_hidden_layers": 1} if args.config else SMALL)
         write_random(config, directory, torch.float16)
         shape = f"{config.hidden_size} x {config.intermediate_size}, {args.seqlen} tokens, {args.dtype}"
-        hardware = env.describe(device)
-        out.print(f"block {shape}; {hardware}; torch {torch.__version__}", soft_wrap=True)
-        out.print()
-        head = "| method | attention | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |"
-        for line in (head, "|---" * 7 + "|"):
-            out.print(line, soft_wrap=True)
+        show(f"block {shape}; {env.describe(device)}; torch {torch.__version__}", "")
+        show(*heading("| method | attention | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |"))
         for attention in args.attention:
-            stream = captured(directory, args, attention, config.vocab_size)
+            stream = random_stream(directory, args, 1, "device", attention)
             weights = stream.model.block_weights(0, device)
             for label in VARIANTS:
-                out.print(row(label, attention, args, stream, weights, whole), highlight=False, soft_wrap=True)
-
-
-def captured(directory: Path, args: argparse.Namespace, attention: str, vocabulary: int) -> BlockStream:
-    """Random windows in front of the block, one a batch, with that implementation of attention."""
-    device = env.pick_device(args.device)
-    model = load_model(
-        str(directory),
-        dtype=env.pick_dtype(args.dtype, device),
-        cache_dir=directory,
-        attn_implementation=attention,
-    )
-    tokens = torch.randint(0, vocabulary, (args.nsamples, args.seqlen))
-    stream = BlockStream(model, tokens, device=device, batch=1, store="device")
-    return stream.capture(model.outside_weights(device))
+                show(row(label, attention, args, stream, weights, whole))
 
 
 def row(label: str, attention: str, args: argparse.Namespace, stream: BlockStream, weights: dict, whole: int) -> str:
@@ -122,13 +91,14 @@ def row(label: str, attention: str, args: argparse.Namespace, stream: BlockStrea
                 stream.call(0, own, rows, arguments)
 
     optimizer = optimizer_for(learner, 1.0)
-    plain = seconds(forward, device) / args.nsamples
-    step = seconds(lambda: train_epoch(learner, loss, stream, optimizer, 1.0), device) / args.nsamples
-    peak = env.peak_bytes(device)
+    plain = best_seconds(forward, device, 2, warm_up=True) / args.nsamples
+    epoch = partial(train_epoch, learner, loss, stream, optimizer, 1.0)
+    step = best_seconds(epoch, device, 2, warm_up=True) / args.nsamples
+    peak = peak_of(device)
     hours = whole * args.epochs * 128 * (step + plain) / 3600  # the loss at the end of an epoch is a forward pass
     return (
         f"| {label} | {attention} | {plain * 1e3:.1f} | {step * 1e3:.1f} | {step / (3 * plain):.2f} "
-        f"| {(peak['device'] or peak['host']) / 1e9:.2f} | {hours:.2f} |"
+        f"| {peak / 1e9:.2f} | {hours:.2f} |"
     )
 
 

@@ -64,18 +64,18 @@ def accuracies(model: Any, tokenizer: Any) -> dict[str, float]:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    found = lm_eval.simple_evaluate(
+    answer = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, max_length=512, device="cpu"),
         tasks=list(CHANCE),
         task_manager=TaskManager(include_path=str(demo.TASKS), include_defaults=False),
         num_fewshot=0,
         bootstrap_iters=0,
     )
-    return {name: scores["acc,none"] for name, scores in found["results"].items()}
+    return {name: scores["acc,none"] for name, scores in answer["results"].items()}
 
 
 @torch.no_grad()
-def followed(model: Any, tokenizer: Any, thread: str, n: int = 120) -> float:
+def share_followed(model: Any, tokenizer: Any, thread: str, n: int = 120) -> float:
     """Share of n stories in which the likeliest last word of a thread's outcome is the right one."""
     stories = (story for story in demo.stories("test", seed=1) if thread in story.threads)
     right = 0
@@ -111,7 +111,9 @@ def main() -> None:
             + " | ".join(f"{scores[name]:.3f}" for name in CHANCE)
             + " |"
         )
-        threads.append(f"| {family} | " + " | ".join(f"{followed(model, tokenizer, t):.2f}" for t in THREADS) + " |")
+        threads.append(
+            f"| {family} | " + " | ".join(f"{share_followed(model, tokenizer, t):.2f}" for t in THREADS) + " |"
+        )
     outliers = log["outliers"]
     (OUT / "README.md").write_text(
         TEXT.format(

@@ -1,9 +1,9 @@
 """Run a table of quantizations: every row is a command, all rows of a model share its data and one evaluation.
 
 A table is a .tsv with a header of flag names (and, if wanted, columns ``command`` and ``flags``, the latter with several
-flags in a cell), or a .yaml with ``command``, ``fixed`` flags, a ``grid`` of lists whose product is taken and ``rows``; an
-entry of a grid's list may be a set of flags by itself. scripts/papers.tsv is the papers' table: its rows are chosen with
---paper, --family, --size and --setting, which take shell patterns.
+flags in a cell), or a .yaml with ``command``, ``fixed`` flags, a ``grid`` of lists whose product is taken (or a list of
+such grids) and ``rows``; an entry of a grid's list may be a set of flags by itself. scripts/papers.tsv is the papers'
+table: its rows are chosen with --paper, --family, --size and --setting, which take shell patterns.
 Finished rows are skipped, a row that fails does not stop the others, and the same command continues after a kill.
 """
 
@@ -88,6 +88,9 @@ class Cell:
     results: dict[str, Any] = field(default_factory=dict)
 
 
+Flags = dict[str, tuple[Any, str]]  # value and place by name
+
+
 def read_table(path: Path, chosen: Mapping[str, str] | None = None, models: Path | None = None) -> list[Row]:
     """Rows of flags. Raises InputError with line and column where the table is malformed, or empty.
 
@@ -118,13 +121,12 @@ def read_table(path: Path, chosen: Mapping[str, str] | None = None, models: Path
 
 def _cells_of_lines(path: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Names of the columns, and (line number, cells) of every row; empty lines and comments are left out."""
-    reader, lines = csv.reader(text.splitlines(), delimiter="\t", strict=True), []
+    reader = csv.reader(text.splitlines(), delimiter="\t", strict=True)
     try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells) and not cells[0].startswith("#"):
-                lines.append((reader.line_num, [cell.strip() for cell in cells]))
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}") from error
+    lines = [(number, cells) for number, cells in lines if any(cells) and not cells[0].startswith("#")]
     if len(lines) < 2:
         raise InputError(f"{path}: needs a header of flag names and at least one row")
     (first, names), *rows = lines
@@ -141,19 +143,17 @@ def _cells_of_lines(path: Path, text: str) -> tuple[list[str], list[tuple[int, l
 
 def _row_of_line(path: Path, header: Sequence[str], number: int, cells: Sequence[str]) -> Row:
     """A line of a .tsv as flags; a cell of the column ``flags`` holds several."""
-    flags: dict[str, str] = {}
-    places: dict[str, str] = {}
+    entries: Flags = {}
     for column, (name, cell) in enumerate(zip(header, cells, strict=False), 1):
         place = f"{path}, line {number}, column {column}"
-        found = flags_of(cell, place) if name == "flags" else {name: cell} if cell else {}
-        flags |= found
-        places |= dict.fromkeys(found, place)
-    return Row({"command": COMMANDS[0]} | flags, f"{path}, line {number}", places)
+        flags = flags_of(cell, place) if name == "flags" else {name: cell} if cell else {}
+        entries |= {flag: (value, place) for flag, value in flags.items()}
+    return _row(entries, f"{path}, line {number}")
 
 
 def flags_of(text: str, place: str) -> dict[str, str]:
     """Flags written as on a command line. Raises InputError for words that belong to no flag."""
-    found: dict[str, str] = {}
+    flags: dict[str, str] = {}
     name = None
     try:
         words = shlex.split(text)
@@ -162,12 +162,12 @@ def flags_of(text: str, place: str) -> dict[str, str]:
     for word in words:
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
-            found[name] = value
-        elif name is None or found[name]:
+            flags[name] = value
+        elif name is None or flags[name]:
             raise InputError(f"{place}: {word!r} belongs to no flag")
         else:
-            found[name] = word
-    return found
+            flags[name] = word
+    return flags
 
 
 def _papers(
@@ -180,38 +180,70 @@ def _papers(
     """Rows of a table of papers: one for every size of a line that the patterns choose."""
     rows = []
     for number, cells in lines:
+        where, column = f"{path}, line {number}", {name: n for n, name in enumerate(header, 1)}
         if len(cells) < len(header):
-            raise InputError(f"{path}, line {number}, column {len(cells) + 1}: the {header[len(cells)]} are missing")
+            raise InputError(f"{where}, column {len(cells) + 1}: the {header[len(cells)]} are missing")
         entry = dict(zip(header, cells, strict=True))
-        column = header.index("flags") + 1
-        if entry["family"] not in HUB:
-            raise InputError(
-                f"{path}, line {number}, column {header.index('family') + 1}: unknown family {entry['family']!r}; use {', '.join(HUB)}"
-            )
-        place = f"{path}, line {number}, column {column}"
+        paper, family = entry["paper"], entry["family"]
+        if family not in HUB:
+            raise InputError(f"{where}, column {column['family']}: unknown family {family!r}; use {', '.join(HUB)}")
+        place = f"{where}, column {column['flags']}"
         flags = flags_of(entry["flags"], place)
-        own = (
-            {"command": "model_quantizer.py", "dataset": "c4"}
-            if entry["paper"] == "quantease"
-            else {"command": "main.py", "eval_ppl": ""}
-        )
+        own = {"command": "main.py", "eval_ppl": ""}
+        if paper == "quantease":
+            own = {"command": "model_quantizer.py", "dataset": "c4"}
         for size in entry["sizes"].split(","):
             values = entry | {"size": size}
             if all(fnmatch(values[name], pattern) for name, pattern in chosen.items()):
-                model = (
-                    HUB[entry["family"]].format(size) if models is None else str(models / f"{entry['family']}-{size}")
-                )
-                name = f"{entry['paper']} {entry['setting']}"
-                rows.append(
-                    Row(own | {"model": model} | flags, f"{path}, line {number}", dict.fromkeys(flags, place), name)
-                )
+                own["model"] = HUB[family].format(size) if models is None else str(models / f"{family}-{size}")
+                rows.append(Row(own | flags, where, dict.fromkeys(flags, place), f"{paper} {entry['setting']}"))
     if not rows:
         raise InputError(f"{path}: no row has {', '.join(f'{name} {pattern!r}' for name, pattern in chosen.items())}")
     return rows
 
 
+def _row(entries: Flags, where: str) -> Row:
+    """A row of a table that may leave out the command, and whose values may be YAML's true and false."""
+    flags = {name: "" if value is True else str(value) for name, (value, _) in entries.items() if value is not False}
+    return Row({"command": COMMANDS[0]} | flags, where, {name: place for name, (_, place) in entries.items()})
+
+
 def _read_yaml(path: Path, text: str) -> list[Row]:
+    """Rows of a .yaml. It is read as nodes and not as values, because nodes know their line and column."""
     import yaml
+
+    def at(node: Any) -> str:
+        return f"{path}, line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+
+    def mapping(node: Any, name: str) -> dict[str, tuple[Any, str]]:
+        """Nodes by key, with the places of the keys."""
+        if node.id != "mapping":
+            raise InputError(f"{at(node)}: {name} is a set of names and values")
+        entries: dict[str, tuple[Any, str]] = {}
+        for key, value in node.value:
+            if key.id != "scalar" or key.value in entries:
+                raise InputError(f"{at(key)}: {'stands there twice' if key.id == 'scalar' else 'a name is one word'}")
+            entries[key.value] = (value, at(key))
+        return entries
+
+    def scalar(node: Any, name: str) -> Any:
+        value = yaml.safe_load(yaml.serialize(node)) if node.id == "scalar" else None
+        if value is None:
+            raise InputError(f"{at(node)}: {name} needs one value")
+        return value
+
+    def flags(node: Any, name: str) -> Flags:
+        return {flag: (scalar(value, flag), at(value)) for flag, (value, _) in mapping(node, name).items()}
+
+    def product(grid: Any) -> list[Flags]:
+        rows: list[Flags] = [{}]
+        for name, (node, where) in mapping(grid, "grid").items():
+            values = node.value if node.id == "sequence" else [node]
+            if not values:
+                raise InputError(f"{where}: the list of {name} is empty, so there are no rows")
+            choices = [flags(v, name) if v.id == "mapping" else {name: (scalar(v, name), at(v))} for v in values]
+            rows = [row | choice for row in rows for choice in choices]
+        return rows if rows != [{}] else []
 
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -219,75 +251,28 @@ def _read_yaml(path: Path, text: str) -> list[Row]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InputError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from error
-    names = ("command", "fixed", "grid", "rows")
-    entries = _mapping(path, root, "a table") if root is not None else {}
+    entries = mapping(root, "a table") if root is not None else {}
     for name, (_, where) in entries.items():
-        if name not in names:
+        if name not in ("command", "fixed", "grid", "rows"):
             raise InputError(f"{where}: expected the entries command, fixed, grid or rows, not {name!r}")
-    shared = _flags(path, entries["fixed"][0], "fixed") if "fixed" in entries else {}
+    shared = flags(entries["fixed"][0], "fixed") if "fixed" in entries else {}
     if "command" in entries:
-        shared["command"] = (_scalar(path, entries["command"][0], "command"), entries["command"][1])
-    products: list[Flags] = [{}] if "grid" in entries else []
-    for name, (node, where) in (_mapping(path, entries["grid"][0], "grid") if "grid" in entries else {}).items():
-        values = node.value if node.id == "sequence" else [node]
-        if not values:
-            raise InputError(f"{where}: the list of {name} is empty, so there are no rows")
-        choices = [
-            _flags(path, v, name) if v.id == "mapping" else {name: (_scalar(path, v, name), _at(path, v))}
-            for v in values
-        ]
-        products = [product | choice for product in products for choice in choices]
-    listed = [(product, f"{path}, row {n} of the grid") for n, product in enumerate(products, 1)]
+        node, where = entries["command"]
+        shared["command"] = (scalar(node, "command"), where)
+    listed: list[tuple[Flags, str]] = []
+    if "grid" in entries:
+        node = entries["grid"][0]
+        several = node.id == "sequence" and all(grid.id == "mapping" for grid in node.value)
+        products = [row for grid in (node.value if several else [node]) for row in product(grid)]
+        listed = [(row, f"{path}, row {n} of the grid") for n, row in enumerate(products, 1)]
     if "rows" in entries:
-        node, where = entries["rows"]
+        node = entries["rows"][0]
         if node.id != "sequence":
-            raise InputError(f"{_at(path, node)}: rows is a list of sets of flags")
-        listed += [(_flags(path, row, "a row"), _at(path, row)) for row in node.value]
-    if not listed or products == [{}]:
+            raise InputError(f"{at(node)}: rows is a list of sets of flags")
+        listed += [(flags(row, "a row"), at(row)) for row in node.value]
+    if not listed:
         raise InputError(f"{path}: no rows; give a grid or rows")
-    return [_row_of_entries(shared | own, where) for own, where in listed]
-
-
-Flags = dict[str, tuple[Any, str]]  # value and place by name
-
-
-def _row_of_entries(entries: Flags, where: str) -> Row:
-    flags = {name: "" if value is True else str(value) for name, (value, _) in entries.items() if value is not False}
-    return Row({"command": COMMANDS[0]} | flags, where, {name: place for name, (_, place) in entries.items()})
-
-
-def _at(path: Path, node: Any) -> str:
-    return f"{path}, line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
-
-
-def _mapping(path: Path, node: Any, name: str) -> dict[str, tuple[Any, str]]:
-    """Nodes of a mapping by key, with the places of the keys. Raises InputError if it is none or has a key twice."""
-    if node.id != "mapping":
-        raise InputError(f"{_at(path, node)}: {name} is a set of names and values")
-    found: dict[str, tuple[Any, str]] = {}
-    for key, value in node.value:
-        if key.id != "scalar" or key.value in found:
-            raise InputError(
-                f"{_at(path, key)}: {'stands there twice' if key.id == 'scalar' else 'a name is one word'}"
-            )
-        found[key.value] = (value, _at(path, key))
-    return found
-
-
-def _flags(path: Path, node: Any, name: str) -> Flags:
-    return {
-        flag: (_scalar(path, value, flag), _at(path, value)) for flag, (value, _) in _mapping(path, node, name).items()
-    }
-
-
-def _scalar(path: Path, node: Any, name: str) -> Any:
-    """A value as YAML reads it. Raises InputError for lists, sets and nothing."""
-    import yaml
-
-    value = yaml.safe_load(yaml.serialize(node)) if node.id == "scalar" else None
-    if value is None:
-        raise InputError(f"{_at(path, node)}: {name} needs one value")
-    return value
+    return [_row(shared | own, where) for own, where in listed]
 
 
 def check_orders(rows: Sequence[Row], allowed: Allowed = NOTHING_ALLOWED) -> None:

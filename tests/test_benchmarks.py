@@ -1,36 +1,40 @@
 """The benchmarks compute what they say they compute."""
 
 import argparse
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import end_to_end
-from benchmarks.solvers import column_loop, measured, problem
+from benchmarks import end_to_end, tables
+from benchmarks.solvers import column_loop, measure, problem
 from quant.blocks.stream import BlockStream
 from quant.core.grid import fit_grid
 from quant.core.types import QuantSpec
 from quant.kernels import columns as blocks
 from quant.kernels.columns import TorchKernels
+from quant.run.session import Session
 from quant.solvers.quantease import rounds
 from tests.references import inputs, make_stats, naive_coordinate_descent, weights
+from tests.test_run import config_for
 
 
 def test_the_published_loop_is_the_same_descent():
     weight, gram = weights(6, 40).double(), make_stats(inputs(40, 200)).gram.double()
     grid, schedule = fit_grid(weight.float(), QuantSpec(3)), [rounds(k, 7) for k in range(7)]
     codes = naive_coordinate_descent(weight, gram, grid, torch.arange(40), schedule)
-    found = column_loop(weight, gram, grid, schedule)
-    torch.testing.assert_close(found.float(), grid.dequantize(codes), rtol=1e-5, atol=1e-6)
+    answer = column_loop(weight, gram, grid, schedule)
+    torch.testing.assert_close(answer.float(), grid.dequantize(codes), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_of_one_shape(monkeypatch):
     monkeypatch.setattr(blocks, "_chosen", {})
     args = argparse.Namespace(device="cpu", sweeps=4, precision="highest", float64=True)
-    rows = [row.split(" | ") for row in measured(8, 32, args, [TorchKernels()])]
+    rows = [row.split(" | ") for row in measure(8, 32, args, [TorchKernels()])]
     assert [row[1:3] for row in rows] == [
         ["gram", "torch"], ["quantease", "column loop"], ["gptq", "torch"], ["quantease", "torch"],
         ["objective after 4 sweeps", "column loop"], ["objective after 4 sweeps", "torch"],
@@ -40,6 +44,53 @@ def test_rows_of_one_shape(monkeypatch):
     assert ends[0] > 0 and ends[1] == pytest.approx(ends[0], rel=1e-4) and ends[3] == pytest.approx(ends[2], rel=1e-7)
     weight, x = problem(8, 32, "cpu")
     assert weight.shape == (8, 32) and x.shape == (64, 32)
+
+
+def test_tables_of_a_sweep(model_dir, text, tmp_path):
+    """What sets rows of a method apart is its label; every number of the tables is one of the runs'."""
+    base = replace(config_for(model_dir("llama"), text, tmp_path), nsamples=4, limit=4)
+    variants = [("rtn", 3, {}), ("gptq", 3, {}), ("gptq", 3, {"percdamp": 0.1}), ("rtn", 2, {})]
+    configs = [
+        replace(base, method=method, wbits=bits, options=options, run_dir=tmp_path / f"{method}{bits}{len(options)}")
+        for method, bits, options in variants
+    ]
+    Session(configs[0]).run_all(configs)
+    rows = []
+    for c in configs:
+        flags = {"model": "m", "quantization-method": c.method, "wbits": str(c.wbits), "nsamples": "4"}
+        flags |= {name: str(value) for name, value in c.options.items()}
+        rows.append({"flags": flags, "status": "done", "run_dir": str(c.run_dir)})
+    rows.append({"flags": {"model": "m"}, "status": "failed", "run_dir": "nowhere"})
+    (tmp_path / "sweep.json").write_text(json.dumps({"table": "t.yaml", "rows": rows}))
+    lines = tables.sweep_lines(tmp_path)
+    labels = ["rtn", "gptq", "gptq --percdamp 0.1", "rtn"]
+    own = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| llama")]
+    assert [cells[2] for cells in own] == labels * 3, "quality, linears, seconds"
+    for row, cells in zip(rows[:4], own[:4], strict=True):
+        results = json.loads((Path(row["run_dir"]) / "results.json").read_text())
+        scores = results["perplexity"]["words"]
+        assert cells[1] == f"W{results['wbits']}A16" and cells[3] == f"{results['bits_per_weight']:.3f}"
+        assert cells[5:7] == [f"{scores['fp']:.3f}", f"{scores['quantized']:.3f}"]
+        assert cells[9] == f"{results['mean_relative_error']:.5f}"
+    assert own[4][4:] == ["0 of 21", "0 of 21"] and own[5][4] == "21 of 21" and own[7][4:] == ["0 of 21", "-"]
+    assert "every row: `--model m --nsamples 4`" in lines[2] and "seed 0" in lines[2] and "torch 2" in lines[2]
+
+
+def test_tables_of_compared_layers(tmp_path):
+    for variant, errors in (("minmax", (0.2, 0.4)), ("mse", (0.1, 0.5))):
+        place = tmp_path / "m" / "w3" / variant
+        place.mkdir(parents=True)
+        records = [
+            {"block": 0, "name": n, "method": "gptq", "bits": 3, "relative_error": e}
+            for n, e in zip("qk", errors, strict=True)
+        ]
+        (place / "layers.json").write_text(json.dumps(records))
+    lines = tables.layer_lines(tmp_path, "calibration x")
+    assert "calibration x" in lines[2] and "## m, 3 bits" in lines
+    assert lines[-7:-1] == [
+        "|---|---|---|---|", "| 0 | q | 0.20000 | 0.10000 |", "| 0 | k | 0.40000 | 0.50000 |", "|  | mean | 0.30000 | 0.30000 |",
+        "|  | below gptq minmax | 0 of 2 | 1 of 2 |", "|  | below gptq mse | 1 of 2 | 0 of 2 |",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a process's peak")
@@ -58,8 +109,8 @@ assert after["device"] == 0
 print(before - after["host"])
 """
     root = Path(__file__).parents[1]
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
-    assert int(found.stdout) > 150_000_000
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
+    assert int(answer.stdout) > 150_000_000
 
 
 @pytest.mark.parametrize("whole", [3, 4])
@@ -72,9 +123,9 @@ def test_a_model_that_was_cut_passes_its_last_block_too(whole, model_dir, tmp_pa
         device="cpu", dtype="auto", nsamples=4, seqlen=16, calib_batch=2, activation_store="cpu", sweeps=2, wbits=3,
         true_sequential=False,
     )  # fmt: skip
-    found = end_to_end.quantize(model_dir("llama"), "quantease", args, whole)
+    answer = end_to_end.quantize(model_dir("llama"), "quantease", args, whole)
     assert passed == list(range(whole - 1))
-    assert 0 < found["once"] < found["total"]
+    assert 0 < answer["once"] < answer["total"]
 
 
 def test_what_happens_once_is_not_extrapolated():

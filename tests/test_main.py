@@ -6,8 +6,8 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,6 +209,8 @@ def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_pat
         ("--lwx", "did you mean --lwc?"),
         ("--lwc --attn_implementation flex_attention", "--attn_implementation: invalid choice: 'flex_attention'"),
         ("--lwc --let-seams norm,vo", "--let-seams needs --let"),
+        ("--lwc --without attention", "--without leaves out parts of abq"),
+        ("--lwc --method abq --without loss", "--without loss: use compensation, distribution, attention"),
         ("--let --use_matrix --let-seams norm", "--use_matrix needs seams between heads"),
         ("--let --use_ln_matrix --let-seams vo", "--use_ln_matrix needs the norm seams"),
         ("--lwc --wd -1", "--wd -1: use 0"),
@@ -361,6 +363,14 @@ def test_every_flag_reaches_its_own_entry(flags):
     follows = {"--solver gptq": {"method", "options.percdamp"}}.get(flags, set())
     assert entry in changed and changed - {entry} <= follows, changed
     assert given[entry] == json.loads(json.dumps(value if not isinstance(value, Path) else str(value)))
+
+
+def test_parts_of_abq_are_left_out():
+    words = [*BASE, "--method", "abq"]
+    whole, without = (
+        main_command.config_from([*words, *more]) for more in ([], ["--without", "attention,distribution"])
+    )
+    assert without.learning == replace(whole.learning, attention=False, distribution=False) != whole.learning
 
 
 @pytest.mark.parametrize("solver", sorted(solvers()))
@@ -522,19 +532,6 @@ def test_every_row_of_the_papers_is_a_command_without_mistakes(tmp_path):
         else:
             args.methods, args.corpora = [args.quantization_method], []
         assert of.mistakes(args) == []
-
-
-def test_the_shell_loop_names_every_command(tmp_path):
-    def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["bash", "scripts/papers.sh", *words], cwd=ROOT, env={"PRINT": "1", "PATH": "/usr/bin:/bin"},
-                              capture_output=True, text=True, check=False)  # fmt: skip
-
-    found = run("*", "llama-2-7b", "W4A4", "--", "--seqlen", "64")
-    assert found.returncode == 0 and "3 runs, 0 failed" in found.stdout
-    assert all(
-        "meta-llama/Llama-2-7b-hf" in line and line.endswith("--seqlen 64") for line in found.stdout.splitlines()[:3]
-    )
-    assert run("nothing", "*", "*").returncode == 2 and run().returncode == 2
 
 
 def test_the_cost_of_matrices_behind_norms_is_said(command, small, tmp_path):

@@ -84,6 +84,25 @@ def test_a_grid_expands_to_its_product(table):
     assert all(cell.config.true_sequential for cell in cells)
 
 
+def test_a_grid_may_be_several(tmp_path):
+    table = tmp_path / "t.yaml"
+    table.write_text("grid:\n- {model: &m [a, b], wbits: [3, 4]}\n- {model: *m, wbits: 2}\n")
+    rows = [(row.flags["model"], row.flags["wbits"]) for row in sweep.read_table(table)]
+    assert rows == [("a", "3"), ("a", "4"), ("b", "3"), ("b", "4"), ("a", "2"), ("b", "2")]
+
+
+@pytest.mark.parametrize("table", sorted((ROOT / "scripts" / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_rows_of_the_results_parse(table, tmp_path, monkeypatch):
+    """Also where the texts are not at hand. All rows of a model's learned method share what is opened."""
+    (tmp_path / "text").mkdir()
+    for name in ("wikitext2-valid", "wikitext2-test", "ptb-test"):
+        (tmp_path / "text" / f"{name}.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    cells = sweep.cells_of(sweep.read_table(table), tmp_path)
+    models = {cell.config.model for cell in cells}
+    assert len(sweep.groups_of(cells, None)) <= 2 * len(models) and len(models) in (2, 5)
+
+
 def test_rows_of_the_papers_are_a_sweep():
     """Every line of papers.tsv becomes commands that parse; patterns choose, seeds multiply, further flags are added."""
     papers = ROOT / "scripts" / "papers.tsv"

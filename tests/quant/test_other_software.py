@@ -86,14 +86,14 @@ def test_refused_checkpoints_are_rows_of_the_table(family, refused, said, monkey
     def made(family, case, base):
         return replace(case, how=loaders.REFUSED if case.kind in refused else case.how), base / case.name
 
-    monkeypatch.setattr(loaders, "prepared", made)
+    monkeypatch.setattr(loaders, "prepare", made)
     monkeypatch.setattr(loaders, "ours", lambda *given: (2.0, None, None))
     monkeypatch.setattr(loaders, "ask", lambda *given: "")
-    monkeypatch.setattr(loaders, "compared", lambda *given: {"ours": 2.0, "theirs": 2.0, "logits": 0.0, "said": "same"})
+    monkeypatch.setattr(loaders, "compare", lambda *given: {"ours": 2.0, "theirs": 2.0, "logits": 0.0, "said": "same"})
     rows = loaders.of_family("python", family, cases, tmp_path)
     assert sorted(row["said"] for _, row in rows) == sorted(said)
     for _, row in rows:
-        assert loaders.shown(row).startswith("- | - | - | ") == (row["said"] in ("refused", "REFUSED"))
+        assert loaders.cells(row).startswith("- | - | - | ") == (row["said"] in ("refused", "REFUSED"))
 
 
 def test_refusals_that_the_table_expects_are_those_of_the_rules():

@@ -1,0 +1,81 @@
+"""What the measurements share: a clock, the words about a machine, Markdown on the terminal and in a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.cli.terminal import console
+from quant.core import env
+from quant.core.text import markdown_cell
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_seconds(
+    work: Callable[[], object], device: torch.device, repeats: int = 3, warm_up: bool = False, budget: float = 0.0
+) -> float:
+    """Seconds of the fastest of ``repeats`` runs, and of more until ``budget`` seconds are spent. warm_up: a first run is
+    not counted."""
+    times: list[float] = []
+    while len(times) < repeats + warm_up or sum(times) < budget:
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[warm_up:])
+
+
+def peak_of(device: torch.device) -> int:
+    """Peak bytes since `env.reset_peak`: of the device, on a CPU of this process."""
+    peak = env.peak_bytes(device)
+    return peak["device"] or peak["host"]
+
+
+def version_line(packages: Mapping[str, str]) -> str:
+    """The packages of a measurement."""
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
+
+
+def machine_line(hardware: Mapping[str, Any], packages: Mapping[str, str]) -> str:
+    """The machine and the packages of a measurement."""
+    return f"{dict(hardware)}; {version_line(packages)}"
+
+
+def about(doc: str | None) -> str:
+    """A module's docstring behind its first line and its commands, as one line."""
+    return (doc or "").split("\n\n", 2)[2].strip().replace("\n", " ")
+
+
+def heading(head: str) -> list[str]:
+    """A table's first two lines."""
+    return [head, "|---" * (head.count("|") - 1) + "|"]
+
+
+def table(records: Iterable[Mapping[str, str]]) -> list[str]:
+    """Markdown lines of a table whose columns are the first record's names, with an empty line behind them."""
+    rows = list(records)
+    cells = [[markdown_cell(row.get(name, "")) for name in rows[0]] for row in rows]
+    return [*heading(f"| {' | '.join(rows[0])} |"), *(f"| {' | '.join(row)} |" for row in cells), ""]
+
+
+def show(*lines: str) -> None:
+    """Print lines as they are."""
+    out = console()
+    for line in lines:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def write(lines: Sequence[str], out: Path | None) -> None:
+    """Write lines to a file, if one is asked for."""
+    if out:
+        out.write_text("\n".join(lines).rstrip("\n") + "\n")
