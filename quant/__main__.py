@@ -1,5 +1,6 @@
 """python -m quant COMMAND: what works on runs and checkpoints that are there; and the commands that pip installs."""
 
+import importlib
 import sys
 
 from quant.cli.commands import run
@@ -13,23 +14,22 @@ def main() -> None:
 
 def model_quantizer() -> None:
     """Run ``model-quantizer``, which is ``python model_quantizer.py``."""
-    import model_quantizer as command
-
-    sys.exit(guarded(command.main))
+    _run_file("model_quantizer")
 
 
 def learned() -> None:
     """Run ``quantize-learned``, which is ``python main.py``."""
-    import main as command
-
-    sys.exit(guarded(command.main))
+    _run_file("main")
 
 
 def act_scale_shift() -> None:
     """Run ``generate-act-scale-shift``, which is ``python generate_act_scale_shift.py``."""
-    import generate_act_scale_shift as command
+    _run_file("generate_act_scale_shift")
 
-    sys.exit(guarded(command.main))
+
+def _run_file(name: str) -> None:
+    """Run the command line in a file beside ``quant/``."""
+    sys.exit(guarded(importlib.import_module(name).main))
 
 
 if __name__ == "__main__":
