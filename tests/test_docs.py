@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from quant.cli.commands import COMMANDS
+from quant.solvers import solver_options, solvers
 from scripts import architecture, figures
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,12 @@ def test_every_module_and_storey_is_described():
     page = architecture.PAGE.read_text()
     assert [name for name, path in known.items() if f"| `{path.relative_to(ROOT)}` |" not in page] == ["quant"]
     assert set(architecture.ROOMS) == set().union(*architecture.STOREYS)
+
+
+def test_every_option_of_a_solver_is_described():
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    options = {name for function in solvers().values() for name in solver_options(function)}
+    assert [name for name in options if name not in page and f"--{name.replace('_', '-')}" not in page] == []
 
 
 def test_figure_is_drawn_from_the_tables():
