@@ -1,8 +1,36 @@
-"""python -m quant COMMAND: what works on runs and checkpoints that are there."""
+"""python -m quant COMMAND: what works on runs and checkpoints that are there; and the commands that pip installs."""
 
+import importlib
 import sys
 
 from quant.cli.commands import run
+from quant.cli.terminal import guarded
+
+
+def main() -> None:
+    """Run ``llm-quantizer COMMAND``, which is ``python -m quant COMMAND``."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def model_quantizer() -> None:
+    """Run ``model-quantizer``, which is ``python model_quantizer.py``."""
+    _run_file("model_quantizer")
+
+
+def learned() -> None:
+    """Run ``quantize-learned``, which is ``python main.py``."""
+    _run_file("main")
+
+
+def act_scale_shift() -> None:
+    """Run ``generate-act-scale-shift``, which is ``python generate_act_scale_shift.py``."""
+    _run_file("generate_act_scale_shift")
+
+
+def _run_file(name: str) -> None:
+    """Run the command line in a file beside ``quant/``."""
+    sys.exit(guarded(importlib.import_module(name).main))
+
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    main()

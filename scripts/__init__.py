@@ -1,1 +1,1 @@
-"""Training of the demo models, and sweeps."""
+"""Tools of the project: sweeps, golden values, demo models, figures, the page of the architecture."""

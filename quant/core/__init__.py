@@ -1,1 +1,1 @@
-"""Types, grids, statistics, block stream and run directory: what every method stands on."""
+"""Numbers, files and the machine: what every other room stands on."""
