@@ -12,7 +12,7 @@ from quant.core.gram import LayerStats
 from quant.core.grid import fit_grid, fit_scale_zero
 from quant.core.linalg import damped_factor
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
-from quant.kernels.columns import ColumnGrid, kernels
+from quant.kernels.columns import ColumnBlock, kernels
 from quant.solvers import solver
 
 Fit = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # weights [out, n] of a group, its columns -> scale, zero [out]
@@ -100,6 +100,7 @@ def feedback_rounding(
     scale, zero, group = grid.scale.clone(), grid.zero.float(), grid.g_idx
     codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     kernel = kernels(work.device)
+    layer = ColumnBlock(weight, errors, work, feedback, scale, zero, group, grid.qmax, codes, None, outlier_above)
     # Blocks are whole groups, so that a group's weights are fully compensated when its grid is fitted.
     size = n_in // grid.n_groups if fit is not None else block_size
     block_size = size * max(1, block_size // size)
@@ -110,11 +111,7 @@ def feedback_rounding(
             if fit is not None:
                 g = int(group[first])
                 scale[:, g], zero[:, g] = fit(compensated(weight[:, part], work[:, part], feedback[part, part]), part)
-            columns = ColumnGrid(scale, zero, group[part], grid.qmax)
-            limit = None if outlier_above is None else outlier_above[part]
-            kernel.gptq_(
-                work[:, part], weight[:, part], feedback[part, part], columns, codes[:, part], errors[:, part], limit
-            )
+            kernel.gptq_(layer.part(part))
             if part.stop < end:
                 work[:, part.stop : end].addmm_(errors[:, part], feedback[part, part.stop : end])
         if end < n_in:

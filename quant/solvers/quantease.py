@@ -22,7 +22,7 @@ from quant.core.grid import at_least_finest, fit_grid, refit_scale_zero, round_s
 from quant.core.linalg import largest_eigenvalue
 from quant.core.outliers import kept_outliers
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
-from quant.kernels.columns import ColumnGrid, kernels
+from quant.kernels.columns import ColumnBlock, kernels
 from quant.solvers import solver
 
 MAX_ALPHA = 2.0  # a gradient step of alpha / (2 λmax) ends no higher up to here; with the projection, up to 1
@@ -54,18 +54,13 @@ class Descent:
 
     def sweep(self, rounding: bool) -> None:
         """Visit every column once."""
+        codes = self.codes if rounding else None
+        layer = ColumnBlock(self.target, self.residual, self.correlation, self.gram,
+                            self.scale, self.zero, self.group, self.qmax, codes, self.free)  # fmt: skip
         for start in range(0, self.target.shape[1], self.block_size):
-            block = slice(start, start + self.block_size)
-            change = self.kernels.coordinate_descent_(
-                self.residual[:, block],
-                self.correlation[:, block],
-                self.target[:, block],
-                self.gram[block, block],
-                ColumnGrid(self.scale, self.zero, self.group[block], self.qmax),
-                self.codes[:, block] if rounding else None,
-                None if self.free is None else self.free[:, block],
-            )
-            self.kernels.propagate_(self.correlation, change, self.gram[block])
+            columns = slice(start, start + self.block_size)
+            change = self.kernels.coordinate_descent_(layer.part(columns))
+            self.kernels.propagate_(self.correlation, change, self.gram[columns])
 
     def move_target(self, change: Tensor) -> None:
         """Add change [out, in] to the target; Ŵ stays."""
