@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quant.cli.terminal import console
 from quant.core import env
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.linalg import products_in, relative_error
 from quant.core.types import Grid, QuantSpec
@@ -99,7 +99,7 @@ def measured(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Ker
     """The rows of one shape."""
     device, sweeps, precision = args.device, args.sweeps, args.precision
     weight, x = problem(n_out, n_in, device)
-    stats, spec = LayerStats(n_in, device), QuantSpec(3)
+    stats, spec = GramStats(n_in, device), QuantSpec(3)
     stats.update(x)
     gram, work, schedule = stats.gram, torch.zeros_like(weight), [rounds(k, sweeps) for k in range(sweeps)]
     grid = fit_grid(weight, spec)
@@ -120,7 +120,7 @@ def measured(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Ker
         ratio, memory = f"{floors[what]:.3f} | {took / floors[what]:.2f}", (peak["device"] or peak["host"]) / 1e6
         rows.append(f"| {shape} | {what} | {backend} | {took:.3f} | {ratio} | {against} | {memory:.0f} |")
 
-    row("gram", "torch", lambda: LayerStats(n_in, device).update(x))
+    row("gram", "torch", lambda: GramStats(n_in, device).update(x))
     published: list[Tensor] = []
     row("quantease", "column loop", lambda: published.append(column_loop(weight, gram, grid, schedule)), repeats=1)
     ours = partial(quantease, weight, stats, spec, grid=grid, num_iter=sweeps)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_scale_zero
 from quant.core.types import Grid, QuantSpec
 
 
-def make_stats(x: Tensor) -> LayerStats:
+def make_stats(x: Tensor) -> GramStats:
     """Statistics of inputs x [tokens, in]."""
-    stats = LayerStats(x.shape[1])
+    stats = GramStats(x.shape[1])
     stats.update(x)
     return stats
 

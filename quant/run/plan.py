@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from models import family_of
 from models.load import build_meta
-from quant.core.gram import BLOCK, LayerStats
+from quant.core.gram import BLOCK, GramStats
 from quant.core.types import QuantSpec
 from quant.export import DEQUANTIZED
 from quant.export.formats import Content
@@ -121,7 +121,7 @@ def solver_cost(device: torch.device, config: RunConfig) -> tuple[float, float]:
     spec = QuantSpec(config.wbits, -1, config.symmetric, config.range, config.levels)
     seconds = []
     for n_in in SAMPLES:
-        stats = LayerStats(n_in, device)
+        stats = GramStats(n_in, device)
         stats.update(torch.randn(2 * n_in, n_in, device=device))
         weight = torch.randn(SAMPLE_ROWS, n_in, device=device)
         work = partial(solver, weight, stats, spec, **config.options)

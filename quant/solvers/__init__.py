@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from quant.core.errors import InputError
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.scaling import at_any_magnitude
 from quant.core.types import QuantizedWeight, QuantSpec
 
@@ -23,7 +23,7 @@ class Solver(Protocol):
     Keyword options are the method's own (`num_iter`, `percdamp`, ...); the CLIs pass those that a solver names.
     """
 
-    def __call__(self, weight: Tensor, stats: LayerStats, spec: QuantSpec, /, **options: Any) -> QuantizedWeight:
+    def __call__(self, weight: Tensor, stats: GramStats, spec: QuantSpec, /, **options: Any) -> QuantizedWeight:
         """Solve one layer."""
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, fit_scale_zero
 from quant.core.linalg import damped_factor
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
@@ -21,7 +21,7 @@ Fit = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # weights [out, n] of a 
 @solver("gptq")
 def gptq(
     weight: Tensor,
-    stats: LayerStats,
+    stats: GramStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.linalg import objective
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import solver
@@ -15,7 +15,7 @@ from quant.solvers.quantease import quantease
 @solver("gptq_quantease")
 def gptq_quantease(
     weight: Tensor,
-    stats: LayerStats,
+    stats: GramStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,

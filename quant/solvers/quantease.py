@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import at_least_finest, fit_grid, refit_scale_zero, round_scale, within_largest
 from quant.core.linalg import largest_eigenvalue
 from quant.core.outliers import kept_outliers
@@ -112,7 +112,7 @@ def searched(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_si
 @solver("quantease")
 def quantease(
     weight: Tensor,
-    stats: LayerStats,
+    stats: GramStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, fit_scale_zero, largest_scales, multiple_of_finest, range_to_grid
 from quant.core.linalg import damped_factor
 from quant.core.outliers import kept_outliers
@@ -20,7 +20,7 @@ from quant.solvers.gptq import feedback_rounding, visiting_order
 @solver("spqr")
 def spqr(
     weight: Tensor,
-    stats: LayerStats,
+    stats: GramStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,

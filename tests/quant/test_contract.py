@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quant.core.errors import InputError
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.linalg import relative_error
 from quant.core.types import QuantSpec
 from quant.run.directory import RunDirectory
@@ -213,7 +213,7 @@ def test_options_are_read_from_the_signature():
 @pytest.mark.parametrize("shape", [(768, 256), (256, 768)], ids=str)
 def test_cuda_gives_the_answer_of_the_cpu(name, spec, shape):
     weight, stats = weights(*shape), make_stats(inputs(shape[1], 3 * shape[1]))
-    there = LayerStats.from_gram(stats.gram.to("cuda"), stats.n_tokens)
+    there = GramStats.from_gram(stats.gram.to("cuda"), stats.n_tokens)
     answer = SOLVERS[name](weight, stats, spec).check()
     found = SOLVERS[name](weight.to("cuda"), there, spec).to("cpu").check()
     errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (found, answer)]

@@ -11,7 +11,7 @@ import torch
 
 from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec
 from quant.export import FORMATS, PACKED, refusal, write
@@ -165,7 +165,7 @@ def test_a_zero_point_of_zero_is_refused_by_version_one():
 def solved(solver, spec, factor=1.0, **options):
     torch.manual_seed(0)
     x = torch.randn(256, 64) * torch.linspace(0.2, 3, 64)
-    stats = LayerStats(64, torch.device("cpu"))
+    stats = GramStats(64, torch.device("cpu"))
     stats.update(x)
     return solver(torch.randn(48, 64) * factor, stats, spec, **options)
 

@@ -185,9 +185,9 @@ def test_compiled_loops_leave_torch_its_threads():
 import torch
 torch.set_num_threads(1)
 from quant.solvers.quantease import quantease
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.types import QuantSpec
-stats = LayerStats(8)
+stats = GramStats(8)
 stats.update(torch.randn(32, 8))
 quantease(torch.randn(70, 8), stats, QuantSpec(3), num_iter=3)
 from quant.kernels.matmul.pack import pack_weight
