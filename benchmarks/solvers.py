@@ -32,7 +32,7 @@ from quant.core.types import Grid, QuantSpec
 from quant.kernels import columns as blocks
 from quant.kernels.columns import Kernels, TorchKernels, kernels
 from quant.solvers.gptq import gptq
-from quant.solvers.quantease import Descent, quantease, rounds
+from quant.solvers.quantease import Descent, is_rounding_sweep, quantease
 
 BLOCK = 128
 HEADER = "| out x in | what | backend | seconds | floor, seconds | times the floor | column loop / ours | peak MB |"
@@ -101,7 +101,7 @@ def measured(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Ker
     weight, x = problem(n_out, n_in, device)
     stats, spec = GramStats(n_in, device), QuantSpec(3)
     stats.update(x)
-    gram, work, schedule = stats.gram, torch.zeros_like(weight), [rounds(k, sweeps) for k in range(sweeps)]
+    gram, work, schedule = stats.gram, torch.zeros_like(weight), [is_rounding_sweep(k, sweeps) for k in range(sweeps)]
     grid = fit_grid(weight, spec)
     floors = {
         "gram": seconds(lambda: x.T @ x),

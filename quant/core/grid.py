@@ -116,8 +116,8 @@ def largest_scales(qmax: int, largest: float, device: torch.device) -> Tensor:
     with np.errstate(over="ignore"):
         half = wide.astype(np.float16)
     half = np.where(half > wide, np.nextafter(half, np.float16(0)), half).astype(np.float32)
-    found = np.where(wide - half <= wide / 64, half, wide)
-    return torch.tensor([LARGEST, *found.tolist()], dtype=torch.float32, device=device)
+    stored = np.where(wide - half <= wide / 64, half, wide)
+    return torch.tensor([LARGEST, *stored.tolist()], dtype=torch.float32, device=device)
 
 
 def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, order: Tensor | None = None) -> Grid:

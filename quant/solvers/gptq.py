@@ -110,7 +110,7 @@ def feedback_rounding(
             part = slice(first, min(first + size, end))
             if fit is not None:
                 g = int(group[first])
-                scale[:, g], zero[:, g] = fit(compensated(weight[:, part], work[:, part], feedback[part, part]), part)
+                scale[:, g], zero[:, g] = fit(compensate(weight[:, part], work[:, part], feedback[part, part]), part)
             kernel.gptq_(layer.part(part))
             if part.stop < end:
                 work[:, part.stop : end].addmm_(errors[:, part], feedback[part, part.stop : end])
@@ -119,7 +119,7 @@ def feedback_rounding(
     return codes, scale, zero, work, errors
 
 
-def compensated(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:
+def compensate(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:
     """The best values [out, n] of a group's columns given the rounded columns before it, none of the group's rounded.
 
     ``work`` holds the weights plus the feedback of earlier columns alone; a column also takes up what the columns

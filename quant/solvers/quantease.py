@@ -87,12 +87,12 @@ class Descent:
             self.kernels.propagate_(self.correlation, change, rows)
 
 
-def rounds(sweep: int, num_iter: int) -> bool:
+def is_rounding_sweep(sweep: int, num_iter: int) -> bool:
     """Whether a sweep rounds. Sweeps 1, 4, ..., 25 store the unrounded minimizer (released code's schedule)."""
     return sweep % 3 != 1 or sweep == num_iter - 1 or sweep > 25
 
 
-def searched(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_size: int) -> Grid:
+def search_scales(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_size: int) -> Grid:
     """The grid with each row's scales times the factor whose descent of SEARCH_SWEEPS sweeps ends lowest."""
     best = torch.full_like(target[:, 0], torch.inf)
     scale = grid.scale
@@ -101,7 +101,7 @@ def searched(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_si
         trial = replace(grid, scale=within_largest(wanted, grid.zero, spec))
         descent = Descent(target, gram, trial, block_size)
         for sweep in range(SEARCH_SWEEPS):
-            descent.sweep(rounds(sweep, SEARCH_SWEEPS))
+            descent.sweep(is_rounding_sweep(sweep, SEARCH_SWEEPS))
         objective = (descent.residual * descent.correlation).sum(1)
         better = objective < best
         best = torch.where(better, objective, best)
@@ -163,14 +163,14 @@ def quantease(
     visited = replace(grid, g_idx=grid.g_idx[order])
     if search_grid and init is None:
         inliers = target if outliers is None else target - outliers.values
-        visited = searched(inliers, gram, visited, spec, block_size)
+        visited = search_scales(inliers, gram, visited, spec, block_size)
     descent = Descent(target, gram, visited, block_size)
     if init is not None:
         descent.start_from(init.dequantize()[:, order])
     if outliers is not None:
         descent.target = target - outliers.values
     for sweep in range(num_iter):
-        rounding = rounds(sweep, num_iter) or not relax
+        rounding = is_rounding_sweep(sweep, num_iter) or not relax
         if outliers is not None and sweep == num_iter - num_iter // 3:
             descent.target, descent.free = target, outliers.chosen  # their places are final: Ŵ takes them in
         descent.sweep(rounding)
