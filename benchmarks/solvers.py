@@ -66,7 +66,7 @@ def column_loop(weight: Tensor, gram: Tensor, grid: Grid, rounding: list[bool]) 
         for j in range(weight.shape[1]):
             u = torch.addmv(start[:, j], moved[:, :j], by_column[j, :j])
             if rounds_now:
-                u = ((u / scale).round_().add_(zero).clamp_(0, grid.qmax) - zero) * scale
+                u = grid.numbers.values(u, scale, zero)
             moved[:, j] = current[:, j] - u
             current[:, j] = u
     return current

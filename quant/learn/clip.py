@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant.core.grid import range_to_grid
 from quant.core.rounding import FakeQuantize
-from quant.core.types import Grid, QuantSpec
+from quant.core.types import Grid, QuantSpec, group_index
 
 INITIAL_LOGIT = 4.0  # σ(4) = 0.982
 
@@ -39,8 +39,7 @@ def clipped_scale_zero(
 def clipped_grid(weight: Tensor, spec: QuantSpec, lower: Tensor | None = None, upper: Tensor | None = None) -> Grid:
     """The grid that the solver gets: bit for bit the one that was trained."""
     scale, zero = clipped_scale_zero(weight, spec, lower, upper)
-    n_in = weight.shape[1]
-    group = torch.arange(n_in, device=weight.device) // (n_in // scale.shape[1])
+    group = group_index(weight.shape[1], spec.group_size, weight.device)
     return Grid(scale.float(), zero.to(torch.int32), group, spec.qmax)
 
 

@@ -100,7 +100,7 @@ def feedback_rounding(
     scale, zero, group = grid.scale.clone(), grid.zero.float(), grid.g_idx
     codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     kernel = kernels(work.device)
-    layer = ColumnBlock(weight, errors, work, feedback, scale, zero, group, grid.qmax, codes, None, outlier_above)
+    layer = ColumnBlock(weight, errors, work, feedback, scale, zero, group, grid.numbers, codes, None, outlier_above)
     # Blocks are whole groups, so that a group's weights are fully compensated when its grid is fitted.
     size = n_in // grid.n_groups if fit is not None else block_size
     block_size = size * max(1, block_size // size)

@@ -41,7 +41,7 @@ class Descent:
             raise ValueError(f"block_size={block_size}: use 1 or more columns")
         self.target, self.gram, self.block_size = target, gram, block_size
         self.scale, self.zero = grid.scale.clone(), grid.zero.float()
-        self.group, self.qmax = grid.g_idx, grid.qmax
+        self.group, self.numbers = grid.g_idx, grid.numbers
         self.residual, self.correlation = torch.zeros_like(target), torch.zeros_like(target)
         self.codes = torch.empty_like(target, dtype=torch.uint8)
         self.free: Tensor | None = None
@@ -56,7 +56,7 @@ class Descent:
         """Visit every column once."""
         codes = self.codes if rounding else None
         layer = ColumnBlock(self.target, self.residual, self.correlation, self.gram,
-                            self.scale, self.zero, self.group, self.qmax, codes, self.free)  # fmt: skip
+                            self.scale, self.zero, self.group, self.numbers, codes, self.free)  # fmt: skip
         for start in range(0, self.target.shape[1], self.block_size):
             columns = slice(start, start + self.block_size)
             change = self.kernels.coordinate_descent_(layer.part(columns))

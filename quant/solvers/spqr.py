@@ -120,19 +120,18 @@ def _range(part: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 def _errors(part: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec) -> Tensor:
     """Squared rounding errors [out, n] on the grids of the given ranges."""
     scale, zero = (t[:, None] for t in range_to_grid(lo, hi, spec))
-    return (part - ((part / scale).round_() + zero).clamp_(0, spec.qmax).sub_(zero).mul_(scale)).square_()
+    return (part - spec.numbers.values(part, scale, zero)).square_()
 
 
 def zero_point(lo: Tensor, hi: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """The integer zero point, as float, that centres [lo, hi] on a grid of the given scale, as far as ``spec.largest``
     lets the grid be moved."""
-    middle = (spec.qmax + 1) // 2
     if spec.symmetric:
-        return torch.full_like(scale, middle)
+        return torch.full_like(scale, spec.numbers.middle)
     reach = torch.floor(spec.largest / scale.double()).clamp_(max=spec.qmax).to(scale.dtype)
     lowest = (spec.qmax - reach).clamp_(min=min(1, spec.qmax - 1))
     zero = torch.round((spec.qmax - (hi + lo) / scale) / 2).clamp_(lowest, reach)
-    return torch.where((lo == 0) & (hi == 0), float(middle), zero)
+    return torch.where((lo == 0) & (hi == 0), float(spec.numbers.middle), zero)
 
 
 def _two_levels(
@@ -162,7 +161,7 @@ def _two_levels(
     wide_base, wide_step = (t.float().repeat_interleave(rows)[:n_out] for t in (base, step))
     position = torch.where(wide_step > 0, (wanted - wide_base) / wide_step, 0.0)
     # Above it no zero point keeps both ends within spec.largest.
-    highest = largest_scales(spec.qmax, spec.largest, wanted.device)[(spec.qmax + 1) // 2]
+    highest = largest_scales(spec.qmax, spec.largest, wanted.device)[spec.numbers.middle]
     top = torch.where(wide_step > 0, ((highest - wide_base) / wide_step).floor(), torch.inf)
     best = best_codes = torch.empty(0)
     best_error: Tensor | None = None
@@ -171,8 +170,7 @@ def _two_levels(
         codes = torch.minimum(codes, top)
         codes -= (wide_base + codes * wide_step > highest).to(codes.dtype)
         scale = wide_base + codes * wide_step
-        zero = zero_point(lo, hi, scale, spec)[:, None]
-        value = ((part / scale[:, None]).round_() + zero).clamp_(0, spec.qmax).sub_(zero).mul_(scale[:, None])
+        value = spec.numbers.values(part, scale[:, None], zero_point(lo, hi, scale, spec)[:, None])
         error = (part - value).square_().mul_(importance).mul_(keep).sum(1)
         better = torch.ones_like(error, dtype=torch.bool) if best_error is None else error < best_error
         best_error = error if best_error is None else torch.where(better, error, best_error)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from quant.core.linalg import upper_factor
+from quant.core.rounding import NumberFormat
 from quant.kernels import columns as blocks
 from quant.kernels.columns import ColumnBlock, TorchKernels
 from quant.kernels.columns.cpu import NumbaKernels
@@ -47,7 +48,7 @@ def block(n_rows: int, n_columns: int, n_groups: int = 1, dead: bool = False, de
     zero = torch.randint(0, 8, (n_rows, n_groups), generator=generator).float()
     group = torch.arange(n_columns) * n_groups // n_columns
     tensors = (weight, residual, residual @ gram, gram, scale, zero, group)
-    return ColumnBlock(*(t.to(device) for t in tensors), 7, None)
+    return ColumnBlock(*(t.to(device) for t in tensors), NumberFormat(8), None)
 
 
 def values_of(block: ColumnBlock, codes: torch.Tensor) -> torch.Tensor:
@@ -128,7 +129,9 @@ def test_huge_values_saturate_alike():
         scale, zero = torch.full_like(weight, 1e-3), torch.full_like(weight, 4.0)
         zeros, one = torch.zeros_like(weight), torch.ones(1, 1, device=device)
         group = torch.zeros(1, dtype=torch.int64, device=device)
-        kernels.coordinate_descent_(ColumnBlock(weight, zeros.clone(), zeros, one, scale, zero, group, 7, codes))
+        kernels.coordinate_descent_(
+            ColumnBlock(weight, zeros.clone(), zeros, one, scale, zero, group, NumberFormat(8), codes)
+        )
         assert codes.flatten().tolist() == [7, 0, 6]
 
 

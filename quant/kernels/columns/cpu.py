@@ -145,7 +145,7 @@ class NumbaKernels:
 
 
 def _grid(block: ColumnBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]:
-    return block.scale.numpy(), block.zero.numpy(), block.group.numpy(), np.float32(block.qmax)
+    return block.scale.numpy(), block.zero.numpy(), block.group.numpy(), np.float32(block.numbers.qmax)
 
 
 def share_threads() -> None:

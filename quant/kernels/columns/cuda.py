@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.core.rounding import NumberFormat
 from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels, inverse_diagonal
 
 ROWS = 16
@@ -129,7 +130,7 @@ def _trial(kernel: Kernels, device: torch.device, n_groups: int) -> list[Tensor]
     free, above = (weight > 2, torch.full((n_columns,), 0.2, device=device)) if grouped else (None, None)
     descended, rounded = (torch.zeros(weight.shape, dtype=torch.uint8, device=device) for _ in range(2))
     residual = 0.2 * weight
-    block = ColumnBlock(weight, residual, residual @ gram, gram, scale, zero, group, 7, None, free, above)
+    block = ColumnBlock(weight, residual, residual @ gram, gram, scale, zero, group, NumberFormat(8), None, free, above)
     kernel.coordinate_descent_(block)
     kernel.coordinate_descent_(block._replace(incoming=residual @ gram, codes=descended))
     feedback = (gram / gram.diagonal()[:, None]).triu()
@@ -166,7 +167,7 @@ class TritonKernels:
         _coordinate_descent[(triton.cdiv(n_rows, ROWS),)](
             residual, incoming, target, block.matrix.contiguous(), inverse_diagonal(block.matrix),
             block.scale, block.zero, block.group, codes, free, change,
-            n_rows, n_columns, block.scale.shape[1], float(block.qmax),
+            n_rows, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             residual.stride(0), incoming.stride(0), target.stride(0), codes.stride(0), free.stride(0),
             rounding=block.codes is not None, has_free=block.codes is not None and block.free is not None,
             one_group=block.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
@@ -181,7 +182,7 @@ class TritonKernels:
         _gptq[(triton.cdiv(n_rows, ROWS),)](
             incoming, target, block.matrix.contiguous(), block.scale, block.zero, block.group, codes, residual,
             target if block.outlier_above is None else block.outlier_above.contiguous(),
-            n_rows, n_columns, block.scale.shape[1], float(block.qmax),
+            n_rows, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             incoming.stride(0), target.stride(0), codes.stride(0), residual.stride(0),
             has_outliers=block.outlier_above is not None, one_group=block.scale.shape[1] == 1, rows_tile=ROWS,
             columns=triton.next_power_of_2(n_columns),

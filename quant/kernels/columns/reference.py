@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from quant.core.rounding import NumberFormat
+
 
 class ColumnBlock(NamedTuple):
     """B columns of a layer that stand side by side in visiting order; a whole layer is one block of B = in columns.
@@ -21,7 +23,7 @@ class ColumnBlock(NamedTuple):
     incoming float32 [out, B]: what the columns outside the block ask of these. In coordinate descent the block's columns
     of (W - Ŵ) Σ at the start, read only. In GPTQ the target plus the feedback of earlier columns; updated.
     matrix float32 [B, B]: Σ between these columns. In GPTQ the feedback instead, unit upper triangular.
-    scale, zero float32 [out, G]: of the whole layer. group int64 [B]: the group of each column. qmax: the largest code.
+    scale, zero float32 [out, G]: of the whole layer. group int64 [B]: the group of each column. numbers: what codes stand for.
     codes uint8 [out, B]: receives the codes. None: a relaxed pass of coordinate descent, which rounds nothing.
     free bool [out, B]: entries that coordinate descent never rounds (outliers).
     outlier_above float32 [B]: GPTQ keeps an entry as it is where (incoming - Q(incoming))² is larger (SpQR, Alg. 1).
@@ -34,7 +36,7 @@ class ColumnBlock(NamedTuple):
     scale: Tensor
     zero: Tensor
     group: Tensor
-    qmax: int
+    numbers: NumberFormat
     codes: Tensor | None
     free: Tensor | None = None
     outlier_above: Tensor | None = None
@@ -56,7 +58,7 @@ class ColumnBlock(NamedTuple):
         """Nearest codes (as floats) and values of u [out] for one column of the block."""
         g = int(self.group[column])
         scale, zero = self.scale[:, g], self.zero[:, g]
-        code = (u / scale).round_().add_(zero).clamp_(0, self.qmax)
+        code = self.numbers.codes(u, scale, zero)
         return code, (code - zero) * scale
 
 
