@@ -7,7 +7,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -27,17 +27,43 @@ class Solver(Protocol):
         """Solve one layer."""
 
 
+Options = Mapping[str, Any]  # all options that a solver names, with its defaults where none were given
+
+
+class Declaration(NamedTuple):
+    """What must be known of a solver before it runs.
+
+    outliers: whether its answers may hold more than codes on a grid whose scales are stored as they are. workspace: bytes of
+    its largest phase for (out, in, options, group size), the weight included, the Gram matrix not. rows_coupled: whether
+    rows of the answer depend on each other.
+    """
+
+    outliers: Callable[[Options], bool]
+    workspace: Callable[[int, int, Options, int], float]
+    rows_coupled: bool
+
+
 _solvers: dict[str, Callable[..., QuantizedWeight]] = {}
+_declarations: dict[str, Declaration] = {}
 
 
-def solver(name: str) -> Callable[[Callable[..., QuantizedWeight]], Callable[..., QuantizedWeight]]:
+def solver(
+    name: str,
+    *,
+    outliers: Callable[[Options], bool] = lambda options: False,
+    workspace: Callable[[int, int, Options, int], float] = lambda n_out, n_in, options, group_size: 0.0,
+    rows_coupled: bool = False,
+) -> Callable[[Callable[..., QuantizedWeight]], Callable[..., QuantizedWeight]]:
     """Register a solver, for weights of any magnitude, under the name that the command line uses. Raises ValueError if it
-    is taken."""
+    is taken. The defaults of what it declares (see `Declaration`) fit a solver that takes no more memory than measuring
+    its error does."""
+
+    declared = Declaration(outliers, workspace, rows_coupled)
 
     def register(function: Callable[..., QuantizedWeight]) -> Callable[..., QuantizedWeight]:
         if name in _solvers and _solvers[name].__module__ != function.__module__:
             raise ValueError(f"solver {name!r} exists already in {_solvers[name].__module__}")
-        _solvers[name] = at_any_magnitude(function)
+        _solvers[name], _declarations[name] = at_any_magnitude(function), declared
         return _solvers[name]
 
     return register
@@ -62,6 +88,12 @@ def get_solver(name: str) -> Callable[..., QuantizedWeight]:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
     raise InputError(f"unknown method {name!r}; {hint}")
+
+
+def declaration_of(name: str) -> Declaration:
+    """What the solver of that name declares. Raises InputError with the nearest names."""
+    get_solver(name)
+    return _declarations[name]
 
 
 def solver_options(function: Callable[..., QuantizedWeight]) -> dict[str, Any]:

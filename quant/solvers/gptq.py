@@ -13,12 +13,20 @@ from quant.core.grid import fit_grid, fit_scale_zero
 from quant.core.linalg import damped_factor
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import ColumnBlock, kernels
-from quant.solvers import solver
+from quant.solvers import Options, solver
 
 Fit = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # weights [out, n] of a group, its columns -> scale, zero [out]
 
 
-@solver("gptq")
+def gptq_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
+    """Factorization: the weight, a permuted copy of the Gram matrix and the factor. Sweep: weight, work, errors, codes and
+    the factor. A column order takes another Gram matrix in the first and another weight in the second."""
+    area, square = 4.0 * n_out * n_in, 4.0 * n_in**2
+    ordered = bool(options["act_order"] or options.get("group_aware"))
+    return max(area + (2 + ordered) * square, (3.25 + ordered) * area + square)
+
+
+@solver("gptq", workspace=gptq_bytes)
 def gptq(
     weight: Tensor,
     stats: GramStats,

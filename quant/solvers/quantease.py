@@ -23,7 +23,7 @@ from quant.core.linalg import largest_eigenvalue
 from quant.core.outliers import kept_outliers
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.columns import ColumnBlock, kernels
-from quant.solvers import solver
+from quant.solvers import Options, solver
 
 MAX_ALPHA = 2.0  # a gradient step of alpha / (2 λmax) ends no higher up to here; with the projection, up to 1
 FACTORS, SEARCH_SWEEPS = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15), 3
@@ -109,7 +109,21 @@ def search_scales(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, blo
     return replace(grid, scale=scale)
 
 
-@solver("quantease")
+def keeps_outliers(options: Options) -> bool:
+    """Whether a share of the weights stays in full precision."""
+    return bool(options["outlier"] > 0)
+
+
+def quantease_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
+    """Descent: weight, target, residual, correlation, codes; a searched or refitted grid doubles that, outliers take more,
+    and with them or a refitted grid go two Gram matrices. act_order: weight and Gram matrix while they are permuted."""
+    area, square = 4.0 * n_out * n_in, 4.0 * n_in**2
+    outlier, refit, ordered = keeps_outliers(options), bool(options["refit_grid"]), bool(options["act_order"])
+    weights = 14 if outlier else 10 if refit or options["search_grid"] else 5
+    return max(weights * area + (2 * (outlier or refit) + ordered) * square, 2 * (area + square) * ordered)
+
+
+@solver("quantease", outliers=keeps_outliers, workspace=quantease_bytes)
 def quantease(
     weight: Tensor,
     stats: GramStats,

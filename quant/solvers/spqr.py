@@ -13,11 +13,17 @@ from quant.core.grid import fit_grid, fit_scale_zero, largest_scales, multiple_o
 from quant.core.linalg import damped_factor
 from quant.core.outliers import kept_outliers
 from quant.core.types import BilevelScales, Grid, QuantizedWeight, QuantSpec
-from quant.solvers import solver
-from quant.solvers.gptq import feedback_rounding, visiting_order
+from quant.solvers import Options, solver
+from quant.solvers.gptq import feedback_rounding, gptq_bytes, visiting_order
 
 
-@solver("spqr")
+def spqr_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
+    """As GPTQ, and at the end of the sweep the outliers are collected: 8.25 weights and the factor."""
+    return max(gptq_bytes(n_out, n_in, options, group_size), 8.25 * 4 * n_out * n_in + 4.0 * n_in**2)
+
+
+# Scales of two levels are more than most formats hold, also without outliers.
+@solver("spqr", outliers=lambda options: True, workspace=spqr_bytes, rows_coupled=True)
 def spqr(
     weight: Tensor,
     stats: GramStats,
