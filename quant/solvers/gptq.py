@@ -1,4 +1,7 @@
-"""GPTQ: column-by-column rounding; later columns take up the errors of earlier ones (GPTQ, Algorithm 1)."""
+"""GPTQ: column-by-column rounding; later columns take up the errors of earlier ones (GPTQ, Algorithm 1).
+
+`plain.plain_gptq` is the same method in a few lines, by explicit inverses.
+"""
 
 from __future__ import annotations
 

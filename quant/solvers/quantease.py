@@ -7,7 +7,7 @@ The exact minimizer of column j, all rows at once, with E = W - Ŵ, Σ = X Xᵀ 
 C is kept up to date. Columns are visited in blocks of B: inside a block only the B x B tile of Σ is needed, after
 it the block's changes ΔE reach the other columns by one product, C += ΔE Σ (2·out·in·B flops, the floor of the
 method, and less where few entries changed). That is the same sequence of coordinate updates as the column-by-column
-loop. No inverse, no factorization, no damping.
+loop, `plain.plain_descent`. No inverse, no factorization, no damping.
 """
 
 from __future__ import annotations
