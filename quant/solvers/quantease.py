@@ -54,13 +54,14 @@ class Descent:
 
     def sweep(self, rounding: bool) -> None:
         """Visit every column once."""
-        codes = self.codes if rounding else None
-        layer = ColumnBlock(self.target, self.residual, self.correlation, self.gram,
-                            self.scale, self.zero, self.group, self.numbers, codes, self.free)  # fmt: skip
+        layer = ColumnBlock(self.target, self.residual, self.correlation, self.gram, self.scale, self.zero, self.group,
+                            self.numbers, self.codes, rounding, self.free)  # fmt: skip
         for start in range(0, self.target.shape[1], self.block_size):
-            columns = slice(start, start + self.block_size)
-            change = self.kernels.coordinate_descent_(layer.part(columns))
-            self.kernels.propagate_(self.correlation, change, self.gram[columns])
+            block = slice(start, start + self.block_size)
+            # Inside the block: u_j, Ŵ_j and codes column by column, C followed in a copy of the block's own columns [out, B].
+            change = self.kernels.coordinate_descent_(layer.part(block))
+            # Then C += ΔE Σ for all columns: ΔE [out, B] times the block's rows of Σ [B, in].
+            self.kernels.propagate_(self.correlation, change, self.gram[block])
 
     def move_target(self, change: Tensor) -> None:
         """Add change [out, in] to the target; Ŵ stays."""
@@ -71,17 +72,18 @@ class Descent:
     def refit(self, spec: QuantSpec) -> None:
         """Scale and zero point of every group in closed form for the codes as they are; never raises the objective."""
         for g in range(self.scale.shape[1]):
-            columns = (self.group == g).nonzero().squeeze(1)
-            offsets = self.codes[:, columns].float() - self.zero[:, g, None]
+            columns = (self.group == g).nonzero().squeeze(1)  # [n]
+            offsets = self.codes[:, columns].float() - self.zero[:, g, None]  # [out, n]: Ŵ / scale
             if self.free is not None:
-                offsets.masked_fill_(self.free[:, columns], 0)
+                offsets.masked_fill_(self.free[:, columns], 0)  # free entries do not scale with the grid
             before = offsets * self.scale[:, g, None]
-            rows = self.gram[columns]
+            rows = self.gram[columns]  # [n, in]
             self.scale[:, g], shift = refit_scale_zero(
                 offsets, self.scale[:, g], self.zero[:, g], rows[:, columns], self.correlation[:, columns],
                 spec=spec, symmetric=spec.symmetric or self.free is not None,
             )  # fmt: skip
             self.zero[:, g] += shift
+            # E = W - Ŵ grows by what Ŵ lost, and C = E Σ with it.
             change = before - (offsets - shift[:, None]) * self.scale[:, g, None]
             self.residual[:, columns] += change
             self.kernels.propagate_(self.correlation, change, rows)
@@ -157,19 +159,13 @@ def quantease(
     """
     if num_iter < 1:
         raise ValueError(f"num_iter={num_iter}: coordinate descent needs at least one sweep")
-    if not 0 <= outlier < 1:
-        raise ValueError(f"outlier={outlier:g}: a share of the weights, 0 or more and below 1")
-    if not 0 < alpha <= MAX_ALPHA:
-        raise ValueError(f"alpha={alpha:g}: a step above 0, at most {MAX_ALPHA:g} (beyond it the outliers diverge)")
     weight = weight.detach().float()
     stats.check()
+    # From here on columns are in visiting order, but for ``weight`` and the grid that is fitted to it.
     order = stats.order() if act_order else torch.arange(weight.shape[1], device=weight.device)
-    target, gram = weight[:, order].contiguous(), stats.gram[order][:, order] if act_order else stats.gram
-    metric = outlier_metric if outlier_metric != "auto" else "gram" if structure_outlier else "weight"
-    if metric not in ("weight", "gram"):
-        raise ValueError(f"outlier_metric={outlier_metric!r}: use weight, gram or auto")
-    outliers = OutlierSet(target, gram, outlier, structure_outlier, alpha, metric) if outlier > 0 else None
     back = torch.argsort(order)
+    target, gram = weight[:, order].contiguous(), stats.gram[order][:, order] if act_order else stats.gram
+    outliers = choose_outliers(target, gram, outlier, structure_outlier, alpha, outlier_metric)
     if grid is None:
         inliers = weight if outliers is None else (target - outliers.values)[:, back]
         formed = order if act_order and not static_groups else None
@@ -192,9 +188,24 @@ def quantease(
             descent.refit(spec)
         if outliers is not None and descent.free is None:
             outliers.step_(descent)
-    found = None if outliers is None else outliers.collect(descent, back, spec)
     fitted = Grid(descent.scale, descent.zero.to(torch.int32), grid.g_idx, grid.qmax)
-    return QuantizedWeight(descent.codes[:, back].contiguous(), fitted, spec, {"num_iter": num_iter}, found)
+    kept = None if outliers is None else outliers.collect(descent, back, spec)
+    return QuantizedWeight(descent.codes[:, back].contiguous(), fitted, spec, {"num_iter": num_iter}, kept)
+
+
+def choose_outliers(
+    target: Tensor, gram: Tensor, share: float, structured: bool, alpha: float, metric: str
+) -> OutlierSet | None:
+    """The outliers to begin with, None for a share of 0. Raises ValueError for options that have no meaning."""
+    if not 0 <= share < 1:
+        raise ValueError(f"outlier={share:g}: a share of the weights, 0 or more and below 1")
+    if not 0 < alpha <= MAX_ALPHA:
+        raise ValueError(f"alpha={alpha:g}: a step above 0, at most {MAX_ALPHA:g} (beyond it the outliers diverge)")
+    if metric not in ("weight", "gram", "auto"):
+        raise ValueError(f"outlier_metric={metric!r}: use weight, gram or auto")
+    if metric == "auto":
+        metric = "gram" if structured else "weight"
+    return OutlierSet(target, gram, share, structured, alpha, metric) if share > 0 else None
 
 
 class OutlierSet:
@@ -233,9 +244,9 @@ class OutlierSet:
 
     def step_(self, descent: Descent) -> None:
         """H <- P(H + step·(W - Ŵ - H)Σ), and the target of the descent with it."""
-        moved = self.values + self.step * descent.correlation
+        moved = self.values + self.step * descent.correlation  # the gradient of the objective in H is -2 (W - Ŵ - H) Σ
         self.chosen = self._largest(moved)
-        moved *= self.chosen
+        moved *= self.chosen  # P: all but the largest become zero
         descent.move_target(self.values - moved)
         self.values = moved
 
@@ -243,6 +254,7 @@ class OutlierSet:
         """What must be added to the values of the codes, in the layer's own order of columns."""
         group = descent.group
         coded = (descent.codes.float() - descent.zero[:, group]) * descent.scale[:, group]
+        # Target minus residual is Ŵ. Free entries of Ŵ are the outliers; before the last third they stand beside it, in H.
         extra = descent.target - descent.residual - coded + (0 if descent.free is not None else self.values)
         chosen = self.chosen[:, back]
         extra, coded, step = (t[:, back][chosen] for t in (extra, coded, descent.scale[:, group]))

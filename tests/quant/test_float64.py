@@ -60,12 +60,12 @@ def test_gptq(spec, order, monkeypatch):
     assert ok
     visited = replace(grid, scale=grid.scale.double(), g_idx=grid.g_idx[visit])
     fit = None if static else lambda part, columns: fit_scale_zero(part.float(), spec, importance[columns])
-    codes, scale, zero, _, _ = feedback_rounding(weight.double()[:, visit], upper, visited, spec, fit, 16)
-    values = (codes.double() - zero[:, visited.g_idx]) * scale[:, visited.g_idx]
+    layer = feedback_rounding(weight.double()[:, visit], upper, visited, spec, fit, 16)
+    values = (layer.codes.double() - layer.zero[:, visited.g_idx]) * layer.scale[:, visited.g_idx]
     back = torch.argsort(visit)
     equal(
         weight,
         gram,
-        (codes[:, back], values[:, back]),
+        (layer.codes[:, back], values[:, back]),
         naive_gptq(weight, gram, spec, 0.01, visit, grid if static else None),
     )

@@ -36,7 +36,7 @@ def backend(name: str):
 
 
 def block(n_rows: int, n_columns: int, n_groups: int = 1, dead: bool = False, device: str = "cpu"):
-    """A block of coordinate descent without codes: slices of larger matrices, as the solvers pass them."""
+    """A block of coordinate descent: slices of larger matrices, as the solvers pass them."""
     generator = torch.Generator().manual_seed(n_columns + n_rows)
     x = inputs(n_columns, 4 * n_columns + 8, seed=n_rows)
     if dead:
@@ -48,7 +48,8 @@ def block(n_rows: int, n_columns: int, n_groups: int = 1, dead: bool = False, de
     zero = torch.randint(0, 8, (n_rows, n_groups), generator=generator).float()
     group = torch.arange(n_columns) * n_groups // n_columns
     tensors = (weight, residual, residual @ gram, gram, scale, zero, group)
-    return ColumnBlock(*(t.to(device) for t in tensors), NumberFormat(8), None)
+    codes = torch.zeros(n_rows, n_columns, dtype=torch.uint8, device=device)
+    return ColumnBlock(*(t.to(device) for t in tensors), NumberFormat(8), codes)
 
 
 def values_of(block: ColumnBlock, codes: torch.Tensor) -> torch.Tensor:
@@ -68,7 +69,7 @@ def test_coordinate_descent(shape, dead, groups, mode, name):
         state, codes = given.residual.clone(), torch.zeros(shape, dtype=torch.uint8, device=device)
         kept = given.incoming.clone()
         change = implementation.coordinate_descent_(
-            given._replace(residual=state, codes=None if mode == "relaxed" else codes, free=free)
+            given._replace(residual=state, codes=codes, rounding=mode != "relaxed", free=free)
         )
         assert torch.equal(given.incoming, kept), "the correlation is read only"
         torch.testing.assert_close(change, state - given.residual, rtol=1e-4, atol=1e-5)
@@ -144,8 +145,7 @@ def test_the_check_of_triton_runs_both_kernels_and_finds_one_that_is_wrong(monke
 
             def wrong(block, right=right):
                 answer = right(block)
-                if block.codes is not None:
-                    block.codes[:, -8:] = 0
+                block.codes[:, -8:] = 0
                 return answer
 
             patch.setattr(kernels, name, wrong)

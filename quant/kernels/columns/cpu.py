@@ -119,7 +119,7 @@ class NumbaKernels:
         _coordinate_descent(
             block.residual.numpy(), block.incoming.numpy(), block.target.numpy(),
             block.matrix.contiguous().numpy(), inverse_diagonal(block.matrix).numpy(), *_grid(block),
-            NO_CODES if block.codes is None else block.codes.numpy(),
+            block.codes.numpy() if block.rounding else NO_CODES,
             NO_FLAGS if block.free is None else block.free.numpy(),
             change.numpy(),
         )  # fmt: skip
@@ -127,7 +127,6 @@ class NumbaKernels:
 
     def gptq_(self, block: ColumnBlock) -> None:
         """In tiles of rows; see `Kernels`."""
-        assert block.codes is not None
         share_threads()
         _gptq(
             block.incoming.numpy(), block.target.numpy(), block.matrix.contiguous().numpy(), *_grid(block),

@@ -130,9 +130,11 @@ def _trial(kernel: Kernels, device: torch.device, n_groups: int) -> list[Tensor]
     free, above = (weight > 2, torch.full((n_columns,), 0.2, device=device)) if grouped else (None, None)
     descended, rounded = (torch.zeros(weight.shape, dtype=torch.uint8, device=device) for _ in range(2))
     residual = 0.2 * weight
-    block = ColumnBlock(weight, residual, residual @ gram, gram, scale, zero, group, NumberFormat(8), None, free, above)
+    block = ColumnBlock(
+        weight, residual, residual @ gram, gram, scale, zero, group, NumberFormat(8), descended, False, free, above
+    )
     kernel.coordinate_descent_(block)
-    kernel.coordinate_descent_(block._replace(incoming=residual @ gram, codes=descended))
+    kernel.coordinate_descent_(block._replace(incoming=residual @ gram, rounding=True))
     feedback = (gram / gram.diagonal()[:, None]).triu()
     kernel.gptq_(block._replace(incoming=weight.clone(), matrix=feedback, codes=rounded))
     return [descended, rounded]
@@ -162,14 +164,16 @@ class TritonKernels:
         target, residual, incoming = block.target, block.residual, block.incoming
         n_rows, n_columns = target.shape
         change = torch.empty(n_rows, n_columns, device=target.device)
-        # Where there is nothing to point to, any tensor will do: the compiled program does not touch it.
-        codes, free = target if block.codes is None else block.codes, target if block.free is None else block.free
+        codes, free = (
+            block.codes,
+            target if block.free is None else block.free,
+        )  # any tensor: has_free says it is not read
         _coordinate_descent[(triton.cdiv(n_rows, ROWS),)](
             residual, incoming, target, block.matrix.contiguous(), inverse_diagonal(block.matrix),
             block.scale, block.zero, block.group, codes, free, change,
             n_rows, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             residual.stride(0), incoming.stride(0), target.stride(0), codes.stride(0), free.stride(0),
-            rounding=block.codes is not None, has_free=block.codes is not None and block.free is not None,
+            rounding=block.rounding, has_free=block.rounding and block.free is not None,
             one_group=block.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
         )  # fmt: skip
         return change
@@ -177,7 +181,6 @@ class TritonKernels:
     def gptq_(self, block: ColumnBlock) -> None:
         """A program for a tile of rows; see `Kernels`."""
         target, residual, incoming, codes = block.target, block.residual, block.incoming, block.codes
-        assert codes is not None
         n_rows, n_columns = target.shape
         _gptq[(triton.cdiv(n_rows, ROWS),)](
             incoming, target, block.matrix.contiguous(), block.scale, block.zero, block.group, codes, residual,

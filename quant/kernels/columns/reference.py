@@ -24,7 +24,7 @@ class ColumnBlock(NamedTuple):
     of (W - Ŵ) Σ at the start, read only. In GPTQ the target plus the feedback of earlier columns; updated.
     matrix float32 [B, B]: Σ between these columns. In GPTQ the feedback instead, unit upper triangular.
     scale, zero float32 [out, G]: of the whole layer. group int64 [B]: the group of each column. numbers: what codes stand for.
-    codes uint8 [out, B]: receives the codes. None: a relaxed pass of coordinate descent, which rounds nothing.
+    codes uint8 [out, B]: receives the codes. rounding: False for a relaxed pass of coordinate descent, which writes none.
     free bool [out, B]: entries that coordinate descent never rounds (outliers).
     outlier_above float32 [B]: GPTQ keeps an entry as it is where (incoming - Q(incoming))² is larger (SpQR, Alg. 1).
     """
@@ -37,7 +37,8 @@ class ColumnBlock(NamedTuple):
     zero: Tensor
     group: Tensor
     numbers: NumberFormat
-    codes: Tensor | None
+    codes: Tensor
+    rounding: bool = True
     free: Tensor | None = None
     outlier_above: Tensor | None = None
 
@@ -49,7 +50,7 @@ class ColumnBlock(NamedTuple):
             incoming=self.incoming[:, columns],
             matrix=self.matrix[columns, columns],
             group=self.group[columns],
-            codes=None if self.codes is None else self.codes[:, columns],
+            codes=self.codes[:, columns],
             free=None if self.free is None else self.free[:, columns],
             outlier_above=None if self.outlier_above is None else self.outlier_above[columns],
         )
@@ -96,7 +97,7 @@ class TorchKernels:
             # The current value W - R, moved to where the derivative C_j - Σ_jj (u - Ŵ_j) is zero.
             u = target[:, j] - residual[:, j] + correlation[:, j] * inverse[j]
             new = u
-            if block.codes is not None:
+            if block.rounding:
                 code, new = block.nearest(u, j)
                 block.codes[:, j] = code
                 if block.free is not None:
@@ -108,7 +109,6 @@ class TorchKernels:
 
     def gptq_(self, block: ColumnBlock) -> None:
         """Every column is rounded, and the later ones take up what that changed."""
-        assert block.codes is not None
         for j in range(block.target.shape[1]):
             asked = block.incoming[:, j]
             code, kept = block.nearest(asked, j)
