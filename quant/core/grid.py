@@ -154,17 +154,20 @@ def refit_scale_zero(
     best s of the best d is taken, rounded and bounded as grids store it, where that lowers the objective. symmetric: d
     is 0.
     """
+    # With q = offsets and 1 a row of ones: qΣq, qΣ1 [out] and 1Σ1; c·q and c·1 [out]. Every pΣp and p·c follows from them.
     products = offsets @ gram
     qq, q1, ones = (products * offsets).sum(1), products.sum(1), gram.sum()
     cq, c1 = (correlation * offsets).sum(1), correlation.sum(1)
     best_scale, best_shift, best = scale.clone(), torch.zeros_like(scale), torch.zeros_like(scale)
     for shift in (0,) if symmetric else (0, -1, 1):
-        pp = qq - 2 * shift * q1 + shift**2 * ones
-        pull = cq - shift * c1 + scale * (qq - shift * q1)
+        pp = qq - 2 * shift * q1 + shift**2 * ones  # pΣp
+        pull = cq - shift * c1 + scale * (qq - shift * q1)  # p·c + scale·pΣq, so that the best s is pull / pp
         wanted, moved = torch.where(pp > 0, pull / pp, scale), zero + shift
         new = at_least_finest(round_scale(wanted), spec)
         new = within_largest(new, moved.clamp(0, spec.qmax), spec)
+        # What s and d change of the objective: its quadratic at (new, d) less that at (scale, 0).
         gain = new * new * pp - 2 * new * pull - (scale * scale * qq - 2 * scale * (cq + scale * qq))
+        # Zero points are 1 or above, as `range_to_grid` makes them; scales are positive.
         legal = (pp > 0) & (wanted > 0) & torch.isfinite(wanted)
         legal &= (moved >= min(1, spec.qmax - 1)) & (moved <= spec.qmax)
         better = legal & (gain < best)
