@@ -28,7 +28,7 @@ from models import family_of
 from models.load import build_meta, load_config, load_model
 from quant.blocks.stream import BlockStream
 from quant.core import env
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.text import markdown_cell
 from quant.core.types import QuantSpec
 from quant.run.quantize import Recipe, quantize_block
@@ -105,7 +105,7 @@ def quantize(directory: Path, method: str, args: argparse.Namespace, whole: int)
 
 def compile_kernels(recipe: Recipe, device: torch.device) -> None:
     """Solve a small layer, two blocks of columns wide."""
-    stats = LayerStats(256, device)
+    stats = GramStats(256, device)
     stats.update(torch.randn(512, 256, device=device))
     assert recipe.spec is not None
     recipe.solver(torch.randn(64, 256, device=device), stats, recipe.spec, **recipe.options)

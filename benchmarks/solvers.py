@@ -24,14 +24,14 @@ from torch import Tensor
 
 from benchmarks.measuring import about, best_seconds, heading, machine_line, peak_of, show, write
 from quant.core import env
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.linalg import products_in, relative_error
 from quant.core.types import Grid, QuantSpec
 from quant.kernels import columns as blocks
 from quant.kernels.columns import Kernels, TorchKernels, kernels
 from quant.solvers.gptq import gptq
-from quant.solvers.quantease import Descent, quantease, rounds
+from quant.solvers.quantease import Descent, is_rounding_sweep, quantease
 
 BLOCK = 128
 HEADER = "| out x in | what | backend | seconds | floor, seconds | times the floor | column loop / ours | peak MB |"
@@ -53,7 +53,7 @@ def column_loop(weight: Tensor, gram: Tensor, grid: Grid, rounding: list[bool]) 
         for j in range(weight.shape[1]):
             u = torch.addmv(start[:, j], moved[:, :j], by_column[j, :j])
             if rounds_now:
-                u = ((u / scale).round_().add_(zero).clamp_(0, grid.qmax) - zero) * scale
+                u = grid.numbers.values(u, scale, zero)
             moved[:, j] = current[:, j] - u
             current[:, j] = u
     return current
@@ -86,9 +86,9 @@ def measure(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Kern
     """The rows of one shape."""
     device, sweeps, precision = torch.device(args.device), args.sweeps, args.precision
     weight, x = problem(n_out, n_in, args.device)
-    stats, spec = LayerStats(n_in, device), QuantSpec(3)
+    stats, spec = GramStats(n_in, device), QuantSpec(3)
     stats.update(x)
-    gram, work, schedule = stats.gram, torch.zeros_like(weight), [rounds(k, sweeps) for k in range(sweeps)]
+    gram, work, schedule = stats.gram, torch.zeros_like(weight), [is_rounding_sweep(k, sweeps) for k in range(sweeps)]
     grid = fit_grid(weight, spec)
     floors = {
         "gram": best_seconds(lambda: x.T @ x, device),
@@ -106,7 +106,7 @@ def measure(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Kern
         ratio, memory = f"{floors[what]:.3f} | {took / floors[what]:.2f}", peak_of(device) / 1e6
         rows.append(f"| {shape} | {what} | {backend} | {took:.3f} | {ratio} | {against} | {memory:.0f} |")
 
-    row("gram", "torch", lambda: LayerStats(n_in, device).update(x))
+    row("gram", "torch", lambda: GramStats(n_in, device).update(x))
     published: list[Tensor] = []
     row("quantease", "column loop", lambda: published.append(column_loop(weight, gram, grid, schedule)), repeats=1)
     ours = partial(quantease, weight, stats, spec, grid=grid, num_iter=sweeps)

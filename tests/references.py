@@ -1,18 +1,19 @@
-"""Slow, obvious float64 versions of the solvers, written from the papers' equations: the truth in the tests."""
+"""Slow, obvious versions of the solvers, written from the papers' equations: the truth in the tests. The plainest two are
+in `quant.solvers.plain`; grids are fitted by a formula of this file's own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from quant.core.gram import LayerStats
-from quant.core.grid import fit_scale_zero
+from quant.core.gram import GramStats
 from quant.core.types import Grid, QuantSpec
+from quant.solvers.plain import plain_descent, plain_gptq
 
 
-def make_stats(x: Tensor) -> LayerStats:
+def make_stats(x: Tensor) -> GramStats:
     """Statistics of inputs x [tokens, in]."""
-    stats = LayerStats(x.shape[1])
+    stats = GramStats(x.shape[1])
     stats.update(x)
     return stats
 
@@ -42,20 +43,52 @@ def round_column(u: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> tuple[Ten
     return code, scale * (code - zero)
 
 
+def range_grid(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale, a half-precision number, and integer zero point of the grid over [lo, hi]; zero points are 1 or above."""
+    levels = spec.levels or 2**spec.bits
+    span = 2 * torch.maximum(-lo, hi) if spec.symmetric else hi - lo
+    scale = (span / (levels - 1)).half().float()
+    zero = torch.full_like(scale, levels // 2) if spec.symmetric else torch.round(-lo / scale)
+    if not spec.symmetric and levels > 2:
+        scale = torch.where(zero < 1, (hi / (levels - 2)).half().float(), scale)
+        zero = zero.clamp(1, levels - 1)
+    empty = lo == hi  # a row of zeros
+    return torch.where(empty, 1.0, scale), torch.where(empty, float(levels // 2), zero)
+
+
+def slow_grid(part: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The grid of every row of part [out, n]: over its range, or over that of the least error, both ends shrunk together
+    and then either one moved by itself."""
+    part = part.float()
+    lo, hi = part.amin(-1).clamp(max=0), part.amax(-1).clamp(min=0)
+    if spec.range == "minmax":
+        return range_grid(lo, hi, spec)
+    weight = torch.ones_like(part[0]) if importance is None else importance
+    power = 2.4 if (spec.levels or 2**spec.bits) <= 5 else 2.0
+
+    def best_of(ends: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        errors = []
+        for low, high in ends:
+            scale, zero = (t[:, None] for t in range_grid(low, high, spec))
+            _, value = round_column(part, scale, zero, (spec.levels or 2**spec.bits) - 1)
+            errors.append(((part - value).abs().double() ** power * weight).sum(1))
+        best = torch.stack(errors).argmin(0)[None]
+        low, high = (torch.stack(side).gather(0, best)[0] for side in zip(*ends, strict=True))
+        return low, high
+
+    low, high = best_of([(lo * (1 - 0.01 * i), hi * (1 - 0.01 * i)) for i in range(80)])
+    if not spec.symmetric:
+        factors = [1 + 0.05 * i for i in range(-10, 11) if i]
+        moved, _ = best_of([(low, high), *((torch.maximum(low * f, lo), high) for f in factors)])
+        low, high = best_of([(moved, high), *((moved, torch.minimum(high * f, hi)) for f in factors)])
+    return range_grid(low, high, spec)
+
+
 def naive_coordinate_descent(weight: Tensor, gram: Tensor, grid: Grid, order: Tensor, rounding: list[bool]) -> Tensor:
-    """Codes after len(rounding) sweeps; the minimizer of each coordinate from the full Gram matrix, nothing reused."""
-    w, sigma = weight.double(), gram.double()
-    scale, zero = grid.scale.double()[:, grid.g_idx], grid.zero.double()[:, grid.g_idx]
-    current, codes = w.clone(), torch.zeros_like(w)
-    for rounds_now in rounding:
-        for j in order.tolist():
-            others = current @ sigma[:, j] - current[:, j] * sigma[j, j]
-            u = (w @ sigma[:, j] - others) / sigma[j, j] if sigma[j, j] > 0 else current[:, j]
-            if rounds_now:
-                codes[:, j], current[:, j] = round_column(u, scale[:, j], zero[:, j], grid.qmax)
-            else:
-                current[:, j] = u
-    return codes.to(torch.uint8)
+    """Codes after len(rounding) sweeps over the columns in that order."""
+    scale, zero = (t.double()[:, grid.g_idx[order]] for t in (grid.scale, grid.zero))
+    codes, _ = plain_descent(weight[:, order], gram[order][:, order], scale, zero, grid.qmax + 1, rounding)
+    return codes[:, torch.argsort(order)].to(torch.uint8)
 
 
 def damped(gram: Tensor, percdamp: float) -> Tensor:
@@ -66,30 +99,18 @@ def damped(gram: Tensor, percdamp: float) -> Tensor:
 def naive_gptq(
     weight: Tensor, gram: Tensor, spec: QuantSpec, percdamp: float, order: Tensor, grid: Grid | None
 ) -> tuple[Tensor, Tensor]:
-    """OBQ in a fixed order: after each column the inverse of the remaining Gram matrix is formed explicitly.
+    """Codes and values of GPTQ over the columns in that order, on the grid given. None: group grids are fitted to the
+    compensated weights when their first column is reached."""
+    importance, levels = gram.diagonal()[order].float(), spec.levels or 2**spec.bits
 
-    grid None: group grids are fitted to the compensated weights when their first column is reached.
-    Returns codes and values in the original column order.
-    """
-    n_in = weight.shape[1]
-    h = gram.double().clone()
-    dead = h.diagonal() == 0
-    h += percdamp * h.diagonal().mean() * torch.eye(n_in, dtype=torch.float64)
-    h[dead, dead] = 1.0
-    h, w = h[order][:, order], weight.double()[:, order].clone()
-    importance = gram.diagonal()[order]
-    codes, values = torch.zeros_like(w), torch.zeros_like(w)
-    size = n_in if spec.group_size == -1 else spec.group_size
-    for j in range(n_in):
+    def fit(part: Tensor, first: int) -> tuple[Tensor, Tensor]:
         if grid is not None:
-            scale, zero = (t.double()[:, grid.g_idx[order[j]]] for t in (grid.scale, grid.zero))
-        elif j % size == 0:
-            fitted = fit_scale_zero(w[:, j : j + size].float(), spec, importance[j : j + size])
-            scale, zero = (t.double() for t in fitted)
-        codes[:, j], values[:, j] = round_column(w[:, j], scale, zero, spec.qmax)
-        inverse = torch.linalg.inv(h[j:, j:])
-        error = (w[:, j] - values[:, j]) / inverse[0, 0]
-        w[:, j:] -= torch.outer(error, inverse[0])
+            return grid.scale.double()[:, grid.g_idx[order[first]]], grid.zero.double()[:, grid.g_idx[order[first]]]
+        scale, zero = slow_grid(part, spec, importance[first : first + part.shape[1]])
+        return scale.double(), zero.double()
+
+    size = spec.group_size if grid is None else 1  # a grid that is there is asked column by column
+    codes, values = plain_gptq(weight[:, order], gram[order][:, order], percdamp, levels, size, fit)
     back = torch.argsort(order)
     return codes[:, back].to(torch.uint8), values[:, back]
 
@@ -121,12 +142,12 @@ def naive_outlier_descent(
 
 def naive_leave_one_out(part: Tensor, spec: QuantSpec, importance: Tensor, threshold: float) -> Tensor:
     """Every entry of part [out, n] in turn is left out of the range; by how much does the group's error fall?"""
-    found = torch.zeros_like(part, dtype=torch.bool)
+    left_out = torch.zeros_like(part, dtype=torch.bool)
 
     def error(row: Tensor, kept: Tensor) -> float:
         values = torch.cat([row[kept], row.new_zeros(1)])  # the range includes 0
-        scale, zero = fit_scale_zero(values, QuantSpec(spec.bits, symmetric=spec.symmetric))
-        _, rounded = round_column(row, scale, zero.float(), spec.qmax)
+        scale, zero = slow_grid(values[None], QuantSpec(spec.bits, symmetric=spec.symmetric))
+        _, rounded = round_column(row, scale, zero, spec.qmax)
         return float(((row - rounded).double().square() * importance)[kept].sum())
 
     everything = torch.ones(part.shape[1], dtype=torch.bool)
@@ -134,14 +155,16 @@ def naive_leave_one_out(part: Tensor, spec: QuantSpec, importance: Tensor, thres
         for i in range(part.shape[1]):
             rest = everything.clone()
             rest[i] = False
-            found[r, i] = error(row, everything) - error(row, rest) > threshold
-    return found
+            left_out[r, i] = error(row, everything) - error(row, rest) > threshold
+    return left_out
 
 
 def naive_two_level_grid(part: Tensor, keep: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point [out] of one group: in every block of 16 rows the scales are base + code * step with codes
     of 3 bits; a row takes the neighbour of the scale it wants that leaves the lower error of the kept weights."""
-    wanted = [fit_scale_zero(torch.cat([row[k], row.new_zeros(1)]), spec)[0] for row, k in zip(part, keep, strict=True)]
+    wanted = [
+        slow_grid(torch.cat([row[k], row.new_zeros(1)])[None], spec)[0][0] for row, k in zip(part, keep, strict=True)
+    ]
     scales, zeros = torch.zeros(len(part)), torch.zeros(len(part))
     for first in range(0, len(part), 16):
         rows = range(first, min(first + 16, len(part)))

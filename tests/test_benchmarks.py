@@ -18,14 +18,14 @@ from quant.core.types import QuantSpec
 from quant.kernels import columns as blocks
 from quant.kernels.columns import TorchKernels
 from quant.run.session import Session
-from quant.solvers.quantease import rounds
+from quant.solvers.quantease import is_rounding_sweep
 from tests.references import inputs, make_stats, naive_coordinate_descent, weights
 from tests.test_run import config_for
 
 
 def test_the_published_loop_is_the_same_descent():
     weight, gram = weights(6, 40).double(), make_stats(inputs(40, 200)).gram.double()
-    grid, schedule = fit_grid(weight.float(), QuantSpec(3)), [rounds(k, 7) for k in range(7)]
+    grid, schedule = fit_grid(weight.float(), QuantSpec(3)), [is_rounding_sweep(k, 7) for k in range(7)]
     codes = naive_coordinate_descent(weight, gram, grid, torch.arange(40), schedule)
     answer = column_loop(weight, gram, grid, schedule)
     torch.testing.assert_close(answer.float(), grid.dequantize(codes), rtol=1e-5, atol=1e-6)

@@ -200,7 +200,7 @@ def test_planned_memory_is_what_a_solver_takes(method, options, shape):
     import torch
 
     from quant.core import env
-    from quant.core.gram import LayerStats
+    from quant.core.gram import GramStats
     from quant.core.linalg import relative_error
     from quant.core.types import QuantSpec
     from quant.run.config import RunConfig
@@ -210,9 +210,9 @@ def test_planned_memory_is_what_a_solver_takes(method, options, shape):
     options = {k: v for k, v in (solver_options(solver) | options).items() if k != "num_iter"} | (
         {"num_iter": 1} if method == "quantease" else {}
     )
-    solver(torch.randn(8, 200), LayerStats.from_gram(torch.eye(200)), QuantSpec(3), **options)  # compile
+    solver(torch.randn(8, 200), GramStats.from_gram(torch.eye(200)), QuantSpec(3), **options)  # compile
     noise = torch.randn(shape[1], shape[1]) / 100
-    weight, stats = torch.randn(shape), LayerStats.from_gram(torch.eye(shape[1]) * 8 + noise + noise.T)
+    weight, stats = torch.randn(shape), GramStats.from_gram(torch.eye(shape[1]) * 8 + noise + noise.T)
     del noise
     env.reset_peak(device)
     before = env.peak_bytes(device)["host"] - 4 * weight.numel()  # the float32 weight is in the plan

@@ -90,7 +90,7 @@ def test_commands_are_understood(page):
             "docs/adding-a-method.md",
             "import torch\n"
             "from quant.solvers import get_solver\n"
-            "stats = LayerStats(8)\n"
+            "stats = GramStats(8)\n"
             "stats.update(torch.randn(32, 8))\n"
             "answer = get_solver('mymethod')(torch.randn(4, 8), stats, QuantSpec(3), strength=0.5)\n"
             "assert answer.check().codes.shape == (4, 8) and answer.info == {'strength': 0.5}",

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.core.rounding import FakeQuantize
+from quant.core.rounding import FakeQuantize, NumberFormat
 from quant.kernels.matmul.weight import IntegerInputs, PackedLinear, PackedWeight
 
 FULL_BITS = 16
@@ -63,11 +63,12 @@ def quantize_activations(
     rows = x if x.dtype == torch.float64 else x.float()
     if whole or span is not None:
         rows = rows.reshape(1, -1)
-    scale, zero = _grid(rows, bits, span, symmetric)
-    return FakeQuantize.apply(rows, scale, zero, 2**bits - 1).view(x.shape).to(x.dtype)
+    numbers = NumberFormat(2**bits)
+    scale, zero = _grid(rows, numbers, span, symmetric)
+    return FakeQuantize.apply(rows, scale, zero, numbers.qmax).view(x.shape).to(x.dtype)
 
 
-def _grid(rows: Tensor, bits: int, span: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _grid(rows: Tensor, numbers: NumberFormat, span: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point [..., 1] of rows [..., n], over the range of each or over ``span``."""
     if span is None:
         low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
@@ -76,19 +77,19 @@ def _grid(rows: Tensor, bits: int, span: Tensor | None, symmetric: bool) -> tupl
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_STEP)
-    return scale, torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).detach()
+    scale = ((high - low) / numbers.qmax).clamp(min=SMALLEST_STEP)
+    return scale, torch.full_like(scale, numbers.middle) if symmetric else torch.round(-low / scale).detach()
 
 
 def integer_inputs(x: Tensor, spec: ActSpec, span: Tensor | None = None) -> IntegerInputs:
     """The integers behind `quantize_activations` of x [n, in], at most 8 bits: x ≈ scale · (codes + offset), codes int8
     around the middle of the grid, scale and offset float32 [n]."""
-    rows, middle = x.float(), 2 ** (spec.bits - 1)
+    rows, numbers = x.float(), NumberFormat(2**spec.bits)
     whole = spec.method != "per_token" or span is not None
-    scale, zero = _grid(rows.reshape(1, -1) if whole else rows, spec.bits, span, spec.symmetric)
-    codes = (torch.round(rows / scale) + zero).clamp_(0, 2**spec.bits - 1) - middle
+    scale, zero = _grid(rows.reshape(1, -1) if whole else rows, numbers, span, spec.symmetric)
+    codes = numbers.codes(rows, scale, zero).sub_(numbers.middle)
     shape = (x.shape[0], 1)
-    return codes.to(torch.int8), scale.expand(shape).flatten(), (middle - zero).expand(shape).flatten()
+    return codes.to(torch.int8), scale.expand(shape).flatten(), (numbers.middle - zero).expand(shape).flatten()
 
 
 class AttentionProducts(TorchFunctionMode):

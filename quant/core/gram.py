@@ -11,20 +11,22 @@ CHUNK = 4096  # tokens cast to float32 at a time, so that a batch is never copie
 BLOCK = 512  # columns: the sum is symmetric, and only blocks on and below the diagonal are computed
 
 
-class LayerStats:
-    """Sums over the calibration inputs x of one layer (or of several layers that share their input).
+class GramStats:
+    """Sums over the calibration inputs of one layer (or of several layers that share their input).
 
-    gram: float32 [in, in], the sum of x xᵀ over tokens, not divided by anything. n_tokens: rows seen.
+    gram: Ĥ = X̂ X̂ᵀ, float32 [in, in], the papers' Hessian without its factor 2 and divided by nothing. X̂ [in, tokens]
+    holds the inputs as the quantized model sees them, behind everything that is quantized already; sums against the
+    inputs X of the original model (X X̂ᵀ) are not kept. n_tokens: tokens seen.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self._sum = torch.zeros(in_features, in_features, device=device)
-        self._blocks = [slice(i, min(i + BLOCK, in_features)) for i in range(0, in_features, BLOCK)]
+    def __init__(self, n_in: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(n_in, n_in, device=device)
+        self._blocks = [slice(i, min(i + BLOCK, n_in)) for i in range(0, n_in, BLOCK)]
         self._mirrored = True
         self.n_tokens = 0
 
     @classmethod
-    def from_gram(cls, gram: Tensor, n_tokens: int = 0) -> LayerStats:
+    def from_gram(cls, gram: Tensor, n_tokens: int = 0) -> GramStats:
         """Statistics whose Gram matrix is known; it is copied."""
         stats = cls(gram.shape[0], gram.device)
         stats._sum.copy_(gram)
@@ -33,7 +35,7 @@ class LayerStats:
 
     def update(self, x: Tensor) -> None:
         """Add inputs x [..., in] of any floating dtype."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
         for part in rows.split(CHUNK):
             part = part.float()
             for block in self._blocks:
@@ -55,7 +57,7 @@ class LayerStats:
         """Gram diagonal [in]: how much each input column matters."""
         return self._sum.diagonal()
 
-    def check(self, name: str = "the layer") -> LayerStats:
+    def check(self, name: str = "the layer") -> GramStats:
         """Return self. Raises InputError where a calibration input was not finite (it shows on the diagonal), or where a
         Gram matrix that was given is not finite or has a negative diagonal."""
         if not bool(torch.isfinite(self.diagonal).all()):

@@ -8,15 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.core.types import FINEST, LARGEST, Grid, QuantSpec
+from quant.core.types import FINEST, LARGEST, Grid, QuantSpec, group_index
 
 SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released code: 1.00, 0.99, ... 0.21
 ENDS = [1.0 + 0.05 * i for i in range(-10, 11) if i]  # then either end of the range by itself
-POWER, FEW_LEVELS_POWER, FEW_LEVELS = (
-    2.0,
-    2.4,
-    5,
-)  # of the error: squared, but on few levels that of GPTQ's released code
+POWER = 2.0  # of the error
+FEW_LEVELS, FEW_LEVELS_POWER = 5, 2.4  # on few levels that of GPTQ's released code
 CHUNK = 1 << 24  # weights searched at a time: bounds the memory of the search on very large layers
 
 
@@ -24,19 +21,19 @@ def fit_scale_zero(weight: Tensor, spec: QuantSpec, importance: Tensor | None = 
     """Scale and integer zero point over the last dimension.
 
     weight: float32 [..., n]. importance: [..., n], broadcastable, weights of the error |w - ŵ|² (|w - ŵ|^2.4 on
-    up to 5 levels) that ``range="mse"`` minimizes over the two ends of the range (the Gram diagonal); ignored by min-max. Returns (scale float32 [...], zero int32 [...]).
-    The range always includes 0.
+    up to 5 levels) that ``range="mse"`` minimizes over the two ends of the range (the Gram diagonal); ignored by
+    min-max. Returns (scale float32 [...], zero int32 [...]). The range always includes 0.
     """
     lo, hi = weight.amin(-1).clamp_(max=0), weight.amax(-1).clamp_(min=0)
     if spec.range == "minmax":
         return range_to_grid(lo, hi, spec)
-    power = FEW_LEVELS_POWER if spec.n_levels <= FEW_LEVELS else POWER
+    power = FEW_LEVELS_POWER if spec.numbers.levels <= FEW_LEVELS else POWER
     best_lo, best_hi, best_error = lo, hi, torch.full_like(lo, torch.inf)
 
     def consider(low: Tensor, high: Tensor) -> None:
         nonlocal best_lo, best_hi, best_error
         s, z = (t.unsqueeze(-1) for t in range_to_grid(low, high, spec))
-        residual = weight - ((weight / s).round_() + z).clamp_(0, spec.qmax).sub_(z).mul_(s)
+        residual = weight - spec.numbers.values(weight, s, z)
         cost = residual.square_() if power == POWER else residual.abs_().pow_(power)
         error = (cost if importance is None else cost.mul_(importance)).sum(-1)
         better = error < best_error
@@ -62,8 +59,7 @@ def range_to_grid(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tens
     the scale then grows so that hi stays covered. All-zero ranges get scale 1. Ends that ``spec.largest`` does not
     allow are given up: the levels stay within it (see `within_largest`).
     """
-    qmax = spec.qmax
-    middle = (qmax + 1) // 2
+    qmax, middle = spec.qmax, spec.numbers.middle
     empty = (lo == 0) & (hi == 0)
     if spec.symmetric:
         scale = torch.where(empty, 1.0, at_least_finest(round_scale(torch.maximum(-lo, hi) * (2 / qmax)), spec))
@@ -116,8 +112,8 @@ def largest_scales(qmax: int, largest: float, device: torch.device) -> Tensor:
     with np.errstate(over="ignore"):
         half = wide.astype(np.float16)
     half = np.where(half > wide, np.nextafter(half, np.float16(0)), half).astype(np.float32)
-    found = np.where(wide - half <= wide / 64, half, wide)
-    return torch.tensor([LARGEST, *found.tolist()], dtype=torch.float32, device=device)
+    stored = np.where(wide - half <= wide / 64, half, wide)
+    return torch.tensor([LARGEST, *stored.tolist()], dtype=torch.float32, device=device)
 
 
 def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, order: Tensor | None = None) -> Grid:
@@ -129,7 +125,7 @@ def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, 
     """
     n_out, n_in = weight.shape
     n_groups = spec.n_groups(n_in)
-    group = torch.arange(n_in, device=weight.device) // (n_in // n_groups)
+    group = group_index(n_in, spec.group_size, weight.device)
     if order is not None and n_groups > 1:
         weight, importance = weight[:, order], None if importance is None else importance[order]
         group = torch.empty_like(group).index_copy_(0, order, group)
@@ -158,17 +154,20 @@ def refit_scale_zero(
     best s of the best d is taken, rounded and bounded as grids store it, where that lowers the objective. symmetric: d
     is 0.
     """
+    # With q = offsets and 1 a row of ones: qΣq, qΣ1 [out] and 1Σ1; c·q and c·1 [out]. Every pΣp and p·c follows from them.
     products = offsets @ gram
     qq, q1, ones = (products * offsets).sum(1), products.sum(1), gram.sum()
     cq, c1 = (correlation * offsets).sum(1), correlation.sum(1)
     best_scale, best_shift, best = scale.clone(), torch.zeros_like(scale), torch.zeros_like(scale)
     for shift in (0,) if symmetric else (0, -1, 1):
-        pp = qq - 2 * shift * q1 + shift**2 * ones
-        pull = cq - shift * c1 + scale * (qq - shift * q1)
+        pp = qq - 2 * shift * q1 + shift**2 * ones  # pΣp
+        pull = cq - shift * c1 + scale * (qq - shift * q1)  # p·c + scale·pΣq, so that the best s is pull / pp
         wanted, moved = torch.where(pp > 0, pull / pp, scale), zero + shift
         new = at_least_finest(round_scale(wanted), spec)
         new = within_largest(new, moved.clamp(0, spec.qmax), spec)
+        # What s and d change of the objective: its quadratic at (new, d) less that at (scale, 0).
         gain = new * new * pp - 2 * new * pull - (scale * scale * qq - 2 * scale * (cq + scale * qq))
+        # Zero points are 1 or above, as `range_to_grid` makes them; scales are positive.
         legal = (pp > 0) & (wanted > 0) & torch.isfinite(wanted)
         legal &= (moved >= min(1, spec.qmax - 1)) & (moved <= spec.qmax)
         better = legal & (gain < best)

@@ -1,15 +1,51 @@
-"""Rounding to a grid and to a dtype that gradients pass."""
+"""Rounding to a grid, plainly and so that gradients pass, and to a dtype."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class NumberFormat:
+    """The numbers that codes stand for, of weights and of activations. So far they are the integers 0..levels-1, and a
+    value is ``scale * (code - zero)``.
+
+    x is any float tensor; scale and zero broadcast against it. Halfway between two integers, the even one is taken.
+    """
+
+    levels: int
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return self.levels - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid."""
+        return self.levels // 2
+
+    @property
+    def code_bits(self) -> int:
+        """Bits that one code takes in storage (3 for five levels)."""
+        return math.ceil(math.log2(self.levels))
+
+    def codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Nearest codes of x, in its dtype."""
+        return (x / scale).round_().add_(zero).clamp_(0, self.qmax)
+
+    def values(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Values of the nearest codes of x."""
+        return self.codes(x, scale, zero).sub_(zero).mul_(scale)
+
+
 class FakeQuantize(torch.autograd.Function):
-    """(clamp(round(x / scale) + zero, 0, qmax) - zero) · scale, with the straight-through estimate of round.
+    """`NumberFormat.values` with the straight-through estimate of round: (clamp(round(x / scale) + zero, 0, qmax) - zero) · scale.
 
     x [..., n]; scale, zero broadcastable with one entry along n. Gradient of x: passes where the code is not
     clamped. Of scale: the code's distance to zero, less x / scale where not clamped. Of zero: none.
@@ -18,7 +54,7 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:
         """Quantize and take back; keeps two tensors for the backward pass."""
-        ratio = x / scale
+        ratio = x / scale  # divided once: the gradient needs it, and codes before they are clamped
         rounded = torch.round(ratio).add_(zero)
         codes = rounded.clamp(0, qmax)
         inside = codes == rounded

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.types import FINEST, Grid, QuantizedWeight, QuantSpec
 
 REACH = 40  # the squares of 2^±40, times what inputs give, lie well within float32
@@ -48,7 +48,7 @@ def at_any_magnitude(solver: Callable[..., QuantizedWeight]) -> Callable[..., Qu
     """The solver, for weights whose squares float32 cannot hold too."""
 
     @functools.wraps(solver)
-    def solve(weight: Tensor, stats: LayerStats | None, spec: QuantSpec, **options: Any) -> QuantizedWeight:
+    def solve(weight: Tensor, stats: GramStats | None, spec: QuantSpec, **options: Any) -> QuantizedWeight:
         k = exponent_outside(weight)
         if k == 0:
             return solver(weight, stats, spec, **options)

@@ -6,13 +6,14 @@ with an integer zero point. Codes are the truth: perplexity, sizes and checkpoin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from quant.core.rounding import NumberFormat
 
 RANGES = ("minmax", "mse")
 LARGEST = torch.finfo(torch.float32).max
@@ -51,23 +52,23 @@ class QuantSpec:
             raise ValueError(f"range={self.range!r}: use one of {', '.join(RANGES)}")
         if self.levels is not None and not 2 <= self.levels <= 256:
             raise ValueError(f"levels={self.levels}: a grid has 2 to 256 levels")
-        if self.symmetric and self.n_levels == 2:
+        if self.symmetric and self.numbers.levels == 2:
             raise ValueError("a symmetric grid of 2 levels holds {-scale, 0} only: use an asymmetric one or levels=3")
 
     @property
-    def n_levels(self) -> int:
-        """Number of codes."""
-        return self.levels or 2**self.bits
+    def numbers(self) -> NumberFormat:
+        """What codes stand for."""
+        return NumberFormat(self.levels or 2**self.bits)
 
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return self.n_levels - 1
+        return self.numbers.qmax
 
     @property
     def code_bits(self) -> int:
-        """Bits that one code takes in storage (3 for five levels)."""
-        return math.ceil(math.log2(self.n_levels))
+        """Bits that one code takes in storage."""
+        return self.numbers.code_bits
 
     def to_json(self) -> dict[str, Any]:
         """What files keep; ``QuantSpec(**...)`` takes it back."""
@@ -84,6 +85,12 @@ class QuantSpec:
                 f"use one of {', '.join(map(str, [*fits, -1]))}"
             )
         return in_features // self.group_size
+
+
+def group_index(n_in: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The group of every column, int64 [in], where groups are columns side by side (-1: one group for all); the last
+    group may be a short one."""
+    return torch.arange(n_in, device=device) // (group_size if group_size > 0 else n_in)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,11 @@ class Grid:
     bilevel: BilevelScales | None = None
 
     @property
+    def numbers(self) -> NumberFormat:
+        """What codes stand for."""
+        return NumberFormat(self.qmax + 1)
+
+    @property
     def n_groups(self) -> int:
         """Groups along the inputs."""
         return self.scale.shape[1]
@@ -158,8 +170,7 @@ class Grid:
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Nearest codes of weight [out, in], uint8."""
-        scale, zero = self.expand()
-        return (torch.round(weight / scale) + zero).clamp_(0, self.qmax).to(torch.uint8)
+        return self.numbers.codes(weight, *self.expand()).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of codes [out, in], float32."""
@@ -234,8 +245,7 @@ class QuantizedWeight:
     def has_plain_groups(self) -> bool:
         """Whether column i belongs to group i // group_size, as every checkpoint format can hold."""
         n_in, n_groups = self.codes.shape[1], self.grid.n_groups
-        plain = torch.arange(n_in, device=self.grid.g_idx.device) // -(-n_in // n_groups)
-        return bool(torch.equal(plain, self.grid.g_idx))
+        return bool(torch.equal(group_index(n_in, -(-n_in // n_groups), self.grid.g_idx.device), self.grid.g_idx))
 
     def check(self) -> QuantizedWeight:
         """Return self if every stored number is legal. Raises ValueError that says which is not."""

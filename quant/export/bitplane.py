@@ -19,8 +19,8 @@ from torch import Tensor
 
 from quant.blocks.actquant import FULL_BITS, METHODS, ActSpec
 from quant.core.errors import InputError
-from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
-from quant.export.formats import Content, Header, Layers, Read, check_grid, in_order, plain_groups, uneven_groups
+from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec, group_index
+from quant.export.formats import Content, Header, Layers, Read, check_grid, in_order, uneven_groups
 from quant.export.packing import pack_planes, unpack_planes
 
 VERSION = 1
@@ -112,9 +112,9 @@ class Bitplane:
                 f"but config.json says group_size {spec.group_size} and {'symmetric' if spec.symmetric else 'asymmetric'}"
             )
         zero = (
-            part["zeros"].int() if "zeros" in part else torch.full(scale.shape, (spec.qmax + 1) // 2, dtype=torch.int32)
+            part["zeros"].int() if "zeros" in part else torch.full(scale.shape, spec.numbers.middle, dtype=torch.int32)
         )
-        g_idx = part["g_idx"].long() if "g_idx" in part else plain_groups(n_in, spec.group_size)
+        g_idx = part["g_idx"].long() if "g_idx" in part else group_index(n_in, spec.group_size)
         grid = Grid(scale, zero, g_idx, spec.qmax, bilevel)
         codes = unpack_planes(part["planes"], n_in)
         return QuantizedWeight(codes, grid, spec, outliers=_decode_outliers(part, n_out, n_in))

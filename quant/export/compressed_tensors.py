@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
-from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
 from quant.export.formats import (
     Content,
     Header,
@@ -26,7 +26,6 @@ from quant.export.formats import (
     half_scales,
     in_order,
     matches,
-    plain_groups,
     uneven_groups,
 )
 from quant.export.packing import pack, unpack
@@ -173,7 +172,7 @@ class CompressedTensors:
                 f"{name} has {scale.shape[1]} groups of {n_in} inputs, but config.json says group_size {settings.get('group_size')}"
             )
         spec = QuantSpec(bits, group_size, symmetric and bits > 1)
-        grid = Grid(scale, zero.contiguous(), plain_groups(n_in, group_size), spec.qmax)
+        grid = Grid(scale, zero.contiguous(), group_index(n_in, group_size), spec.qmax)
         return QuantizedWeight(codes, grid, spec)
 
     def act(self, config: Mapping[str, Any]) -> ActSpec:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
-from quant.core.types import QuantizedWeight, QuantSpec
+from quant.core.types import QuantizedWeight, QuantSpec, group_index
 
 Read = Callable[[str], Tensor]
 Header = Callable[[str], tuple[int, ...]]  # shape of a tensor by its full name, without reading it
@@ -156,10 +156,5 @@ def half_scales(weight: QuantizedWeight, name: str) -> Tensor:
 
 def in_order(weight: QuantizedWeight) -> bool:
     """Whether column i belongs to group i // group_size."""
-    plain = plain_groups(weight.codes.shape[1], weight.spec.group_size)
+    plain = group_index(weight.codes.shape[1], weight.spec.group_size)
     return bool(torch.equal(plain, weight.grid.g_idx.cpu()))
-
-
-def plain_groups(n_in: int, group_size: int) -> Tensor:
-    """Group of every column where they stand in order, int64 [in]; the last group may be a short one."""
-    return torch.arange(n_in) // (group_size if group_size > 0 else n_in)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
-from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
 from quant.export.formats import (
     Content,
     Header,
@@ -26,7 +26,6 @@ from quant.export.formats import (
     half_scales,
     in_order,
     matches,
-    plain_groups,
 )
 from quant.export.packing import pack, unpack
 
@@ -129,7 +128,7 @@ class Gptq:
         if settings.get("desc_act") and f"{name}.g_idx" not in names:
             raise InputError(f"{name}: config.json says desc_act, but there is no g_idx that gives the order")
         n_in = words.shape[0] * 32 // bits
-        g_idx = read(f"{name}.g_idx").long() if f"{name}.g_idx" in names else plain_groups(n_in, group_size)
+        g_idx = read(f"{name}.g_idx").long() if f"{name}.g_idx" in names else group_index(n_in, group_size)
         n_in = g_idx.numel()
         n_out, n_groups = words.shape[1], scales.shape[0]
         asked = {
@@ -146,7 +145,7 @@ class Gptq:
             raise InputError(
                 f"{name} has {n_groups} groups of {n_in} inputs, but config.json says group_size {group_size}"
             )
-        if not settings.get("desc_act") and not torch.equal(g_idx, plain_groups(n_in, group_size)):
+        if not settings.get("desc_act") and not torch.equal(g_idx, group_index(n_in, group_size)):
             raise InputError(
                 f"{name}: config.json says desc_act false, but g_idx is not in order, which readers would ignore: "
                 "set desc_act to true if the software that made it ordered by activations"

@@ -20,7 +20,7 @@ from quant.export.runtimes import nearest, objections
 from quant.learn.config import Learning, TransformSpec
 from quant.run.directory import Record
 from quant.run.stored import Allowed, taken
-from quant.solvers import get_solver, solver_options
+from quant.solvers import declaration_of, get_solver, solver_options
 
 FULL_BITS = 16  # --wbits 16: nothing is quantized, the base model is evaluated
 DEFAULT_MAX_SEQLEN = 2048
@@ -172,15 +172,14 @@ def spec_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSp
 
 def content_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int, model_type: str) -> Content:
     """What a checkpoint of a configuration has to hold, before work begins. Raises InputError where `spec_of` does."""
-    options = config.options
+    options, name = config.options, config.solver or config.method
     ordered = options.get("static_groups") or options.get("group_aware") or config.group_size == -1
     return Content(
         spec_of(config, shapes),
         shapes,
         config.act,
         reordered=bool(options.get("act_order")) and not ordered,
-        outliers=options.get("outlier", 0) > 0
-        or "scale_bits" in solver_options(get_solver(config.solver or config.method)),
+        outliers=declaration_of(name).outliers(solver_options(get_solver(name)) | dict(options)),
         online=config.learning is not None and config.learning.transform.norm_matrix,
         whole=config.num_layers >= n_blocks,
         model_type=model_type,

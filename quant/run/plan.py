@@ -3,16 +3,9 @@
 Memory (bytes)
   block       parameters of a block x bytes of the arithmetic's dtype
   statistics  4·in² for every Gram matrix alive: all groups of a block, or the largest with --true-sequential
-  solver      of the linear and the phase that take most; a = 4·out·in, g = 4·in², the Gram matrix itself is statistics'
-              every method, measuring the error   3.25·a (weight, codes, values, error), 2·a more with groups
-              gptq, spqr: factorization           a + 2·g (permuted copy and factor), g more with a column order
-                          sweep                   3.25·a + g (weight, work, errors, codes; factor), a more with an order;
-                                                  spqr 8.25·a + g at its end
-              quantease   descent                 5·a (weight, target, residual, correlation, codes); 7·a in
-                                                  gptq_quantease, 10·a with a searched or refitted grid, 14·a with
-                                                  outliers; 2·g more with a refitted grid or outliers, g with act-order
-                          act-order               2·a + 2·g while the Gram matrix is permuted
-              workspaces of the libraries' factorizations are not in it
+  solver      of the linear that takes most, the Gram matrix itself is statistics': what the solver declares (its workspace
+              in quant/solvers; those of the libraries' factorizations are not in it), and at least 3.25·4·out·in to
+              measure the error (weight, codes, values, error), 2·4·out·in more with groups
   batch       --calib-batch x seqlen x (8·hidden + 3·widest linear) x bytes of the dtype
   learning    4·6 for every parameter of a block (original, transformed, rounded, and what their gradients need) and
               --batch_size x seqlen x (17·hidden + 2.5·heads·seqlen) x bytes of the dtype for the backward pass
@@ -47,7 +40,7 @@ from torch import Tensor, nn
 
 from models import family_of
 from models.load import build_meta
-from quant.core.gram import BLOCK, LayerStats
+from quant.core.gram import BLOCK, GramStats
 from quant.core.types import QuantSpec
 from quant.export import DEQUANTIZED
 from quant.export.formats import Content
@@ -60,7 +53,7 @@ from quant.run.config import (
     content_of,
     stores_of,
 )
-from quant.solvers import get_solver, solver_options
+from quant.solvers import declaration_of, get_solver, solver_options
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
 SAMPLES = (512, 1024)  # inputs of the two layers that a solver is timed on
@@ -121,7 +114,7 @@ def solver_cost(device: torch.device, config: RunConfig) -> tuple[float, float]:
     spec = QuantSpec(config.wbits, -1, config.symmetric, config.range, config.levels)
     seconds = []
     for n_in in SAMPLES:
-        stats = LayerStats(n_in, device)
+        stats = GramStats(n_in, device)
         stats.update(torch.randn(2 * n_in, n_in, device=device))
         weight = torch.randn(SAMPLE_ROWS, n_in, device=device)
         work = partial(solver, weight, stats, spec, **config.options)
@@ -208,21 +201,10 @@ def estimate(
 
 def solver_bytes(config: RunConfig, n_out: int, n_in: int) -> float:
     """Bytes of the largest phase of solving one linear, without its Gram matrix; see the module's text."""
-    options = solver_options(get_solver(config.solver or config.method)) | dict(config.options)  # also those not given
-    area, square = 4.0 * n_out * n_in, 4.0 * n_in**2
-    factorizes = "percdamp" in options
-    ordered = bool(options.get("act_order") or options.get("group_aware"))
-    phases = [(3.25 if config.group_size == -1 else 5.25) * area]
-    if factorizes:
-        phases += [area + (2 + ordered) * square, (3.25 + ordered) * area + square]
-    if "scale_bits" in options:
-        phases.append(8.25 * area + square)
-    if "num_iter" in options:
-        outlier, refit = options.get("outlier", 0.0) > 0, options.get("refit_grid", False)
-        areas = 14 if outlier else 10 if refit or options.get("search_grid") else 7 if factorizes else 5
-        permuted = ordered and not factorizes
-        phases += [areas * area + (2 * (outlier or refit) + permuted) * square, 2 * (area + square) * permuted]
-    return max(phases)
+    name = config.solver or config.method
+    options = solver_options(get_solver(name)) | dict(config.options)  # also those not given
+    measuring = (3.25 if config.group_size == -1 else 5.25) * 4.0 * n_out * n_in
+    return max(measuring, declaration_of(name).workspace(n_out, n_in, options, config.group_size))
 
 
 def _learning(config: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize: int) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from quant.blocks.actquant import FULL_BITS, INPUT_RANGE, ActSpec
 from quant.blocks.stream import BlockStream
 from quant.core.env import peak_bytes
 from quant.core.errors import InputError, RunError
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.linalg import SingularGramError, products_in, relative_error
 from quant.core.scaling import exponent_outside
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
@@ -114,7 +114,7 @@ def quantize_block(
     records: list[Record] = []
     solving = 0.0
     for stage in stages:
-        stats = {g[0]: LayerStats(weights[f"{g[0]}.weight"].shape[1], stream.device) for g in stage}
+        stats = {g[0]: GramStats(weights[f"{g[0]}.weight"].shape[1], stream.device) for g in stage}
         stream.run(index, weights, observe={name: s.update for name, s in stats.items()}, act=recipe.act)
         for group in stage:
             for name in group:
@@ -155,7 +155,7 @@ def static_ranges(stream: BlockStream, index: int, weights: Weights, act: ActSpe
 def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Sequence[Recipe]) -> list[Record]:
     """Records of every recipe for every linear of block ``index``, from one set of statistics; nothing is deployed."""
     groups = stream.model.groups
-    stats = {g[0]: LayerStats(weights[f"{g[0]}.weight"].shape[1], stream.device) for g in groups}
+    stats = {g[0]: GramStats(weights[f"{g[0]}.weight"].shape[1], stream.device) for g in groups}
     stream.run(index, weights, observe={name: s.update for name, s in stats.items()})
     records = []
     for group in groups:
@@ -173,12 +173,12 @@ def check_options(recipe: Recipe, device: torch.device) -> None:
     n_in = max(1, 128 // recipe.spec.group_size) * recipe.spec.group_size if recipe.spec.group_size > 0 else 128
     weight = torch.linspace(-1, 1, 4 * n_in, device=device).view(4, n_in)
     solve_linear(
-        f"{recipe.method} with these options", weight, LayerStats.from_gram(torch.eye(n_in, device=device)), recipe
+        f"{recipe.method} with these options", weight, GramStats.from_gram(torch.eye(n_in, device=device)), recipe
     )
 
 
 def solve_linear(
-    where: str, weight: Tensor, stats: LayerStats, recipe: Recipe, grid: Grid | None = None
+    where: str, weight: Tensor, stats: GramStats, recipe: Recipe, grid: Grid | None = None
 ) -> tuple[QuantizedWeight, Record]:
     """One linear's answer, on the learned grid if there is one, and its journal record (without position and cost)."""
     weight = weight.float()
@@ -215,7 +215,7 @@ def solve_linear(
     }
 
 
-def ranges_of(weight: Tensor, stats: LayerStats, quantized: QuantizedWeight) -> Record:
+def ranges_of(weight: Tensor, stats: GramStats, quantized: QuantizedWeight) -> Record:
     """What makes a linear hard: root mean square of its input channels (median, largest), the largest weight over their
     root mean square, and the share of weights kept as outliers."""
     rms = (stats.diagonal / max(1, stats.n_tokens)).clamp(min=0).sqrt()

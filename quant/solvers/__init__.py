@@ -7,37 +7,51 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from quant.core.errors import InputError
-from quant.core.gram import LayerStats
 from quant.core.scaling import at_any_magnitude
-from quant.core.types import QuantizedWeight, QuantSpec
+from quant.core.types import QuantizedWeight
+
+# (weight float [out, in], `GramStats` of its inputs, `QuantSpec` asked for, **options) -> answer. Pure: changes no input.
+# Keyword options are the method's own (`num_iter`, `percdamp`, ...); the command lines pass those that a solver names.
+Solver = Callable[..., QuantizedWeight]
+Options = Mapping[str, Any]  # all options that a solver names, with its defaults where none were given
 
 
-class Solver(Protocol):
-    """weight float [out, in], statistics of its inputs, the grid asked for -> codes. Pure: changes no input.
+class Declaration(NamedTuple):
+    """What must be known of a solver before it runs.
 
-    Keyword options are the method's own (`num_iter`, `percdamp`, ...); the CLIs pass those that a solver names.
+    outliers: whether its answers may hold more than codes on a grid whose scales are stored as they are. workspace: bytes of
+    its largest phase for (out, in, options, group size), the weight included, the Gram matrix not. rows_coupled: whether
+    rows of the answer depend on each other.
     """
 
-    def __call__(self, weight: Tensor, stats: LayerStats, spec: QuantSpec, /, **options: Any) -> QuantizedWeight:
-        """Solve one layer."""
+    outliers: Callable[[Options], bool]
+    workspace: Callable[[int, int, Options, int], float]
+    rows_coupled: bool
 
 
-_solvers: dict[str, Callable[..., QuantizedWeight]] = {}
+_solvers: dict[str, Solver] = {}
+_declarations: dict[str, Declaration] = {}
 
 
-def solver(name: str) -> Callable[[Callable[..., QuantizedWeight]], Callable[..., QuantizedWeight]]:
+def solver(
+    name: str,
+    *,
+    outliers: Callable[[Options], bool] = lambda options: False,
+    workspace: Callable[[int, int, Options, int], float] = lambda n_out, n_in, options, group_size: 0.0,
+    rows_coupled: bool = False,
+) -> Callable[[Solver], Solver]:
     """Register a solver, for weights of any magnitude, under the name that the command line uses. Raises ValueError if it
-    is taken."""
+    is taken. The defaults of what it declares (see `Declaration`) fit a solver that takes no more memory than measuring
+    its error does."""
+    declared = Declaration(outliers, workspace, rows_coupled)
 
-    def register(function: Callable[..., QuantizedWeight]) -> Callable[..., QuantizedWeight]:
+    def register(function: Solver) -> Solver:
         if name in _solvers and _solvers[name].__module__ != function.__module__:
             raise ValueError(f"solver {name!r} exists already in {_solvers[name].__module__}")
-        _solvers[name] = at_any_magnitude(function)
+        _solvers[name], _declarations[name] = at_any_magnitude(function), declared
         return _solvers[name]
 
     return register
@@ -48,13 +62,13 @@ def _import_all() -> None:
         importlib.import_module(f"{__name__}.{module.name}")
 
 
-def solvers() -> Mapping[str, Callable[..., QuantizedWeight]]:
+def solvers() -> Mapping[str, Solver]:
     """Every solver of this folder, by name."""
     _import_all()
     return dict(sorted(_solvers.items()))
 
 
-def get_solver(name: str) -> Callable[..., QuantizedWeight]:
+def get_solver(name: str) -> Solver:
     """The solver of that name. Raises InputError with the nearest names."""
     known = solvers()
     if name in known:
@@ -64,7 +78,13 @@ def get_solver(name: str) -> Callable[..., QuantizedWeight]:
     raise InputError(f"unknown method {name!r}; {hint}")
 
 
-def solver_options(function: Callable[..., QuantizedWeight]) -> dict[str, Any]:
+def declaration_of(name: str) -> Declaration:
+    """What the solver of that name declares. Raises InputError with the nearest names."""
+    get_solver(name)
+    return _declarations[name]
+
+
+def solver_options(function: Solver) -> dict[str, Any]:
     """Keyword options of a solver with their defaults; the tensors and objects a run supplies are left out."""
     return {
         name: parameter.default

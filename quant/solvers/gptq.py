@@ -1,4 +1,7 @@
-"""GPTQ: column-by-column rounding; later columns take up the errors of earlier ones (GPTQ, Algorithm 1)."""
+"""GPTQ: column-by-column rounding; later columns take up the errors of earlier ones (GPTQ, Algorithm 1).
+
+`plain.plain_gptq` is the same method in a few lines, by explicit inverses.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, fit_scale_zero
 from quant.core.linalg import damped_factor
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
-from quant.kernels.columns import ColumnGrid, kernels
-from quant.solvers import solver
+from quant.kernels.columns import ColumnBlock, kernels
+from quant.solvers import Options, solver
 
 Fit = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # weights [out, n] of a group, its columns -> scale, zero [out]
 
 
-@solver("gptq")
+def gptq_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
+    """Factorization: the weight, a permuted copy of the Gram matrix and the factor. Sweep: weight, work, errors, codes and
+    the factor. A column order takes another Gram matrix in the first and another weight in the second."""
+    area, square = 4.0 * n_out * n_in, 4.0 * n_in**2
+    ordered = bool(options["act_order"] or options.get("group_aware"))
+    return max(area + (2 + ordered) * square, (3.25 + ordered) * area + square)
+
+
+@solver("gptq", workspace=gptq_bytes)
 def gptq(
     weight: Tensor,
-    stats: LayerStats,
+    stats: GramStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,
@@ -57,9 +68,9 @@ def gptq(
         grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
     visited = replace(grid, g_idx=grid.g_idx[order])
     target = weight[:, order] if act_order or group_aware else weight
-    codes, scale, zero, _, _ = feedback_rounding(target, upper, visited, spec, fit, block_size)
-    fitted = Grid(scale, zero.to(torch.int32), grid.g_idx, grid.qmax)
-    return QuantizedWeight(codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
+    layer = feedback_rounding(target, upper, visited, spec, fit, block_size)
+    fitted = Grid(layer.scale, layer.zero.to(torch.int32), grid.g_idx, grid.qmax)
+    return QuantizedWeight(layer.codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
 
 
 def visiting_order(diagonal: Tensor, spec: QuantSpec, act_order: bool, group_aware: bool = False) -> Tensor:
@@ -85,22 +96,31 @@ def feedback_rounding(
     fit: Fit | None,
     block_size: int,
     outlier_above: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> ColumnBlock:
     """GPTQ's sweep over weight [out, in] in visiting order, whose groups are contiguous if ``fit`` is given.
 
     upper: V of the damped Gram matrix; consumed. fit: called when the sweep reaches a group, with its compensated weights;
-    without it ``grid`` stays as it is. outlier_above float32 [in]: see `Kernels.gptq_`. Returns codes uint8 [out, in],
-    scale and zero float32 [out, G], the compensated weights at which columns were rounded, and the errors
-    (weight minus what is kept) [out, in].
+    without it ``grid`` stays as it is. outlier_above float32 [in]: see `ColumnBlock`. Returns the whole layer: its codes,
+    scales and zero points, ``incoming``, the weights at which columns were rounded, and ``residual``, the weight minus
+    what is kept.
     """
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: use 1 or more columns")
     work, n_in = weight.clone(memory_format=torch.contiguous_format), weight.shape[1]
-    feedback = upper.div_(upper.diagonal().clone())
+    feedback = upper.div_(upper.diagonal().clone())  # V_jk / V_kk, [in, in]: what column k takes of column j's error
     scale, zero, group = grid.scale.clone(), grid.zero.float(), grid.g_idx
     codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     kernel = kernels(work.device)
-    # Blocks are whole groups, so that a group's weights are fully compensated when its grid is fitted.
+    layer = ColumnBlock(
+        weight, errors, work, feedback, scale, zero, group, grid.numbers, codes, outlier_above=outlier_above
+    )
+    # Parts of ``size`` columns are whole groups, so that a group's weights are fully compensated when its grid is fitted;
+    # blocks are as many parts as fit into block_size:
+    #
+    #     |<------- block ------->|<---------------- rest --------------->|
+    #     | part | part |  part   |
+    #        └─ its errors ──^ at once to the rest of the block
+    #     └─ all errors of the block ──^ in one product to the rest of the layer
     size = n_in // grid.n_groups if fit is not None else block_size
     block_size = size * max(1, block_size // size)
     for start in range(0, n_in, block_size):
@@ -109,20 +129,16 @@ def feedback_rounding(
             part = slice(first, min(first + size, end))
             if fit is not None:
                 g = int(group[first])
-                scale[:, g], zero[:, g] = fit(compensated(weight[:, part], work[:, part], feedback[part, part]), part)
-            columns = ColumnGrid(scale, zero, group[part], grid.qmax)
-            limit = None if outlier_above is None else outlier_above[part]
-            kernel.gptq_(
-                work[:, part], weight[:, part], feedback[part, part], columns, codes[:, part], errors[:, part], limit
-            )
+                scale[:, g], zero[:, g] = fit(compensate(weight[:, part], work[:, part], feedback[part, part]), part)
+            kernel.gptq_(layer.part(part))  # writes codes and errors of the part
             if part.stop < end:
                 work[:, part.stop : end].addmm_(errors[:, part], feedback[part, part.stop : end])
         if end < n_in:
             work[:, end:].addmm_(errors[:, start:end], feedback[start:end, end:])
-    return codes, scale, zero, work, errors
+    return layer
 
 
-def compensated(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:
+def compensate(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:
     """The best values [out, n] of a group's columns given the rounded columns before it, none of the group's rounded.
 
     ``work`` holds the weights plus the feedback of earlier columns alone; a column also takes up what the columns

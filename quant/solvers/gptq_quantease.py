@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.linalg import objective
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
-from quant.solvers import solver
-from quant.solvers.gptq import gptq
+from quant.solvers import Options, solver
+from quant.solvers.gptq import gptq, gptq_bytes
 from quant.solvers.quantease import quantease
 
 
-@solver("gptq_quantease")
+def both_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
+    """The larger of GPTQ and the descent, which holds GPTQ's answer too: 7 weights; with a refitted grid 10 and two
+    Gram matrices."""
+    area, square = 4.0 * n_out * n_in, 4.0 * n_in**2
+    descent = 10 * area + 2 * square if options["refit_grid"] else 7 * area
+    return max(gptq_bytes(n_out, n_in, options, group_size), descent)
+
+
+@solver("gptq_quantease", workspace=both_bytes)
 def gptq_quantease(
     weight: Tensor,
-    stats: LayerStats,
+    stats: GramStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,

@@ -7,7 +7,7 @@ The exact minimizer of column j, all rows at once, with E = W - Ŵ, Σ = X Xᵀ 
 C is kept up to date. Columns are visited in blocks of B: inside a block only the B x B tile of Σ is needed, after
 it the block's changes ΔE reach the other columns by one product, C += ΔE Σ (2·out·in·B flops, the floor of the
 method, and less where few entries changed). That is the same sequence of coordinate updates as the column-by-column
-loop. No inverse, no factorization, no damping.
+loop, `plain.plain_descent`. No inverse, no factorization, no damping.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import at_least_finest, fit_grid, refit_scale_zero, round_scale, within_largest
 from quant.core.linalg import largest_eigenvalue
 from quant.core.outliers import kept_outliers
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
-from quant.kernels.columns import ColumnGrid, kernels
-from quant.solvers import solver
+from quant.kernels.columns import ColumnBlock, kernels
+from quant.solvers import Options, solver
 
 MAX_ALPHA = 2.0  # a gradient step of alpha / (2 λmax) ends no higher up to here; with the projection, up to 1
 FACTORS, SEARCH_SWEEPS = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15), 3
@@ -41,7 +41,7 @@ class Descent:
             raise ValueError(f"block_size={block_size}: use 1 or more columns")
         self.target, self.gram, self.block_size = target, gram, block_size
         self.scale, self.zero = grid.scale.clone(), grid.zero.float()
-        self.group, self.qmax = grid.g_idx, grid.qmax
+        self.group, self.numbers = grid.g_idx, grid.numbers
         self.residual, self.correlation = torch.zeros_like(target), torch.zeros_like(target)
         self.codes = torch.empty_like(target, dtype=torch.uint8)
         self.free: Tensor | None = None
@@ -54,17 +54,13 @@ class Descent:
 
     def sweep(self, rounding: bool) -> None:
         """Visit every column once."""
+        layer = ColumnBlock(self.target, self.residual, self.correlation, self.gram, self.scale, self.zero, self.group,
+                            self.numbers, self.codes, rounding, self.free)  # fmt: skip
         for start in range(0, self.target.shape[1], self.block_size):
             block = slice(start, start + self.block_size)
-            change = self.kernels.coordinate_descent_(
-                self.residual[:, block],
-                self.correlation[:, block],
-                self.target[:, block],
-                self.gram[block, block],
-                ColumnGrid(self.scale, self.zero, self.group[block], self.qmax),
-                self.codes[:, block] if rounding else None,
-                None if self.free is None else self.free[:, block],
-            )
+            # Inside the block: u_j, Ŵ_j and codes column by column, C followed in a copy of the block's own columns [out, B].
+            change = self.kernels.coordinate_descent_(layer.part(block))
+            # Then C += ΔE Σ for all columns: ΔE [out, B] times the block's rows of Σ [B, in].
             self.kernels.propagate_(self.correlation, change, self.gram[block])
 
     def move_target(self, change: Tensor) -> None:
@@ -76,28 +72,29 @@ class Descent:
     def refit(self, spec: QuantSpec) -> None:
         """Scale and zero point of every group in closed form for the codes as they are; never raises the objective."""
         for g in range(self.scale.shape[1]):
-            columns = (self.group == g).nonzero().squeeze(1)
-            offsets = self.codes[:, columns].float() - self.zero[:, g, None]
+            columns = (self.group == g).nonzero().squeeze(1)  # [n]
+            offsets = self.codes[:, columns].float() - self.zero[:, g, None]  # [out, n]: Ŵ / scale
             if self.free is not None:
-                offsets.masked_fill_(self.free[:, columns], 0)
+                offsets.masked_fill_(self.free[:, columns], 0)  # free entries do not scale with the grid
             before = offsets * self.scale[:, g, None]
-            rows = self.gram[columns]
+            rows = self.gram[columns]  # [n, in]
             self.scale[:, g], shift = refit_scale_zero(
                 offsets, self.scale[:, g], self.zero[:, g], rows[:, columns], self.correlation[:, columns],
                 spec=spec, symmetric=spec.symmetric or self.free is not None,
             )  # fmt: skip
             self.zero[:, g] += shift
+            # E = W - Ŵ grows by what Ŵ lost, and C = E Σ with it.
             change = before - (offsets - shift[:, None]) * self.scale[:, g, None]
             self.residual[:, columns] += change
             self.kernels.propagate_(self.correlation, change, rows)
 
 
-def rounds(sweep: int, num_iter: int) -> bool:
+def is_rounding_sweep(sweep: int, num_iter: int) -> bool:
     """Whether a sweep rounds. Sweeps 1, 4, ..., 25 store the unrounded minimizer (released code's schedule)."""
     return sweep % 3 != 1 or sweep == num_iter - 1 or sweep > 25
 
 
-def searched(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_size: int) -> Grid:
+def search_scales(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_size: int) -> Grid:
     """The grid with each row's scales times the factor whose descent of SEARCH_SWEEPS sweeps ends lowest."""
     best = torch.full_like(target[:, 0], torch.inf)
     scale = grid.scale
@@ -106,7 +103,7 @@ def searched(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_si
         trial = replace(grid, scale=within_largest(wanted, grid.zero, spec))
         descent = Descent(target, gram, trial, block_size)
         for sweep in range(SEARCH_SWEEPS):
-            descent.sweep(rounds(sweep, SEARCH_SWEEPS))
+            descent.sweep(is_rounding_sweep(sweep, SEARCH_SWEEPS))
         objective = (descent.residual * descent.correlation).sum(1)
         better = objective < best
         best = torch.where(better, objective, best)
@@ -114,10 +111,24 @@ def searched(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_si
     return replace(grid, scale=scale)
 
 
-@solver("quantease")
+def keeps_outliers(options: Options) -> bool:
+    """Whether a share of the weights stays in full precision."""
+    return bool(options["outlier"] > 0)
+
+
+def quantease_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
+    """Descent: weight, target, residual, correlation, codes; a searched or refitted grid doubles that, outliers take more,
+    and with them or a refitted grid go two Gram matrices. act_order: weight and Gram matrix while they are permuted."""
+    area, square = 4.0 * n_out * n_in, 4.0 * n_in**2
+    outlier, refit, ordered = keeps_outliers(options), bool(options["refit_grid"]), bool(options["act_order"])
+    weights = 14 if outlier else 10 if refit or options["search_grid"] else 5
+    return max(weights * area + (2 * (outlier or refit) + ordered) * square, 2 * (area + square) * ordered)
+
+
+@solver("quantease", outliers=keeps_outliers, workspace=quantease_bytes)
 def quantease(
     weight: Tensor,
-    stats: LayerStats,
+    stats: GramStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,
@@ -148,19 +159,13 @@ def quantease(
     """
     if num_iter < 1:
         raise ValueError(f"num_iter={num_iter}: coordinate descent needs at least one sweep")
-    if not 0 <= outlier < 1:
-        raise ValueError(f"outlier={outlier:g}: a share of the weights, 0 or more and below 1")
-    if not 0 < alpha <= MAX_ALPHA:
-        raise ValueError(f"alpha={alpha:g}: a step above 0, at most {MAX_ALPHA:g} (beyond it the outliers diverge)")
     weight = weight.detach().float()
     stats.check()
+    # From here on columns are in visiting order, but for ``weight`` and the grid that is fitted to it.
     order = stats.order() if act_order else torch.arange(weight.shape[1], device=weight.device)
-    target, gram = weight[:, order].contiguous(), stats.gram[order][:, order] if act_order else stats.gram
-    metric = outlier_metric if outlier_metric != "auto" else "gram" if structure_outlier else "weight"
-    if metric not in ("weight", "gram"):
-        raise ValueError(f"outlier_metric={outlier_metric!r}: use weight, gram or auto")
-    outliers = OutlierSet(target, gram, outlier, structure_outlier, alpha, metric) if outlier > 0 else None
     back = torch.argsort(order)
+    target, gram = weight[:, order].contiguous(), stats.gram[order][:, order] if act_order else stats.gram
+    outliers = choose_outliers(target, gram, outlier, structure_outlier, alpha, outlier_metric)
     if grid is None:
         inliers = weight if outliers is None else (target - outliers.values)[:, back]
         formed = order if act_order and not static_groups else None
@@ -168,14 +173,14 @@ def quantease(
     visited = replace(grid, g_idx=grid.g_idx[order])
     if search_grid and init is None:
         inliers = target if outliers is None else target - outliers.values
-        visited = searched(inliers, gram, visited, spec, block_size)
+        visited = search_scales(inliers, gram, visited, spec, block_size)
     descent = Descent(target, gram, visited, block_size)
     if init is not None:
         descent.start_from(init.dequantize()[:, order])
     if outliers is not None:
         descent.target = target - outliers.values
     for sweep in range(num_iter):
-        rounding = rounds(sweep, num_iter) or not relax
+        rounding = is_rounding_sweep(sweep, num_iter) or not relax
         if outliers is not None and sweep == num_iter - num_iter // 3:
             descent.target, descent.free = target, outliers.chosen  # their places are final: Ŵ takes them in
         descent.sweep(rounding)
@@ -183,9 +188,24 @@ def quantease(
             descent.refit(spec)
         if outliers is not None and descent.free is None:
             outliers.step_(descent)
-    found = None if outliers is None else outliers.collect(descent, back, spec)
     fitted = Grid(descent.scale, descent.zero.to(torch.int32), grid.g_idx, grid.qmax)
-    return QuantizedWeight(descent.codes[:, back].contiguous(), fitted, spec, {"num_iter": num_iter}, found)
+    kept = None if outliers is None else outliers.collect(descent, back, spec)
+    return QuantizedWeight(descent.codes[:, back].contiguous(), fitted, spec, {"num_iter": num_iter}, kept)
+
+
+def choose_outliers(
+    target: Tensor, gram: Tensor, share: float, structured: bool, alpha: float, metric: str
+) -> OutlierSet | None:
+    """The outliers to begin with, None for a share of 0. Raises ValueError for options that have no meaning."""
+    if not 0 <= share < 1:
+        raise ValueError(f"outlier={share:g}: a share of the weights, 0 or more and below 1")
+    if not 0 < alpha <= MAX_ALPHA:
+        raise ValueError(f"alpha={alpha:g}: a step above 0, at most {MAX_ALPHA:g} (beyond it the outliers diverge)")
+    if metric not in ("weight", "gram", "auto"):
+        raise ValueError(f"outlier_metric={metric!r}: use weight, gram or auto")
+    if metric == "auto":
+        metric = "gram" if structured else "weight"
+    return OutlierSet(target, gram, share, structured, alpha, metric) if share > 0 else None
 
 
 class OutlierSet:
@@ -224,9 +244,9 @@ class OutlierSet:
 
     def step_(self, descent: Descent) -> None:
         """H <- P(H + step·(W - Ŵ - H)Σ), and the target of the descent with it."""
-        moved = self.values + self.step * descent.correlation
+        moved = self.values + self.step * descent.correlation  # the gradient of the objective in H is -2 (W - Ŵ - H) Σ
         self.chosen = self._largest(moved)
-        moved *= self.chosen
+        moved *= self.chosen  # P: all but the largest become zero
         descent.move_target(self.values - moved)
         self.values = moved
 
@@ -234,6 +254,7 @@ class OutlierSet:
         """What must be added to the values of the codes, in the layer's own order of columns."""
         group = descent.group
         coded = (descent.codes.float() - descent.zero[:, group]) * descent.scale[:, group]
+        # Target minus residual is Ŵ. Free entries of Ŵ are the outliers; before the last third they stand beside it, in H.
         extra = descent.target - descent.residual - coded + (0 if descent.free is not None else self.values)
         chosen = self.chosen[:, back]
         extra, coded, step = (t[:, back][chosen] for t in (extra, coded, descent.scale[:, group]))

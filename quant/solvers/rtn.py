@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import solver
 
 
 @solver("rtn")
-def rtn(weight: Tensor, stats: LayerStats | None, spec: QuantSpec, *, grid: Grid | None = None) -> QuantizedWeight:
+def rtn(weight: Tensor, stats: GramStats | None, spec: QuantSpec, *, grid: Grid | None = None) -> QuantizedWeight:
     """Nearest code of every weight [out, in]; statistics are used by ``range="mse"`` only and may be None."""
     weight = weight.detach().float()
     grid = grid or fit_grid(weight, spec, None if stats is None else stats.check().diagonal)

@@ -8,19 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, fit_scale_zero, largest_scales, multiple_of_finest, range_to_grid
 from quant.core.linalg import damped_factor
 from quant.core.outliers import kept_outliers
 from quant.core.types import BilevelScales, Grid, QuantizedWeight, QuantSpec
-from quant.solvers import solver
-from quant.solvers.gptq import feedback_rounding, visiting_order
+from quant.solvers import Options, solver
+from quant.solvers.gptq import feedback_rounding, gptq_bytes, visiting_order
 
 
-@solver("spqr")
+def spqr_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
+    """As GPTQ, and at the end of the sweep the outliers are collected: 8.25 weights and the factor."""
+    return max(gptq_bytes(n_out, n_in, options, group_size), 8.25 * 4 * n_out * n_in + 4.0 * n_in**2)
+
+
+# Scales of two levels are more than most formats hold, also without outliers.
+@solver("spqr", outliers=lambda options: True, workspace=spqr_bytes, rows_coupled=True)
 def spqr(
     weight: Tensor,
-    stats: LayerStats,
+    stats: GramStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,
@@ -40,7 +46,8 @@ def spqr(
     removal from the range lowers the group's error by more than T do not count for the range, unless
     simplified_outliers. Scales are stored in scale_bits, with a base and a step shared by scale_group rows.
     Deviation: zero points are integers (``round_zero`` of the released code) and need no second level.
-    A given grid is used as it is, in one level. With act_order groups are formed in visiting order, which must be stored. Raises SingularGramError, see there.
+    A given grid is used as it is, in one level. With act_order groups are formed in visiting order, which must be stored.
+    Raises SingularGramError, see there.
     """
     if not 1 <= scale_bits <= 8 or scale_group < 1:
         raise ValueError(f"scale_bits={scale_bits}, scale_group={scale_group}: use 1 to 8 bits and 1 or more rows")
@@ -50,49 +57,102 @@ def spqr(
     upper, used_damp = damped_factor(stats.gram[order][:, order] if act_order else stats.gram, percdamp, auto_damp)
     # 1 / U_jj² of the inverse's factor; the factor holds a 1 for a column without inputs, where no error counts.
     sensitivity = upper.diagonal().square().masked_fill(stats.diagonal[order] == 0, 0.0)
-    given = grid is not None
-    grid = grid or fit_grid(weight, replace(spec, range="minmax"), None, order if act_order else None)
-    spread = weight.var(0, correction=0)[order] * sensitivity
-    # Weights that do not vary over the rows (a layer of one row) give no threshold, and no outliers.
-    threshold = (
-        torch.where(spread.mean() > 0, outlier * spread.mean(), torch.inf)
-        if outlier > 0
-        else spread.new_tensor(torch.inf)
-    )
-    levels: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    threshold = sensitivity.new_tensor(torch.inf)
+    if outlier > 0:
+        spread = (weight.var(0, correction=0)[order] * sensitivity).mean()
+        # Weights that do not vary over the rows (a layer of one row) give no threshold, and no outliers.
+        threshold = torch.where(spread > 0, outlier * spread, torch.inf)
+    fit: GroupFit | None = None
+    if grid is None:
+        grid = fit_grid(weight, replace(spec, range="minmax"), None, order if act_order else None)
+        left_out = threshold if outlier > 0 and not simplified_outliers else None
+        fit = GroupFit(spec, sensitivity, left_out, scale_bits, scale_group)
+    visited, target = replace(grid, g_idx=grid.g_idx[order]), weight[:, order].contiguous()
+    layer = feedback_rounding(target, upper, visited, spec, fit, block_size, threshold / sensitivity)
+    back, columns = torch.argsort(order), visited.g_idx
+    coded = (layer.codes.float() - layer.zero[:, columns]) * layer.scale[:, columns]
+    extra = layer.incoming - coded
+    # An outlier is an entry that was left as it was, and the grid would have moved.
+    kept = ((layer.residual == target - layer.incoming) & (extra != 0))[:, back]
+    extra, coded, step = (t[:, back][kept] for t in (extra, coded, layer.scale[:, columns]))
+    outliers = kept_outliers(kept, extra, coded, step, spec.largest) if outlier > 0 else None
+    if fit is not None:
+        bilevel = fit.scales()
+        zero = layer.zero.to(torch.int32)
+        grid = Grid(bilevel.expand(weight.shape[0]), zero, grid.g_idx, grid.qmax, bilevel)
+    info = {"percdamp": used_damp, "outlier_fraction": extra.numel() / weight.numel()}
+    return QuantizedWeight(layer.codes[:, back].contiguous(), grid, spec, info, outliers)
 
-    def fit(part: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        importance = sensitivity[columns]
+
+class GroupFit:
+    """Fits the grid of one group after the other, as GPTQ's sweep reaches them; scales are quantized too.
+
+    sensitivity [in]: 1 / U_jj², in visiting order. threshold: that of the leave-one-out; None leaves nothing out of the
+    range. bits, rows: of the codes of scales, and rows that share their base and step. levels: of every group so far,
+    codes [out], base and step [ceil(out / rows)].
+    """
+
+    def __init__(self, spec: QuantSpec, sensitivity: Tensor, threshold: Tensor | None, bits: int, rows: int) -> None:
+        self.spec, self.sensitivity, self.threshold, self.bits, self.rows = spec, sensitivity, threshold, bits, rows
+        self.levels: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, part: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """Scale and zero point [out] for the compensated weights part [out, n] of a group."""
+        spec, importance = self.spec, self.sensitivity[columns]
         keep = torch.ones_like(part, dtype=torch.bool)
-        if outlier > 0 and not simplified_outliers:
-            keep = ~range_outliers(part, spec, importance, threshold)
+        if self.threshold is not None:
+            keep = ~range_outliers(part, spec, importance, self.threshold)
         lo, hi = _range(part, keep)
         if spec.range == "mse":
             scale, zero = fit_scale_zero(part * keep, spec, importance * keep)
             lo, hi = -zero * scale, (spec.qmax - zero) * scale
-        scale, *stored = _two_levels(lo, hi, part, keep, importance, spec, scale_bits, scale_group)
-        levels[int(grid.g_idx[order[columns.start]])] = (stored[0], stored[1], stored[2])
+        # First level: the scale that the range asks for. Second: numbers in few bits that stand for it.
+        wanted, _ = range_to_grid(lo, hi, spec)
+        wanted, base, step = self.second_level(wanted, (lo == 0) & (hi == 0))
+        wide_base, wide_step = (t.float().repeat_interleave(self.rows)[: wanted.numel()] for t in (base, step))
+        position = torch.where(wide_step > 0, (wanted - wide_base) / wide_step, 0.0)
+        # Above it no zero point keeps both ends within spec.largest.
+        highest = largest_scales(spec.qmax, spec.largest, wanted.device)[spec.numbers.middle]
+        top = torch.where(wide_step > 0, ((highest - wide_base) / wide_step).floor(), torch.inf)
+
+        def at(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Scales, their codes as they are allowed to be, and the weighted error of the kept weights, each [out]."""
+            codes = torch.minimum(codes.clamp(0, 2**self.bits - 1), top)
+            codes -= (wide_base + codes * wide_step > highest).to(codes.dtype)
+            scale = wide_base + codes * wide_step
+            value = spec.numbers.values(part, scale[:, None], zero_point(lo, hi, scale, spec)[:, None])
+            return scale, codes, (part - value).square_().mul_(importance).mul_(keep).sum(1)
+
+        # Of the code at or below the wanted scale and the next, the one with the lower error.
+        below, above = at(position.floor()), at(position.floor() + 1)
+        better = above[2] < below[2]
+        scale, codes = (torch.where(better, second, first) for first, second in zip(below[:2], above[:2], strict=True))
+        self.levels.append((codes, base, step))
         return scale, zero_point(lo, hi, scale, spec)
 
-    visited = replace(grid, g_idx=grid.g_idx[order])
-    target = weight[:, order].contiguous()
-    codes, scale, zero, work, errors = feedback_rounding(
-        target, upper, visited, spec, None if given else fit, block_size, threshold / sensitivity
-    )
-    back = torch.argsort(order)
-    columns = visited.g_idx
-    coded = (codes.float() - zero[:, columns]) * scale[:, columns]
-    extra = work - coded
-    kept = ((errors == target - work) & (extra != 0))[:, back]
-    extra, coded, step = (t[:, back][kept] for t in (extra, coded, scale[:, columns]))
-    outliers = kept_outliers(kept, extra, coded, step, spec.largest) if outlier > 0 else None
-    fitted = grid
-    if not given:
-        stored = [torch.stack([levels[g][i] for g in range(grid.n_groups)], 1) for i in range(3)]
-        bilevel = BilevelScales(stored[0].to(torch.uint8), stored[1], stored[2], scale_bits, scale_group)
-        fitted = Grid(bilevel.expand(weight.shape[0]), zero.to(torch.int32), grid.g_idx, grid.qmax, bilevel)
-    info = {"percdamp": used_damp, "outlier_fraction": extra.numel() / weight.numel()}
-    return QuantizedWeight(codes[:, back].contiguous(), fitted, spec, info, outliers)
+    def second_level(self, wanted: Tensor, empty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The wanted scales [out] again, and their base and step [ceil(out / rows)] in float16, or in float32 where that
+        does not hold them.
+
+        A row without a range (empty) takes any scale: the smallest of its block, so that the others' steps stay what
+        they were.
+        """
+        n_blocks = -(-wanted.numel() // self.rows)
+        fill = (0, n_blocks * self.rows - wanted.numel())
+        blocks = F.pad(wanted.masked_fill(empty, torch.inf), fill, value=torch.inf).view(n_blocks, self.rows)
+        base = blocks.amin(1).nan_to_num(posinf=1.0)
+        blocks = torch.where(blocks.isinf(), base[:, None], blocks)  # [blocks, rows]
+        largest, wanted = blocks.amax(1), blocks.flatten()[: wanted.numel()]
+        step = multiple_of_finest((largest - base) / (2**self.bits - 1), self.spec)
+        is_near = (base.half().float() - base).abs() <= base / 64
+        if bool((is_near & torch.isfinite(largest.half())).all()):
+            base, step = base.half(), step.half()
+        return wanted, base, step
+
+    def scales(self) -> BilevelScales:
+        """The scales of all groups; the sweep comes to groups in ascending order."""
+        codes, base, step = (torch.stack(tensors, 1) for tensors in zip(*self.levels, strict=True))
+        return BilevelScales(codes.to(torch.uint8), base, step, self.bits, self.rows)
 
 
 def range_outliers(part: Tensor, spec: QuantSpec, importance: Tensor, threshold: Tensor) -> Tensor:
@@ -103,12 +163,12 @@ def range_outliers(part: Tensor, spec: QuantSpec, importance: Tensor, threshold:
     """
     everything = torch.ones_like(part, dtype=torch.bool)
     errors = _errors(part, *_range(part, everything), spec) * importance
-    total, found = errors.sum(1), errors > threshold
+    total, left_out = errors.sum(1), errors > threshold
     for extreme in (part.argmin(1, keepdim=True), part.argmax(1, keepdim=True)):
         keep = everything.scatter(1, extreme, False)
         without = (_errors(part, *_range(part, keep), spec) * importance).mul_(keep).sum(1)
-        found.scatter_(1, extreme, (total - without > threshold)[:, None])
-    return found
+        left_out.scatter_(1, extreme, (total - without > threshold)[:, None])
+    return left_out
 
 
 def _range(part: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,62 +180,15 @@ def _range(part: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 def _errors(part: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec) -> Tensor:
     """Squared rounding errors [out, n] on the grids of the given ranges."""
     scale, zero = (t[:, None] for t in range_to_grid(lo, hi, spec))
-    return (part - ((part / scale).round_() + zero).clamp_(0, spec.qmax).sub_(zero).mul_(scale)).square_()
+    return (part - spec.numbers.values(part, scale, zero)).square_()
 
 
 def zero_point(lo: Tensor, hi: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """The integer zero point, as float, that centres [lo, hi] on a grid of the given scale, as far as ``spec.largest``
     lets the grid be moved."""
-    middle = (spec.qmax + 1) // 2
     if spec.symmetric:
-        return torch.full_like(scale, middle)
+        return torch.full_like(scale, spec.numbers.middle)
     reach = torch.floor(spec.largest / scale.double()).clamp_(max=spec.qmax).to(scale.dtype)
     lowest = (spec.qmax - reach).clamp_(min=min(1, spec.qmax - 1))
     zero = torch.round((spec.qmax - (hi + lo) / scale) / 2).clamp_(lowest, reach)
-    return torch.where((lo == 0) & (hi == 0), float(middle), zero)
-
-
-def _two_levels(
-    lo: Tensor, hi: Tensor, part: Tensor, keep: Tensor, importance: Tensor, spec: QuantSpec, bits: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantized scales [out] of one group: (scale, codes [out], base and step [ceil(out / rows)]).
-
-    Of the code at or below the wanted scale and the next, the one with the lower weighted error of the kept weights.
-    """
-    wanted, _ = range_to_grid(lo, hi, spec)
-    n_out, n_blocks = wanted.numel(), -(-wanted.numel() // rows)
-    # A row without a range takes any scale: the smallest of its block, so that the others' steps stay what they were.
-    empty = (lo == 0) & (hi == 0)
-    padded = F.pad(wanted.masked_fill(empty, torch.inf), (0, n_blocks * rows - n_out), value=torch.inf).view(
-        n_blocks, rows
-    )
-    base = padded.amin(1, keepdim=True).nan_to_num(posinf=1.0)
-    padded = torch.where(padded.isinf(), base, padded)
-    wanted, base = padded.flatten()[:n_out], base.squeeze(1)
-    step = multiple_of_finest((padded.amax(1) - base) / (2**bits - 1), spec)
-    small = base.half()
-    exact = bool(((small.float() - base).abs() <= base / 64).all()) and bool(
-        torch.isfinite(padded.amax(1).half()).all()
-    )
-    if exact:  # otherwise they are stored in 32 bits, as the scales of every grid are
-        base, step = small, step.half()
-    wide_base, wide_step = (t.float().repeat_interleave(rows)[:n_out] for t in (base, step))
-    position = torch.where(wide_step > 0, (wanted - wide_base) / wide_step, 0.0)
-    # Above it no zero point keeps both ends within spec.largest.
-    highest = largest_scales(spec.qmax, spec.largest, wanted.device)[(spec.qmax + 1) // 2]
-    top = torch.where(wide_step > 0, ((highest - wide_base) / wide_step).floor(), torch.inf)
-    best = best_codes = torch.empty(0)
-    best_error: Tensor | None = None
-    for codes in (position.floor(), position.floor() + 1):
-        codes = codes.clamp_(0, 2**bits - 1)
-        codes = torch.minimum(codes, top)
-        codes -= (wide_base + codes * wide_step > highest).to(codes.dtype)
-        scale = wide_base + codes * wide_step
-        zero = zero_point(lo, hi, scale, spec)[:, None]
-        value = ((part / scale[:, None]).round_() + zero).clamp_(0, spec.qmax).sub_(zero).mul_(scale[:, None])
-        error = (part - value).square_().mul_(importance).mul_(keep).sum(1)
-        better = torch.ones_like(error, dtype=torch.bool) if best_error is None else error < best_error
-        best_error = error if best_error is None else torch.where(better, error, best_error)
-        best = scale if best.numel() == 0 else torch.where(better, scale, best)
-        best_codes = codes if best_codes.numel() == 0 else torch.where(better, codes, best_codes)
-    return best, best_codes, base, step
+    return torch.where((lo == 0) & (hi == 0), float(spec.numbers.middle), zero)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from models.load import LazyModel, load_model
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from tests.conftest import CONFIGS, VOCABULARY
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_observed_inputs_are_those_of_the_model(model_dir, tmp_path):
         reference(ids)
     model = opened(model_dir("llama"), tmp_path)
     stream = BlockStream(model, ids, device=CPU, batch=2).capture(model.outside_weights(CPU))
-    stats, before = LayerStats(64), stream.hidden.data.clone()
+    stats, before = GramStats(64), stream.hidden.data.clone()
     stream.run(0, model.block_weights(0, CPU), observe={"mlp.down_proj": stats.update})
     x = seen[0].reshape(-1, 64)
     torch.testing.assert_close(stats.gram, x.T @ x, rtol=1e-4, atol=1e-5)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from quant.core.errors import InputError
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.linalg import relative_error
 from quant.core.types import QuantSpec
 from quant.run.directory import RunDirectory
-from quant.solvers import get_solver, solver_options, solvers
+from quant.solvers import declaration_of, get_solver, solver, solver_options, solvers
 from quant.solvers.rtn import rtn
 from tests.references import inputs, make_stats, weights
 
@@ -48,8 +48,8 @@ def test_inputs_are_left_alone_and_answers_repeat(name):
 
 @every_solver
 def test_rows_do_not_know_of_each_other(name):
-    if name == "spqr":
-        pytest.skip("rows share the second level of the scales")
+    if declaration_of(name).rows_coupled:
+        pytest.skip("it declares that they do")
     weight, stats = problem()
     shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     answer, moved = (SOLVERS[name](w, stats, QuantSpec(3)) for w in (weight, weight[shuffled]))
@@ -101,7 +101,7 @@ def test_constant_and_zero_rows(name):
     weight[0], weight[1] = 0.0, 0.25
     value = SOLVERS[name](weight, stats, QuantSpec(3)).check().dequantize()
     assert torch.equal(value[0], weight[0])
-    shared = 0.2 if name == "spqr" else 0.0  # SpQR's scales are shared by rows, a constant one may not have its own
+    shared = 0.2 if declaration_of(name).rows_coupled else 0.0  # rows that share scales: a constant one has not its own
     torch.testing.assert_close(value[1], weight[1], rtol=2e-3 + shared, atol=0)
 
 
@@ -196,6 +196,33 @@ def test_disk_and_back_is_bit_exact(name, tmp_path):
     assert back.spec == answer.spec and back.bits_per_weight() == answer.bits_per_weight()
 
 
+@every_solver
+def test_declarations_are_true_of_the_answer(name):
+    weight, stats = problem()
+    function, declared = SOLVERS[name], declaration_of(name)
+    for options in [{}] + [{"outlier": 0.1}] * ("outlier" in solver_options(function)):
+        answer = function(weight, stats, QuantSpec(3, 16), **options)
+        more = answer.grid.bilevel is not None or bool(answer.outliers is not None and answer.outliers.index.numel())
+        every = solver_options(function) | options
+        assert declared.outliers(every) == more
+        assert 0 <= declared.workspace(24, 64, every, 16) < 20 * 4 * 64 * 64
+
+
+def test_a_solver_that_declares_nothing_is_planned_for(monkeypatch):
+    from quant import solvers as registry
+
+    for registered in ("_solvers", "_declarations"):
+        monkeypatch.setattr(registry, registered, dict(getattr(registry, registered)))
+
+    @solver("nearest")
+    def nearest(weight, stats, spec, *, strength=1.0):
+        return rtn(weight * strength, stats, spec)
+
+    declared, options = declaration_of("nearest"), solver_options(nearest)
+    assert not declared.outliers(options) and not declared.rows_coupled
+    assert declared.workspace(24, 64, options, -1) == 0
+
+
 def test_unknown_solver_names_the_nearest():
     with pytest.raises(InputError, match="did you mean quantease"):
         get_solver("quantese")
@@ -213,7 +240,7 @@ def test_options_are_read_from_the_signature():
 @pytest.mark.parametrize("shape", [(768, 256), (256, 768)], ids=str)
 def test_cuda_gives_the_answer_of_the_cpu(name, spec, shape):
     weight, stats = weights(*shape), make_stats(inputs(shape[1], 3 * shape[1]))
-    there = LayerStats.from_gram(stats.gram.to("cuda"), stats.n_tokens)
+    there = GramStats.from_gram(stats.gram.to("cuda"), stats.n_tokens)
     answer = SOLVERS[name](weight, stats, spec).check()
     found = SOLVERS[name](weight.to("cuda"), there, spec).to("cpu").check()
     errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (found, answer)]

@@ -11,7 +11,7 @@ from quant.core.types import Grid, QuantSpec
 from quant.kernels import columns as blocks
 from quant.kernels.columns import TorchKernels
 from quant.solvers.gptq import feedback_rounding, visiting_order
-from quant.solvers.quantease import Descent, rounds
+from quant.solvers.quantease import Descent, is_rounding_sweep
 from tests.references import inputs, make_stats, naive_coordinate_descent, naive_gptq, objective64, weights
 
 N_IN = 64
@@ -33,7 +33,7 @@ def test_descent(spec, order):
     weight, stats = weights(10, N_IN), make_stats(inputs(N_IN, 300))
     visit = stats.order() if options.get("act_order") else torch.arange(N_IN)
     grid = fit_grid(weight, spec, stats.diagonal, None if options.get("static") or order == "plain" else visit)
-    schedule = [rounds(k, 12) for k in range(12)]
+    schedule = [is_rounding_sweep(k, 12) for k in range(12)]
     wide = Grid(grid.scale.double(), grid.zero, grid.g_idx[visit], grid.qmax)
     gram = stats.gram.double()
     descent = Descent(weight.double()[:, visit].contiguous(), gram[visit][:, visit].contiguous(), wide, 16)
@@ -60,12 +60,12 @@ def test_gptq(spec, order, monkeypatch):
     assert ok
     visited = replace(grid, scale=grid.scale.double(), g_idx=grid.g_idx[visit])
     fit = None if static else lambda part, columns: fit_scale_zero(part.float(), spec, importance[columns])
-    codes, scale, zero, _, _ = feedback_rounding(weight.double()[:, visit], upper, visited, spec, fit, 16)
-    values = (codes.double() - zero[:, visited.g_idx]) * scale[:, visited.g_idx]
+    layer = feedback_rounding(weight.double()[:, visit], upper, visited, spec, fit, 16)
+    values = (layer.codes.double() - layer.zero[:, visited.g_idx]) * layer.scale[:, visited.g_idx]
     back = torch.argsort(visit)
     equal(
         weight,
         gram,
-        (codes[:, back], values[:, back]),
+        (layer.codes[:, back], values[:, back]),
         naive_gptq(weight, gram, spec, 0.01, visit, grid if static else None),
     )

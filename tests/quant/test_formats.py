@@ -11,11 +11,11 @@ import torch
 
 from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
-from quant.core.types import Outliers, QuantizedWeight, QuantSpec
+from quant.core.types import Outliers, QuantizedWeight, QuantSpec, group_index
 from quant.export import FORMATS, PACKED, refusal, write
-from quant.export.formats import Content, Layers, plain_groups
+from quant.export.formats import Content, Layers
 from quant.export.packing import pack, pack_planes, unpack, unpack_planes
 from quant.run.convert import same_codes
 from quant.solvers.gptq import gptq
@@ -165,7 +165,7 @@ def test_a_zero_point_of_zero_is_refused_by_version_one():
 def solved(solver, spec, factor=1.0, **options):
     torch.manual_seed(0)
     x = torch.randn(256, 64) * torch.linspace(0.2, 3, 64)
-    stats = LayerStats(64, torch.device("cpu"))
+    stats = GramStats(64, torch.device("cpu"))
     stats.update(x)
     return solver(torch.randn(48, 64) * factor, stats, spec, **options)
 
@@ -293,10 +293,10 @@ def test_a_block_of_another_run_is_refused_where_it_is_written(kind):
 
 def test_groups_that_do_not_divide_are_those_of_their_size():
     """96 inputs in groups of 64: 64 and 32, not twice 48."""
-    assert plain_groups(96, 64).tolist() == [0] * 64 + [1] * 32
+    assert group_index(96, 64).tolist() == [0] * 64 + [1] * 32
     weight = random_weight(32, 96, QuantSpec(4, 32))
     two = replace(weight.grid, scale=weight.grid.scale[:, :2].contiguous(), zero=weight.grid.zero[:, :2].contiguous(),
-                  g_idx=plain_groups(96, 64))  # fmt: skip
+                  g_idx=group_index(96, 64))  # fmt: skip
     weight = replace(weight, grid=two, spec=QuantSpec(4, 64))
     content = Content(weight.spec, {"layer": (32, 96)})
     tensors = {f"layer.{part}": t for part, t in PACKED["gptq_v2"].encode(weight, content).items()}

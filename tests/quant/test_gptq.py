@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from quant.core.errors import InputError
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.linalg import (
     SingularGramError,
@@ -98,7 +98,7 @@ def test_singular_gram_names_the_damping_that_works() -> None:
 
 
 def test_hopeless_gram_is_an_error_even_with_auto_damp() -> None:
-    stats = LayerStats.from_gram(torch.tensor([[1.0, 50, 0], [50, 1, 0], [0, 0, 1]]))
+    stats = GramStats.from_gram(torch.tensor([[1.0, 50, 0], [50, 1, 0], [0, 0, 1]]))
     with pytest.raises(SingularGramError, match="degenerate"):
         gptq(weights(2, 3), stats, QuantSpec(4), auto_damp=True)
 
@@ -117,21 +117,21 @@ def test_objective_and_relative_error_against_the_samples() -> None:
 
 def test_statistics_add_up_and_do_not_depend_on_batches_or_dtype() -> None:
     x = inputs(24, 9000)
-    whole, parts = make_stats(x), LayerStats(24)
+    whole, parts = make_stats(x), GramStats(24)
     for batch in x.view(9, 10, 100, 24):
         parts.update(batch)
     assert whole.n_tokens == parts.n_tokens == 9000
     reference = x.double().T @ x.double()
     for stats in (whole, parts):
         torch.testing.assert_close(stats.gram.double(), reference, rtol=1e-4, atol=float(reference.abs().max()) * 1e-6)
-    half = LayerStats(24)
+    half = GramStats(24)
     half.update(x.half())
     assert half.gram.dtype == torch.float32
     torch.testing.assert_close(half.gram, make_stats(x.half().float()).gram)
 
 
 def test_infinite_input_is_named() -> None:
-    stats = LayerStats(4)
+    stats = GramStats(4)
     stats.update(torch.tensor([[1.0, torch.inf, 0, 0]]))
     with pytest.raises(InputError, match="block 3 fc1: calibration inputs are not finite"):
         stats.check("block 3 fc1")

@@ -11,7 +11,7 @@ from quant.core.linalg import relative_error
 from quant.core.types import QuantSpec
 from quant.solvers.gptq import gptq, visiting_order
 from quant.solvers.gptq_quantease import gptq_quantease
-from quant.solvers.quantease import SEARCH_SWEEPS, quantease, searched
+from quant.solvers.quantease import SEARCH_SWEEPS, quantease, search_scales
 from tests.references import inputs, make_stats, naive_gptq, objective64, weights
 
 
@@ -110,7 +110,7 @@ def test_searched_scales_lower_the_objective_of_every_row():
     weight, stats = weights(24, 64), make_stats(inputs(64, 300))
     spec = QuantSpec(2, range="mse")
     grid = fit_grid(weight, spec, stats.diagonal)
-    found = searched(weight, stats.gram, grid, spec, 16)
+    found = search_scales(weight, stats.gram, grid, spec, 16)
     ratio = found.scale / grid.scale
     assert 0.84 < float(ratio.min()) < float(ratio.max()) < 1.16
     ends = [quantease(weight, stats, spec, grid=g, num_iter=SEARCH_SWEEPS).dequantize() for g in (grid, found)]

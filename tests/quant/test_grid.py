@@ -24,7 +24,7 @@ def test_codes_are_the_nearest_on_the_grid(spec: QuantSpec) -> None:
     codes = grid.quantize(weight)
     QuantizedWeight(codes, grid, spec).check()
     scale, zero = grid.scale.double()[:, grid.g_idx], grid.zero.double()[:, grid.g_idx]
-    every = scale[..., None] * (torch.arange(spec.n_levels, dtype=torch.float64) - zero[..., None])
+    every = scale[..., None] * (torch.arange(spec.numbers.levels, dtype=torch.float64) - zero[..., None])
     nearest = (every - weight.double()[..., None]).abs().amin(-1)
     torch.testing.assert_close((grid.dequantize(codes).double() - weight.double()).abs(), nearest, rtol=0, atol=1e-6)
 
@@ -213,7 +213,7 @@ def test_no_level_is_larger_than_the_dtype_holds(spec: QuantSpec, largest: float
     weight = near(largest)
     lo, hi = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
     scale, zero = range_to_grid(lo, hi, replace(spec, largest=largest))
-    levels = (torch.arange(spec.n_levels).double() - zero.double()[:, None]) * scale.double()[:, None]
+    levels = (torch.arange(spec.numbers.levels).double() - zero.double()[:, None]) * scale.double()[:, None]
     assert bool((levels.abs() <= largest).all())
     free, free_zero = unbounded(lo / 2**20, hi / 2**20, spec) if largest > 1e6 else unbounded(lo, hi, spec)
     free = free * 2**20 if largest > 1e6 else free  # (hi - lo overflows near float32's largest number)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from quant.core.linalg import upper_factor
+from quant.core.rounding import NumberFormat
 from quant.kernels import columns as blocks
-from quant.kernels.columns import ColumnGrid, TorchKernels
+from quant.kernels.columns import ColumnBlock, TorchKernels
 from quant.kernels.columns.cpu import NumbaKernels
 from tests.references import inputs, make_stats
 
@@ -35,7 +36,7 @@ def backend(name: str):
 
 
 def block(n_rows: int, n_columns: int, n_groups: int = 1, dead: bool = False, device: str = "cpu"):
-    """(residual, correlation, weight, gram, grid): slices of larger matrices, as the solvers pass them."""
+    """A block of coordinate descent: slices of larger matrices, as the solvers pass them."""
     generator = torch.Generator().manual_seed(n_columns + n_rows)
     x = inputs(n_columns, 4 * n_columns + 8, seed=n_rows)
     if dead:
@@ -43,13 +44,16 @@ def block(n_rows: int, n_columns: int, n_groups: int = 1, dead: bool = False, de
     gram = make_stats(x).gram
     weight, residual = (torch.randn(n_rows, n_columns + 3, generator=generator)[:, 3:] for _ in range(2))
     residual = 0.1 * residual
-    grid = ColumnGrid(
-        (torch.rand(n_rows, n_groups, generator=generator) + 0.1).to(device),
-        torch.randint(0, 8, (n_rows, n_groups), generator=generator).float().to(device),
-        (torch.arange(n_columns) * n_groups // n_columns).to(device),
-        7,
-    )
-    return residual.to(device), (residual @ gram).to(device), weight.to(device), gram.to(device), grid
+    scale = torch.rand(n_rows, n_groups, generator=generator) + 0.1
+    zero = torch.randint(0, 8, (n_rows, n_groups), generator=generator).float()
+    group = torch.arange(n_columns) * n_groups // n_columns
+    tensors = (weight, residual, residual @ gram, gram, scale, zero, group)
+    codes = torch.zeros(n_rows, n_columns, dtype=torch.uint8, device=device)
+    return ColumnBlock(*(t.to(device) for t in tensors), NumberFormat(8), codes)
+
+
+def values_of(block: ColumnBlock, codes: torch.Tensor) -> torch.Tensor:
+    return (codes.float() - block.zero[:, block.group]) * block.scale[:, block.group]
 
 
 @pytest.mark.parametrize("mode", ["rounding", "relaxed", "free"])
@@ -58,24 +62,23 @@ def block(n_rows: int, n_columns: int, n_groups: int = 1, dead: bool = False, de
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
 def test_coordinate_descent(shape, dead, groups, mode, name):
     kernels, device = backend(name)
-    residual, correlation, weight, gram, grid = block(*shape, groups, dead, device)
+    given = block(*shape, groups, dead, device)
     free = torch.rand(shape, generator=torch.Generator().manual_seed(5)).to(device) < 0.1 if mode == "free" else None
     answers = []
     for implementation in (TorchKernels(), kernels):
-        state, codes = residual.clone(), torch.zeros(shape, dtype=torch.uint8, device=device)
-        kept = correlation.clone()
+        state, codes = given.residual.clone(), torch.zeros(shape, dtype=torch.uint8, device=device)
+        kept = given.incoming.clone()
         change = implementation.coordinate_descent_(
-            state, correlation, weight, gram, grid, None if mode == "relaxed" else codes, free
+            given._replace(residual=state, codes=codes, rounding=mode != "relaxed", free=free)
         )
-        assert torch.equal(correlation, kept), "the correlation is read only"
-        torch.testing.assert_close(change, state - residual, rtol=1e-4, atol=1e-5)
+        assert torch.equal(given.incoming, kept), "the correlation is read only"
+        torch.testing.assert_close(change, state - given.residual, rtol=1e-4, atol=1e-5)
         answers.append((state, codes))
     assert torch.equal(answers[0][1], answers[1][1])
     torch.testing.assert_close(answers[1][0], answers[0][0], rtol=1e-4, atol=1e-5)
-    assert not torch.equal(answers[1][0], residual)
+    assert not torch.equal(answers[1][0], given.residual)
     if free is not None and shape[0] > 1:
-        values = weight - answers[1][0]
-        on_grid = values == (answers[1][1].float() - grid.zero[:, grid.group]) * grid.scale[:, grid.group]
+        on_grid = given.target - answers[1][0] == values_of(given, answers[1][1])
         assert float(on_grid[free].float().mean()) < 0.1, "free entries are not rounded"
 
 
@@ -84,24 +87,24 @@ def test_coordinate_descent(shape, dead, groups, mode, name):
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
 def test_gptq(shape, groups, outlier_above, name):
     kernels, device = backend(name)
-    residual, _, target, gram, grid = block(*shape, groups, device=device)
-    upper, ok = upper_factor(gram, 1.0)
+    given = block(*shape, groups, device=device)
+    upper, ok = upper_factor(given.matrix, 1.0)
     assert ok
-    feedback = upper / upper.diagonal()
+    given = given._replace(matrix=upper / upper.diagonal())
     limit = None if outlier_above is None else torch.full((shape[1],), outlier_above, device=device)
     answers = []
     for implementation in (TorchKernels(), kernels):
-        work, codes = target + residual, torch.zeros(shape, dtype=torch.uint8, device=device)
+        work, codes = given.target + given.residual, torch.zeros(shape, dtype=torch.uint8, device=device)
         errors = torch.full(shape, torch.nan, device=device)
-        implementation.gptq_(work, target, feedback, grid, codes, errors, limit)
+        implementation.gptq_(given._replace(residual=errors, incoming=work, codes=codes, outlier_above=limit))
         answers.append((work, codes, errors))
     assert torch.equal(answers[0][1], answers[1][1])
     for ours, reference in zip(answers[1], answers[0], strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
     if limit is not None:
         work, codes, errors = answers[1]
-        off = work - (codes.float() - grid.zero[:, grid.group]) * grid.scale[:, grid.group]
-        kept = errors == target - work
+        off = work - values_of(given, codes)
+        kept = errors == given.target - work
         assert torch.equal(kept | (off == 0), (off.square() > outlier_above) | (off == 0))
 
 
@@ -122,12 +125,14 @@ def test_propagation_of_few_and_of_many_changes(share, name):
 def test_huge_values_saturate_alike():
     for name in ("numba", "triton"):
         kernels, device = backend(name)
-        grid = ColumnGrid(torch.full((3, 1), 1e-3), torch.full((3, 1), 4.0), torch.zeros(1, dtype=torch.int64), 7)
-        grid = ColumnGrid(*(t.to(device) for t in grid[:3]), 7)
         weight = torch.tensor([[1e9], [-1e9], [1.5e-3]], device=device)
         codes = torch.zeros(3, 1, dtype=torch.uint8, device=device)
+        scale, zero = torch.full_like(weight, 1e-3), torch.full_like(weight, 4.0)
         zeros, one = torch.zeros_like(weight), torch.ones(1, 1, device=device)
-        kernels.coordinate_descent_(zeros.clone(), zeros, weight, one, grid, codes)
+        group = torch.zeros(1, dtype=torch.int64, device=device)
+        kernels.coordinate_descent_(
+            ColumnBlock(weight, zeros.clone(), zeros, one, scale, zero, group, NumberFormat(8), codes)
+        )
         assert codes.flatten().tolist() == [7, 0, 6]
 
 
@@ -138,10 +143,9 @@ def test_the_check_of_triton_runs_both_kernels_and_finds_one_that_is_wrong(monke
         with monkeypatch.context() as patch:
             right = getattr(kernels, name)
 
-            def wrong(*arguments, right=right):
-                answer = right(*arguments)
-                for codes in (a for a in arguments if isinstance(a, torch.Tensor) and a.dtype == torch.uint8):
-                    codes[:, -8:] = 0
+            def wrong(block, right=right):
+                answer = right(block)
+                block.codes[:, -8:] = 0
                 return answer
 
             patch.setattr(kernels, name, wrong)
@@ -184,9 +188,9 @@ def test_compiled_loops_leave_torch_its_threads():
 import torch
 torch.set_num_threads(1)
 from quant.solvers.quantease import quantease
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.types import QuantSpec
-stats = LayerStats(8)
+stats = GramStats(8)
 stats.update(torch.randn(32, 8))
 quantease(torch.randn(70, 8), stats, QuantSpec(3), num_iter=3)
 from quant.kernels.matmul.pack import pack_weight

@@ -123,8 +123,8 @@ def test_outliers_with_act_order_are_in_their_own_places(structured):
 
 def test_grids_are_searched_without_the_outliers(monkeypatch):
     module, seen = sys.modules["quant.solvers.quantease"], []
-    search = module.searched
-    monkeypatch.setattr(module, "searched", lambda target, *rest: seen.append(target) or search(target, *rest))
+    search = module.search_scales
+    monkeypatch.setattr(module, "search_scales", lambda target, *rest: seen.append(target) or search(target, *rest))
     weight, stats = problem()
     quantease(weight, stats, QuantSpec(3), outlier=0.01, search_grid=True)
     chosen = OutlierSet(weight, stats.gram, 0.01, False, 1.0, "weight").chosen

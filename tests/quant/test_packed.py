@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quant.blocks.actquant import ActSpec, integer_inputs, quantize_activations
-from quant.core.gram import LayerStats
+from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.matmul import cpu as packed_cpu
@@ -181,7 +181,7 @@ def test_outliers_behind_column_32767_keep_their_places():
 
 
 def test_act_order(layout):
-    stats = LayerStats(64)
+    stats = GramStats(64)
     stats.update(torch.randn(256, 64) * torch.linspace(0.1, 3, 64))
     weight = gptq(torch.randn(24, 64), stats, QuantSpec(4, 16), act_order=True)
     assert not weight.has_plain_groups()
@@ -190,7 +190,7 @@ def test_act_order(layout):
 
 @pytest.mark.parametrize("n_out", [16, 40])
 def test_scales_in_few_bits_stay_in_few_bits(n_out, layout):
-    stats = LayerStats(64)
+    stats = GramStats(64)
     stats.update(torch.randn(256, 64))
     weight = spqr(torch.randn(n_out, 64), stats, QuantSpec(3, 16), outlier=0.3)
     assert weight.grid.bilevel is not None and weight.outliers is not None
@@ -225,7 +225,7 @@ def test_triton_every_group(group, triton_device):
 
 
 def test_triton_outliers_order_and_two_level_scales(triton_device):
-    stats = LayerStats(64)
+    stats = GramStats(64)
     stats.update(torch.randn(256, 64) * torch.linspace(0.1, 3, 64))
     w = torch.randn(24, 64)
     check(gptq(w, stats, QuantSpec(4, 16), act_order=True), 2, device=triton_device)
@@ -265,7 +265,7 @@ def test_memory_is_what_is_counted(bits, group):
 
 
 def test_memory_of_outliers_and_two_level_scales():
-    stats = LayerStats(1024)
+    stats = GramStats(1024)
     stats.update(torch.randn(2048, 1024))
     weight = spqr(torch.randn(256, 1024), stats, QuantSpec(4, 16), outlier=0.3)
     assert pack_weight(weight).nbytes() == pytest.approx(weight.storage_bits() / 8, rel=0.05)

@@ -7,18 +7,18 @@ from quant.core.grid import fit_grid
 from quant.core.linalg import relative_error
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.solvers.gptq import gptq
-from quant.solvers.quantease import quantease, rounds
+from quant.solvers.quantease import is_rounding_sweep, quantease
 from quant.solvers.rtn import rtn
 from tests.references import inputs, make_stats, naive_coordinate_descent, objective64, weights
 
 
 def schedule(num_iter: int) -> list[bool]:
-    return [rounds(k, num_iter) for k in range(num_iter)]
+    return [is_rounding_sweep(k, num_iter) for k in range(num_iter)]
 
 
 def test_schedule_is_the_published_one() -> None:
-    assert [k for k in range(30) if not rounds(k, 30)] == [1, 4, 7, 10, 13, 16, 19, 22, 25]
-    assert all(rounds(n - 1, n) for n in range(1, 40)), "the last sweep rounds"
+    assert [k for k in range(30) if not is_rounding_sweep(k, 30)] == [1, 4, 7, 10, 13, 16, 19, 22, 25]
+    assert all(is_rounding_sweep(n - 1, n) for n in range(1, 40)), "the last sweep rounds"
 
 
 @pytest.mark.parametrize("num_iter", [1, 3, 30])

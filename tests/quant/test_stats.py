@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quant.core.errors import InputError
-from quant.core.gram import BLOCK, CHUNK, LayerStats
+from quant.core.gram import BLOCK, CHUNK, GramStats
 from quant.core.types import QuantSpec
 from quant.solvers import get_solver, solvers
 from tests.references import weights
@@ -14,7 +14,7 @@ from tests.references import weights
 def test_gram_is_the_sum_over_tokens(n_in):
     generator = torch.Generator().manual_seed(n_in)
     parts = [torch.randn(2, 9, n_in, generator=generator), torch.randn(CHUNK + 3, n_in, generator=generator)]
-    stats = LayerStats(n_in)
+    stats = GramStats(n_in)
     for part in parts:
         stats.update(part)
         torch.testing.assert_close(stats.gram, stats.gram.T, rtol=1e-5, atol=1e-3)  # read between two updates
@@ -26,23 +26,23 @@ def test_gram_is_the_sum_over_tokens(n_in):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_sums_are_float32_whatever_comes_in(dtype):
     x = (300 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))).to(dtype)  # squares overflow float16
-    stats = LayerStats(8)
+    stats = GramStats(8)
     stats.update(x)
     torch.testing.assert_close(stats.gram, x.float().T @ x.float(), rtol=1e-5, atol=1e-2)
 
 
 def test_a_known_gram_matrix_is_copied():
     gram = torch.eye(3)
-    stats = LayerStats.from_gram(gram, 5)
+    stats = GramStats.from_gram(gram, 5)
     stats.update(torch.ones(1, 3))
     assert torch.equal(stats.gram, torch.eye(3) + 1) and torch.equal(gram, torch.eye(3)) and stats.n_tokens == 6
 
 
 def test_impossible_gram_matrices_name_the_layer():
     with pytest.raises(InputError, match="block 3 q_proj: the Gram matrix has a negative diagonal"):
-        LayerStats.from_gram(torch.diag(torch.tensor([1.0, -1.0]))).check("block 3 q_proj")
+        GramStats.from_gram(torch.diag(torch.tensor([1.0, -1.0]))).check("block 3 q_proj")
     with pytest.raises(InputError, match="block 3 q_proj: .*not finite"):
-        LayerStats.from_gram(torch.diag(torch.tensor([1.0, torch.nan]))).check("block 3 q_proj")
+        GramStats.from_gram(torch.diag(torch.tensor([1.0, torch.nan]))).check("block 3 q_proj")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -51,7 +51,7 @@ def test_the_whole_gram_matrix_is_checked(place, value):
     gram = torch.eye(BLOCK + 8)
     gram[place] = value
     with pytest.raises(InputError, match="block 3 q_proj: the Gram matrix is not finite off its diagonal"):
-        LayerStats.from_gram(gram).check("block 3 q_proj")
+        GramStats.from_gram(gram).check("block 3 q_proj")
 
 
 @pytest.mark.parametrize("method", solvers())
@@ -59,4 +59,4 @@ def test_no_solver_takes_a_gram_matrix_with_nan(method):
     gram = torch.eye(8)
     gram[1, 5] = gram[5, 1] = torch.nan
     with pytest.raises(InputError, match="not finite off its diagonal"):
-        get_solver(method)(weights(3, 8), LayerStats.from_gram(gram), QuantSpec(3))
+        get_solver(method)(weights(3, 8), GramStats.from_gram(gram), QuantSpec(3))

@@ -10,9 +10,9 @@ import subprocess
 
 import torch
 
-from quant.kernels.columns.reference import ColumnGrid, Kernels, TorchKernels
+from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels
 
-__all__ = ["ColumnGrid", "Kernels", "TorchKernels", "describe", "kernels"]
+__all__ = ["ColumnBlock", "Kernels", "TorchKernels", "describe", "kernels"]
 log = logging.getLogger(__name__)
 # What an import of Triton, its compiler, a driver or a wrong answer of the trial raises.
 UNUSABLE = (ImportError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError, ArithmeticError,

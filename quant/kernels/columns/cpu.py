@@ -14,13 +14,12 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from quant.kernels.columns.reference import ColumnGrid, inverse_diagonal
+from quant.kernels.columns.reference import ColumnBlock, inverse_diagonal
 
 _GIVEN = torch.get_num_threads()
 TILE = 64
 SPARSE_BELOW = 0.1  # share of changed entries below which they are propagated one by one
-NO_CODES, NO_FLAGS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_)
-
+NO_CODES, NO_FLAGS, NO_LIMITS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_), np.empty(0, np.float32)
 
 # Blocks are slices of larger matrices: any row stride, one compiled version. Only the B x B matrix is contiguous.
 _CD = "i8(f4[:,:],f4[:,:],f4[:,:],f4[:,::1],f4[::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],b1[:,:],f4[:,::1])"
@@ -31,19 +30,8 @@ _OPTIONS: dict[str, Any] = {"parallel": True, "cache": True, "error_model": "num
 
 @njit(_CD, **_OPTIONS)
 def _coordinate_descent(  # type: ignore[no-untyped-def]
-    residual,
-    correlation,
-    weight,
-    gram,
-    inverse,
-    scale,
-    zero,
-    group,
-    qmax,
-    codes,
-    free,
-    change,  # noqa: ANN001
-):  # noqa: ANN202
+    residual, correlation, weight, gram, inverse, scale, zero, group, qmax, codes, free, change,  # noqa: ANN001
+):  # noqa: ANN202  # fmt: skip
     n_rows, n_columns = weight.shape
     changed = np.zeros((n_rows + TILE - 1) // TILE, np.int64)
     for tile in prange((n_rows + TILE - 1) // TILE):
@@ -120,58 +108,31 @@ def _propagate(correlation, change, gram):  # type: ignore[no-untyped-def]  # no
 
 
 class NumbaKernels:
-    """float32 tensors on the CPU. Arguments as in `blocks.Kernels`."""
+    """float32 tensors on the CPU."""
 
     name = "numba"
 
-    def coordinate_descent_(
-        self,
-        residual: Tensor,
-        correlation: Tensor,
-        weight: Tensor,
-        gram: Tensor,
-        grid: ColumnGrid,
-        codes: Tensor | None,
-        free: Tensor | None = None,
-    ) -> Tensor:
-        """See `Kernels`."""
+    def coordinate_descent_(self, block: ColumnBlock) -> Tensor:
+        """In tiles of rows; see `Kernels`."""
         share_threads()
-        change = torch.empty(weight.shape)
+        change = torch.empty(block.target.shape)
         _coordinate_descent(
-            residual.numpy(),
-            correlation.numpy(),
-            weight.numpy(),
-            gram.contiguous().numpy(),
-            inverse_diagonal(gram).numpy(),
-            *_arrays(grid),
-            NO_CODES if codes is None else codes.numpy(),
-            NO_FLAGS if free is None else free.numpy(),
+            block.residual.numpy(), block.incoming.numpy(), block.target.numpy(),
+            block.matrix.contiguous().numpy(), inverse_diagonal(block.matrix).numpy(), *_grid(block),
+            block.codes.numpy() if block.rounding else NO_CODES,
+            NO_FLAGS if block.free is None else block.free.numpy(),
             change.numpy(),
-        )
+        )  # fmt: skip
         return change
 
-    def gptq_(
-        self,
-        weight: Tensor,
-        target: Tensor,
-        feedback: Tensor,
-        grid: ColumnGrid,
-        codes: Tensor,
-        errors: Tensor,
-        outlier_above: Tensor | None = None,
-    ) -> None:
-        """See `Kernels`."""
+    def gptq_(self, block: ColumnBlock) -> None:
+        """In tiles of rows; see `Kernels`."""
         share_threads()
-        threshold = torch.empty(0) if outlier_above is None else outlier_above
         _gptq(
-            weight.numpy(),
-            target.numpy(),
-            feedback.contiguous().numpy(),
-            *_arrays(grid),
-            codes.numpy(),
-            errors.numpy(),
-            threshold.contiguous().numpy(),
-        )
+            block.incoming.numpy(), block.target.numpy(), block.matrix.contiguous().numpy(), *_grid(block),
+            block.codes.numpy(), block.residual.numpy(),
+            NO_LIMITS if block.outlier_above is None else block.outlier_above.contiguous().numpy(),
+        )  # fmt: skip
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
         """Few changes are added one by one; many in a matrix product."""
@@ -182,8 +143,8 @@ class NumbaKernels:
             correlation.addmm_(change, gram)
 
 
-def _arrays(grid: ColumnGrid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]:
-    return grid.scale.numpy(), grid.zero.numpy(), grid.group.numpy(), np.float32(grid.qmax)
+def _grid(block: ColumnBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]:
+    return block.scale.numpy(), block.zero.numpy(), block.group.numpy(), np.float32(block.numbers.qmax)
 
 
 def share_threads() -> None:

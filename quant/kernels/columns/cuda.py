@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.kernels.columns.reference import ColumnGrid, Kernels, TorchKernels, inverse_diagonal
+from quant.core.rounding import NumberFormat
+from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels, inverse_diagonal
 
 ROWS = 16
 
@@ -126,19 +127,21 @@ def _trial(kernel: Kernels, device: torch.device, n_groups: int) -> list[Tensor]
     gram = x.T @ x
     group = torch.arange(n_columns, device=device) * n_groups // n_columns
     scale, zero = (torch.full((n_rows, n_groups), v, device=device) for v in (0.3, 4.0))
-    grid = ColumnGrid(scale, zero, group, 7)
     free, above = (weight > 2, torch.full((n_columns,), 0.2, device=device)) if grouped else (None, None)
-    codes = [torch.zeros(weight.shape, dtype=torch.uint8, device=device) for _ in range(2)]
+    descended, rounded = (torch.zeros(weight.shape, dtype=torch.uint8, device=device) for _ in range(2))
     residual = 0.2 * weight
-    for stored in (None, codes[0]):
-        kernel.coordinate_descent_(residual, residual @ gram, weight, gram, grid, stored, free)
+    block = ColumnBlock(
+        weight, residual, residual @ gram, gram, scale, zero, group, NumberFormat(8), descended, False, free, above
+    )
+    kernel.coordinate_descent_(block)
+    kernel.coordinate_descent_(block._replace(incoming=residual @ gram, rounding=True))
     feedback = (gram / gram.diagonal()[:, None]).triu()
-    kernel.gptq_(weight.clone(), weight, feedback, grid, codes[1], torch.zeros_like(weight), above)
-    return codes
+    kernel.gptq_(block._replace(incoming=weight.clone(), matrix=feedback, codes=rounded))
+    return [descended, rounded]
 
 
 class TritonKernels:
-    """float32 tensors on a CUDA device. Arguments as in `blocks.Kernels`."""
+    """float32 tensors on a CUDA device."""
 
     name = "triton"
 
@@ -150,54 +153,42 @@ class TritonKernels:
                 ours, reference = (_trial(kernel, device, n_groups) for kernel in (self, TorchKernels()))
             except triton.TritonError as error:
                 raise RuntimeError(f"a kernel does not compile: {error}") from error
-            for name, found, expected in zip(("coordinate descent", "gptq"), ours, reference, strict=True):
+            for name, codes, expected in zip(("coordinate descent", "gptq"), ours, reference, strict=True):
                 # A compiler may fuse a product and a sum, and a value on the edge of two codes then goes the other way.
-                if (found != expected).float().mean() > 0.01:
+                if (codes != expected).float().mean() > 0.01:
                     raise RuntimeError(f"the compiled kernel of {name} disagrees with torch")
         return self
 
-    def coordinate_descent_(
-        self,
-        residual: Tensor,
-        correlation: Tensor,
-        weight: Tensor,
-        gram: Tensor,
-        grid: ColumnGrid,
-        codes: Tensor | None,
-        free: Tensor | None = None,
-    ) -> Tensor:
-        """See `Kernels`."""
-        n_rows, n_columns = weight.shape
-        change = torch.empty(n_rows, n_columns, device=weight.device)
-        stored, flags = weight if codes is None else codes, weight if free is None else free
+    def coordinate_descent_(self, block: ColumnBlock) -> Tensor:
+        """A program for a tile of rows; see `Kernels`."""
+        target, residual, incoming = block.target, block.residual, block.incoming
+        n_rows, n_columns = target.shape
+        change = torch.empty(n_rows, n_columns, device=target.device)
+        codes, free = (
+            block.codes,
+            target if block.free is None else block.free,
+        )  # any tensor: has_free says it is not read
         _coordinate_descent[(triton.cdiv(n_rows, ROWS),)](
-            residual, correlation, weight, gram.contiguous(), inverse_diagonal(gram), grid.scale, grid.zero, grid.group,
-            stored, flags, change,
-            n_rows, n_columns, grid.scale.shape[1], float(grid.qmax),
-            residual.stride(0), correlation.stride(0), weight.stride(0), stored.stride(0), flags.stride(0),
-            rounding=codes is not None, has_free=codes is not None and free is not None,
-            one_group=grid.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
+            residual, incoming, target, block.matrix.contiguous(), inverse_diagonal(block.matrix),
+            block.scale, block.zero, block.group, codes, free, change,
+            n_rows, n_columns, block.scale.shape[1], float(block.numbers.qmax),
+            residual.stride(0), incoming.stride(0), target.stride(0), codes.stride(0), free.stride(0),
+            rounding=block.rounding, has_free=block.rounding and block.free is not None,
+            one_group=block.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
         )  # fmt: skip
         return change
 
-    def gptq_(
-        self,
-        weight: Tensor,
-        target: Tensor,
-        feedback: Tensor,
-        grid: ColumnGrid,
-        codes: Tensor,
-        errors: Tensor,
-        outlier_above: Tensor | None = None,
-    ) -> None:
-        """See `Kernels`."""
-        n_rows, n_columns = weight.shape
+    def gptq_(self, block: ColumnBlock) -> None:
+        """A program for a tile of rows; see `Kernels`."""
+        target, residual, incoming, codes = block.target, block.residual, block.incoming, block.codes
+        n_rows, n_columns = target.shape
         _gptq[(triton.cdiv(n_rows, ROWS),)](
-            weight, target, feedback.contiguous(), grid.scale, grid.zero, grid.group, codes, errors,
-            weight if outlier_above is None else outlier_above.contiguous(),
-            n_rows, n_columns, grid.scale.shape[1], float(grid.qmax),
-            weight.stride(0), target.stride(0), codes.stride(0), errors.stride(0),
-            has_outliers=outlier_above is not None, one_group=grid.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
+            incoming, target, block.matrix.contiguous(), block.scale, block.zero, block.group, codes, residual,
+            target if block.outlier_above is None else block.outlier_above.contiguous(),
+            n_rows, n_columns, block.scale.shape[1], float(block.numbers.qmax),
+            incoming.stride(0), target.stride(0), codes.stride(0), residual.stride(0),
+            has_outliers=block.outlier_above is not None, one_group=block.scale.shape[1] == 1, rows_tile=ROWS,
+            columns=triton.next_power_of_2(n_columns),
         )  # fmt: skip
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:

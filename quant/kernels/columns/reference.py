@@ -12,20 +12,54 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from quant.core.rounding import NumberFormat
 
-class ColumnGrid(NamedTuple):
-    """The grid of a block of B columns: scale and zero float32 [out, G] of the whole layer, group int64 [B], qmax."""
 
+class ColumnBlock(NamedTuple):
+    """B columns of a layer that stand side by side in visiting order; a whole layer is one block of B = in columns.
+
+    target float32 [out, B]: the weights W that Ŵ is to come close to.
+    residual float32 [out, B]: W - Ŵ. Coordinate descent updates it, GPTQ writes it.
+    incoming float32 [out, B]: what the columns outside the block ask of these. In coordinate descent the block's columns
+    of (W - Ŵ) Σ at the start, read only. In GPTQ the target plus the feedback of earlier columns; updated.
+    matrix float32 [B, B]: Σ between these columns. In GPTQ the feedback instead, unit upper triangular.
+    scale, zero float32 [out, G]: of the whole layer. group int64 [B]: the group of each column. numbers: what codes stand for.
+    codes uint8 [out, B]: receives the codes. rounding: False for a relaxed pass of coordinate descent, which writes none.
+    free bool [out, B]: entries that coordinate descent never rounds (outliers).
+    outlier_above float32 [B]: GPTQ keeps an entry as it is where (incoming - Q(incoming))² is larger (SpQR, Alg. 1).
+    """
+
+    target: Tensor
+    residual: Tensor
+    incoming: Tensor
+    matrix: Tensor
     scale: Tensor
     zero: Tensor
     group: Tensor
-    qmax: int
+    numbers: NumberFormat
+    codes: Tensor
+    rounding: bool = True
+    free: Tensor | None = None
+    outlier_above: Tensor | None = None
+
+    def part(self, columns: slice) -> ColumnBlock:
+        """Some of the columns, as views: what is written to them is written to the whole."""
+        return self._replace(
+            target=self.target[:, columns],
+            residual=self.residual[:, columns],
+            incoming=self.incoming[:, columns],
+            matrix=self.matrix[columns, columns],
+            group=self.group[columns],
+            codes=self.codes[:, columns],
+            free=None if self.free is None else self.free[:, columns],
+            outlier_above=None if self.outlier_above is None else self.outlier_above[columns],
+        )
 
     def nearest(self, u: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Nearest codes (as floats) and values of u [out] for one column of the block."""
         g = int(self.group[column])
         scale, zero = self.scale[:, g], self.zero[:, g]
-        code = (u / scale).round_().add_(zero).clamp_(0, self.qmax)
+        code = self.numbers.codes(u, scale, zero)
         return code, (code - zero) * scale
 
 
@@ -34,41 +68,13 @@ class Kernels(Protocol):
 
     name: str
 
-    def coordinate_descent_(
-        self,
-        residual: Tensor,
-        correlation: Tensor,
-        weight: Tensor,
-        gram: Tensor,
-        grid: ColumnGrid,
-        codes: Tensor | None,
-        free: Tensor | None = None,
-    ) -> Tensor:
-        """One pass of exact coordinate minimization over B columns (QuantEase, Alg. 2). Returns the change [out, B].
+    def coordinate_descent_(self, block: ColumnBlock) -> Tensor:
+        """One pass of exact coordinate minimization over the columns (QuantEase, Alg. 2). Returns the change [out, B] of
+        the residual. A dead column (zero on the Gram diagonal) rounds its current value."""
 
-        residual [out, B]: W - Ŵ, updated. correlation [out, B]: the block's columns of (W - Ŵ) Σ at the start; not
-        changed. weight [out, B]: target. gram [B, B]. codes [out, B] uint8 receives the codes, or None for a relaxed
-        pass, which stores the minimizer unrounded. free [out, B] bool: entries that are never rounded (outliers).
-        Dead columns (zero Gram diagonal) round their current value.
-        """
-
-    def gptq_(
-        self,
-        weight: Tensor,
-        target: Tensor,
-        feedback: Tensor,
-        grid: ColumnGrid,
-        codes: Tensor,
-        errors: Tensor,
-        outlier_above: Tensor | None = None,
-    ) -> None:
-        """GPTQ's inner loop over B columns, in the form of QuIP's LDLQ (Chee et al., who show that the answer is the same).
-
-        weight [out, B]: target plus the feedback of earlier columns; updated. target [out, B]: the original weights.
-        feedback [B, B]: unit upper triangular; column k takes up errors_j · feedback_jk for every j < k. codes uint8
-        and errors = target - what is kept, float32, both [out, B], receive the result. outlier_above float32 [B]: an
-        entry is kept as it is (in ``weight``) where (weight - Q(weight))² is larger (SpQR, Alg. 1).
-        """
+    def gptq_(self, block: ColumnBlock) -> None:
+        """GPTQ's inner loop over the columns, in the form of QuIP's LDLQ (Chee et al., who show that the answer is the
+        same): column k takes up residual_j · matrix_jk for every j < k in the block."""
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
         """correlation [out, in] += change [out, B] @ gram [B, in]; changes may be mostly zero."""
@@ -82,52 +88,37 @@ class TorchKernels:
     def __init__(self, instead: str = "") -> None:
         self.instead = instead
 
-    def coordinate_descent_(
-        self,
-        residual: Tensor,
-        correlation: Tensor,
-        weight: Tensor,
-        gram: Tensor,
-        grid: ColumnGrid,
-        codes: Tensor | None,
-        free: Tensor | None = None,
-    ) -> Tensor:
-        """See `Kernels`."""
+    def coordinate_descent_(self, block: ColumnBlock) -> Tensor:
+        """Every column is brought to its minimizer, and the later ones hear of it."""
+        target, residual, gram = block.target, block.residual, block.matrix
         inverse = inverse_diagonal(gram).tolist()
-        correlation, before = correlation.clone(), residual.clone()
-        for j in range(weight.shape[1]):
-            u = weight[:, j] - residual[:, j] + correlation[:, j] * inverse[j]
+        correlation, before = block.incoming.clone(), residual.clone()
+        for j in range(target.shape[1]):
+            # The current value W - R, moved to where the derivative C_j - Σ_jj (u - Ŵ_j) is zero.
+            u = target[:, j] - residual[:, j] + correlation[:, j] * inverse[j]
             new = u
-            if codes is not None:
-                code, new = grid.nearest(u, j)
-                codes[:, j] = code
-                if free is not None:
-                    new = torch.where(free[:, j], u, new)
-            residual[:, j] = weight[:, j] - new
+            if block.rounding:
+                code, new = block.nearest(u, j)
+                block.codes[:, j] = code
+                if block.free is not None:
+                    new = torch.where(block.free[:, j], u, new)
+            residual[:, j] = target[:, j] - new
             change = residual[:, j] - before[:, j]
             correlation[:, j + 1 :].addr_(change, gram[j, j + 1 :])
         return residual - before
 
-    def gptq_(
-        self,
-        weight: Tensor,
-        target: Tensor,
-        feedback: Tensor,
-        grid: ColumnGrid,
-        codes: Tensor,
-        errors: Tensor,
-        outlier_above: Tensor | None = None,
-    ) -> None:
-        """See `Kernels`."""
-        for j in range(weight.shape[1]):
-            code, kept = grid.nearest(weight[:, j], j)
-            if outlier_above is not None:
-                kept = torch.where((weight[:, j] - kept).square() > outlier_above[j], weight[:, j], kept)
-            codes[:, j], errors[:, j] = code, target[:, j] - kept
-            weight[:, j + 1 :].addr_(errors[:, j], feedback[j, j + 1 :])
+    def gptq_(self, block: ColumnBlock) -> None:
+        """Every column is rounded, and the later ones take up what that changed."""
+        for j in range(block.target.shape[1]):
+            asked = block.incoming[:, j]
+            code, kept = block.nearest(asked, j)
+            if block.outlier_above is not None:
+                kept = torch.where((asked - kept).square() > block.outlier_above[j], asked, kept)
+            block.codes[:, j], block.residual[:, j] = code, block.target[:, j] - kept
+            block.incoming[:, j + 1 :].addr_(block.residual[:, j], block.matrix[j, j + 1 :])
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
-        """See `Kernels`."""
+        """One dense product."""
         correlation.addmm_(change, gram)
 
 

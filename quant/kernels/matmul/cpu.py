@@ -49,8 +49,8 @@ def vector_level() -> str:
 def has_byte_products() -> bool:
     """Whether the CPU multiplies bytes four at a time (AVX512-VNNI)."""
     named = config.CPU_FEATURES  # type: ignore[attr-defined]
-    found = "+avx512vnni" in named if named else llvm.get_host_cpu_features().get("avx512vnni", False)
-    return bool(found) and vector_level() == "avx512"
+    has_vnni = "+avx512vnni" in named if named else llvm.get_host_cpu_features().get("avx512vnni", False)
+    return bool(has_vnni) and vector_level() == "avx512"
 
 
 class _Emitter:
@@ -117,17 +117,17 @@ class _Emitter:
     def numbers(self, planes: Any, quad: Any, bits: int, quads: int) -> list[list[Any]]:
         """Words of a tile that hold ``quad`` in their lowest bits and the next ones above: a vector a plane and part."""
         word = self.builder.mul(self.builder.lshr(quad, self.size(3)), self.size(bits * self.parts))
-        found = [
+        words = [
             [self.load(planes, self.builder.add(word, self.size(b * self.parts + p))) for p in range(self.parts)]
             for b in range(bits)
         ]
         for i in range(bits * self.parts * self.lanes * 4 // 64):  # hardware does not run ahead far enough
             self.prefetch(self.at(planes, self.builder.add(word, self.size((AHEAD + i * 64) // (self.lanes * 4)))))
         if quads == WORD // QUAD:
-            return found
+            return words
         place = self.builder.shl(self.builder.and_(quad, self.size(7)), self.size(2))
         shift = self.broadcast(self.builder.trunc(place, _I32), self.ints)
-        return [[self.builder.lshr(w, shift) for w in plane] for plane in found]
+        return [[self.builder.lshr(w, shift) for w in plane] for plane in words]
 
     def prefetch(self, pointer: Any) -> None:
         """Ask for a cache line that is read soon."""
@@ -149,12 +149,12 @@ class _Emitter:
         """table[index & 15] of every lane."""
         builder, module = self.builder, self.builder.module
         if self.level == "none":
-            found = ir.Constant(self.floats, ir.Undefined)
+            sums = ir.Constant(self.floats, ir.Undefined)
             low = builder.and_(index, self.every(15))
             for lane in range(self.lanes):
                 place = builder.zext(builder.extract_element(low, ir.Constant(_I32, lane)), _SIZE)
-                found = builder.insert_element(found, self.load(table[0], place), ir.Constant(_I32, lane))
-            return found
+                sums = builder.insert_element(sums, self.load(table[0], place), ir.Constant(_I32, lane))
+            return sums
         name = "llvm.x86.avx512.permvar.sf.512" if self.level == "avx512" else "llvm.x86.avx2.permps"
         permute = cgutils.get_or_insert_function(module, ir.FunctionType(self.floats, [self.floats, self.ints]), name)
         halves = [builder.call(permute, [half, index]) for half in table]
@@ -181,12 +181,12 @@ def _lookup_sums(
         totals = [e.accumulators(e.floats, e.parts, 0.0) for _ in range(n_bits)]
         with cgutils.for_range(builder, args[5]) as loop:
             first = builder.add(args[4], builder.mul(loop.index, e.size(n_quads)))
-            found = e.numbers(source, first, n_bits, n_quads)
+            words = e.numbers(source, first, n_bits, n_quads)
             for k in range(n_quads):
                 table = e.table(sums, builder.add(first, e.size(k)))
                 for b in range(n_bits):
                     for p in range(e.parts):
-                        index = builder.lshr(found[b][p], e.every(4 * k)) if k else found[b][p]
+                        index = builder.lshr(words[b][p], e.every(4 * k)) if k else words[b][p]
                         value = builder.fadd(builder.load(totals[b][p]), e.lookup(table, index))
                         builder.store(value, totals[b][p])
         for p in range(e.parts):
@@ -223,11 +223,11 @@ def _byte_sums(
         ]
         with cgutils.for_range(builder, args[5]) as loop:
             first = builder.add(args[4], builder.mul(loop.index, e.size(n_quads)))
-            found = e.numbers(source, first, n_bits, n_quads)
+            words = e.numbers(source, first, n_bits, n_quads)
             for k in range(n_quads):
                 codes = []
                 for p in range(e.parts):
-                    shifted = [builder.lshr(found[b][p], e.every(4 * k)) for b in range(n_bits)]
+                    shifted = [builder.lshr(words[b][p], e.every(4 * k)) for b in range(n_bits)]
                     code = builder.call(permute, [spread[0], shifted[0]])
                     for b in range(1, n_bits):
                         code = builder.or_(code, builder.call(permute, [spread[b], shifted[b]]))
@@ -392,11 +392,11 @@ class BitPlanes:
         """The codes uint8 [rows, columns] again."""
         (planes,) = stored
         places = torch.arange(WORD, dtype=torch.int32)
-        found = torch.zeros(planes.shape[0], TILE, planes.shape[1], WORD, dtype=torch.uint8)
+        codes = torch.zeros(planes.shape[0], TILE, planes.shape[1], WORD, dtype=torch.uint8)
         for b in range(bits):
             plane = planes[:, :, b].transpose(1, 2).unsqueeze(-1)
-            found |= (((plane >> places) & 1) << b).to(torch.uint8)
-        return found.view(planes.shape[0] * TILE, -1)
+            codes |= (((plane >> places) & 1) << b).to(torch.uint8)
+        return codes.view(planes.shape[0] * TILE, -1)
 
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """See `Layout`: looked up for few tokens, expanded tile by tile for many."""

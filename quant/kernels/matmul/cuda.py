@@ -27,8 +27,8 @@ def _field(data, row, inside, start, stride, width: tl.constexpr, columns: tl.co
     """Integers int32 [rows, columns] of one field, from column ``start`` on."""
     column = tl.arange(0, columns)
     place = (start + column) * width
-    found = tl.load(data + row[:, None] * stride + (place // 8)[None, :], mask=inside[:, None], other=0)
-    return (found.to(tl.int32) >> (place % 8)[None, :]) & ((1 << width) - 1)
+    byte = tl.load(data + row[:, None] * stride + (place // 8)[None, :], mask=inside[:, None], other=0)
+    return (byte.to(tl.int32) >> (place % 8)[None, :]) & ((1 << width) - 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -98,12 +98,12 @@ def _many_tokens(  # type: ignore[no-untyped-def]
 
 def widths_of(bits: int) -> tuple[int, ...]:
     """Widths of the fields that make up a code, lowest bits first: 7 bits are 4, 2 and 1."""
-    found, rest = [], bits
+    widths, rest = [], bits
     for width in WIDTHS:
         if rest >= width:
-            found.append(width)
+            widths.append(width)
             rest -= width
-    return tuple(found)
+    return tuple(widths)
 
 
 class Fields:

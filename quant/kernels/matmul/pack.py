@@ -64,7 +64,7 @@ def pack_weight(weight: QuantizedWeight, device: torch.device | str = "cpu") -> 
     rows = -n_out % TILE
     codes = F.pad(arrange(codes, grid.n_groups, group), (0, 0, 0, rows))
     bits = weight.spec.code_bits
-    zero: SmallInts | int = (weight.spec.qmax + 1) // 2
+    zero: SmallInts | int = weight.spec.numbers.middle
     if not weight.spec.symmetric:
         zero = pack_small(F.pad(grid.zero.T, (0, rows)), bits)
     packed_grid = PackedGrid(_scales(F.pad(grid.scale.T, (0, rows)).contiguous(), grid.scale_bits), zero)
