@@ -640,6 +640,77 @@ def test_links_out_of_a_model_are_not_copied(command, quick, model_dir, tmp_path
     assert saved_by_us(command, quick, hub / "snapshots" / "main", tmp_path / "h", tmp_path)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer_config.json", "config.json", "additional_chat_templates/a.jinja"]
+)
+def test_no_link_of_a_model_leads_into_a_checkpoint(name, command, quick, model_dir, tmp_path):
+    model = shutil.copytree(model_dir("llama"), tmp_path / "m")
+    secret = tmp_path / "secret" / Path(name).name
+    secret.parent.mkdir()
+    secret.write_text((model / name).read_text() if (model / name).exists() else "secret")
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(secret)
+    one_line(saved_by_us(command, quick, model, tmp_path / "s", tmp_path), "is a link to", secret)
+    assert not (tmp_path / "s").exists()
+    everyday = tmp_path / "links"  # all of another model's files: what it says is that model's
+    everyday.mkdir()
+    for file in model_dir("llama").iterdir():
+        (everyday / file.name).symlink_to(file)
+    assert saved_by_us(command, quick, everyday, tmp_path / "t", tmp_path)[0] == 0
+
+
+def test_no_link_of_a_run_or_checkpoint_leads_into_a_conversion(command, source, tmp_path):
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"SECRET": 1}')
+    run, packed = shutil.copytree(source, tmp_path / "r"), tmp_path / "packed"
+    convert(source, "gptq_v2", packed, cache_dir=tmp_path / "cache")
+    for place in (run, packed):
+        (place / "results.json").unlink()
+        (place / "results.json").symlink_to(secret)
+        one_line(
+            command(convert_command, place, "--to", "bitplane", "--out", tmp_path / "o"),
+            place / "results.json",
+            "is a link",
+        )
+        assert not (tmp_path / "o").exists()
+
+
+def test_a_model_with_another_programs_manifest_is_a_model(command, quick, model_dir, tmp_path):
+    model = shutil.copytree(model_dir("llama"), tmp_path / "m")
+    (model / "manifest.json").write_text('{"name": "an app"}')
+    assert command(generate, "--model", model, "--prompt", "ab", "--max-new-tokens", 2)[0] == 0
+
+
+WRONG = ["x", 7, None, [], {}, True, -1.5]
+
+
+def test_edited_requests_are_one_line(command, source, tmp_path):
+    """Every entry of a request, of another type or gone."""
+    run = shutil.copytree(source, tmp_path / "r")
+    whole = json.loads((run / "manifest.json").read_text())
+    tried = 0
+    for name in whole["request"]:
+        for value in (*WRONG, "gone"):
+            request = {k: v for k, v in whole["request"].items() if k != name or value != "gone"}
+            request |= {name: value} if value != "gone" else {}
+            if request.get(name, "gone") == whole["request"][name]:
+                continue
+            (run / "manifest.json").write_text(json.dumps(whole | {"request": request}))
+            try:
+                RunConfig.from_json(request, "the manifest", Allowed(True, True))
+            except InputError as error:
+                assert "\n" not in str(error)
+            tried += 1
+    assert tried > 200
+    for blocks in ("x", None, [], 10**9):
+        (run / "manifest.json").write_text(
+            json.dumps(whole | {"configuration": whole["configuration"] | {"blocks": blocks}})
+        )
+        code, _, err = command(convert_command, run, "--to", "bitplane", "--out", tmp_path / "o")
+        assert code in (1, 2) and len(err.splitlines()) == 1, err
+
+
 # What is saved is whole
 
 

@@ -99,9 +99,9 @@ class RunConfig:
             raise InputError(f"the run was made by another version: unknown entry {unknown[0]!r}")
         try:
             values = {name: _as_field(kinds[name], name, value) for name, value in found.items()}
+            return cls(**values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{origin} is not a request of this version ({first_line(error)})") from error
-        return cls(**values)
 
     @property
     def quantizes(self) -> bool:
