@@ -73,17 +73,21 @@ def open_run(
         allowed = Allowed(trust_remote_code, paths=True)
         config = RunConfig.from_json(manifest["request"], str(origin), allowed)
         expected, n_blocks = manifest["model"]["sha256"], int(manifest["configuration"]["blocks"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{origin} is no manifest of a run ({error}); run it again") from error
     if config.wbits == FULL_BITS:
         raise InputError(f"{source}: no weight was quantized there")
     biases = config.learning is not None and config.learning.transform.shift
-    if not Path(config.model).is_dir() and (Path(config.model).is_absolute() or config.model.count("/") != 1):
+    if not Path(config.model).is_dir() and (config.model.startswith(("/", ".")) or config.model.count("/") > 1):
         raise InputError(f"{source} was made of {config.model}, which is not here: run this where that run was made")
     model = load_model(config.model, dtype=dtype, cache_dir=cache_dir, biases=biases,
                        trust_remote_code=config.trust_remote_code)  # fmt: skip
     if model.checkpoint.sha256() != expected:
         raise InputError(f"{config.model} is not the model of the run any more: its weights have another hash")
+    if not 0 <= n_blocks <= len(model.blocks):
+        raise InputError(f"{origin} is no manifest of a run (it has {n_blocks} blocks); run it again")
     return FinishedRun(config, model, directory, n_blocks, results)
 
 
