@@ -100,14 +100,7 @@ class RunDirectory:
 
         Raises InputError with the differences if it is another, or if what is here is not a run.
         """
-        self.check_links()
-        previous, others = self.read("manifest.json"), self._others()
-        if previous is None and others:
-            raise InputError(
-                f"{self.path} holds other files ({others[0].name}, ...); give --run-dir an empty directory"
-            )
-        if previous is not None:
-            check_manifest(previous, self.path / "manifest.json")
+        previous, others = self._check_place()
         if previous is not None and overwrite:
             self._discard()
             previous = None
