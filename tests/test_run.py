@@ -191,7 +191,7 @@ def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monk
     session = Session(config)
     solver = session.recipe(config).solver
     monkeypatch.setattr(
-        "quant.run.session.get_solver",
+        "quant.run.inputs.get_solver",
         lambda name: lambda *a, **k: inside.append(torch.get_float32_matmul_precision()) or solver(*a, **k),
     )
     session.run(config)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from models.load import LazyModel
 from quant.core.errors import InputError
+from quant.core.files import json_sha256
 from quant.learn.parametrization import InputRange
 from quant.run.config import RunConfig
 from quant.run.directory import Record, RunDirectory
@@ -74,7 +73,7 @@ def _vectors(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def resumed(path: Path, configuration: Record, model_sha256: str) -> str:
+def check_source(path: Path, configuration: Record, model_sha256: str) -> str:
     """The hash of the run in ``path``, whose learned parameters a run of this configuration starts from.
 
     Raises InputError if that is no run, if they were learned on another model or for another quantization, or if a
@@ -106,7 +105,7 @@ def resumed(path: Path, configuration: Record, model_sha256: str) -> str:
         if not source.block_file(index).exists():
             raise InputError(f"--resume {path}: block {index} was not finished there; finish that run first")
         source.read_summary(index)  # the header is there, and fits the size of the file
-    return configuration_sha256(found)
+    return json_sha256(found)
 
 
 def _learned_for(configuration: Record) -> Record:
@@ -121,8 +120,3 @@ def _learned_for(configuration: Record) -> Record:
     transform = learning.get("transform", {})
     found |= {name: learning.get(name) for name in ("clip", "compensation", "extra_ingredients")}
     return found | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}
-
-
-def configuration_sha256(configuration: Record) -> str:
-    """What names a configuration."""
-    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
