@@ -84,17 +84,17 @@ def check_source(path: Path, configuration: Record, model_sha256: str) -> str:
     if manifest is None:
         raise InputError(f"--resume {path}: no manifest.json; give the run directory that holds learned parameters")
     try:
-        found: Record = manifest["configuration"]
-        theirs, own = _learned_for(found), _learned_for(configuration)
-        digest, model = found["model_sha256"], manifest["model"]["id"]
+        before: Record = manifest["configuration"]
+        theirs, own = _learned_for(before), _learned_for(configuration)
+        digest, model = before["model_sha256"], manifest["model"]["id"]
     except (AttributeError, KeyError, TypeError) as error:  # JSON of some other shape
         raise InputError(
             f"--resume {path}: manifest.json is not of a run of this version (no {error}); give a run directory"
         ) from error
     if digest != model_sha256:
         raise InputError(f"--resume {path}: its parameters were learned on another model ({model})")
-    if not found.get("learning"):
-        raise InputError(f"--resume {path}: nothing was learned there ({found['method']})")
+    if not before.get("learning"):
+        raise InputError(f"--resume {path}: nothing was learned there ({before['method']})")
     for name in own:
         if theirs.get(name) != own[name]:
             raise InputError(
@@ -105,7 +105,7 @@ def check_source(path: Path, configuration: Record, model_sha256: str) -> str:
         if not source.block_file(index).exists():
             raise InputError(f"--resume {path}: block {index} was not finished there; finish that run first")
         source.read_summary(index)  # the header is there, and fits the size of the file
-    return json_sha256(found)
+    return json_sha256(before)
 
 
 def _learned_for(configuration: Record) -> Record:
@@ -114,9 +114,18 @@ def _learned_for(configuration: Record) -> Record:
     How they were trained (epochs, rates, losses), where they started and what rounds afterwards may differ.
     """
     learning: Record = configuration["learning"] or {}
-    names = ("wbits", "group_size", "symmetric", "levels")
-    found = {"method": configuration["method"].split("+")[0].strip()} | {name: configuration[name] for name in names}
-    found |= {f"activations, {name}": value for name, value in configuration["act"].items()}
     transform = learning.get("transform", {})
-    found |= {name: learning.get(name) for name in ("clip", "compensation", "extra_ingredients")}
-    return found | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}
+    return (
+        {"method": method_that_learned(configuration)}
+        | {name: configuration[name] for name in ("wbits", "group_size", "symmetric", "levels")}
+        | {f"activations, {name}": value for name, value in configuration["act"].items()}
+        | {name: learning.get(name) for name in ("clip", "compensation", "extra_ingredients")}
+        | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}
+    )
+
+
+def method_that_learned(configuration: Record) -> str:
+    """The method's name without the solver, which the name of a run may add to it (``omniquant+gptq``)."""
+    method: str = configuration["method"]
+    name, _, last = method.rpartition("+")
+    return name.rstrip() if name and last.strip() == configuration["solver"] else method
