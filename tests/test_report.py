@@ -191,7 +191,7 @@ def test_tasks_are_timed_apart_from_perplexity(model_dir, text, tmp_path, monkey
         time.sleep(0.4)
         return {}
 
-    monkeypatch.setattr(Session, "_run_tasks", slow)
+    monkeypatch.setattr("quant.run.scoring.score_tasks", slow)
     config = replace(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
     seconds = Session(config).run(config)["seconds"]
     assert 0.4 <= seconds["tasks"] <= seconds["total"] - seconds["evaluate"] - seconds["load"]

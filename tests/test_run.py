@@ -191,7 +191,7 @@ def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monk
     session = Session(config)
     solver = session.recipe(config).solver
     monkeypatch.setattr(
-        "quant.run.session.get_solver",
+        "quant.run.inputs.get_solver",
         lambda name: lambda *a, **k: inside.append(torch.get_float32_matmul_precision()) or solver(*a, **k),
     )
     session.run(config)
@@ -663,3 +663,19 @@ def test_a_run_on_cuda_ends_where_one_on_the_cpu_does(model_dir, text, tmp_path)
         assert scores[0] == pytest.approx(scores[1], rel=1e-3 if key == "fp" else 0.02)
     assert 0 < there["peak_bytes"]["device"] < 1 << 30 and here["peak_bytes"]["device"] == 0
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["device"] == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("method", "solver", "learned"),
+    [
+        ("omniquant", "rtn", "omniquant"),
+        ("omniquant+gptq", "gptq", "omniquant"),
+        ("omniquant + quantease", "quantease", "omniquant"),  # as tables of earlier versions named their runs
+        ("mine+more", "rtn", "mine+more"),  # a plus of the name itself
+        ("mine+more+gptq", "gptq", "mine+more"),
+    ],
+)
+def test_the_method_that_learned_is_told_by_the_solver(method, solver, learned):
+    from quant.run.resume import method_that_learned
+
+    assert method_that_learned({"method": method, "solver": solver}) == learned

@@ -1077,16 +1077,16 @@ def test_the_store_on_disk_reserves_its_space(tmp_path, monkeypatch):
 
 
 def test_the_store_on_disk_is_counted_before_work(model_dir, text, tmp_path, monkeypatch):
-    from quant.run import session as run_module
+    from quant.run import job as job_module
 
     asked: dict[str, int] = {}
-    monkeypatch.setattr(run_module, "check_space", lambda place, size: asked.update({place.name: size}))
+    monkeypatch.setattr(job_module, "check_space", lambda place, size: asked.update({place.name: size}))
     sizes = {}
     for store in ("cpu", "disk"):
         config = config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}, activation_store=store)
         session = Session(config)
         with ExitStack() as held:
-            session._checked([replace(config, run_dir=tmp_path / store)], held)
+            job_module.open_jobs(session, [replace(config, run_dir=tmp_path / store)], held)
         sizes[store] = asked[store]
     hidden = 32 * 32 * 4  # bytes of a window: tokens, width, float32
     assert sizes["disk"] - sizes["cpu"] == hidden * max(12, 2 * 12)

@@ -19,8 +19,7 @@ import yaml
 from quant.blocks.stream import BlockStream
 from quant.cli.terminal import guarded
 from quant.core.errors import InputError
-from quant.run import session as sweep_run
-from quant.run.session import Session
+from quant.run import scoring
 from scripts import sweep
 from tests.quant.test_zero_shot import local_task  # noqa: F401  (a fixture)
 from tests.test_run import config_for
@@ -141,21 +140,21 @@ def test_rows_of_one_session_share_what_it_opens(model_dir, text, tmp_path):
 def test_full_precision_is_evaluated_once_however_many_rows_are_together(model_dir, text, tmp_path, monkeypatch):
     config = replace(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
     passed, evaluating, changes = [], [], []
-    run, evaluate = BlockStream.run, Session._evaluate
+    run, evaluate = BlockStream.run, scoring.score_perplexity
 
     def counted_run(self, index, *args, **options):
         passed.append(index) if evaluating else None
         return run(self, index, *args, **options)
 
-    def counted_evaluate(self, jobs, *args):
+    def counted_evaluate(inputs, jobs, *args):
         evaluating.append(len(jobs))
         try:
-            return evaluate(self, jobs, *args)
+            return evaluate(inputs, jobs, *args)
         finally:
             evaluating.clear()
 
     monkeypatch.setattr(BlockStream, "run", counted_run)
-    monkeypatch.setattr(Session, "_evaluate", counted_evaluate)
+    monkeypatch.setattr(scoring, "score_perplexity", counted_evaluate)
     found = {}
     for together in (1, 3):
         own = [
@@ -175,9 +174,9 @@ def test_tasks_of_full_precision_are_scored_once(model_dir, text, tmp_path, loca
         model_dir("llama"), text, tmp_path, method="rtn", options={}, tasks=("mine",), task_path=local_task
     )
     config = replace(config, nsamples=4, limit=4, eval_datasets=())
-    scored, run_tasks = [], sweep_run.run_tasks
+    scored, run_tasks = [], scoring.run_tasks
     monkeypatch.setattr(
-        sweep_run, "run_tasks", lambda scorer, *args: scored.append(len(scorer.variants)) or run_tasks(scorer, *args)
+        scoring, "run_tasks", lambda scorer, *args: scored.append(len(scorer.variants)) or run_tasks(scorer, *args)
     )
     found = []
     for together in (1, 2):

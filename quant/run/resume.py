@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from models.load import LazyModel
 from quant.core.errors import InputError
+from quant.core.files import json_sha256
 from quant.learn.parametrization import InputRange
 from quant.run.config import RunConfig
 from quant.run.directory import Record, RunDirectory
@@ -74,7 +73,7 @@ def _vectors(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def resumed(path: Path, configuration: Record, model_sha256: str) -> str:
+def check_source(path: Path, configuration: Record, model_sha256: str) -> str:
     """The hash of the run in ``path``, whose learned parameters a run of this configuration starts from.
 
     Raises InputError if that is no run, if they were learned on another model or for another quantization, or if a
@@ -85,17 +84,17 @@ def resumed(path: Path, configuration: Record, model_sha256: str) -> str:
     if manifest is None:
         raise InputError(f"--resume {path}: no manifest.json; give the run directory that holds learned parameters")
     try:
-        found: Record = manifest["configuration"]
-        theirs, own = _learned_for(found), _learned_for(configuration)
-        digest, model = found["model_sha256"], manifest["model"]["id"]
+        before: Record = manifest["configuration"]
+        theirs, own = _learned_for(before), _learned_for(configuration)
+        digest, model = before["model_sha256"], manifest["model"]["id"]
     except (AttributeError, KeyError, TypeError) as error:  # JSON of some other shape
         raise InputError(
             f"--resume {path}: manifest.json is not of a run of this version (no {error}); give a run directory"
         ) from error
     if digest != model_sha256:
         raise InputError(f"--resume {path}: its parameters were learned on another model ({model})")
-    if not found.get("learning"):
-        raise InputError(f"--resume {path}: nothing was learned there ({found['method']})")
+    if not before.get("learning"):
+        raise InputError(f"--resume {path}: nothing was learned there ({before['method']})")
     for name in own:
         if theirs.get(name) != own[name]:
             raise InputError(
@@ -106,7 +105,7 @@ def resumed(path: Path, configuration: Record, model_sha256: str) -> str:
         if not source.block_file(index).exists():
             raise InputError(f"--resume {path}: block {index} was not finished there; finish that run first")
         source.read_summary(index)  # the header is there, and fits the size of the file
-    return configuration_sha256(found)
+    return json_sha256(before)
 
 
 def _learned_for(configuration: Record) -> Record:
@@ -115,14 +114,18 @@ def _learned_for(configuration: Record) -> Record:
     How they were trained (epochs, rates, losses), where they started and what rounds afterwards may differ.
     """
     learning: Record = configuration["learning"] or {}
-    names = ("wbits", "group_size", "symmetric", "levels")
-    found = {"method": configuration["method"].split("+")[0].strip()} | {name: configuration[name] for name in names}
-    found |= {f"activations, {name}": value for name, value in configuration["act"].items()}
     transform = learning.get("transform", {})
-    found |= {name: learning.get(name) for name in ("clip", "compensation", "extra_ingredients")}
-    return found | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}
+    return (
+        {"method": method_that_learned(configuration)}
+        | {name: configuration[name] for name in ("wbits", "group_size", "symmetric", "levels")}
+        | {f"activations, {name}": value for name, value in configuration["act"].items()}
+        | {name: learning.get(name) for name in ("clip", "compensation", "extra_ingredients")}
+        | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}
+    )
 
 
-def configuration_sha256(configuration: Record) -> str:
-    """What names a configuration."""
-    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+def method_that_learned(configuration: Record) -> str:
+    """The method's name without the solver, which the name of a run may add to it (``omniquant+gptq``)."""
+    method: str = configuration["method"]
+    name, _, last = method.rpartition("+")
+    return name.rstrip() if name and last.strip() == configuration["solver"] else method

@@ -1,0 +1,173 @@
+"""What a session works on: model, tokenizer, tokens and tasks, opened and checked once, before any work."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.calibration import Tokens, calibration_tokens, evaluation_tokens
+from models.load import LazyModel, load_model, load_tokenizer
+from quant.blocks.actquant import ONLINE, ActSpec
+from quant.blocks.stream import BlockStream
+from quant.core import env
+from quant.core.errors import InputError
+from quant.core.places import check_places
+from quant.core.types import LARGEST
+from quant.evaluate.tasks import Tasks, open_tasks
+from quant.export.formats import Content
+from quant.export.read import open_checkpoint
+from quant.learn.transforms import check_seams
+from quant.run.config import (
+    DEFAULT_MAX_SEQLEN,
+    RunConfig,
+    check_format,
+    content_of,
+    places_read,
+    places_written,
+    spec_of,
+)
+from quant.run.quantize import Recipe, check_options
+from quant.solvers import get_solver
+
+
+class Inputs:
+    """Model, tokenizer, tokens and tasks of a configuration, and what they make of other configurations on them.
+
+    Raises InputError for whatever is wrong with the configuration or the inputs, before any work.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        started = time.perf_counter()
+        check_places(places_read(config), places_written(config))
+        self.config = config
+        if config.deterministic:
+            env.be_deterministic()
+        self.device = env.pick_device(config.device)
+        env.reset_peak(self.device)
+        self.model = self._open_model()
+        self.act: ActSpec = getattr(
+            self.model.checkpoint, "act", ActSpec()
+        )  # of a checkpoint that is quantized already
+        self.seqlen = config.seqlen or min(self.model.max_length, DEFAULT_MAX_SEQLEN)
+        if self.seqlen > self.model.max_length:
+            raise InputError(f"--seqlen {self.seqlen}: {config.model} takes at most {self.model.max_length} tokens")
+        self.tokenizer = load_tokenizer(self.model.checkpoint.path, config.trust_remote_code)
+        self._sources: dict[str, Any] = {
+            "seqlen": self.seqlen,
+            "data_dir": config.data_dir,
+            "cache_dir": config.cache_dir / "tokens",
+        }
+        self._calibration: dict[tuple[str, int, int], Tokens] = {}
+        self.calibration(config)
+        self.evaluation = self._open_evaluation()
+        self.tasks: Tasks | None = None
+        if config.tasks:
+            self.tasks = open_tasks(
+                config.tasks, config.task_path, config.num_fewshot, config.limit, config.trust_remote_code
+            )
+        self.model_sha256 = self.model.checkpoint.sha256()
+        self.load_seconds = time.perf_counter() - started
+        self.load_peak = env.peak_bytes(self.device)
+
+    def _open_model(self) -> LazyModel:
+        config = self.config
+        return load_model(
+            config.model,
+            dtype=env.pick_dtype(config.dtype, self.device),
+            cache_dir=config.cache_dir,
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
+            biases=config.learning is not None and config.learning.transform.shift,
+            opener=None if config.quantizes else open_checkpoint,
+        )
+
+    def _open_evaluation(self) -> dict[str, Tokens]:
+        """The tokens of every corpus to evaluate on, by its name."""
+        corpora = [
+            evaluation_tokens(source, self.tokenizer, limit=self.config.limit, **self._sources)
+            for source in self.config.eval_datasets
+        ]
+        by_name = {tokens.name: tokens for tokens in corpora}
+        if len(by_name) < len(corpora):
+            raise InputError("two --eval-datasets have the same name; rename one of the files")
+        for tokens in corpora:
+            self._check_vocabulary(tokens)
+        return by_name
+
+    def calibration(self, config: RunConfig) -> Tokens | None:
+        """The calibration windows of a configuration (runs of one session may have several seeds), kept once read."""
+        if not config.quantizes:
+            return None
+        key = (config.dataset, config.nsamples, config.seed)
+        if key not in self._calibration:
+            tokens = calibration_tokens(
+                config.dataset, self.tokenizer, nsamples=config.nsamples, seed=config.seed, **self._sources
+            )
+            self._check_vocabulary(tokens)
+            self._calibration[key] = tokens
+        return self._calibration[key]
+
+    def _check_vocabulary(self, tokens: Tokens) -> None:
+        vocabulary = self.model.config.vocab_size
+        if int(tokens.ids.max()) >= vocabulary:
+            raise InputError(
+                f"the tokenizer gives token {int(tokens.ids.max())}, the model has {vocabulary}: "
+                "tokenizer and model do not belong together"
+            )
+
+    def recipe(self, config: RunConfig) -> Recipe:
+        """The recipe of a configuration, checked against the model's shapes."""
+        if config.learning is not None:
+            check_seams(self.model.family, self.model.config, config.learning.transform)
+        spec = spec_of(config, self.model.linear_shapes())
+        if spec is not None:  # what is written out, and what is evaluated
+            dtypes = (self.model.storage_dtype, self.model.dtype)
+            spec = replace(spec, largest=min(LARGEST, *(torch.finfo(dtype).max for dtype in dtypes)))
+        recipe = Recipe(
+            config.method,
+            get_solver(config.solver or config.method),
+            spec,
+            config.options,
+            config.true_sequential,
+            config.solver_precision,
+            config.learning,
+            config.act,
+        )
+        if spec is not None:
+            check_options(recipe, self.device)
+        return recipe
+
+    def content(self, config: RunConfig) -> Content:
+        """What a checkpoint of this configuration has to hold."""
+        return content_of(config, self.model.linear_shapes(), len(self.model.blocks), self.model.config.model_type)
+
+    def check_export(self, config: RunConfig) -> None:
+        """Raise InputError where the format cannot hold the configuration, or the target does not take it."""
+        if config.save is not None or config.target is not None:
+            online = any(name.endswith(ONLINE) for name in self.model.checkpoint.extra)
+            content = self.content(config)
+            check_format(config, replace(content, online=content.online or online))
+
+    def n_blocks(self, config: RunConfig) -> int:
+        """How many blocks a configuration quantizes."""
+        return min(config.num_layers, len(self.model.blocks)) if config.quantizes else 0
+
+    def calibration_stream(self, config: RunConfig | None = None, directory: Path | None = None) -> BlockStream:
+        """The calibration samples in front of the first block, as a configuration keeps them: the session's own unless
+        another is given. directory: for those that are kept on the disk."""
+        config = config or self.config
+        calibration = self.calibration(config)
+        assert calibration is not None
+        return BlockStream(
+            self.model,
+            calibration.ids,
+            device=self.device,
+            batch=config.calib_batch,
+            store=config.activation_store,
+            directory=directory or Path(tempfile.gettempdir()),
+        ).capture(self.model.outside_weights(self.device))

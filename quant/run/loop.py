@@ -1,0 +1,141 @@
+"""The loop over blocks: solve in order what is not on disk yet, and carry the calibration samples forward."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.load import LazyModel, Weights
+from quant.blocks.stream import BlockStream
+from quant.learn.learner import LearnedBlock
+from quant.learn.loop import learn_block
+from quant.run.config import RunConfig
+from quant.run.directory import BlockSummary, Record, RunDirectory
+from quant.run.inputs import Inputs
+from quant.run.job import Job, Progress, measure
+from quant.run.quantize import compare_block, deploy, quantize_block
+from quant.run.resume import input_ranges
+
+
+def quantize(inputs: Inputs, job: Job, progress: Progress) -> None:
+    """Every block that the job quantizes is in its run directory afterwards."""
+    with measure(inputs.device, [job], "quantize") as spent:
+        job.blocks = _quantize_blocks(inputs, job, progress) if job.recipe else []
+    job.seconds = spent["quantize"]
+
+
+def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[BlockSummary]:
+    """Solve the blocks that are not on disk yet; finished ones only carry the calibration samples forward."""
+    target, n_blocks = job.target, job.n_blocks
+    summaries = target.finished_blocks()
+    if len(summaries) == n_blocks:
+        progress("quantize", n_blocks, n_blocks, "finished before")
+        return summaries
+    assert job.recipe is not None
+    recipe, act = job.recipe, job.recipe.act
+    stream = inputs.calibration_stream(job.config, target.path)
+    pair = _Pair(inputs, stream, job, progress) if recipe.learning else None
+    for index in range(n_blocks):
+        weights = inputs.model.block_weights(index, inputs.device)
+        if index < len(summaries):
+            note = "from disk"
+            stream.run(index, read_block(inputs.model, target, index, weights), advance=True, act=act)
+            if pair is not None:
+                pair.full.run(index, weights, advance=True)
+        else:
+            before, started = dict(stream.seconds), time.perf_counter()
+            learned = pair.learn(index, weights) if pair else None
+            learning = time.perf_counter() - started if learned else 0.0
+            block = quantize_block(stream, index, weights, recipe, learned)
+            if index + 1 < n_blocks:
+                stream.run(index, block.weights, advance=True, act=act)
+            forward, gram = (stream.seconds[k] - before[k] for k in ("forward", "observe"))
+            seconds = {"forward": forward, "gram": gram, "solve": block.seconds, "learn": learning}
+            more: dict[str, Any] = {"changed": block.changed}
+            if learned is not None:
+                more |= {"learned": learned.parameters, "learning": learned.log}
+            summaries.append(target.write_block(index, block.solved, block.records, seconds, **more))
+            note = _note(block.records, learned)
+        progress("quantize", index + 1, n_blocks, note)
+    return summaries
+
+
+def read_block(model: LazyModel, target: RunDirectory, index: int, weights: Weights) -> Weights:
+    """The weights that a finished block deploys, from the codes on disk."""
+    solved, changed = target.read_weights(index), target.read_changed(index)
+    return deploy(weights, solved, model, changed, f"block {index} ")
+
+
+def _note(records: Sequence[Record], learned: LearnedBlock | None) -> str:
+    """What a person sees of a finished block."""
+    errors = [record["relative_error"] for record in records]
+    error = f"relative error {sum(errors) / len(errors):.4f}" if errors else ""
+    loss = f"loss {learned.log['loss_start']:.3e} -> {learned.log['loss_end']:.3e}" if learned else ""
+    return ", ".join(part for part in (loss, error) if part)
+
+
+class _Pair:
+    """The two streams of learning: full precision, and the quantized prefix in training batches."""
+
+    def __init__(self, inputs: Inputs, quantized: BlockStream, job: Job, progress: Progress) -> None:
+        assert job.recipe is not None and job.recipe.learning is not None
+        self.inputs, self.job, self.recipe, self.progress = inputs, job, job.recipe, progress
+        self.learning = job.recipe.learning
+        self.quantized, self.full = quantized, quantized.fork()
+        outside = inputs.model.outside_weights(inputs.device)
+        self.training = quantized.in_batches_of(self.learning.batch, outside)
+        self.start = None if job.config.resume is None else RunDirectory(job.config.resume)
+
+    def learn(self, index: int, weights: Weights) -> LearnedBlock:
+        """Learn block ``index`` from the usual start, or from the parameters of the run that is resumed."""
+        n_blocks, epochs = self.job.n_blocks, self.learning.epochs
+
+        def progress(epoch: int, _: int, now: float, first: float) -> None:
+            note = f"block {index + 1} of {n_blocks}: loss {now:.3e} (start {first:.3e})"
+            self.progress("learn", index * epochs + epoch, n_blocks * epochs, note)
+
+        return learn_block(
+            self.full,
+            self.quantized,
+            self.training,
+            index,
+            weights,
+            self.recipe.spec,
+            self.recipe.act,
+            self.learning,
+            exact=self._exact(index),
+            ranges=input_ranges(self.job.config, self.inputs.model, index),
+            start=None if self.start is None else self.start.read_learned(index),
+            progress=progress,
+        )
+
+    def _exact(self, index: int) -> Weights | None:
+        """The block's weights in float32 where the arithmetic would round those of the checkpoint."""
+        model = self.inputs.model
+        if model.dtype in (model.storage_dtype, torch.float32, torch.float64):
+            return None
+        return model.block_weights(index, self.inputs.device, torch.float32)
+
+
+def compare_layers(inputs: Inputs, configs: Sequence[RunConfig], progress: Progress) -> list[Record]:
+    """Journal records of every method for every linear, all from the Gram matrices of the full-precision stream.
+
+    Nothing is kept on disk; the blocks stay as they are, so that every method sees the same inputs.
+    """
+    recipes = [inputs.recipe(config) for config in configs]
+    n_blocks = min(configs[0].num_layers, len(inputs.model.blocks))
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory() as directory:
+        stream = inputs.calibration_stream(configs[0], Path(directory))
+        for index in range(n_blocks):
+            weights = inputs.model.block_weights(index, inputs.device)
+            records += compare_block(stream, index, weights, recipes)
+            if index + 1 < n_blocks:
+                stream.run(index, weights, advance=True)
+            progress("compare", index + 1, n_blocks, "")
+    return records

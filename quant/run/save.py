@@ -1,0 +1,64 @@
+"""The checkpoint of a finished job, from the codes in its run directory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from quant.core.errors import InputError, RunError
+from quant.export.target import size_on_disk
+from quant.export.write import entries, model_config, model_side_files, packed_entries, save_checkpoint
+from quant.run.inputs import Inputs
+from quant.run.job import Job, Progress, measure, write_results
+
+log = logging.getLogger(__name__)
+
+
+def save(inputs: Inputs, job: Job, progress: Progress) -> None:
+    """Save the checkpoint if asked for, and say so in results.json."""
+    target, results = job.config.save, job.results
+    assert results is not None
+    if target is None:
+        return
+    if not job.is_saved():
+        progress("save", 0, 1, str(target))
+        with measure(inputs.device, [job], "export") as spent:
+            _save_or_fall_back(inputs, job)
+        results["seconds"] |= spent
+        progress("save", 1, 1, str(target))
+    size = size_on_disk(target)
+    if size != results["checkpoint_bytes"]:
+        results["checkpoint_bytes"] = size
+        write_results(inputs, job)
+
+
+def _save_or_fall_back(inputs: Inputs, job: Job) -> None:
+    """The checkpoint in the format asked for, or else in the one named for that case. Raises RunError where the format
+    turns out not to hold the codes."""
+    config = job.config
+    try:
+        _save_in(inputs, job, config.format)
+    except InputError as error:
+        if config.fallback in (None, config.format):
+            raise RunError(f"{error} ({job.target.path} holds codes and scores)") from error
+        _save_in(inputs, job, str(config.fallback))
+        log.warning("%s; saved as %s", error, config.fallback)
+
+
+def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
+    """The checkpoint in one format. Raises InputError where that does not hold the codes."""
+    model, content, target = inputs.model, inputs.content(job.config), job.config.save
+    assert target is not None
+
+    def replaced(index: int) -> Mapping[str, Any]:
+        if index >= job.n_blocks:
+            return {}
+        solved = job.target.read_weights(index)
+        return job.target.read_changed(index) | {f"{name}.weight": weight for name, weight in solved.items()}
+
+    stream = packed_entries(entries(model, replaced), format_name, content, model.storage_dtype)
+    described = model_config(model, format_name, content, job.n_blocks)
+    results = dict(job.results or {}) | {"format": format_name}
+    side_files = model_side_files(model, inputs.tokenizer)
+    save_checkpoint(stream, target, described, side_files, results, job.config.overwrite)

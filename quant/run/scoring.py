@@ -1,0 +1,141 @@
+"""Perplexity and tasks of several jobs, and of full precision beside them, in one pass over the blocks each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from models.load import Weights
+from quant.blocks.actquant import Deployed
+from quant.blocks.stream import BlockStream
+from quant.core.types import QuantizedWeight
+from quant.evaluate.perplexity import FULL, Scores, Variant, evaluate
+from quant.evaluate.perplexity import report as perplexity_entries
+from quant.evaluate.tasks import Scorer, TaskScore, run_tasks
+from quant.evaluate.tasks import report as task_entries
+from quant.export.read import QuantizedCheckpoint
+from quant.kernels.matmul.pack import pack_block
+from quant.run.config import FULL_BITS
+from quant.run.directory import Record
+from quant.run.identity import evaluation_of
+from quant.run.inputs import Inputs
+from quant.run.job import Job, Progress, measure
+from quant.run.loop import read_block
+from quant.run.quantize import deploy
+from quant.run.results import results_of
+
+TASK_BATCH = 16  # sequences of a task that pass a block at a time; they are short
+
+
+@dataclass
+class FullPrecision:
+    """What is kept of full precision between calls of `Session.run_all`, so that it is evaluated once: hidden states
+    behind the last block by corpus, and scores by task."""
+
+    streams: dict[str, BlockStream] = field(default_factory=dict)
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+
+
+def score(inputs: Inputs, jobs: Sequence[Job], progress: Progress, full: FullPrecision) -> None:
+    """Give every job the results of its codes, its perplexity and its tasks."""
+    with measure(inputs.device, jobs, "evaluate") as evaluating:
+        by_corpus = score_perplexity(inputs, jobs, progress, full.streams)
+    with measure(inputs.device, jobs, "tasks") as answering:
+        by_task = score_tasks(inputs, jobs, progress, full.tasks)
+    for job in jobs:
+        variant = str(job.target.path) if job.recipe else FULL
+        no_corpus: Record = {"perplexity": {}, "fidelity": {}}
+        results = results_of(job.config, job.blocks, inputs.model)
+        results |= perplexity_entries(inputs.evaluation, by_corpus, variant) if by_corpus else no_corpus
+        results["zero_shot"] = task_entries(by_task, variant)
+        results |= {"configuration_sha256": job.digest, "evaluation": evaluation_of(inputs, job.config)}
+        results["seconds"] |= evaluating | answering
+        results["packed_bytes"] = sum(job.packed_bytes.values())  # 0 where nothing was evaluated packed
+        job.results = results
+
+
+def score_perplexity(
+    inputs: Inputs, jobs: Sequence[Job], progress: Progress, full_streams: dict[str, BlockStream]
+) -> dict[str, dict[str, Scores]]:
+    """Scores of every job (by its directory) and of full precision on every corpus, in one pass over the blocks."""
+    variants = _variants(inputs, jobs)
+    full = any(job.config.full_precision_eval for job in jobs)
+    if not jobs or not inputs.evaluation or not (variants or full):
+        return {}
+    config = jobs[0].config
+    return evaluate(
+        inputs.model,
+        inputs.evaluation,
+        variants,
+        device=inputs.device,
+        batch=config.calib_batch,
+        store=config.activation_store,
+        directory=jobs[0].target.path,
+        full=_full_variant(inputs, jobs[0]) if full else None,
+        full_streams=full_streams,
+        progress=lambda done, total: progress("evaluate", done, total, ""),
+    )
+
+
+def score_tasks(
+    inputs: Inputs, jobs: Sequence[Job], progress: Progress, full_scores: dict[str, TaskScore]
+) -> dict[str, dict[str, TaskScore]]:
+    """Scores of every job and of full precision on every task. full_scores: full precision's, filled if empty."""
+    if not jobs or inputs.tasks is None:
+        return {}
+    config = jobs[0].config
+    wanted = config.full_precision_eval and not full_scores
+    full = {FULL: _full_variant(inputs, jobs[0])} if wanted else {}
+    scorer = Scorer(
+        inputs.model,
+        full | _variants(inputs, jobs),
+        inputs.device,
+        TASK_BATCH,
+        config.activation_store,
+        jobs[0].target.path,
+        lambda done, total: progress("tasks", done, total, ""),
+    )
+    scores = run_tasks(scorer, inputs.tokenizer, inputs.tasks)
+    if wanted:
+        full_scores |= {name: by_variant[FULL] for name, by_variant in scores.items()}
+    return {n: scores.get(n, {}) | ({FULL: full_scores[n]} if n in full_scores else {}) for n in inputs.tasks.members}
+
+
+def _variants(inputs: Inputs, jobs: Sequence[Job]) -> dict[str, Variant]:
+    """The quantized form of every job, by its directory."""
+    return {str(job.target.path): _variant(inputs, job) for job in jobs if job.recipe}
+
+
+def _variant(inputs: Inputs, job: Job) -> Variant:
+    """The quantized form of a job: its codes are read back from the run directory, block by block."""
+    model, packed = inputs.model, job.config.packed and job.config.wbits != FULL_BITS
+
+    def block(index: int, weights: Weights) -> Deployed:
+        if index >= job.n_blocks:
+            return weights
+        if not packed:
+            return read_block(model, job.target, index, weights)
+        changed = deploy(weights, {}, model, job.target.read_changed(index), f"block {index} ")
+        return _pack(inputs, job, index, changed, job.target.read_weights(index))
+
+    return Variant(block, job.config.act, packed and job.n_blocks == len(model.blocks))
+
+
+def _full_variant(inputs: Inputs, job: Job) -> Variant:
+    """The model itself; a quantized checkpoint may be asked to stay packed."""
+    model, checkpoint = inputs.model, inputs.model.checkpoint
+    if not (job.config.packed and isinstance(checkpoint, QuantizedCheckpoint)):
+        return Variant(lambda _, weights: weights, inputs.act)
+    whole = all(set(checkpoint.solved(model, i)) == set(model.linear_shapes()) for i in range(len(model.blocks)))
+
+    def block(index: int, weights: Weights) -> Deployed:
+        return _pack(inputs, job, index, weights, checkpoint.solved(model, index))
+
+    return Variant(block, inputs.act, whole)
+
+
+def _pack(inputs: Inputs, job: Job, index: int, weights: Weights, solved: Mapping[str, QuantizedWeight]) -> Deployed:
+    """A block with its solved linears packed; their memory is noted in the job."""
+    packed = pack_block(solved, inputs.device)
+    job.packed_bytes[index] = sum(weight.nbytes() for weight in packed.values())
+    return {**weights, **packed}
