@@ -25,7 +25,7 @@ test: venv
 # Also what needs other software: Ray, a browser of Chromium's kind (pages are opened in it, else skipped), and the readers of our checkpoints (an environment of their own, 2 GB)
 test-all: test
 	$(BIN)/python -m pip install --quiet -r requirements-ray.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_sweep.py tests/test_report.py -k "ray or browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_sweep.py tests/quant/report/test_page.py -k "ray or browser"
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet "setuptools>=84" wheel torch==2.13.0 "transformers>=5.23,<6"
 	.venv-peers/bin/python -m pip install --quiet --no-build-isolation -r requirements-pack.txt torch==2.13.0

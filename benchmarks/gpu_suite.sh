@@ -37,8 +37,8 @@ stage() {
     }' "$log" >>"$rows"
 }
 
-checks='"$0" -m pytest -q -p no:cacheprovider tests/quant/test_kernels.py tests/quant/test_packed.py -k triton &&
-        "$0" -m pytest -q -p no:cacheprovider -m gpu tests/quant/test_contract.py tests/quant/test_learn.py tests/test_run.py'
+checks='"$0" -m pytest -q -p no:cacheprovider tests/quant/kernels/test_columns.py tests/quant/kernels/test_matmul.py -k triton &&
+        "$0" -m pytest -q -p no:cacheprovider -m gpu tests/quant/solvers/test_contract.py tests/quant/learn/test_learn.py tests/test_run.py'
 stage "kernels and solvers against the CPU" 70 bash -c "$checks" "$python"
 stage "solvers" 70 "$python" -m benchmarks.solvers --device cuda --precision high --no-float64 \
   --shapes 768x768 3072x768 768x3072 2048x2048 4096x4096

@@ -23,7 +23,7 @@ from quant.core import env
 from quant.core.errors import InputError
 from quant.core.files import read_json
 from quant.core.text import markdown_cell
-from quant.report.page import Run, open_run
+from quant.report.runs import Run, open_run
 
 BASES = ("rtn", "gptq", "omniquant")  # what a method is counted against, where the table has them
 NOT_IN_LABEL = ("model", "quantization-method", "method", "solver")

@@ -33,7 +33,8 @@ from quant.core.errors import InputError, RunError, first_line  # noqa: E402
 from quant.core.files import check_owned, check_plain_file, locked, write_owned  # noqa: E402
 from quant.core.places import Place, check_places  # noqa: E402
 from quant.core.text import markdown_cell, printable  # noqa: E402
-from quant.report.page import open_run, write_report  # noqa: E402
+from quant.report.page import write_report  # noqa: E402
+from quant.report.runs import open_run  # noqa: E402
 from quant.run.config import RunConfig, places_read  # noqa: E402
 from quant.run.session import FullPrecision, Session  # noqa: E402
 from quant.run.stored import NOTHING_ALLOWED, Allowed, ordered_places, taken  # noqa: E402

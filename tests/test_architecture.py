@@ -30,7 +30,7 @@ ONLY_IN = {
     "llvmlite": {"quant/kernels/matmul/cpu.py"},
     "triton": {"quant/kernels/columns/cuda.py", "quant/kernels/matmul/cuda.py"},
     "jinja2": {"quant/report/page.py", "quant/evaluate/tasks.py"},  # there: templates of tasks are filled in a sandbox
-    "matplotlib": {"quant/report/page.py"},
+    "matplotlib": {"quant/report/plots.py"},
 }
 
 

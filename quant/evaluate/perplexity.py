@@ -7,7 +7,7 @@ entropy of each window over its seqlen - 1 predictions, exp of the mean over win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,48 +18,11 @@ from torch import Tensor
 
 from data.calibration import Tokens
 from models.load import LazyModel, Weights
-from quant.blocks.actquant import ActSpec, Deployed
 from quant.blocks.stream import BlockStream
-
-FULL = "fp"
-RESAMPLES = 2000
-HEAD_ELEMENTS = 1 << 27  # logits computed at a time: half a gigabyte in float32
-Deploy = Callable[[int, Weights], Deployed]  # block index, full-precision weights -> the variant's weights
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A form of the model: its blocks' weights, and how its activations are quantized.
-
-    packed: its linears are packed in every block, and none of theirs is taken from the full-precision weights.
-    """
-
-    deploy: Deploy
-    act: ActSpec | None = None
-    packed: bool = False
-
-
-UNCHANGED = Variant(lambda _, weights: weights)
-
-
-def pass_blocks(
-    model: LazyModel,
-    variants: Mapping[str, Variant],
-    streams: Collection[Mapping[str, BlockStream]],
-    device: torch.device,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Carry streams (each by variant) through all blocks, side by side. Linears are read only where a variant needs them."""
-    n_blocks = len(model.blocks)
-    linears = [f"{name}.weight" for name in model.linear_shapes()]
-    without = linears if all(variant.packed for variant in variants.values()) else []
-    for index in range(n_blocks):
-        weights = model.block_weights(index, device, without=without)
-        for name, variant in variants.items():
-            own = variant.deploy(index, weights)
-            for by_variant in streams:
-                by_variant[name].run(index, own, advance=True, act=variant.act)
-        progress(index + 1, n_blocks)
+from quant.evaluate.bootstrap import paired_interval
+from quant.evaluate.passes import FULL as FULL  # quant.run.session takes both from here
+from quant.evaluate.passes import HEAD_ELEMENTS, UNCHANGED, pass_blocks
+from quant.evaluate.passes import Variant as Variant
 
 
 @dataclass(frozen=True)
@@ -137,12 +100,9 @@ def _scores(streams: Mapping[str, BlockStream], outside: Weights) -> dict[str, S
     return {v: Scores(*(torch.cat(column) for column in zip(*rows, strict=True))) for v, rows in collected.items()}
 
 
-def ratio_interval(nll: Tensor, nll_fp: Tensor, seed: int = 0) -> list[float]:
-    """95% interval of the perplexity ratio: percentile bootstrap over windows, paired, RESAMPLES draws."""
-    difference = (nll - nll_fp).numpy()
-    draws = np.random.default_rng(seed).integers(0, len(difference), size=(RESAMPLES, len(difference)))
-    low, high = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
-    return [float(np.exp(low)), float(np.exp(high))]
+def ratio_interval(nll: Tensor, nll_fp: Tensor) -> list[float]:
+    """95% interval of the perplexity ratio: paired bootstrap over windows."""
+    return [float(np.exp(bound)) for bound in paired_interval(nll.numpy(), nll_fp.numpy())]
 
 
 def report(corpora: Mapping[str, Tokens], scores: Mapping[str, Mapping[str, Scores]], variant: str) -> dict[str, Any]:

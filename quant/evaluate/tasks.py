@@ -24,7 +24,8 @@ from models.load import LazyModel
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError, first_line
 from quant.core.files import check_plain_file, resolved
-from quant.evaluate.perplexity import FULL, HEAD_ELEMENTS, RESAMPLES, Variant, pass_blocks
+from quant.evaluate.bootstrap import paired_interval
+from quant.evaluate.passes import FULL, HEAD_ELEMENTS, Variant, pass_blocks
 
 HIDDEN_BYTES = 4 << 30  # of hidden states held at a time, all variants together
 PAD_TO = 32
@@ -332,14 +333,6 @@ def _task_score(name: str, samples: list[dict[str, Any]], results: Mapping[str, 
     return TaskScore(metric, values, chance, others)
 
 
-def difference_interval(values: np.ndarray, reference: np.ndarray, seed: int = 0) -> list[float]:
-    """95% interval of the mean difference of paired items: percentile bootstrap, RESAMPLES draws."""
-    difference = values - reference
-    draws = np.random.default_rng(seed).integers(0, len(difference), size=(RESAMPLES, len(difference)))
-    low, high = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
-    return [float(low), float(high)]
-
-
 def report(scores: Mapping[str, Mapping[str, TaskScore]], variant: str) -> dict[str, Any]:
     """The ``zero_shot`` entry of results.json for one variant (``fp`` for the base model)."""
     entries = {}
@@ -353,7 +346,7 @@ def report(scores: Mapping[str, Mapping[str, TaskScore]], variant: str) -> dict[
             "quantized": own.mean if variant != FULL else None,
             "stderr": own.stderr,
             "difference": own.mean - full.mean if paired and full else None,
-            "difference_ci95": difference_interval(own.values, full.values) if paired and full else None,
+            "difference_ci95": paired_interval(own.values, full.values) if paired and full else None,
             "chance": own.chance,
             "at_chance": own.chance > 0 and own.mean - 1.96 * own.stderr <= own.chance,
             "others": dict(own.others),

@@ -21,7 +21,7 @@ from quant.kernels.matmul.weight import Expanded, PackedLinear, pack_small
 from quant.solvers.gptq import gptq
 from quant.solvers.spqr import spqr
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def random_weight(n_out, n_in, spec, scale=0.05, seed=0):
@@ -281,7 +281,7 @@ def test_every_instruction_set_gives_the_same_products(level, tmp_path):
     script = """
 import torch
 from quant.kernels.matmul import cpu as packed_cpu
-from tests.quant.test_packed import check, random_weight
+from tests.quant.kernels.test_matmul import check, random_weight
 from quant.core.types import QuantSpec
 print(packed_cpu.vector_level(), packed_cpu.has_byte_products())
 for tokens in (1, 60):

@@ -27,9 +27,12 @@ from quant.cli.terminal import guarded
 from quant.core.errors import InputError
 from quant.core.text import ACTIVE, printable
 from quant.report import page as report
+from quant.report import plots
+from quant.report.compare import differences
+from quant.report.runs import Run, open_run
 from quant.run.config import RunConfig
 from quant.run.session import Session
-from tests.quant.test_learn import asked
+from tests.quant.learn.test_learn import asked
 from tests.test_run import config_for
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "use", "rect", "circle", "line"}
@@ -111,7 +114,7 @@ def finished(tmp_path_factory, model_dir, text) -> dict[str, Path]:
 
 
 def test_numbers_are_those_of_the_run(finished, tmp_path):
-    run = report.open_run(finished["plain"])
+    run = open_run(finished["plain"])
     html = report.write_report([run], tmp_path).read_text()
     page = Page(html).check()
     assert page.links == [] and html.startswith("<!DOCTYPE html>") and "<metadata" not in html and "rdf:" not in html
@@ -146,7 +149,7 @@ def test_numbers_are_those_of_the_run(finished, tmp_path):
 
 
 def test_several_runs_share_a_page(finished, tmp_path):
-    runs = [report.open_run(finished[name]) for name in ("plain", "gptq", "learned", "other")]
+    runs = [open_run(finished[name]) for name in ("plain", "gptq", "learned", "other")]
     html = report.write_report(runs, tmp_path).read_text()
     page = Page(html).check()
     assert page.links == [Path(os.path.relpath(run.path, tmp_path)).as_posix() for run in runs]
@@ -165,7 +168,7 @@ def test_several_runs_share_a_page(finished, tmp_path):
 
 def test_scores_and_memory_are_on_the_page(finished, tmp_path):
     """Tasks in the table of runs, in the CSV and against bits; peaks by stage; more runs than one plot shows."""
-    runs = [report.open_run(finished[name]) for name in ("plain", "gptq")]
+    runs = [open_run(finished[name]) for name in ("plain", "gptq")]
     for run, score in zip(runs, (0.75, 0.25), strict=True):
         entry = {"metric": "acc", "items": 20, "fp": 0.8, "quantized": score, "stderr": 0.1, "difference": score - 0.8,
                  "difference_ci95": [-0.9, 0.9], "chance": 0.25, "at_chance": score == 0.25, "others": {}}  # fmt: skip
@@ -195,7 +198,7 @@ def test_tasks_are_timed_apart_from_perplexity(model_dir, text, tmp_path, monkey
     config = replace(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
     seconds = Session(config).run(config)["seconds"]
     assert 0.4 <= seconds["tasks"] <= seconds["total"] - seconds["evaluate"] - seconds["load"]
-    assert "tasks" in report.STAGES and "tasks" in cli.STAGES
+    assert "tasks" in plots.STAGES and "tasks" in cli.STAGES
 
 
 def test_a_command_writes_its_pages(model_dir, text, tmp_path, monkeypatch, capsys):
@@ -217,12 +220,9 @@ def test_a_command_writes_its_pages(model_dir, text, tmp_path, monkeypatch, caps
 
 
 def test_losses_are_shown_where_there_are_any(finished, tmp_path):
-    html = report.write_report([report.open_run(finished["learned"])], tmp_path).read_text()
+    html = report.write_report([open_run(finished["learned"])], tmp_path).read_text()
     assert "Loss of every block over its epochs" in html and (tmp_path / "losses.png").exists()
-    assert (
-        "Loss of every block"
-        not in report.write_report([report.open_run(finished["plain"])], tmp_path / "p").read_text()
-    )
+    assert "Loss of every block" not in report.write_report([open_run(finished["plain"])], tmp_path / "p").read_text()
 
 
 HOSTILE = (
@@ -277,7 +277,7 @@ class Strict(Page):
         return super().check()
 
 
-def hostile(run: report.Run, name: str, path: Path) -> report.Run:
+def hostile(run: Run, name: str, path: Path) -> Run:
     """A copy of a run in which every name that comes from outside is the given one."""
     manifest, results = json.loads(json.dumps([run.manifest, run.results]))
     task = {"metric": name, "items": 20, "fp": 0.8, "quantized": 0.5, "stderr": 0.1, "difference": -0.3,
@@ -291,12 +291,12 @@ def hostile(run: report.Run, name: str, path: Path) -> report.Run:
     for log in results["learning"]:
         log["events"] = [name]
     records = [record | {"name": f"{i % 7} {name}", "method": name} for i, record in enumerate(run.records)]
-    return report.Run(path, manifest, results, records)
+    return Run(path, manifest, results, records)
 
 
 def pages(finished: dict[str, Path], name: str, out: Path) -> list[str]:
     """The page of one run, and that of two, in which every name is the given one."""
-    runs = [hostile(report.open_run(finished[kind]), name, finished[kind]) for kind in ("learned", "gptq")]
+    runs = [hostile(open_run(finished[kind]), name, finished[kind]) for kind in ("learned", "gptq")]
     return [report.write_report(own, out / str(len(own))).read_text() for own in (runs[:1], runs)]
 
 
@@ -322,13 +322,13 @@ def test_hostile_names_are_text_on_every_page(name, finished, harmless, tmp_path
 
 
 def test_links_are_places_of_this_disk(tmp_path):
-    runs = [report.Run(tmp_path / name, {}, {}, []) for name in ("javascript:alert(1)", "a?b#c", 'x"y', "n\udcff")]
+    runs = [Run(tmp_path / name, {}, {}, []) for name in ("javascript:alert(1)", "a?b#c", 'x"y', "n\udcff")]
     assert [report._link(run, tmp_path) for run in runs] == ["javascript%3Aalert%281%29", "a%3Fb%23c", "x%22y", "n%FF"]
 
 
 @pytest.mark.parametrize("name", HOSTILE + FORMULAS, ids=lambda name: ascii(name)[:24])
 def test_hostile_names_are_no_formulas_in_the_csv(name, finished):
-    kind = report.open_run(finished["gptq"])
+    kind = open_run(finished["gptq"])
     runs = [hostile(kind, name, Path(f"runs/{name}")) for _ in range(2)]
     for own in (runs[:1], runs):
         text = report._csv(own)
@@ -342,7 +342,7 @@ def test_hostile_names_are_no_formulas_in_the_csv(name, finished):
 
 @pytest.mark.parametrize("name", HOSTILE, ids=lambda name: ascii(name)[:24])
 def test_hostile_names_in_differences(name, finished):
-    runs = [hostile(report.open_run(finished[kind]), name, Path(f"runs/{name}")) for kind in ("plain", "gptq")]
+    runs = [hostile(open_run(finished[kind]), name, Path(f"runs/{name}")) for kind in ("plain", "gptq")]
     runs[1].manifest["configuration"][f"only {name}"] = name
     console = cli.Console(file=io.StringIO(), width=20_000, color_system=None)
     show_differences(runs, console)
@@ -365,7 +365,7 @@ def test_a_data_file_whose_name_is_an_element(model_dir, text, tmp_path):
 
 
 def test_only_the_page_s_own_script_may_run(finished, tmp_path):
-    html = report.write_report([report.open_run(finished["plain"])], tmp_path).read_text()
+    html = report.write_report([open_run(finished["plain"])], tmp_path).read_text()
     policy = unescape(re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)[1])
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     assert rules.pop("script-src") == report._script_source(re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1])
@@ -378,16 +378,16 @@ def test_only_the_page_s_own_script_may_run(finished, tmp_path):
 
 
 def test_differences(finished):
-    a, b = report.open_run(finished["plain"]), report.open_run(finished["gptq"])
-    found = report.differences([a, b])
+    a, b = open_run(finished["plain"]), open_run(finished["gptq"])
+    found = differences([a, b])
     assert ["method", "quantease", "gptq"] in found["configuration"] and ["wbits", 3, 2] in found["configuration"]
     assert not any(name == "nsamples" for name, *_ in found["configuration"])
     ratios = [row[2] / row[1] for row in found["linears"]]
     assert ratios == sorted(ratios, reverse=True) and len(ratios) == 21
-    same = report.differences([a, a])
+    same = differences([a, a])
     assert same == {"configuration": [], "numbers": [], "linears": []}
     with pytest.raises(InputError, match="runs of different models"):
-        report.differences([a, report.open_run(finished["other"])])
+        differences([a, open_run(finished["other"])])
 
 
 def test_reasons():
@@ -448,7 +448,7 @@ onload = () => {
 )
 def test_in_a_browser_tables_sort_and_nothing_complains(names, phone, dark, finished, tmp_path):
     """A run's page as on a laptop; a sweep's page as on a phone (390 points wide), in the dark."""
-    path = report.write_report([report.open_run(finished[name]) for name in names], tmp_path)
+    path = report.write_report([open_run(finished[name]) for name in names], tmp_path)
     allowed = report._script_source(PROBE.removeprefix("<script>").removesuffix("</script></body>"))
     page = path.read_text().replace("</body>", PROBE).replace("script-src ", f"script-src {allowed} ")
     if phone:  # a window cannot be as narrow; a frame can
@@ -477,7 +477,7 @@ def test_hostile_names_do_nothing_in_a_browser(finished, tmp_path):
     """As the browser reads the page; and even if an element came in, the page's policy would let none of it run."""
     names = [name.replace("alert(1)", "document.title=/owned/") for name in HOSTILE if "<" in name]
     name, kinds = "".join(names), ("learned", "gptq")
-    runs = [hostile(report.open_run(finished[kind]), name, finished[kind]) for kind in kinds]
+    runs = [hostile(open_run(finished[kind]), name, finished[kind]) for kind in kinds]
     path = report.write_report(runs, tmp_path)
     (tmp_path / "injected.html").write_text(
         path.read_text().replace("<main>", f"<main><b id=in></b>{name.replace('<', ' <')}")

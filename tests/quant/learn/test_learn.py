@@ -41,7 +41,7 @@ from tests.conftest import VOCABULARY
 from tests.test_run import direct_perplexity
 
 CPU = torch.device("cpu")
-DEMO = Path(__file__).parents[2] / "models" / "demo"
+DEMO = Path(__file__).parents[3] / "models" / "demo"
 FULL = ActSpec()
 
 

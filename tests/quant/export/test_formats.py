@@ -22,7 +22,7 @@ from quant.solvers.gptq import gptq
 from quant.solvers.quantease import quantease
 from quant.solvers.spqr import spqr
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "models/demo/llama"
 LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
 

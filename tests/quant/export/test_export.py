@@ -28,7 +28,7 @@ from quant.run.config import RunConfig
 from quant.run.convert import convert, same_codes
 from quant.run.session import Session
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "models/demo/llama"
 LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
 

@@ -198,6 +198,6 @@ import numba
 pack_weight(quantease(torch.randn(70, 8), stats, QuantSpec(3), num_iter=3)).matmul(torch.randn(1, 8))
 print(torch.get_num_threads(), numba.get_num_threads())
 """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
     assert found.stdout.split() == ["1", "1"]

@@ -21,9 +21,9 @@ from quant.export.formats import Content
 from quant.export.runtimes import loadability, objections
 from quant.run.convert import convert
 from quant.run.session import Session
-from tests.quant.test_export import demo_config, perplexity
+from tests.quant.export.test_export import demo_config, perplexity
 
-DEMO = Path(__file__).parents[2] / "models/demo"
+DEMO = Path(__file__).parents[3] / "models/demo"
 CT = "compressed-tensors"
 W8A8 = {"bits": 8, "symmetric": True, "group": -1}
 # Relative distance of the logits. SAME: measured 0. DEQUANTIZED: transformers rounds scales, measured 1.3e-4.

@@ -11,7 +11,7 @@ from quant.export import FORMATS, first_holding
 from quant.export.formats import Content, Layers
 from quant.export.runtimes import RUNTIMES, loadability, nearest, objections
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "models/demo/llama"
 LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
 

@@ -67,7 +67,7 @@ def test_a_packed_checkpoint_is_evaluated_packed(model_dir, text, tmp_path):
 def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
     """A packed checkpoint is code times scale, written out in float32 or packed; a dequantized one is rounded to its
     dtype, and so is the model of a run that is evaluated written out."""
-    source, model = Path(__file__).parents[2] / "models/demo/llama", tmp_path / "model"
+    source, model = Path(__file__).parents[3] / "models/demo/llama", tmp_path / "model"
     shutil.copytree(source, model)
     tensors = {n: t.float().to(getattr(torch, dtype)) for n, t in load_file(source / "model.safetensors").items()}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
@@ -128,7 +128,7 @@ def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tm
 
 
 def test_memory_of_a_model_is_what_is_counted(text, tmp_path):
-    path = Path(__file__).parents[2] / "models" / "demo" / "mistral"
+    path = Path(__file__).parents[3] / "models" / "demo" / "mistral"
     config, results = run_of(path, text, tmp_path, group_size=64, packed=True)
     resident = load_resident(open_run(config.run_dir, tmp_path, torch.float32).quantized(), CPU)
     assert resident.packed_bytes == results["packed_bytes"]
@@ -151,7 +151,7 @@ def run_command(monkeypatch, capsys, *words):
 
 
 def test_text_streams(text, tmp_path, monkeypatch, capsys):
-    path = Path(__file__).parents[2] / "models" / "demo" / "llama"
+    path = Path(__file__).parents[3] / "models" / "demo" / "llama"
     config, _ = run_of(path, text, tmp_path, save=tmp_path / "saved", format="bitplane", wbits=8)
     said = []
     for model in (config.run_dir, config.save, path):  # a run, a packed checkpoint, a plain one
@@ -179,7 +179,7 @@ def test_text_streams(text, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_mistakes(words, expected, monkeypatch, capsys):
-    path = Path(__file__).parents[2] / "models" / "demo" / "opt"
+    path = Path(__file__).parents[3] / "models" / "demo" / "opt"
     given = {"--model": path, "--prompt": "Anna"} | dict([words])
     code, _, err = run_command(monkeypatch, capsys, *[part for pair in given.items() for part in pair])
     assert code == 2 and expected in err and "Traceback" not in err

@@ -15,8 +15,9 @@ from models.load import load_model, load_tokenizer
 from quant.blocks.actquant import ActSpec
 from quant.core.errors import InputError
 from quant.evaluate import tasks as zero_shot
-from quant.evaluate.perplexity import FULL, Variant
-from quant.evaluate.tasks import Scorer, TaskScore, difference_interval, open_tasks, report
+from quant.evaluate.bootstrap import paired_interval
+from quant.evaluate.passes import FULL, Variant
+from quant.evaluate.tasks import Scorer, TaskScore, open_tasks, report
 from quant.run.config import RunConfig
 from quant.run.session import Session
 from tests.conftest import VOCABULARY
@@ -147,7 +148,7 @@ def test_the_interval_covers_the_truth_at_its_rate():
     for world in range(300):
         before = rng.random(200) < 0.7
         after = np.where(rng.random(200) < 0.2, rng.random(200) < 0.2, before)  # moves a fifth to 0.2: -0.1
-        low, high = difference_interval(after.astype(float), before.astype(float), seed=world)
+        low, high = paired_interval(after.astype(float), before.astype(float), seed=world)
         held += low <= -0.1 <= high
     assert 0.92 < held / 300 < 0.98
 
