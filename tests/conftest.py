@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,3 +129,36 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory):
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file for calibration and evaluation with the tiny tokenizer."""
     return write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+LOCAL_TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}, {{metric: acc_norm, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+
+
+@pytest.fixture
+def local_task(tmp_path) -> Path:
+    """A directory with one task over a local file."""
+    generator = np.random.default_rng(0)
+    words = ["Ada", "Anna", "Boris", "Ida", "Leo", "Max"]  # the demo's tokenizer tells them apart
+    rows = [
+        {
+            "question": " ".join(generator.choice(words, 4)),
+            "choices": [f" {w}" for w in generator.choice(words, 3, replace=False)],
+            "label": int(generator.integers(3)),
+        }
+        for _ in range(20)
+    ]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "mine.yaml").write_text(LOCAL_TASK.format(name="mine", file=folder / "rows.jsonl"))
+    return folder

@@ -31,6 +31,11 @@ def weights(n_out: int, n_in: int, seed: int = 1) -> Tensor:
     return torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed))
 
 
+def problem(n_out: int = 24, n_in: int = 64, tokens: int = 256) -> tuple[Tensor, GramStats]:
+    """A weight and the statistics of its inputs."""
+    return weights(n_out, n_in), make_stats(inputs(n_in, tokens))
+
+
 def objective64(error: Tensor, gram: Tensor) -> float:
     """tr(E Σ Eᵀ) in float64 throughout."""
     e, g = error.double(), gram.double()

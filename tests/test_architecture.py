@@ -130,6 +130,32 @@ def test_a_planted_import_is_found(file, line, says, tmp_path):
     assert any(says in found for found in wrong_imports(tmp_path)), wrong_imports(tmp_path)
 
 
+def wrong_test_imports(path: str, text: str) -> list[str]:
+    """Modules that a test may not import: other tests, and the benchmarks, which tests/test_benchmarks.py alone is of."""
+    modules = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    of_tests = {m for m in modules if m.startswith("tests.") and any(part.startswith("test_") for part in m.split("."))}
+    of_benchmarks = {m for m in modules if m.split(".")[0] == "benchmarks" and path != "tests/test_benchmarks.py"}
+    return sorted(of_tests | of_benchmarks)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_tests_share_helpers_and_not_each_other(path):
+    assert wrong_test_imports(str(path.relative_to(ROOT)), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["from tests.test_run import run", "import tests.quant.core.test_grid", "from tests import test_run",
+             "def f():\n    from benchmarks import loaders", "import benchmarks.loaders as l"]
+)  # fmt: skip
+def test_a_planted_import_of_a_test_is_found(line):
+    assert wrong_test_imports("tests/test_x.py", line) != []
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_libraries_have_their_places(path):
     name = str(path.relative_to(ROOT))

@@ -10,17 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import end_to_end, tables
+from benchmarks import end_to_end, loaders, tables
+from benchmarks.loaders import Case
 from benchmarks.solvers import column_loop, measure, problem
+from quant.blocks.actquant import ActSpec
 from quant.blocks.stream import BlockStream
 from quant.core.grid import fit_grid
 from quant.core.types import QuantSpec
+from quant.export.formats import Content
+from quant.export.runtimes import objections
 from quant.kernels import columns as blocks
 from quant.kernels.columns import TorchKernels
 from quant.run.session import Session
 from quant.solvers.quantease import is_rounding_sweep
+from tests.helpers import config_for
 from tests.references import inputs, make_stats, naive_coordinate_descent, weights
-from tests.test_run import config_for
 
 
 def test_the_published_loop_is_the_same_descent():
@@ -131,3 +135,41 @@ def test_a_model_that_was_cut_passes_its_last_block_too(whole, model_dir, tmp_pa
 def test_what_happens_once_is_not_extrapolated():
     assert end_to_end.all_blocks({"once": 10.0, "total": 13.0}, 2, 80) == 10 + 40 * 3
     assert end_to_end.all_blocks({"once": 10.0, "total": 13.0}, 2, 2) == 13
+
+
+@pytest.mark.parametrize(
+    ("family", "refused", "said"),
+    [
+        ("opt", {"W8A8"}, ["same", "refused"]),
+        ("opt", set(), ["same", "NOT REFUSED"]),
+        ("llama", {"W4"}, ["same", "REFUSED"]),
+        ("llama", set(), ["same", "same"]),
+    ],
+)
+def test_refused_checkpoints_are_rows_of_the_table(family, refused, said, monkeypatch, tmp_path):
+    """By our rules, in the table of benchmarks/loaders.py: expected, missing, unexpected, none."""
+    cases = [
+        Case(4, True, "compressed-tensors", "transformers"),
+        Case(format="compressed-tensors", how="transformers", act=ActSpec(8), bits=8, symmetric=True, group=-1),
+    ]
+
+    def made(family, case, base):
+        return replace(case, how=loaders.REFUSED if case.kind in refused else case.how), base / case.name
+
+    monkeypatch.setattr(loaders, "prepare", made)
+    monkeypatch.setattr(loaders, "ours", lambda *given: (2.0, None, None))
+    monkeypatch.setattr(loaders, "ask", lambda *given: "")
+    monkeypatch.setattr(loaders, "compare", lambda *given: {"ours": 2.0, "theirs": 2.0, "logits": 0.0, "said": "same"})
+    rows = loaders.of_family("python", family, cases, tmp_path)
+    assert sorted(row["said"] for _, row in rows) == sorted(said)
+    for _, row in rows:
+        assert loaders.cells(row).startswith("- | - | - | ") == (row["said"] in ("refused", "REFUSED"))
+
+
+def test_refusals_that_the_table_expects_are_those_of_the_rules():
+    for family in loaders.FAMILIES:
+        for case in loaders.EVERY_FAMILY:
+            spec = QuantSpec(case.bits, case.group, case.symmetric)
+            content = Content(spec, {"a": (128, 128)}, case.act, model_type=family)
+            takes = not objections("transformers", case.format, content) or case.format == "gptq"
+            assert takes != (case.kind in loaders.EXPECTED_REFUSED.get(family, ())), (family, case)

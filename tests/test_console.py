@@ -23,7 +23,7 @@ from quant.cli.terminal import guarded
 from quant.core.errors import InputError, RunError
 from quant.core.text import ACTIVE, printable
 from scripts import sweep
-from tests.test_run import config_for
+from tests.helpers import config_for
 
 HOSTILE = (
     "[red]x[/red]",

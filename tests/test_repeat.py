@@ -18,8 +18,7 @@ from quant.run.config import RunConfig
 from quant.run.repeat import repeat
 from quant.run.session import Session
 from quant.run.stored import Allowed
-from tests.quant.learn.test_learn import asked
-from tests.test_run import config_for
+from tests.helpers import asked, config_for
 
 OWN = Allowed(paths=True)  # what is repeated here was made here
 

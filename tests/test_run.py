@@ -26,33 +26,12 @@ from quant.run.session import Session
 from quant.run.stored import Allowed
 from quant.solvers.gptq import gptq
 from tests.conftest import CONFIGS
+from tests.helpers import SEQLEN, config_for, direct_perplexity
 from tests.references import make_stats
-
-SEQLEN = 32
-
-
-def config_for(model: Path, text: Path, tmp_path: Path, **options) -> RunConfig:
-    return RunConfig(
-        model=str(model),
-        dataset=str(text),
-        eval_datasets=(str(text),),
-        nsamples=12,
-        seqlen=SEQLEN,
-        limit=12,
-        cache_dir=tmp_path / "cache",
-        **({"wbits": 3, "run_dir": tmp_path / "run", "options": {"num_iter": 4}} | options),
-    )
 
 
 def run(config: RunConfig) -> dict:
     return Session(config).run(config)
-
-
-def direct_perplexity(model, windows: torch.Tensor) -> float:
-    """The published loop: loss of each window by transformers itself, weighted equally."""
-    with torch.no_grad():
-        losses = [model(window[None], labels=window[None]).loss.double() for window in windows]
-    return float(torch.stack(losses).mean().exp())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -41,7 +41,7 @@ from quant.run.directory import LOCK, RunDirectory
 from quant.run.session import Session
 from quant.run.stored import Allowed, ordered_places, taken
 from scripts import sweep
-from tests.test_run import config_for
+from tests.helpers import config_for
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,8 +21,7 @@ from quant.cli.terminal import guarded
 from quant.core.errors import InputError
 from quant.run import scoring
 from scripts import sweep
-from tests.quant.evaluate.test_tasks import local_task  # noqa: F401  (a fixture)
-from tests.test_run import config_for
+from tests.helpers import config_for
 
 ROOT = Path(__file__).parents[1]
 

@@ -104,7 +104,7 @@ def _read(stream: BlockStream, group: Sequence[Key], outside: Mapping[str, Tenso
     """Scores of the sequences of one stream, in order."""
     n, length = stream.tokens.shape
     step = max(1, HEAD_ELEMENTS // (length * stream.model.config.vocab_size))
-    found: list[Score] = []
+    answers: list[Score] = []
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         log_p = torch.log_softmax(stream.logits(rows, dict(outside)), -1)
@@ -113,8 +113,8 @@ def _read(stream: BlockStream, group: Sequence[Key], outside: Mapping[str, Tenso
             part = log_p[row, end - scored - 1 : end - 1]
             target = torch.tensor(tokens[end - scored :], device=part.device)
             likely = bool((part.argmax(-1) == target).all())
-            found.append((float(part.gather(-1, target[:, None]).double().sum()), likely))
-    return found
+            answers.append((float(part.gather(-1, target[:, None]).double().sum()), likely))
+    return answers
 
 
 def _harness(scorer: Scorer, tokenizer: Any, variant: str) -> Any:
@@ -294,7 +294,7 @@ def run_tasks(scorer: Scorer, tokenizer: Any, tasks: Tasks) -> dict[str, dict[st
     """Scores by task and variant."""
     import lm_eval
 
-    found: dict[str, dict[str, TaskScore]] = {}
+    scores: dict[str, dict[str, TaskScore]] = {}
     for variant in scorer.variants:
         with (
             sandboxed(),
@@ -314,8 +314,8 @@ def run_tasks(scorer: Scorer, tokenizer: Any, tasks: Tasks) -> dict[str, dict[st
         for name, members in tasks.members.items():
             samples = [sample for member in members for sample in results["samples"][member]]
             samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-            found.setdefault(name, {})[variant] = _task_score(name, samples, results["results"].get(name, {}))
-    return found
+            scores.setdefault(name, {})[variant] = _task_score(name, samples, results["results"].get(name, {}))
+    return scores
 
 
 def _task_score(name: str, samples: list[dict[str, Any]], results: Mapping[str, Any]) -> TaskScore:

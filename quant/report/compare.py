@@ -29,7 +29,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[list[Any]]]:
             raise InputError(
                 f"{runs[0].path} and {run.path} are runs of different models ({first['id']}, {run.manifest['model']['id']})"
             )
-    found: dict[str, list[list[Any]]] = {}
+    rows_by_part: dict[str, list[list[Any]]] = {}
     numbers = (
         "bits_per_weight",
         "quantized_bytes",
@@ -49,10 +49,10 @@ def differences(runs: Sequence[Run]) -> dict[str, list[list[Any]]]:
     ):
         names = dict.fromkeys(name for one in flat for name in one)
         rows = [[name, *(one.get(name) for one in flat)] for name in names]
-        found[part] = [row for row in rows if any(value != row[1] for value in row[2:])]
+        rows_by_part[part] = [row for row in rows if any(value != row[1] for value in row[2:])]
     errors = [{(r["block"], r["name"]): r["relative_error"] for r in run.records} for run in runs]
     shared = [key for key in errors[0] if all(key in one for one in errors[1:])]
     linears = [[f"{block} {name}", *(one[block, name] for one in errors)] for block, name in shared]
     linears.sort(key=lambda row: -max(row[1:]) / max(min(row[1:]), 1e-30))
-    found["linears"] = [row for row in linears if any(value != row[1] for value in row[2:])]
-    return found
+    rows_by_part["linears"] = [row for row in linears if any(value != row[1] for value in row[2:])]
+    return rows_by_part

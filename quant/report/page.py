@@ -56,14 +56,14 @@ def heat(records: Sequence[Record]) -> dict[str, Any] | None:
         return None
     names = list(dict.fromkeys(r["name"] for r in records))
     blocks = sorted({r["block"] for r in records})
-    found = {(r["block"], r["name"]): r for r in records}
+    by_linear = {(r["block"], r["name"]): r for r in records}
     errors = [r["relative_error"] for r in records if r["relative_error"] > 0 and math.isfinite(r["relative_error"])]
     low, high = (math.log(min(errors)), math.log(max(errors))) if errors else (0.0, 1.0)
     rows = []
     for block in blocks:
         cells = []
         for name in names:
-            record = found.get((block, name))
+            record = by_linear.get((block, name))
             error = record["relative_error"] if record else 0.0
             strength = (math.log(error) - low) / max(high - low, 1e-9) if error > 0 and math.isfinite(error) else 0.0
             cells.append(

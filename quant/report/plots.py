@@ -90,8 +90,8 @@ def scores_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
     """Mean score over the tasks less full precision's, against stored bits; None without such numbers."""
 
     def difference(run: Run) -> float | None:
-        found = [entry["difference"] for entry in run.results["zero_shot"].values()]
-        return sum(found) / len(found) if found and None not in found else None
+        changes = [entry["difference"] for entry in run.results["zero_shot"].values()]
+        return sum(changes) / len(changes) if changes and None not in changes else None
 
     about = "Mean score of the tasks less that of full precision against stored bits per weight"
     return _against_bits(runs, difference, 0.0, "mean score - full precision", about)
@@ -112,10 +112,10 @@ def _against_bits(
     """
     points: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
     for run in runs:
-        found = value(run)
-        if found is not None:
+        number = value(run)
+        if number is not None:
             of_method = points.setdefault(run.model, {}).setdefault(method_of(run.results), {})
-            of_method.setdefault(run.label, []).append((run.results["bits_per_weight"], found))
+            of_method.setdefault(run.label, []).append((run.results["bits_per_weight"], number))
     looks = _looks(runs)
     if sum(len(labels) for own in points.values() for labels in own.values()) < 2:
         return None

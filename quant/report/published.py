@@ -13,13 +13,13 @@ FULL = "FP16"
 
 def rows() -> list[tuple[str, str, str, str, str, dict[str, float]]]:
     """(family, data, setting, method, source, perplexity by size) of every line."""
-    found = []
+    figures = []
     for line in TABLE.read_text().splitlines():
         if not line.startswith("#"):
             family, data, setting, method, source, values = line.split("\t")
             sizes = {size: float(value) for size, _, value in (pair.partition("=") for pair in values.split())}
-            found.append((family, data, setting, method, source, sizes))
-    return found
+            figures.append((family, data, setting, method, source, sizes))
+    return figures
 
 
 def setting_of(results: dict[str, Any]) -> str:
@@ -48,7 +48,7 @@ def published(model: str, results: dict[str, Any]) -> list[dict[str, Any]]:
     same_protocol: whether the run was measured as the figure was.
     """
     name = re.sub(r"-(hf|base)$", "", model.lower().replace("_", "-").split("/")[-1])
-    setting, found = setting_of(results), []
+    setting, entries = setting_of(results), []
     for family, data, its, method, source, sizes in rows():
         own = results["perplexity"].get(data)
         size = next((s for s in sizes if name == f"{family}-{s}"), None)
@@ -64,5 +64,5 @@ def published(model: str, results: dict[str, Any]) -> list[dict[str, Any]]:
             "perplexity": sizes[size],
             "ours": ours,
         }
-        found.append(entry | {"same_protocol": whole})
-    return found
+        entries.append(entry | {"same_protocol": whole})
+    return entries

@@ -37,8 +37,8 @@ class Run:
     @property
     def score(self) -> float | None:
         """Mean score over its tasks, of the quantized model where there is one; None without tasks."""
-        found = [score_of(entry) for entry in self.results["zero_shot"].values()]
-        return sum(found) / len(found) if found else None
+        scores = [score_of(entry) for entry in self.results["zero_shot"].values()]
+        return sum(scores) / len(scores) if scores else None
 
 
 def open_run(path: Path) -> Run:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,37 +21,6 @@ from quant.run.session import Session
 from tests.conftest import VOCABULARY
 
 CPU = torch.device("cpu")
-LOCAL = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}, {{metric: acc_norm, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 1.0}}
-"""
-
-
-@pytest.fixture
-def local_task(tmp_path) -> Path:
-    """A directory with one task over a local file."""
-    generator = np.random.default_rng(0)
-    words = ["Ada", "Anna", "Boris", "Ida", "Leo", "Max"]  # the demo's tokenizer tells them apart
-    rows = [
-        {
-            "question": " ".join(generator.choice(words, 4)),
-            "choices": [f" {w}" for w in generator.choice(words, 3, replace=False)],
-            "label": int(generator.integers(3)),
-        }
-        for _ in range(20)
-    ]
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "mine.yaml").write_text(LOCAL.format(name="mine", file=folder / "rows.jsonl"))
-    return folder
 
 
 def scorer_of(path, tmp_path, batch=4) -> tuple[Scorer, object]:

@@ -3,7 +3,6 @@ held is refused."""
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +20,8 @@ from quant.run.convert import same_codes
 from quant.solvers.gptq import gptq
 from quant.solvers.quantease import quantease
 from quant.solvers.spqr import spqr
+from tests.helpers import random_weight
 
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "models/demo/llama"
 LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
 
 
@@ -42,12 +40,6 @@ def test_packing_is_one_little_endian_stream(bits, n):
     assert np.array_equal(words.numpy(), np.stack([reference_words(row, bits) for row in codes.tolist()]))
     assert torch.equal(unpack(words, bits, n), codes)
     assert torch.equal(unpack_planes(pack_planes(codes, bits), n), codes)
-
-
-def random_weight(n_out, n_in, spec, scale=0.02):
-    weight = torch.randn(n_out, n_in) * scale
-    grid = fit_grid(weight, spec)
-    return QuantizedWeight(grid.quantize(weight), grid, spec)
 
 
 def content_for(weight, **more):

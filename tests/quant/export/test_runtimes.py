@@ -1,7 +1,6 @@
 """Who loads what, and which format is taken where none is named."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,6 @@ from quant.export import FORMATS, first_holding
 from quant.export.formats import Content, Layers
 from quant.export.runtimes import RUNTIMES, loadability, nearest, objections
 
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "models/demo/llama"
 LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
 
 

@@ -4,7 +4,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from quant.core.rounding import NumberFormat
 from quant.kernels import columns as blocks
 from quant.kernels.columns import ColumnBlock, TorchKernels
 from quant.kernels.columns.cpu import NumbaKernels
+from tests.helpers import ROOT
 from tests.references import inputs, make_stats
 
 CUDA = torch.cuda.is_available()
@@ -198,6 +198,5 @@ import numba
 pack_weight(quantease(torch.randn(70, 8), stats, QuantSpec(3), num_iter=3)).matmul(torch.randn(1, 8))
 print(torch.get_num_threads(), numba.get_num_threads())
 """
-    root = Path(__file__).parents[3]
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.split() == ["1", "1"]

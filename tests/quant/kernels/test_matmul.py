@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,14 +19,7 @@ from quant.kernels.matmul.pack import pack_weight
 from quant.kernels.matmul.weight import Expanded, PackedLinear, pack_small
 from quant.solvers.gptq import gptq
 from quant.solvers.spqr import spqr
-
-ROOT = Path(__file__).parents[3]
-
-
-def random_weight(n_out, n_in, spec, scale=0.05, seed=0):
-    weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed)) * scale
-    grid = fit_grid(weight, spec)
-    return QuantizedWeight(grid.quantize(weight), grid, spec)
+from tests.helpers import ROOT, random_weight
 
 
 def values(weight, sign=-1):
@@ -281,7 +273,8 @@ def test_every_instruction_set_gives_the_same_products(level, tmp_path):
     script = """
 import torch
 from quant.kernels.matmul import cpu as packed_cpu
-from tests.quant.kernels.test_matmul import check, random_weight
+from tests.quant.kernels.test_matmul import check
+from tests.helpers import random_weight
 from quant.core.types import QuantSpec
 print(packed_cpu.vector_level(), packed_cpu.has_byte_products())
 for tokens in (1, 60):

@@ -32,8 +32,7 @@ from quant.report.compare import differences
 from quant.report.runs import Run, open_run
 from quant.run.config import RunConfig
 from quant.run.session import Session
-from tests.quant.learn.test_learn import asked
-from tests.test_run import config_for
+from tests.helpers import asked, config_for
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "use", "rect", "circle", "line"}
 

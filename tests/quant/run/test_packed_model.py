@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,7 @@ from quant.run.directory import RunDirectory
 from quant.run.generate import generate
 from quant.run.packed_model import load_resident, open_quantized, open_run
 from quant.run.session import Session
-
-CPU = torch.device("cpu")
+from tests.helpers import CPU, DEMO, called
 
 
 def run_of(path, text, tmp_path, name="run", **changes):
@@ -67,7 +65,7 @@ def test_a_packed_checkpoint_is_evaluated_packed(model_dir, text, tmp_path):
 def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
     """A packed checkpoint is code times scale, written out in float32 or packed; a dequantized one is rounded to its
     dtype, and so is the model of a run that is evaluated written out."""
-    source, model = Path(__file__).parents[3] / "models/demo/llama", tmp_path / "model"
+    source, model = DEMO / "llama", tmp_path / "model"
     shutil.copytree(source, model)
     tensors = {n: t.float().to(getattr(torch, dtype)) for n, t in load_file(source / "model.safetensors").items()}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
@@ -128,7 +126,7 @@ def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tm
 
 
 def test_memory_of_a_model_is_what_is_counted(text, tmp_path):
-    path = Path(__file__).parents[3] / "models" / "demo" / "mistral"
+    path = DEMO / "mistral"
     config, results = run_of(path, text, tmp_path, group_size=64, packed=True)
     resident = load_resident(open_run(config.run_dir, tmp_path, torch.float32).quantized(), CPU)
     assert resident.packed_bytes == results["packed_bytes"]
@@ -142,28 +140,20 @@ def test_memory_of_a_model_is_what_is_counted(text, tmp_path):
     assert resident.packed_bytes < linears / 6
 
 
-def run_command(monkeypatch, capsys, *words):
-    from quant.cli.terminal import guarded
-
-    monkeypatch.setattr("sys.argv", ["quant.run.generate", *map(str, words)])
-    code = guarded(command.main)
-    return code, *capsys.readouterr()
-
-
 def test_text_streams(text, tmp_path, monkeypatch, capsys):
-    path = Path(__file__).parents[3] / "models" / "demo" / "llama"
+    path = DEMO / "llama"
     config, _ = run_of(path, text, tmp_path, save=tmp_path / "saved", format="bitplane", wbits=8)
     said = []
     for model in (config.run_dir, config.save, path):  # a run, a packed checkpoint, a plain one
-        code, out, _ = run_command(
-            monkeypatch, capsys, "--model", model, "--prompt", "Anna went", "--max-new-tokens", 12
+        code, out, _ = called(
+            command, monkeypatch, capsys, "--model", model, "--prompt", "Anna went", "--max-new-tokens", 12
         )
         assert code == 0 and out.startswith("Anna went ") and "tokens a second" in out
         said.append(out.splitlines()[0])
     assert said[0] == said[1] and len(said[0].split()) > 6
     warm = ("--temperature", 1.5, "--seed", 3)
     first, second = (
-        run_command(monkeypatch, capsys, "--model", path, "--prompt", "Anna went", *warm)[1].splitlines()[0]
+        called(command, monkeypatch, capsys, "--model", path, "--prompt", "Anna went", *warm)[1].splitlines()[0]
         for _ in "ab"
     )
     assert first == second != said[2]
@@ -179,9 +169,9 @@ def test_text_streams(text, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_mistakes(words, expected, monkeypatch, capsys):
-    path = Path(__file__).parents[3] / "models" / "demo" / "opt"
+    path = DEMO / "opt"
     given = {"--model": path, "--prompt": "Anna"} | dict([words])
-    code, _, err = run_command(monkeypatch, capsys, *[part for pair in given.items() for part in pair])
+    code, _, err = called(command, monkeypatch, capsys, *[part for pair in given.items() for part in pair])
     assert code == 2 and expected in err and "Traceback" not in err
 
 

@@ -10,16 +10,12 @@ from quant.core.types import QuantSpec
 from quant.run.directory import RunDirectory
 from quant.solvers import declaration_of, get_solver, solver, solver_options, solvers
 from quant.solvers.rtn import rtn
-from tests.references import inputs, make_stats, weights
+from tests.references import inputs, make_stats, problem, weights
 
 SOLVERS = solvers()
 SPECS = [QuantSpec(3), QuantSpec(4, 16), QuantSpec(2, symmetric=True), QuantSpec(3, 32, range="mse"), QuantSpec(8)]
 every_solver = pytest.mark.parametrize("name", SOLVERS)
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
-
-
-def problem(n_out: int = 24, n_in: int = 64, tokens: int = 256):
-    return weights(n_out, n_in), make_stats(inputs(n_in, tokens))
 
 
 @every_solver
@@ -34,7 +30,7 @@ def test_answer_is_legal_and_not_worse_than_rtn(name, spec):
     assert error <= nearest * (1 + 1e-6)
     assert error > 0
     if name != "rtn" and spec.bits < 8:
-        assert error < 0.9 * nearest
+        assert error < 0.9 * nearest  # measured: 0.79 (spqr), 0.75 (gptq), 0.51 and below with descent
 
 
 @every_solver
@@ -92,7 +88,7 @@ def test_odd_shapes(name, shape):
     weight, stats = weights(*shape), make_stats(inputs(shape[1], 64))
     answer = SOLVERS[name](weight, stats, QuantSpec(4)).check()
     assert answer.codes.shape == shape
-    assert relative_error(weight, answer.dequantize(), stats.gram) < 0.05
+    assert relative_error(weight, answer.dequantize(), stats.gram) < 0.05  # measured: at most 0.027 (rtn, one row)
 
 
 @every_solver
@@ -102,7 +98,7 @@ def test_constant_and_zero_rows(name):
     value = SOLVERS[name](weight, stats, QuantSpec(3)).check().dequantize()
     assert torch.equal(value[0], weight[0])
     shared = 0.2 if declaration_of(name).rows_coupled else 0.0  # rows that share scales: a constant one has not its own
-    torch.testing.assert_close(value[1], weight[1], rtol=2e-3 + shared, atol=0)
+    torch.testing.assert_close(value[1], weight[1], rtol=2e-3 + shared, atol=0)  # measured: 2.4e-4
 
 
 @every_solver
@@ -113,7 +109,7 @@ def test_scaling_the_weights_scales_the_answer(name, factor):
         relative_error(w, SOLVERS[name](w, stats, QuantSpec(4)).dequantize(), stats.gram)
         for w in (weight, weight * factor)
     )
-    assert abs(scaled / error - 1) < 0.1
+    assert abs(scaled / error - 1) < 0.1  # measured: at most 0.028
 
 
 @every_solver
@@ -121,7 +117,7 @@ def test_scaling_the_weights_scales_the_answer(name, factor):
 def test_scaling_the_inputs_changes_nothing(name, factor):
     weight, x = weights(24, 64), inputs(64, 256)
     answer, scaled = (SOLVERS[name](weight, make_stats(v), QuantSpec(3)) for v in (x, x * factor))
-    assert float((answer.codes != scaled.codes).float().mean()) < 0.01
+    assert float((answer.codes != scaled.codes).float().mean()) < 0.01  # measured: none
 
 
 @every_solver
@@ -166,7 +162,7 @@ def test_a_row_of_zeros_costs_the_others_nothing(name, factor):
     some = weight.clone()
     some[5] = 0
     errors = [relative_error(w, SOLVERS[name](w, stats, spec).check().dequantize(), stats.gram) for w in (some, weight)]
-    assert errors[0] < 1.25 * errors[1]
+    assert errors[0] < 1.25 * errors[1]  # measured: 0.98 to 0.993
 
 
 @every_solver
@@ -205,6 +201,7 @@ def test_declarations_are_true_of_the_answer(name):
         more = answer.grid.bilevel is not None or bool(answer.outliers is not None and answer.outliers.index.numel())
         every = solver_options(function) | options
         assert declared.outliers(every) == more
+        # declared: at most 7.3 matrices of the Gram matrix's size (quantease with outliers)
         assert 0 <= declared.workspace(24, 64, every, 16) < 20 * 4 * 64 * 64
 
 

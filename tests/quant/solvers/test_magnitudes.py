@@ -15,7 +15,7 @@ from quant.run.quantize import Recipe, ranges_of, solve_linear
 from quant.solvers import get_solver, solver_options, solvers
 from quant.solvers.quantease import quantease
 from quant.solvers.rtn import rtn
-from tests.references import inputs, make_stats, objective64, weights
+from tests.references import objective64, problem, weights
 
 MORE = {
     "quantease": [
@@ -30,10 +30,6 @@ MORE = {
 WAYS = [(name, options) for name in solvers() for options in [{}, *MORE.get(name, [])]]
 every_way = pytest.mark.parametrize(("name", "options"), WAYS, ids=[f"{n} {' '.join(o)}".strip() for n, o in WAYS])
 SPECS = [QuantSpec(3, 16), QuantSpec(2, symmetric=True), QuantSpec(8)]
-
-
-def problem():
-    return weights(16, 32), make_stats(inputs(32, 128))
 
 
 def error64(weight, approximation, gram):
@@ -57,7 +53,7 @@ def solved(name, options, weight, stats, spec):
 @pytest.mark.parametrize("factor", [1e-40, 1e-30, 1e-20, 1e-6, 1e6, 1e20, 1e30, None])
 def test_errors_are_those_of_ordinary_weights(name, options, factor):
     """None: up to float32's largest number, where grids lose a level to overflow and the error may be any below RTN's."""
-    weight, stats = problem()
+    weight, stats = problem(16, 32, 128)
     other = weight / weight.abs().max() * 3e38 if factor is None else weight * factor
     for spec in SPECS:
         error = solved(name, options, other, stats, spec)[1]
@@ -69,7 +65,7 @@ def test_errors_are_those_of_ordinary_weights(name, options, factor):
 @every_way
 @pytest.mark.parametrize(("low", "high"), [(60, 90), (-60, -90)])
 def test_powers_of_two_scale_the_answer(name, options, low, high):
-    weight, stats = problem()
+    weight, stats = problem(16, 32, 128)
     ends = QuantSpec(3, 16)
     first, second = (get_solver(name)(weight * 2.0**k, stats, ends, **options).check() for k in (low, high))
     assert torch.equal(first.codes, second.codes) and torch.equal(first.grid.zero, second.grid.zero)
@@ -80,7 +76,7 @@ def test_powers_of_two_scale_the_answer(name, options, low, high):
 @pytest.mark.parametrize("value", [1.4e-45, 1e-42, 1e-30, 1e20, 3e38])
 @pytest.mark.parametrize("shape", ["constant", "spread"])
 def test_a_row_of_another_magnitude(name, options, value, shape):
-    weight, stats = problem()
+    weight, stats = problem(16, 32, 128)
     weight[5] = value * (weight[5].sign() if shape == "constant" else weight[5] / weight[5].abs().max())
     for spec in (QuantSpec(3, 16), QuantSpec(4, symmetric=True)):
         error = solved(name, options, weight, stats, spec)[1]
@@ -90,7 +86,7 @@ def test_a_row_of_another_magnitude(name, options, value, shape):
 @every_way
 def test_weights_of_a_few_denormals_are_whole_steps(name, options):
     """float32 has no scale below 1.4e-45: a grid of 8 bits that holds all of a few steps holds them exactly."""
-    stats = problem()[1]
+    stats = problem(16, 32, 128)[1]
     weight = (weights(16, 32) * 3).round() * 1.4e-45
     answer = solved(name, options, weight, stats, QuantSpec(8))[0]
     assert bool((answer.grid.scale >= 1.4e-45).all())
@@ -103,7 +99,7 @@ def test_weights_of_a_few_denormals_are_whole_steps(name, options):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_deployed_values_are_finite_in_the_dtype_of_the_checkpoint(name, options, dtype):
     """Weights up to its largest number: without the bound, the outermost level is beyond it."""
-    weight, stats = problem()
+    weight, stats = problem(16, 32, 128)
     largest = torch.finfo(dtype).max
     weight = (weight / weight.abs().max() * largest).to(dtype).float()
     for spec in (*SPECS, QuantSpec(3, 16, range="mse")):
@@ -117,7 +113,7 @@ def test_deployed_values_are_finite_in_the_dtype_of_the_checkpoint(name, options
 
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 def test_a_given_grid_and_a_start_are_scaled_too(factor):
-    weight, stats = problem()
+    weight, stats = problem(16, 32, 128)
     spec = QuantSpec(3, 16)
     for name in solvers():
         grid = fit_grid(weight * (0.9 * factor), spec)
@@ -134,7 +130,7 @@ def test_a_given_grid_and_a_start_are_scaled_too(factor):
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 @pytest.mark.parametrize("name", ["quantease", "spqr"])
 def test_disk_and_back_is_bit_exact(name, factor, tmp_path):
-    weight, stats = problem()
+    weight, stats = problem(16, 32, 128)
     answer = get_solver(name)(weight * factor, stats, QuantSpec(3, 16, largest=1e38), outlier=0.1)
     run = RunDirectory(tmp_path / "run")
     run.blocks.mkdir(parents=True)
@@ -146,7 +142,7 @@ def test_disk_and_back_is_bit_exact(name, factor, tmp_path):
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-42, 1e30, 1e38])
 def test_the_journal_overflows_at_no_magnitude(factor):
-    weight, stats = problem()
+    weight, stats = problem(16, 32, 128)
     spec = QuantSpec(4)
     ordinary, other = (ranges_of(w, stats, rtn(w, stats, spec)) for w in (weight, weight * factor / 4))
     assert other["weight_peak"] == pytest.approx(ordinary["weight_peak"], rel=1e-2)  # 1e-42 is 700 denormals
@@ -155,7 +151,7 @@ def test_the_journal_overflows_at_no_magnitude(factor):
 
 
 def test_errors_that_are_no_numbers_are_told():
-    weight, stats = problem()
+    weight, stats = problem(16, 32, 128)
     assert math.isnan(objective(weight * math.nan, stats.gram))
     for wrong in (math.nan, math.inf):
         assert not math.isfinite(relative_error(weight, weight.masked_fill(weight > 2, wrong), stats.gram))

@@ -51,7 +51,7 @@ def test_more_outliers_less_error():
         relative_error(weight, quantease(weight, stats, QuantSpec(3), outlier=s).dequantize(), stats.gram)
         for s in (0.0, *BUDGETS)
     ]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.8 * errors[0]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.8 * errors[0]  # measured: 0.595
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.1])
@@ -65,7 +65,7 @@ def test_equals_the_published_loop(structured, alpha):
     )  # fmt: skip
     count = round(share * (40 if structured else 240))
     codes, outliers = naive_outlier_descent(weight, stats.gram, answer.grid, count, structured, 2, alpha)
-    assert float((answer.codes != codes).float().mean()) < 0.02
+    assert float((answer.codes != codes).float().mean()) < 0.02  # measured: the same codes
     expected = objective64(weight - answer.grid.dequantize(codes) - outliers, stats.gram)
     found = objective64(weight - answer.dequantize(), stats.gram)
     assert abs(found / expected - 1) < 2e-3  # outliers are stored in float16
@@ -95,7 +95,7 @@ def test_objective_never_rises(structured, metric):
             descent.sweep(rounding=True)
             trace.append(objective64(descent.residual, stats.gram))
         assert all(b <= a * (1 + 1e-5) for a, b in zip(trace, trace[1:], strict=False)), trace
-        assert trace[-1] < 0.9 * trace[0]
+        assert trace[-1] < 0.9 * trace[0]  # measured: 0.54 to 0.81
         drift = descent.correlation.double() - descent.residual.double() @ stats.gram.double()
         assert float(drift.abs().max() / (descent.residual.abs() @ stats.gram.abs()).max()) < 1e-5
 
@@ -106,7 +106,7 @@ def test_values_of_the_outliers_are_where_the_gradient_vanishes():
     answer = quantease(weight, stats, QuantSpec(3), outlier=0.01)
     assert answer.outliers is not None
     step = (((weight - answer.dequantize()) @ stats.gram) / stats.diagonal).flatten()[answer.outliers.index]
-    assert float(step.abs().mean()) < 0.01 * float(answer.grid.scale.mean())
+    assert float(step.abs().mean()) < 0.01 * float(answer.grid.scale.mean())  # measured: 0.0051
 
 
 @pytest.mark.parametrize("structured", [False, True])
@@ -115,7 +115,7 @@ def test_outliers_with_act_order_are_in_their_own_places(structured):
     options = {"outlier": 0.02, "structure_outlier": structured}
     plain, found = (quantease(weight, stats, QuantSpec(3, 32), act_order=o, **options).check() for o in (False, True))
     errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (plain, found)]
-    assert errors[1] < 1.1 * errors[0]
+    assert errors[1] < 1.1 * errors[0]  # measured: 0.87 to 0.99
     assert errors[1] < relative_error(
         weight, quantease(weight, stats, QuantSpec(3, 32), act_order=True).dequantize(), stats.gram
     )
@@ -179,7 +179,7 @@ def test_weights_of_any_size_gain_as_much(method, bits, group):
             answer = quantease(weight * factor, stats, spec, outlier=0.01, structure_outlier=structured).check()
         errors.append(relative_error(weight * factor, answer.dequantize(), stats.gram))
         nearest = rtn(weight * factor, stats, spec).dequantize()
-        assert errors[-1] < 0.9 * relative_error(weight * factor, nearest, stats.gram)
+        assert errors[-1] < 0.9 * relative_error(weight * factor, nearest, stats.gram)  # measured: 0.12 to 0.60
         assert answer.outliers is not None
         if factor == 1:
             assert answer.outliers.value.dtype == torch.float16, "an ordinary layer takes 16 bits"

@@ -1,0 +1,118 @@
+"""Checkpoints that are changed on purpose: what is edited, missing or cut."""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from quant.learn.affine import ONLINE
+
+
+def damaged(base, tmp_path, change, kind="gptq_v2"):
+    target = tmp_path / "damaged"
+    shutil.copytree(base / f"as-{kind}", target)
+    change(target)
+    return target
+
+
+def edit_tensors(ending, change, hashed=False):
+    """Replace the first tensor of that name; change returns None to delete it."""
+
+    def edit(path):
+        file = path / "model.safetensors"
+        tensors = load_file(file)
+        name = next(n for n in tensors if n.endswith(ending))
+        new = change(tensors.pop(name))
+        save_file(tensors | ({} if new is None else {name: new.contiguous()}), file, {"format": "pt"})
+        if not hashed:
+            (path / "results.json").unlink()
+
+    return edit
+
+
+def edit_config(hashed=False, **changes):
+    """Change entries of the quantization_config, those of compressed-tensors' weights by `weights=`, or of bitplane's
+    spec by `spec=`.
+    """
+
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        quantization = config["quantization_config"]
+        for name, value in changes.items():
+            where = quantization["config_groups"]["group_0"] if name == "weights" else quantization
+            where[name] = where[name] | value if name in ("weights", "spec") else value
+        (path / "config.json").write_text(json.dumps(config))
+        if not hashed:
+            (path / "results.json").unlink()
+
+    return edit
+
+
+def model_entry(hashed=True, **changes):
+    """Change entries of config.json itself."""
+
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+        if not hashed:
+            (path / "results.json").unlink()
+
+    return edit
+
+
+def edit_group(**changes):
+    """Change entries of the only group of compressed-tensors' settings."""
+
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        config["quantization_config"]["config_groups"]["group_0"] |= changes
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "results.json").unlink()
+
+    return edit
+
+
+def second_group(**changes):
+    """Give one linear a group of settings of its own."""
+
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        groups = config["quantization_config"]["config_groups"]
+        groups["group_1"] = groups["group_0"] | {"targets": ["model.layers.0.mlp.up_proj"]} | changes
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "results.json").unlink()
+
+    return edit
+
+
+def broken(name, text="{"):
+    return lambda path: (path / name).write_text(text)
+
+
+def set_dtype(path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "auto"}))
+
+
+def cut(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def both(version):
+    return {"checkpoint_format": version, "format": version}
+
+
+def add_to_blocks(ending, **act):
+    """A bitplane checkpoint with tensors that no parameter holds, and activation settings."""
+
+    def edit(path):
+        file = path / "model.safetensors"
+        tensors = load_file(file)
+        name = "model.layers.0.input_layernorm" if ending == ONLINE else "model.layers.0.mlp.up_proj"
+        tensors[name + ending] = torch.eye(128).half() if ending == ONLINE else torch.tensor([-1.0, 1.0])
+        save_file(tensors, file, {"format": "pt"})
+        edit_config(activations=act)(path)
+
+    return edit

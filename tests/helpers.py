@@ -1,0 +1,121 @@
+"""Configurations, runs and weights that several tests ask for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quant.blocks.stream import BlockStream
+from quant.cli.terminal import guarded
+from quant.core.grid import fit_grid
+from quant.core.types import QuantizedWeight, QuantSpec
+from quant.learn import recipes
+from quant.learn.config import Learning, TransformSpec
+from quant.run.config import RunConfig
+from quant.run.session import Session
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "models" / "demo"
+CPU = torch.device("cpu")
+SEQLEN = 32
+
+
+def config_for(model: Path, text: Path, tmp_path: Path, **options) -> RunConfig:
+    """A small run of a model on a text."""
+    small = {
+        "model": str(model),
+        "dataset": str(text),
+        "eval_datasets": (str(text),),
+        "nsamples": 12,
+        "seqlen": SEQLEN,
+        "limit": 12,
+        "cache_dir": tmp_path / "cache",
+        "run_dir": tmp_path / "run",
+        "wbits": 3,
+        "options": {"num_iter": 4},
+    }
+    return RunConfig(**(small | options))
+
+
+def learned_config(model: Path, text: Path, tmp_path: Path, **options) -> RunConfig:
+    """A small run that learns clips and transforms, then rounds to nearest."""
+    learned = {"nsamples": 6, "limit": 6, "method": "omniquant", "solver": "rtn", "options": {}}
+    learned["learning"] = asked(epochs=2, batch=2, lwc_lr=0.05)
+    return config_for(model, text, tmp_path, **(learned | options))
+
+
+def demo_config(tmp_path: Path, model: Path, **more) -> RunConfig:
+    """A small run of a demo model: rounding to four bits in groups of 32."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog again and again " * 400)
+    return RunConfig(
+        model=str(model), dataset=str(text), nsamples=2, seqlen=32, method="rtn", wbits=4, group_size=32,
+        eval_datasets=(str(text),), limit=4, cache_dir=tmp_path / "cache", run_dir=tmp_path / "run", **more,
+    )  # fmt: skip
+
+
+def in_float32(family: str, target: Path) -> Path:
+    """A copy of a demo model with its weights in float32."""
+    shutil.copytree(DEMO / family, target)
+    weights = {name: tensor.float() for name, tensor in load_file(target / "model.safetensors").items()}
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    return target
+
+
+def perplexity(path: Path, tmp_path: Path) -> tuple[float, float]:
+    """Perplexity of a checkpoint on the text of `demo_config`, and its bits per weight."""
+    config = replace(demo_config(tmp_path, path), wbits=16, run_dir=tmp_path / f"eval-{Path(path).name}")
+    results = Session(config).run(config)
+    return results["perplexity"]["text"]["fp"], results["bits_per_weight"]
+
+
+def direct_perplexity(model: torch.nn.Module, windows: Tensor) -> float:
+    """The published loop: loss of each window by transformers itself, weighted equally."""
+    with torch.no_grad():
+        losses = [model(window[None], labels=window[None]).loss.double() for window in windows]
+    return float(torch.stack(losses).mean().exp())
+
+
+def reference_logits(session: Session, ids: Tensor) -> Tensor:
+    """Our logits of some windows, in float32."""
+    outside = session.model.outside_weights(CPU)
+    stream = BlockStream(session.model, ids, device=CPU, batch=4).capture(outside)
+    for index in range(len(session.model.blocks)):
+        stream.run(index, session.model.block_weights(index, CPU), advance=True, act=session.act)
+    with torch.inference_mode():
+        return stream.logits(slice(0, len(ids)), outside).float()
+
+
+def asked(method="omniquant", wbits=3, abits=16, *, lwc=True, let=True, **options) -> Learning:
+    """Learning as main.py asks a recipe for it."""
+    spec = TransformSpec(
+        let=let, **{k: options.pop(k) for k in list(options) if k in TransformSpec.__dataclass_fields__}
+    )
+    return recipes()[method](Learning(transform=spec, clip=lwc, **options), wbits, abits)
+
+
+def random_weight(n_out: int, n_in: int, spec: QuantSpec, scale: float = 0.05, seed: int = 0) -> QuantizedWeight:
+    """A Gaussian weight, rounded to nearest."""
+    weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed)) * scale
+    grid = fit_grid(weight, spec)
+    return QuantizedWeight(grid.quantize(weight), grid, spec)
+
+
+def called(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: object
+) -> tuple[int, str, str]:
+    """A command in this process: exit code, standard output, standard error."""
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["x.py", *map(str, words)])
+    code = guarded(module.main)
+    return code, *capsys.readouterr()

@@ -1,0 +1,210 @@
+"""Checkpoints that runs save: they measure what their run measured, whatever was quantized, and come as asked for."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import main as main_command
+import model_quantizer
+from quant.blocks.actquant import ActSpec
+from quant.core.errors import InputError
+from quant.export import FORMATS, write
+from quant.export.read import QuantizedCheckpoint
+from quant.export.runtimes import RUNTIMES
+from quant.run.config import RunConfig
+from quant.run.convert import convert
+from quant.run.session import Session
+from tests.helpers import DEMO, called, demo_config, perplexity
+
+
+def test_every_format_measures_what_the_run_measured(exported, whole):
+    base, results = exported
+    expected = results["perplexity"]["text"]["quantized"]
+    for kind in FORMATS:
+        found, bits = perplexity(base / f"as-{kind}", base)
+        assert found == expected, kind
+        assert kind == "dequantized" or bits == pytest.approx(results["bits_per_weight"])
+        for file in (base / f"as-{kind}").glob("*.json"):
+            assert str(whole.parent) not in file.read_text() and str(base) not in file.read_text(), file.name
+
+
+def test_shards(exported, tmp_path, monkeypatch):
+    base, results = exported
+    monkeypatch.setattr(write, "SHARD_BYTES", 200_000)
+    convert(base / "saved", "gptq_v2", tmp_path / "cut")
+    files = sorted(file.name for file in (tmp_path / "cut").glob("*.safetensors"))
+    assert len(files) > 2 and files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "cut/model.safetensors.index.json").read_text())
+    whole = load_file(base / "saved/model.safetensors")
+    assert index["weight_map"].keys() == whole.keys() and set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    found = {k: v for file in files for k, v in load_file(tmp_path / "cut" / file).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    assert all(
+        (tmp_path / "cut" / f).stat().st_size < 400_000 for f in files if len(load_file(tmp_path / "cut" / f)) > 1
+    )
+    assert perplexity(tmp_path / "cut", tmp_path)[0] == results["perplexity"]["text"]["quantized"]
+    first = tmp_path / "cut" / files[0]
+    save_file({k: v + 1 for k, v in load_file(first).items()}, first, {"format": "pt"})
+    with pytest.raises(InputError, match=f"{files[0]} is not what was written"):
+        QuantizedCheckpoint(tmp_path / "cut")
+
+
+def test_a_quantized_model_is_not_quantized_again(exported, tmp_path):
+    with pytest.raises(InputError, match="is quantized already"):
+        Session(demo_config(tmp_path, exported[0] / "saved"))
+
+
+def test_a_target_that_cannot_load_is_refused_before_work(tmp_path):
+    config = demo_config(tmp_path, DEMO / "llama", save=tmp_path / "out", format="gptq", target="vllm")
+    session = Session(config)
+    with pytest.raises(InputError, match="--target vllm: with --format gptq, it takes symmetric grids only"):
+        session.run(config)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+
+
+def test_activation_quantizers_come_back(tmp_path, whole):
+    config = replace(
+        demo_config(tmp_path, whole, save=tmp_path / "w8a8", format="compressed-tensors"),
+        wbits=8, group_size=-1, symmetric=True, act=ActSpec(8),
+    )  # fmt: skip
+    expected = Session(config).run(config)["perplexity"]["text"]["quantized"]
+    assert perplexity(tmp_path / "w8a8", tmp_path)[0] == expected
+    checkpoint = QuantizedCheckpoint(tmp_path / "w8a8")
+    assert checkpoint.act == ActSpec(8) and checkpoint.quantization["format"] == "int-quantized"
+
+
+CODE = {
+    "configuration_own.py": "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'llama'\n",
+    "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+    "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+}
+AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+
+
+def test_classes_that_a_model_brings_come_along(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = tmp_path / "model"
+    shutil.copytree(DEMO / "llama", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+    for name, code in CODE.items():
+        (source / name).write_text(code)
+    asked = demo_config(tmp_path, source, trust_remote_code=True, save=tmp_path / "saved", format="gptq_v2")
+    Session(asked).run(asked)
+    for start, kind in (("run", "dequantized"), ("saved", "bitplane")):
+        convert(tmp_path / start, kind, tmp_path / f"{start}-{kind}", trust_remote_code=True)
+    for place in ("saved", "run-dequantized", "saved-bitplane"):
+        assert json.loads((tmp_path / place / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert {name: (tmp_path / place / name).read_text() for name in CODE} == CODE
+    evaluated = replace(asked, model=str(tmp_path / "saved"), wbits=16, save=None, format="dequantized",
+                        run_dir=tmp_path / "again")  # fmt: skip
+    session = Session(evaluated)
+    assert type(session.model.module).__name__ == "OwnModel"
+    assert session.run(evaluated)["perplexity"]["text"]["fp"] > 1
+
+
+QUICK = ["--eval-datasets", "demo", "--seqlen", 64, "--nsamples", 2, "--limit", 2, "--no-report"]
+
+
+def test_a_plan_shows_who_loads_it_and_refuses_for_a_target(monkeypatch, capsys):
+    asked = ["--model", DEMO / "llama", "--dataset", "demo", "--wbits", 4, "--group-size", 32, *QUICK, "--dry-run"]
+    code, out, _ = called(model_quantizer, monkeypatch, capsys, *asked, "--sym", "--format", "gptq")
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip().startswith(RUNTIMES)}
+    assert code == 0 and {"transformers", "vllm", "llama.cpp", "auto-gptq"} <= rows.keys()
+    assert " yes " in rows["transformers"] and " yes " in rows["auto-gptq"]
+    code, _, err = called(model_quantizer, monkeypatch, capsys, *asked, "--format", "gptq", "--target", "vllm")
+    assert (
+        code == 2
+        and "--target vllm: with --format gptq, it takes symmetric grids only" in err
+        and "Traceback" not in err
+    )
+    for flags, expected in (([], "gptq_v2"), (["--sym"], "gptq"), (["--outlier", 0.01], "bitplane")):
+        code, out, _ = called(model_quantizer, monkeypatch, capsys, *asked, *flags, "--real_quant")
+        assert code == 0 and f"will a {expected} checkpoint of this load?" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [((), "gptq_v2"), (("--sym",), "gptq"), (("--outlier", 0.01), "bitplane")]
+)
+def test_real_quant_saves_packed(flags, expected, monkeypatch, capsys, tmp_path):
+    """model_quantizer.py, as its help says."""
+    words = ["--model", DEMO / "llama", "--dataset", "demo", "--wbits", 4, "--group-size", 32, "--num-iter", 2, *QUICK, *flags,
+             "--cache-dir", tmp_path / "cache", "--run-dir", tmp_path / "run", "--real_quant", "--save", tmp_path / "out"]  # fmt: skip
+    code, _, err = called(model_quantizer, monkeypatch, capsys, *words)
+    assert code == 0, err
+    assert QuantizedCheckpoint(tmp_path / "out").format.name == expected
+    assert model_quantizer.config_from([*map(str, words), "--format", "dequantized"]).format == "dequantized"
+    assert model_quantizer.config_from([*map(str, words), "--wbits", "16"]).format == "dequantized"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("--wbits 4 --symmetric", "gptq"), ("--wbits 4", "gptq_v2"), ("--wbits 3 --solver spqr", "bitplane"),
+     ("--wbits 4 --abits 8", "bitplane")],
+)  # fmt: skip
+def test_real_quant_of_learned_methods_saves_packed(flags, expected, model_dir, text, monkeypatch, capsys, tmp_path):
+    words = ["--model", model_dir("llama"), "--calib_dataset", text, "--eval_ppl", "--eval-datasets", text, "--seqlen", 32,
+             "--nsamples", 4, "--limit", 4, "--epochs", 0, "--no-report", *flags.split(), "--cache-dir", tmp_path / "cache",
+             "--run-dir", tmp_path / "run", "--real_quant", "--save_dir", tmp_path / "out"]  # fmt: skip
+    code, _, err = called(main_command, monkeypatch, capsys, *words)
+    assert code == 0, err
+    assert QuantizedCheckpoint(tmp_path / "out").format.name == expected
+    results = json.loads((tmp_path / "run/results.json").read_text())["perplexity"]["words"]["quantized"]
+    assert read_back(tmp_path / "out", text, tmp_path) == pytest.approx(results, rel=1e-5)
+    code, _, err = called(main_command, monkeypatch, capsys, *words, "--limit", 2, "--overwrite", "--save_dir", DEMO)
+    assert code == 2 and "holds no checkpoint" in err and "--save " not in err
+
+
+def read_back(path, text, tmp_path, **more):
+    config = RunConfig(model=str(path), eval_datasets=(str(text),), seqlen=32, limit=4, cache_dir=tmp_path / "cache",
+                       run_dir=tmp_path / f"eval-{path.name}", **more)  # fmt: skip
+    return Session(config).run(config)["perplexity"]["words"]["fp"]
+
+
+LEARNED = {
+    "folded": ("--let --lwc --wbits 4 --abits 16", ("gptq_v2", "compressed-tensors", "bitplane", "dequantized")),
+    "matrix": (
+        "--let --lwc --use_matrix --wbits 4 --abits 16",
+        ("gptq_v2", "compressed-tensors", "bitplane", "dequantized"),
+    ),
+    "matrix behind norms": ("--let --use_matrix --use_ln_matrix --wbits 4 --abits 16", ("bitplane",)),
+}
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_learned_models_are_what_was_measured_in_every_format(case, model_dir, text, tmp_path):
+    flags, kinds = LEARNED[case]
+    words = ["--model", model_dir("llama"), "--calib_dataset", text, "--eval_ppl", "--eval-datasets", text, "--seqlen", 32,
+             "--nsamples", 4, "--limit", 4, "--epochs", 2, *flags.split(), "--cache-dir", tmp_path / "cache",
+             "--run-dir", tmp_path / "run"]  # fmt: skip
+    config = main_command.config_from(list(map(str, words)))
+    results = Session(config).run(config)["perplexity"]["words"]
+    assert results["quantized"] != results["fp"]
+    for kind in kinds:
+        convert(tmp_path / "run", kind, tmp_path / kind)
+        assert read_back(tmp_path / kind, text, tmp_path) == pytest.approx(results["quantized"], rel=1e-6), kind
+    for kind in set(FORMATS) - {*kinds, "gptq"}:
+        with pytest.raises(InputError, match="use format bitplane"):
+            convert(tmp_path / "run", kind, tmp_path / kind)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+def test_gptqs_config_tells_what_the_run_did(sequential, static, tmp_path):
+    config = demo_config(tmp_path, DEMO / "llama", true_sequential=sequential, options={"static_groups": static, "act_order": static},
+                         num_layers=1, save=tmp_path / "out", format="gptq_v2")  # fmt: skip
+    config = replace(config, method="gptq", eval_datasets=())
+    Session(config).run(config)
+    convert(tmp_path / "out", "gptq", tmp_path / "converted")
+    for name in ("out", "converted"):
+        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert (written["true_sequential"], written["static_groups"], written["desc_act"]) == (
+            sequential,
+            static,
+            False,
+        )
