@@ -18,8 +18,9 @@ from torch import Tensor
 
 from data.calibration import Tokens
 from models.load import LazyModel, Weights
-from quant.blocks.actquant import ActSpec, Deployed
+from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import Deployed
 
 FULL = "fp"
 RESAMPLES = 2000

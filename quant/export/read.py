@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.load import LazyModel
-from quant.blocks.actquant import INPUT_RANGE, ONLINE
+from quant.blocks.weights import INPUT_RANGE, ONLINE
 from quant.core.errors import InputError
 from quant.core.files import read_json
 from quant.core.types import QuantizedWeight

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import RESULTS, check_own, side_files, write_tensors
 from models.load import LazyModel
-from quant.blocks.actquant import INPUT_RANGE
+from quant.blocks.weights import INPUT_RANGE
 from quant.core.errors import InputError
 from quant.core.files import json_sha256, sha256_of_file
 from quant.core.types import QuantizedWeight

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.family import HeadLayout, Seam
 from models.load import Weights
-from quant.blocks.actquant import ONLINE
+from quant.blocks.weights import ONLINE
 
 ONLINE_DTYPE = torch.float16  # in which it is kept, whatever the checkpoint's own
 

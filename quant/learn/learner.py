@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from models.load import LazyModel, Weights
-from quant.blocks.actquant import ONLINE, ActSpec
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.weights import ONLINE
 from quant.core.errors import InputError
 from quant.core.grid import range_to_grid
 from quant.core.rounding import RoundTo

@@ -12,8 +12,9 @@ import torch
 
 from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from models.load import LazyModel, load_model, load_tokenizer
-from quant.blocks.actquant import ONLINE, ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import ONLINE
 from quant.core import env
 from quant.core.errors import InputError
 from quant.core.places import check_places

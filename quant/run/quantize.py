@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from models.load import LazyModel, Weights
-from quant.blocks.actquant import FULL_BITS, INPUT_RANGE, ActSpec
+from quant.blocks.fake_quant import FULL_BITS, ActSpec
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import INPUT_RANGE
 from quant.core.env import peak_bytes
 from quant.core.errors import InputError, RunError
 from quant.core.gram import GramStats

@@ -16,7 +16,8 @@ import main as main_command
 import model_quantizer
 from benchmarks.loaders import in_float32
 from models.load import load_model
-from quant.blocks.actquant import INPUT_RANGE, ActSpec
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.weights import INPUT_RANGE
 from quant.cli.terminal import guarded
 from quant.core.errors import InputError
 from quant.export import FORMATS, PACKED, write

@@ -15,7 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from data.calibration import evaluation_tokens
 from models.load import load_model
-from quant.blocks.actquant import ActSpec, instrumented
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.instrument import instrumented
 from quant.blocks.stream import BlockStream
 from quant.core import grid as grid_module
 from quant.core.errors import InputError

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from benchmarks import loaders
 from benchmarks.loaders import Case, reference_logits, request
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.types import QuantSpec
 from quant.export.formats import Content
 from quant.export.runtimes import loadability, objections
