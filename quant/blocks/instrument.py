@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quant.blocks.fake_quant import FULL_BITS, ActSpec, integer_inputs, quantize_activations
-from quant.blocks.weights import INPUT_RANGE, ONLINE, Deployed
+from quant.blocks.weights import BlockWeights, Deployed
 from quant.kernels.matmul.weight import PackedLinear, PackedWeight
 
 BYTE = 8  # bits up to which inputs are multiplied as integers, where weights are packed
@@ -129,31 +129,21 @@ def instrumented(
         def keep(handle: Any) -> None:
             stack.callback(handle.remove)
 
-        own = {
-            name: t for name, t in weights.items() if isinstance(t, Tensor) and not name.endswith((ONLINE, INPUT_RANGE))
-        }
-        for name, value in weights.items():
-            if isinstance(value, PackedWeight):
-                linear = name.removesuffix(".weight")
-                bias = own.pop(f"{linear}.bias", None)
-                _mount(stack, block, linear, packed_linear(value, bias, spec, _span(weights, linear)))
-            elif name.endswith(ONLINE):
-                norm = block.get_submodule(name.removesuffix(ONLINE))
-                keep(norm.register_forward_hook(lambda module, args, out, m=value: out @ m))
+        given = BlockWeights.from_named(weights)
+        own, spans = given.parameters, given.input_ranges
+        for linear, packed in given.packed.items():
+            bias = own.pop(f"{linear}.bias", None)
+            _mount(stack, block, linear, packed_linear(packed, bias, spec, spans.get(linear)))
+        for norm, matrix in given.online.items():
+            keep(block.get_submodule(norm).register_forward_hook(lambda module, args, out, m=matrix: out @ m))
         if spec is not None and spec.bits < FULL_BITS:
             shared = _InputQuantizer(spec)
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
-                    keep(module.register_forward_pre_hook(shared.hook(_span(weights, name))))
+                    keep(module.register_forward_pre_hook(shared.hook(spans.get(name))))
         if watch is not None or (spec is not None and spec.kv_bits < FULL_BITS):
             stack.enter_context(AttentionProducts(spec or ActSpec(), watch))
         yield own
-
-
-def _span(weights: Deployed, linear: str) -> Tensor | None:
-    """The fixed range of a linear's inputs, if there is one."""
-    found = weights.get(linear + INPUT_RANGE)
-    return found if isinstance(found, Tensor) else None
 
 
 def packed_linear(

@@ -17,14 +17,13 @@ import model_quantizer
 from benchmarks.loaders import in_float32
 from models.load import load_model
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.weights import INPUT_RANGE
+from quant.blocks.weights import INPUT_RANGE, ONLINE
 from quant.cli.terminal import guarded
 from quant.core.errors import InputError
 from quant.export import FORMATS, PACKED, write
 from quant.export.formats import Layers
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.export.runtimes import RUNTIMES
-from quant.learn.affine import ONLINE
 from quant.run.config import RunConfig
 from quant.run.convert import convert, same_codes
 from quant.run.session import Session
