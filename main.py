@@ -299,7 +299,7 @@ def learning_of(args: argparse.Namespace) -> Any:
 
 def run_config(args: argparse.Namespace) -> Any:
     """The RunConfig of these flags."""
-    from quant.blocks.actquant import ActSpec
+    from quant.blocks.fake_quant import ActSpec
     from quant.cli.flags import options_of
     from quant.core import env
     from quant.learn.abq import balanced_levels

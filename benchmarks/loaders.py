@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.measuring import write
 from data.demo import text
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.export.runtimes import loadability
 from quant.run.config import RunConfig
 from quant.run.convert import convert

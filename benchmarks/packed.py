@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import about, best_seconds, heading, machine_line, show, write
-from quant.blocks.actquant import ActSpec, packed_linear
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.instrument import packed_linear
 from quant.core import env
 from quant.core.grid import fit_grid
 from quant.core.types import QuantizedWeight, QuantSpec

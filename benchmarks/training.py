@@ -21,7 +21,8 @@ import torch
 from benchmarks.end_to_end import random_stream, write_random
 from benchmarks.measuring import best_seconds, heading, peak_of, show
 from models.load import load_config
-from quant.blocks.actquant import ActSpec, instrumented
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.instrument import instrumented
 from quant.blocks.stream import BlockStream
 from quant.core import env
 from quant.core.types import QuantSpec

@@ -13,7 +13,7 @@ import torch
 from benchmarks import end_to_end, loaders, tables
 from benchmarks.loaders import Case
 from benchmarks.solvers import column_loop, measure, problem
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
 from quant.core.grid import fit_grid
 from quant.core.types import QuantSpec

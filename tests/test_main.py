@@ -18,7 +18,7 @@ import generate_act_scale_shift
 import main as main_command
 import model_quantizer
 from models.load import load_config
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.cli.terminal import guarded
 from quant.core import env
 from quant.learn.config import Learning, TransformSpec

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import main
 import model_quantizer
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.run.config import RunConfig
 from quant.run.repeat import repeat

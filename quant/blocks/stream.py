@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.load import LazyModel, Weights
-from quant.blocks.actquant import ActSpec, Deployed, instrumented
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.instrument import instrumented
+from quant.blocks.weights import Deployed
 from quant.core.errors import InputError
 from quant.core.files import reserve, temporary_name
 

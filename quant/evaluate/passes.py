@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from models.load import LazyModel, Weights
-from quant.blocks.actquant import ActSpec, Deployed
+from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import Deployed
 
 FULL = "fp"
 HEAD_ELEMENTS = 1 << 27  # logits computed at a time: half a gigabyte in float32

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.blocks.actquant import FULL_BITS, METHODS, ActSpec
+from quant.blocks.fake_quant import FULL_BITS, METHODS, ActSpec
 from quant.core.errors import InputError
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec, group_index
 from quant.export.formats import Content, Header, Layers, Read, check_grid, in_order, uneven_groups

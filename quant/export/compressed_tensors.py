@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
 from quant.export.formats import (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.load import LazyModel
-from quant.blocks.actquant import INPUT_RANGE, ONLINE
+from quant.blocks.weights import is_input_range, is_online
 from quant.core.errors import InputError
 from quant.core.files import read_json
 from quant.core.types import QuantizedWeight
@@ -50,7 +50,7 @@ class QuantizedCheckpoint(Checkpoint):
         parts = {f"{linear}.{part}" for linear in self.linears for part in self.format.parts()}
         self._plain = [name for name in self._where if name not in parts]
         self._check_orphans()
-        self.extra = [name for name in self._plain if name.endswith((ONLINE, INPUT_RANGE))]
+        self.extra = [name for name in self._plain if is_online(name) or is_input_range(name)]
         self._weights = {f"{linear}.weight": linear for linear in self.linears}
 
     def _check_orphans(self) -> None:
@@ -135,7 +135,7 @@ class QuantizedCheckpoint(Checkpoint):
             self.act,
             reordered,
             outliers,
-            online=any(name.endswith(ONLINE) for name in self.extra),
+            online=any(map(is_online, self.extra)),
             whole=whole,
             model_type=self.declared["model_type"],
             true_sequential=bool(self.quantization.get("true_sequential")),  # GPTQ's config tells, the others' do not

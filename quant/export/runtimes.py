@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.types import QuantSpec
 from quant.export import DEQUANTIZED, FORMATS, PACKED, refusal
 from quant.export.formats import Content

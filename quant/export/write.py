@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import RESULTS, check_own, side_files, write_tensors
 from models.load import LazyModel
-from quant.blocks.actquant import INPUT_RANGE
+from quant.blocks.weights import is_input_range
 from quant.core.errors import InputError
 from quant.core.files import json_sha256, sha256_of_file
 from quant.core.types import QuantizedWeight
@@ -78,7 +78,7 @@ def packed_entries(
     """
     for name, value in stream:
         if not isinstance(value, QuantizedWeight):
-            if kind in PACKED or not name.endswith(INPUT_RANGE):
+            if kind in PACKED or not is_input_range(name):
                 yield name, value
             continue
         linear = name.removesuffix(".weight")

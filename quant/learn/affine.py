@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.family import HeadLayout, Seam
 from models.load import Weights
-from quant.blocks.actquant import ONLINE
+from quant.blocks.weights import online_name
 
 ONLINE_DTYPE = torch.float16  # in which it is kept, whatever the checkpoint's own
 
@@ -116,7 +116,7 @@ def _norm(weights: Weights, norm: str, affine: Affine, offset: float) -> Weights
         assert bias is not None
         bias = new[f"{norm}.bias"] = bias - affine.shift[0]
     if affine.dense:
-        return {**new, norm + ONLINE: affine.matrix()[0]}
+        return {**new, online_name(norm): affine.matrix()[0]}
     scale = affine.inverse[0]
     new[f"{norm}.weight"] = (weights[f"{norm}.weight"] + offset) / scale - offset
     if bias is not None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from models.load import LazyModel, Weights
-from quant.blocks.actquant import ONLINE, ActSpec
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.weights import is_online
 from quant.core.errors import InputError
 from quant.core.grid import range_to_grid
 from quant.core.rounding import RoundTo
@@ -162,7 +163,7 @@ class Learner:
 
     def _storage_dtype(self, name: str) -> torch.dtype:
         """In which a checkpoint holds an entry of floating-point numbers that no solver rounds."""
-        return seams.ONLINE_DTYPE if name.endswith(ONLINE) else self.model.storage_dtype
+        return seams.ONLINE_DTYPE if is_online(name) else self.model.storage_dtype
 
     def facts(self, effective: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the parametrizations say of the block: counts added up, of margins the smallest."""
@@ -195,7 +196,7 @@ class Learner:
             parameters={k: p.detach().clone() for k, p in effective.items()},
             log={
                 **record,
-                "online_parameters": sum(t.numel() for k, t in tensors.items() if k.endswith(ONLINE)),
+                "online_parameters": sum(t.numel() for k, t in tensors.items() if is_online(k)),
                 "shifted": [k.removesuffix(".shift") for k in effective if k.endswith(".shift")],
             },
         )

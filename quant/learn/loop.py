@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.load import Weights
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
 from quant.core.types import QuantSpec

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from models.load import Weights
-from quant.blocks.actquant import instrumented
+from quant.blocks.instrument import instrumented
 from quant.blocks.stream import BlockStream
 from quant.learn import attention_term, loss_term
 from quant.learn.config import Learning

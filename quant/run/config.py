@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.corpora import is_file
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError, first_line
 from quant.core.files import resolved
 from quant.core.places import AROUND, INSIDE, Place

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.blocks.actquant import instrumented
+from quant.blocks.instrument import instrumented
 from quant.run.packed_model import Resident
 
 

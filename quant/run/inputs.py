@@ -12,8 +12,9 @@ import torch
 
 from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from models.load import LazyModel, load_model, load_tokenizer
-from quant.blocks.actquant import ONLINE, ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import is_online
 from quant.core import env
 from quant.core.errors import InputError
 from quant.core.places import check_places
@@ -149,7 +150,7 @@ class Inputs:
     def check_export(self, config: RunConfig) -> None:
         """Raise InputError where the format cannot hold the configuration, or the target does not take it."""
         if config.save is not None or config.target is not None:
-            online = any(name.endswith(ONLINE) for name in self.model.checkpoint.extra)
+            online = any(map(is_online, self.model.checkpoint.extra))
             content = self.content(config)
             check_format(config, replace(content, online=content.online or online))
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models.load import LazyModel, Weights, load_model
-from quant.blocks.actquant import ActSpec, Deployed
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.weights import Deployed
 from quant.core.errors import InputError
 from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint

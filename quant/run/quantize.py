@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from models.load import LazyModel, Weights
-from quant.blocks.actquant import FULL_BITS, INPUT_RANGE, ActSpec
+from quant.blocks.fake_quant import FULL_BITS, ActSpec
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import input_range_name
 from quant.core.env import peak_bytes
 from quant.core.errors import InputError, RunError
 from quant.core.gram import GramStats
@@ -149,7 +150,7 @@ def static_ranges(stream: BlockStream, index: int, weights: Weights, act: ActSpe
 
     names = [name for group in stream.model.groups for name in group]
     stream.run(index, weights, observe={name: see(name) for name in names}, act=replace(act, bits=FULL_BITS))
-    return {name + INPUT_RANGE: span for name, span in spans.items()}
+    return {input_range_name(name): span for name, span in spans.items()}
 
 
 def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Sequence[Recipe]) -> list[Record]:

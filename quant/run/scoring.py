@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from models.load import Weights
-from quant.blocks.actquant import Deployed
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import Deployed
 from quant.core.types import QuantizedWeight
 from quant.evaluate.perplexity import FULL, Scores, Variant, evaluate
 from quant.evaluate.perplexity import report as perplexity_entries

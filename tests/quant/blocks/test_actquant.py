@@ -5,8 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.load import load_model
-from quant.blocks.actquant import INPUT_RANGE, ActSpec, AttentionProducts, instrumented, quantize_activations
+from quant.blocks.fake_quant import ActSpec, quantize_activations
+from quant.blocks.instrument import AttentionProducts, instrumented
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import INPUT_RANGE
 from quant.core.errors import InputError
 from quant.core.rounding import FakeQuantize
 from quant.learn.abq import symmetric_kl

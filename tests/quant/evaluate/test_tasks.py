@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.load import load_model, load_tokenizer
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.evaluate import tasks as zero_shot
 from quant.evaluate.bootstrap import paired_interval

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid

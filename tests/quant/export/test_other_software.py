@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.export.runtimes import loadability
 from quant.run.config import RunConfig
 from quant.run.convert import convert

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.types import QuantSpec
 from quant.export import FORMATS, first_holding
 from quant.export.formats import Content, Layers

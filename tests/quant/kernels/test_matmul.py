@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant.blocks.actquant import ActSpec, integer_inputs, quantize_activations
+from quant.blocks.fake_quant import ActSpec, integer_inputs, quantize_activations
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec

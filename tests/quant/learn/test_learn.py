@@ -10,14 +10,15 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.load import load_model
-from quant.blocks.actquant import ActSpec, instrumented
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.instrument import instrumented
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import ONLINE
 from quant.core import grid as grid_module
 from quant.core.errors import InputError
 from quant.core.types import QuantSpec
 from quant.learn import abq, attention_term, ingredient, loss_term, recipe, recipes
 from quant.learn import affine as seams
-from quant.learn.affine import ONLINE
 from quant.learn.affinequant import dominance
 from quant.learn.config import Learning, TransformSpec
 from quant.learn.fake_quant import fake_quantize, grid_of, group_range

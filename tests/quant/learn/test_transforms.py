@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.load import load_model
-from quant.blocks.actquant import instrumented
+from quant.blocks.instrument import instrumented
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
 from quant.learn.affine import Affine, apply_seam

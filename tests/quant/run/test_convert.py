@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant.blocks.actquant import INPUT_RANGE
+from quant.blocks.weights import INPUT_RANGE
 from quant.core.errors import InputError
 from quant.export import write
 from quant.export.read import QuantizedCheckpoint

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.calibration import evaluation_tokens
 from models.load import load_model
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.run.directory import RunDirectory
 from quant.run.resume import check_ranges

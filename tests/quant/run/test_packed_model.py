@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quant.blocks.actquant import ActSpec, instrumented
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.instrument import instrumented
 from quant.cli import generate as command
 from quant.core.errors import InputError
 from quant.export.read import QuantizedCheckpoint

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import main as main_command
 import model_quantizer
-from quant.blocks.actquant import ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.export import FORMATS, write
 from quant.export.read import QuantizedCheckpoint

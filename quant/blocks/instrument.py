@@ -1,4 +1,5 @@
-"""Quantized activations: inputs of the linears, and queries, keys and values where attention multiplies them.
+"""A block for the length of a call: quantized inputs of its linears, packed linears, matrices behind norms, and quantized
+queries, keys and values where attention multiplies them.
 
 Nothing in a family knows of it: linears get a hook for the length of a call, and the products of attention are
 seen by a torch function mode, whichever of the library's implementations runs them.
@@ -6,9 +7,8 @@ seen by a torch function mode, whichever of the library's implementations runs t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,80 +16,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.core.rounding import FakeQuantize, NumberFormat
-from quant.kernels.matmul.weight import IntegerInputs, PackedLinear, PackedWeight
+from quant.blocks.fake_quant import FULL_BITS, ActSpec, integer_inputs, quantize_activations
+from quant.blocks.weights import BlockWeights, Deployed
+from quant.kernels.matmul.weight import PackedLinear, PackedWeight
 
-FULL_BITS = 16
 BYTE = 8  # bits up to which inputs are multiplied as integers, where weights are packed
-Deployed = Mapping[str, Tensor | PackedWeight]  # a block's parameters and buffers, linears packed or not
-METHODS = ("per_token", "per_tensor", "static")
-ONLINE = ".online_affine"  # a matrix [n, n] behind a norm that no weight can hold: the norm's output times it
-INPUT_RANGE = ".input_range"  # [2]: lowest and highest input of a linear over the calibration data, for ``static``
-SMALLEST_STEP = 1e-5  # of a token whose entries are all equal
 MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
-
-
-@dataclass(frozen=True)
-class ActSpec:
-    """Bits of the linears' inputs, and of keys and values; 16 leaves them alone. Queries take the bits of the inputs
-    where keys and values are quantized, so that their product is one of integers; else they are left alone.
-
-    method: ``per_token`` (min and max of every token), ``per_tensor`` (of every call), ``static`` (of the whole
-    calibration data, one range a linear; queries, keys and values stay per token). symmetric: the range is [-max|x|, max|x|] (inputs of
-    linears only; what compressed-tensors checkpoints of others ask for).
-    """
-
-    bits: int = FULL_BITS
-    kv_bits: int = FULL_BITS
-    method: str = "per_token"
-    symmetric: bool = False
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is quantized."""
-        return min(self.bits, self.kv_bits) < FULL_BITS
-
-
-def quantize_activations(
-    x: Tensor, bits: int, *, whole: bool = False, span: Tensor | None = None, symmetric: bool = False
-) -> Tensor:
-    """x [..., n] on an asymmetric grid of 2^bits levels over the range of every token, of the ``whole``, or ``span`` [2].
-
-    Computed in float32 at least, returned in x's dtype; gradients reach x through its values and its range.
-    """
-    if bits >= FULL_BITS:
-        return x
-    rows = x if x.dtype == torch.float64 else x.float()
-    if whole or span is not None:
-        rows = rows.reshape(1, -1)
-    numbers = NumberFormat(2**bits)
-    scale, zero = _grid(rows, numbers, span, symmetric)
-    return FakeQuantize.apply(rows, scale, zero, numbers.qmax).view(x.shape).to(x.dtype)
-
-
-def _grid(rows: Tensor, numbers: NumberFormat, span: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [..., 1] of rows [..., n], over the range of each or over ``span``."""
-    if span is None:
-        low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
-    else:
-        low, high = span.to(rows.dtype).view(2, 1, 1)
-    if symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    scale = ((high - low) / numbers.qmax).clamp(min=SMALLEST_STEP)
-    return scale, torch.full_like(scale, numbers.middle) if symmetric else torch.round(-low / scale).detach()
-
-
-def integer_inputs(x: Tensor, spec: ActSpec, span: Tensor | None = None) -> IntegerInputs:
-    """The integers behind `quantize_activations` of x [n, in], at most 8 bits: x ≈ scale · (codes + offset), codes int8
-    around the middle of the grid, scale and offset float32 [n]."""
-    rows, numbers = x.float(), NumberFormat(2**spec.bits)
-    whole = spec.method != "per_token" or span is not None
-    scale, zero = _grid(rows.reshape(1, -1) if whole else rows, numbers, span, spec.symmetric)
-    codes = numbers.codes(rows, scale, zero).sub_(numbers.middle)
-    shape = (x.shape[0], 1)
-    return codes.to(torch.int8), scale.expand(shape).flatten(), (numbers.middle - zero).expand(shape).flatten()
 
 
 class AttentionProducts(TorchFunctionMode):
@@ -196,31 +129,21 @@ def instrumented(
         def keep(handle: Any) -> None:
             stack.callback(handle.remove)
 
-        own = {
-            name: t for name, t in weights.items() if isinstance(t, Tensor) and not name.endswith((ONLINE, INPUT_RANGE))
-        }
-        for name, value in weights.items():
-            if isinstance(value, PackedWeight):
-                linear = name.removesuffix(".weight")
-                bias = own.pop(f"{linear}.bias", None)
-                _mount(stack, block, linear, packed_linear(value, bias, spec, _span(weights, linear)))
-            elif name.endswith(ONLINE):
-                norm = block.get_submodule(name.removesuffix(ONLINE))
-                keep(norm.register_forward_hook(lambda module, args, out, m=value: out @ m))
+        given = BlockWeights.from_named(weights)
+        own, spans = given.parameters, given.input_ranges
+        for linear, packed in given.packed.items():
+            bias = own.pop(f"{linear}.bias", None)
+            _mount(stack, block, linear, packed_linear(packed, bias, spec, spans.get(linear)))
+        for norm, matrix in given.online.items():
+            keep(block.get_submodule(norm).register_forward_hook(lambda module, args, out, m=matrix: out @ m))
         if spec is not None and spec.bits < FULL_BITS:
             shared = _InputQuantizer(spec)
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
-                    keep(module.register_forward_pre_hook(shared.hook(_span(weights, name))))
+                    keep(module.register_forward_pre_hook(shared.hook(spans.get(name))))
         if watch is not None or (spec is not None and spec.kv_bits < FULL_BITS):
             stack.enter_context(AttentionProducts(spec or ActSpec(), watch))
         yield own
-
-
-def _span(weights: Deployed, linear: str) -> Tensor | None:
-    """The fixed range of a linear's inputs, if there is one."""
-    found = weights.get(linear + INPUT_RANGE)
-    return found if isinstance(found, Tensor) else None
 
 
 def packed_linear(
