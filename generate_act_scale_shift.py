@@ -69,7 +69,7 @@ def main() -> None:
     """Parse, check, measure, write."""
     from safetensors.torch import save
 
-    from data.calibration import CALIBRATION, check_source
+    from data.corpora import CALIBRATION, check_source
     from quant.cli import terminal as cli
     from quant.core.errors import InputError
     from quant.core.files import check_owned, write_owned

@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
 
 def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
-    from data.calibration import CALIBRATION, KNOWN, check_source
+    from data.corpora import CALIBRATION, KNOWN, check_source
     from quant.core.errors import InputError
     from quant.solvers import get_solver
 

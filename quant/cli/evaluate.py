@@ -10,7 +10,7 @@ from typing import Any
 
 def main() -> None:
     """Measure a checkpoint with the protocol of the runs."""
-    from data.calibration import KNOWN, check_source
+    from data.corpora import KNOWN, check_source
     from quant.cli import terminal as cli
     from quant.cli.flags import DEFAULT_CACHE, add_data_flags, add_machine_flags
     from quant.core.errors import InputError

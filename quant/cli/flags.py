@@ -193,7 +193,7 @@ def show_list() -> None:
     """Methods with their options, families, formats, data sets."""
     from rich.text import Text
 
-    from data.calibration import CALIBRATION
+    from data.corpora import CALIBRATION
     from models import FAMILIES
     from quant.cli.terminal import Console
 
