@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 def parser() -> argparse.ArgumentParser:
     """Flags of the original keep name, meaning and default."""
     from quant.cli.flags import SOURCES, add_machine_flags
-    from quant.cli.terminal import Parser
+    from quant.cli.parser import Parser
 
     p = Parser(
         prog="generate_act_scale_shift.py",
@@ -67,24 +67,33 @@ def measure(session: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]
 
 def main() -> None:
     """Parse, check, measure, write."""
-    from safetensors.torch import save
-
     from data.corpora import CALIBRATION, check_source
-    from quant.cli import terminal as cli
+    from quant.cli.errors import set_logging
     from quant.core.errors import InputError
-    from quant.core.files import check_owned, write_owned
-    from quant.core.places import Place, check_places
-    from quant.run.config import RunConfig, places_read
-    from quant.run.session import Session
 
     args = parser().parse_args()
-    cli.set_logging(args.log_level)
+    set_logging(args.log_level)
     if not args.model:
         raise InputError("--model is missing: a hub id or a local directory (models/demo/opt is one)")
     for name, least in (("num_samples", 1), ("seq_len", 2), ("calib_batch", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: use {least} or more")
     check_source(args.calib_dataset, CALIBRATION)
+    measure_and_write(args)
+
+
+def measure_and_write(args: argparse.Namespace) -> None:
+    """Measure all blocks; write both files."""
+    from safetensors.torch import save
+
+    from quant.cli.console import ProgressBars
+    from quant.cli.console import console as make_console
+    from quant.core.errors import InputError
+    from quant.core.files import check_owned, write_owned
+    from quant.core.places import Place, check_places
+    from quant.run.config import RunConfig, places_read
+    from quant.run.session import Session
+
     config = RunConfig(
         model=args.model,
         dataset=args.calib_dataset,
@@ -109,11 +118,11 @@ def main() -> None:
     for output in outputs:
         check_owned(output.path)
     try:
-        session, console = Session(config), cli.console()
+        session, console = Session(config), make_console()
     except InputError as error:  # a run calls them otherwise
         lines = (line.replace("--seqlen", "--seq-len").replace("--nsamples", "--num-samples") for line in error.args)
         raise InputError(*lines) from error
-    with cli.ProgressBars(console) as bars:
+    with ProgressBars(console) as bars:
         scales, shifts = measure(session, bars.for_method("activations"))
     metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": session.calibration(config).sha256}
     for output, vectors in zip(outputs, (scales, shifts), strict=True):
@@ -122,6 +131,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from quant.cli.terminal import guarded
+    from quant.cli.errors import exit_code_of
 
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

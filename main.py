@@ -42,7 +42,7 @@ WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
 def parser() -> argparse.ArgumentParser:
     """Flags of the originals keep name, meaning and default."""
     from quant.cli.flags import SOURCES, add_data_flags, add_machine_flags, add_result_flags, solver_flags
-    from quant.cli.terminal import Parser
+    from quant.cli.parser import Parser
 
     p = Parser(
         prog="main.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -162,8 +162,8 @@ def parser() -> argparse.ArgumentParser:
 def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
     from data.corpora import CALIBRATION, KNOWN, check_source
+    from quant.cli.flags import method_mistakes
     from quant.core.errors import InputError
-    from quant.solvers import get_solver
 
     found: list[str] = []
 
@@ -241,7 +241,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         args.format is not None and args.save_dir is None and not args.dry_run,
         f"--format {args.format} is of a checkpoint: give --save_dir",
     )
-    fails(get_solver, args.solver)
+    found += method_mistakes(args, [args.solver])
     fails(check_source, args.calib_dataset, CALIBRATION)
     for source in args.corpora:
         fails(check_source, source, KNOWN)
@@ -305,7 +305,6 @@ def run_config(args: argparse.Namespace) -> Any:
     from quant.learn.abq import balanced_levels
     from quant.run.choice import in_packed_format
     from quant.run.config import RunConfig
-    from quant.solvers import get_solver
 
     learning = learning_of(args)
     dtype = args.dtype
@@ -330,7 +329,7 @@ def run_config(args: argparse.Namespace) -> Any:
         resume=args.resume,
         act_scales=args.act_scales,
         act_shifts=args.act_shifts,
-        options=options_of(args, args.solver, get_solver(args.solver)),
+        options=options_of(args, args.solver),
         true_sequential=args.true_sequential,
         eval_datasets=tuple(args.corpora),
         tasks=tuple(task for task in args.tasks.split(",") if task),
@@ -374,18 +373,23 @@ def config_from(words: list[str]) -> Any:
 def main() -> None:
     """Parse, check, run."""
     from quant.cli import flags
-    from quant.cli import terminal as cli
+    from quant.cli.errors import set_logging
     from quant.core.errors import InputError
 
     args = parser().parse_args()
-    cli.set_logging(args.log_level)
+    set_logging(args.log_level)
     if args.list:
-        flags.show_list()
+        from quant.cli.listing import show_list
+
+        show_list()
         return
     resolve(args)
     if found := mistakes(args) + flags.place_mistakes(args):
         raise InputError(*found)
-    console = cli.console()
+    from quant.cli import console as terminal
+    from quant.cli import tables
+
+    console = terminal.console()
     for given, notice in (
         (args.net, "--net is not needed: the family comes from the model's configuration"),
         (args.multigpu, "--multigpu: blocks pass through one device; more are not used"),
@@ -406,22 +410,22 @@ def main() -> None:
         from quant.export.runtimes import loadability
 
         session.check_export(config)
-        console.print(cli.loadability_table(config.format, loadability(config.format, session.content(config))))
-    with cli.ProgressBars(console) as bars:
+        console.print(tables.loadability_table(config.format, loadability(config.format, session.content(config))))
+    with terminal.ProgressBars(console) as bars:
         results = session.run(config, bars.for_method(config.method))
     weights = f"W{args.wbits}A{args.abits}" + (f"KV{args.kvbits}" if args.kvbits != args.abits else "")
     group = f", groups of {args.group_size}" if config.group_size > 0 else ""
     data = f"calibration {args.calib_dataset}, {args.nsamples} x {session.seqlen} tokens, seed {args.seed}"
-    cli.show_results(
+    tables.show_results(
         f"{args.model}: {weights}{group}; {data}", [results], console, args.compute_quantization_recon_error
     )
     if not args.no_report:
-        cli.show_report([results], None, console)
+        tables.show_report([results], None, console)
     if args.save_dir:
         console.print(f"checkpoint: {args.save_dir}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    from quant.cli.terminal import guarded
+    from quant.cli.errors import exit_code_of
 
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

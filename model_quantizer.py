@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         add_result_flags,
         solver_flags,
     )
-    from quant.cli.terminal import Parser
+    from quant.cli.parser import Parser
 
     p = Parser(
         prog="model_quantizer.py",
@@ -146,8 +146,8 @@ def parser() -> argparse.ArgumentParser:
 def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
     from data.corpora import CALIBRATION, KNOWN, check_source
+    from quant.cli.flags import method_mistakes
     from quant.core.errors import InputError
-    from quant.solvers import get_solver
 
     found: list[str] = []
 
@@ -197,10 +197,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     check(not args.methods, "--quantization-method names no method: quantease, gptq, ... (--list)")
     for method in args.methods:
         check(args.methods.count(method) > 1, f"--quantization-method: {method} is named twice")
-        try:
-            get_solver(method)
-        except InputError as error:
-            found.append(f"--quantization-method: {error}")
+    found += method_mistakes(args, args.methods, "--quantization-method: ")
     sources = [(source, KNOWN) for source in args.corpora]
     for source, known in sources + ([(args.dataset, CALIBRATION)] if args.wbits != 16 else []):
         try:
@@ -219,7 +216,6 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
     from quant.cli.flags import options_of
     from quant.run.choice import in_packed_format
     from quant.run.config import RunConfig
-    from quant.solvers import get_solver
 
     several = len(args.methods) > 1
     configs = [
@@ -234,7 +230,7 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
             group_size=args.groupsize,
             symmetric=args.sym,
             range=args.range,
-            options=options_of(args, method, get_solver(method)),
+            options=options_of(args, method),
             true_sequential=args.true_sequential,
             num_layers=args.num_layers_to_quantize,
             eval_datasets=tuple(args.corpora),
@@ -293,17 +289,22 @@ def config_from(words: list[str]) -> Any:
 def main() -> None:
     """Parse, check, run."""
     from quant.cli import flags
-    from quant.cli import terminal as cli
+    from quant.cli.errors import set_logging
     from quant.core.files import check_owned
 
     args = parser().parse_args()
-    cli.set_logging(args.log_level)
+    set_logging(args.log_level)
     if args.list:
-        flags.show_list()
+        from quant.cli.listing import show_list
+
+        show_list()
         return
     prepare(args)
+    from quant.cli import console as terminal
+    from quant.cli import tables
+
     configs = run_configs(args)
-    console = cli.console()
+    console = terminal.console()
     if args.wbits != 16:
         for line in flags.unused_options(args, parser(), args.methods):
             console.print(f"note: {line}", highlight=False, soft_wrap=True)
@@ -325,8 +326,8 @@ def main() -> None:
         from quant.export.runtimes import loadability
 
         rows = loadability(configs[0].format, session.content(configs[0]))
-        console.print(cli.loadability_table(configs[0].format, rows))
-    with cli.ProgressBars(console) as bars:
+        console.print(tables.loadability_table(configs[0].format, rows))
+    with terminal.ProgressBars(console) as bars:
         if args.compare_layers:
             records = session.compare_layers(configs, bars.for_method("layers"))
         else:
@@ -337,28 +338,28 @@ def main() -> None:
     bits = f"{args.wbits} bits" + (f", groups of {args.groupsize}" if args.groupsize > 0 else "")
     setting = bits if args.wbits != 16 else "base model"
     data = f"calibration {args.dataset}, {args.nsamples} x {session.seqlen} tokens, seed {args.seed}"
-    cli.show_results(f"{args.model}: {setting}; {data}", finished, console, args.compute_quantization_recon_error)
+    tables.show_results(f"{args.model}: {setting}; {data}", finished, console, args.compute_quantization_recon_error)
     if not args.no_report:
-        cli.show_report(finished, args.run_dir, console)
+        tables.show_report(finished, args.run_dir, console)
     if args.save:
         console.print(f"checkpoint: {args.save}", highlight=False, soft_wrap=True)
 
 
 def show_comparison(args: argparse.Namespace, session: Any, records: list[dict[str, Any]], console: Any) -> None:
     """One row a method; with --compute-quantization-recon-error one a linear; all of it as JSON in --run-dir."""
-    from quant.cli import terminal as cli
+    from quant.cli import tables
     from quant.core.files import write_owned
 
     console.print()
-    console.print(cli.comparison_table(records, f"{args.model}: {args.wbits} bits, layer by layer, {args.dataset}"))
+    console.print(tables.comparison_table(records, f"{args.model}: {args.wbits} bits, layer by layer, {args.dataset}"))
     if args.compute_quantization_recon_error:
-        console.print(cli.linears_table(records))
+        console.print(tables.linears_table(records))
     if args.run_dir is not None:
         write_owned(args.run_dir, {LAYERS: (json.dumps(records, indent=2) + "\n").encode()})
         console.print(f"  {args.run_dir / LAYERS}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    from quant.cli.terminal import guarded
+    from quant.cli.errors import exit_code_of
 
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

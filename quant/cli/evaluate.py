@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -11,15 +12,12 @@ from typing import Any
 def main() -> None:
     """Measure a checkpoint with the protocol of the runs."""
     from data.corpora import KNOWN, check_source
-    from quant.cli import terminal as cli
+    from quant.cli.errors import set_logging
     from quant.cli.flags import DEFAULT_CACHE, add_data_flags, add_machine_flags
+    from quant.cli.parser import Parser
     from quant.core.errors import InputError
-    from quant.core.files import check_owned, write_owned
-    from quant.core.places import Place, check_places
-    from quant.run.config import RunConfig, places_read
-    from quant.run.session import Session
 
-    parser: Any = cli.Parser(prog="python -m quant evaluate", description=main.__doc__)
+    parser: Any = Parser(prog="python -m quant evaluate", description=main.__doc__)
     parser.add_argument("--model", required=True, metavar="ID|DIR", help="hub id or directory, also one of --save")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     group = add_data_flags(parser, seed=0)
@@ -27,22 +25,35 @@ def main() -> None:
     group.add_argument("--limit", type=int, metavar="N", help="the first N windows and items only")
     add_machine_flags(parser, DEFAULT_CACHE)
     args = parser.parse_args()
-    cli.set_logging("warning")
+    set_logging("warning")
     corpora = tuple(d for d in args.eval_datasets.split(",") if d)
-    found = [
+    mistakes = [
         f"--{name.replace('_', '-')} {value}: use {least} or more"
         for name, least in (("limit", 1), ("seqlen", 2), ("calib_batch", 1))
         if (value := getattr(args, name)) is not None and value < least
     ]
-    found += [
+    mistakes += [
         f"--{name.replace('_', '-')} {path} is not a directory"
         for name in ("task_path", "data_dir")
         if (path := getattr(args, name)) is not None and not path.is_dir()
     ]
-    if found:
-        raise InputError(*found)
+    if mistakes:
+        raise InputError(*mistakes)
     for source in corpora:
         check_source(source, KNOWN)
+    evaluate(args, corpora)
+
+
+def evaluate(args: argparse.Namespace, corpora: tuple[str, ...]) -> None:
+    """Measure; show the numbers and write them."""
+    from quant.cli.console import ProgressBars
+    from quant.cli.console import console as make_console
+    from quant.cli.tables import results_table, tasks_table
+    from quant.core.files import check_owned, write_owned
+    from quant.core.places import Place, check_places
+    from quant.run.config import RunConfig, places_read
+    from quant.run.session import Session
+
     with tempfile.TemporaryDirectory() as directory:
         config = RunConfig(
             model=args.model,
@@ -66,12 +77,12 @@ def main() -> None:
         if args.out is not None:
             check_places(places_read(config), [Place("--out", args.out), Place("--cache-dir", args.cache_dir)])
             check_owned(args.out)
-        console = cli.console()
-        with cli.ProgressBars(console) as bars:
+        console = make_console()
+        with ProgressBars(console) as bars:
             results = Session(config).run(config, bars.for_method("base"))
-    console.print(cli.results_table([results], args.model))
+    console.print(results_table([results], args.model))
     if results["zero_shot"]:
-        console.print(cli.tasks_table([results]))
+        console.print(tasks_table([results]))
     if args.out is not None:
         kept = ("perplexity", "zero_shot", "evaluation")
         numbers = {"model": args.model} | {key: results[key] for key in kept}

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-import inspect
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint import check_name
-from quant.core.env import pick_device
+from models.names import check_name
 from quant.core.errors import InputError
-from quant.core.types import QuantizedWeight
-from quant.export import FORMATS
-from quant.export.runtimes import RUNTIMES
-from quant.learn import recipes
-from quant.solvers import solver_options, solvers
+from quant.core.names import DTYPES, FORMATS, RUNTIMES
+from quant.solvers import check_name as check_method
+from quant.solvers import entries
 
 DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
 SOURCES = "wikitext2, ptb, c4, mix, pile, demo, or a .txt/.jsonl/.json.gz/.parquet file"
@@ -59,7 +56,7 @@ def add_machine_flags(
     g.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", *DTYPES),
         help=f"of the arithmetic (default: {dtype})",
     )
     g.add_argument(
@@ -143,19 +140,30 @@ def solver_flags(g: argparse._ArgumentGroup) -> Callable[..., None]:
 
 def place_mistakes(args: argparse.Namespace) -> list[str]:
     """What is wrong with --model and --device before anything is opened."""
-    found: list[str] = []
-    for check, given in ((check_name, args.model), (pick_device, args.device)):
+    lines: list[str] = []
+    for check, given in ((check_name, args.model), (check_device, args.device)):
         try:
             if given:
                 check(given)
         except InputError as error:
-            found += error.args
-    return found
+            lines += error.args
+    return lines
+
+
+def check_device(name: str) -> None:
+    """Raise InputError, as `quant.core.env.pick_device` does, for a device that is not there; torch is asked for CUDA only."""
+    if re.fullmatch(r"auto|cpu", name):
+        return
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
+        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    from quant.core.env import pick_device
+
+    pick_device(name)
 
 
 def unused_options(args: argparse.Namespace, parser: argparse.ArgumentParser, methods: Sequence[str]) -> list[str]:
     """A line for every flag of a method's option that was given, where none of the methods has that option."""
-    known = {name: solver_options(function) for name, function in solvers().items()}
+    known = {name: entry.options or {} for name, entry in entries().items()}
     taken = {option for method in methods for option in known.get(method, {})}
     given = [
         option
@@ -169,9 +177,25 @@ def unused_options(args: argparse.Namespace, parser: argparse.ArgumentParser, me
     ]
 
 
-def options_of(args: argparse.Namespace, method: str, function: Callable[..., QuantizedWeight]) -> dict[str, Any]:
+def method_mistakes(args: argparse.Namespace, methods: Sequence[str], flag: str = "") -> list[str]:
+    """What is wrong with the names of the methods, said after the flag that names them, and with --solver-option."""
+    lines: list[str] = []
+    for method in methods:
+        try:
+            check_method(method)
+        except InputError as error:
+            lines.append(f"{flag}{error}")
+            continue
+        try:
+            options_of(args, method)
+        except InputError as error:
+            lines += error.args
+    return lines
+
+
+def options_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """The options that the method's function names, from the flags of `solver_flags` and from --solver-option."""
-    accepted = solver_options(function)
+    accepted = entries()[method].options or {}
     options = {name: getattr(args, name) for name in accepted if name in args.solver_flags}
     for pair in args.solver_option:
         key, equals, value = pair.partition("=")
@@ -187,31 +211,3 @@ def options_of(args: argparse.Namespace, method: str, function: Callable[..., Qu
         if accepted[key] is not None and not isinstance(options[key], type(accepted[key])):
             raise InputError(f"--solver-option {pair}: {key} is a {type(accepted[key]).__name__}")
     return options
-
-
-def show_list() -> None:
-    """Methods with their options, families, formats, data sets."""
-    from rich.text import Text
-
-    from data.corpora import CALIBRATION
-    from models import FAMILIES
-    from quant.cli.terminal import Console
-
-    console = Console(soft_wrap=True)
-    console.print("methods", style="bold")
-    for name, function in solvers().items():
-        about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
-        console.print(f"  {name:15} {about}")
-        if options := ", ".join(f"{k}={v}" for k, v in solver_options(function).items()):
-            console.print(f"{'':18}{options}")
-    console.print(Text("learned recipes", style="bold"), "(main.py --method)")
-    for name, function in recipes().items():
-        about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
-        console.print(f"  {name:15} {about}")
-    files = ", or a .txt, .jsonl, .json.gz or .parquet file"
-    for title, names in (
-        ("families", ", ".join(t for family in FAMILIES for t in family.model_types)),
-        ("formats", ", ".join(FORMATS)),
-        ("data sets", ", ".join(CALIBRATION) + files),
-    ):
-        console.print(Text(f"{title:9}", style="bold"), names)

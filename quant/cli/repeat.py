@@ -17,13 +17,12 @@ Exit codes: 0 identical, 1 different, 2 the run cannot be repeated.
 
 def main() -> None:
     """Parse, repeat, say."""
-    from quant.cli import terminal as cli
+    from quant.cli.errors import set_logging
+    from quant.cli.flags import DEFAULT_CACHE
+    from quant.cli.parser import Parser
     from quant.core.errors import InputError, RunError
-    from quant.run.config import RunConfig
-    from quant.run.repeat import repeat, versions_that_differ
-    from quant.run.stored import Allowed
 
-    parser: Any = cli.Parser(
+    parser: Any = Parser(
         prog="python -m quant repeat",
         description=__doc__,
         epilog=EXAMPLES,
@@ -40,20 +39,24 @@ def main() -> None:
         "--trust-remote-code", action="store_true", help="run code that comes with the model, if the run did"
     )
     parser.add_argument(
-        "--cache-dir", type=Path, default=RunConfig.cache_dir, help="of models and tokens (default: %(default)s)"
+        "--cache-dir", type=Path, default=DEFAULT_CACHE, help="of models and tokens (default: %(default)s)"
     )
     args = parser.parse_args()
-    cli.set_logging("warning")
+    set_logging("warning")
     if not args.run.is_dir():
         raise InputError(f"{args.run} is not a run directory")
+    from quant.cli.console import console as make_console
+    from quant.run.repeat import repeat, versions_that_differ
+    from quant.run.stored import Allowed
+
     with tempfile.TemporaryDirectory() as temporary:
         into = args.into or Path(temporary) / "run"
         allowed = Allowed(args.trust_remote_code, args.allow_paths)
-        found = repeat(args.run, into, allowed, args.cache_dir)
+        differences = repeat(args.run, into, allowed, args.cache_dir)
         others = versions_that_differ(args.run, into)
-    console = cli.console()
+    console = make_console()
     for line in others:
         console.print(f"note: {line}", highlight=False)
-    if found:
-        raise RunError(*(f"different: {line}" for line in found))
+    if differences:
+        raise RunError(*(f"different: {line}" for line in differences))
     console.print(f"identical: codes and numbers of {args.run}", highlight=False, soft_wrap=True)
