@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 import model_quantizer
+from quant.cli import arguments, evaluate, flags
 from quant.cli import console as terminal
-from quant.cli import evaluate
 from quant.cli.commands import COMMANDS
 from quant.cli.errors import exit_code_of
 from quant.core.files import RECORD
@@ -122,6 +122,36 @@ def test_flags_of_solvers_are_declared_as_such():
     args = model_quantizer.parser().parse_args([])
     named = {option for function in solvers().values() for option in solver_options(function)}
     assert named & vars(args).keys() == set(args.solver_flags) and len(args.solver_flags) == 12
+
+
+def test_table_of_flags_sets_what_there_is():
+    """Fields are those of the classes that are made of them, set once a command line; defaults of solvers are theirs."""
+    from quant.blocks.actquant import ActSpec
+    from quant.learn.config import Learning, TransformSpec
+    from quant.run.config import RunConfig
+
+    parts = {"": RunConfig, "learning": Learning, "transform": TransformSpec, "act": ActSpec}
+    for where in {name for flag in flags.TABLE for name in flag.names}:
+        declared = arguments.flags_of(where)
+        names = [name for flag in declared for name in flag.names[where].split()]
+        set_fields = [flag.field for flag in declared if flag.field not in (None, flags.OPTIONS)]
+        assert len(names) == len(set(names)) and len(set_fields) == len(set(set_fields)), where
+        for field in set_fields:
+            part, _, name = field.rpartition(".")
+            assert name in parts[part].__dataclass_fields__, field
+    defaults = {option: value for entry in entries().values() for option, value in entry.options.items()}
+    options = [flag for flag in flags.TABLE if flag.field == flags.OPTIONS]
+    for flag in options:
+        for where in flag.names:
+            assert (flag.of(where, "default") or False) == defaults[flag.dest(where)], flag.names
+
+
+def test_messages_of_a_run_name_the_flags_that_were_given():
+    line = "--seqlen 64 with --nsamples 3: --dataset x (not --data-dir or --seqlen-2)"
+    assert arguments.in_words_of(flags.QUANTIZER, line) == line
+    assert arguments.in_words_of(flags.SCALES, line) == (
+        "--seq-len 64 with --num-samples 3: --calib_dataset x (not --data-dir or --seqlen-2)"
+    )
 
 
 def test_help_teaches(command):

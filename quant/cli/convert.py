@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+
+from quant.cli.arguments import add_flags, bare_parser
+from quant.cli.errors import set_logging
+from quant.cli.flags import CONVERT
+from quant.core.names import FORMATS
 
 EXAMPLES = """examples:
   python -m quant convert runs/llama-gptq-w4g32-1a2b3c4d --to gptq --out llama-w4
@@ -14,19 +17,11 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Parse, convert, say who loads it."""
-    from quant.cli.errors import set_logging
-    from quant.cli.flags import DEFAULT_CACHE
-    from quant.cli.parser import Parser
-    from quant.core.names import FORMATS
-
-    raw = argparse.RawDescriptionHelpFormatter
-    parser: Any = Parser(prog="python -m quant convert", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    parser = bare_parser(CONVERT, __doc__, EXAMPLES)
     parser.add_argument("source", type=Path, help="a run directory or a quantized checkpoint")
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    parser.add_argument("--trust-remote-code", action="store_true", help="of a model that brings its own classes")
-    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, help="of models (default: %(default)s)")
+    add_flags(parser, CONVERT)
     args = parser.parse_args()
     set_logging("warning")
     from quant.cli.console import console as make_console

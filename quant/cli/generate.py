@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import Any
+
+from quant.cli.arguments import add_flags, bare_parser, check_device
+from quant.cli.errors import set_logging
+from quant.cli.flags import GENERATE
+from quant.core.errors import InputError
 
 EXAMPLES = """examples:
   python -m quant generate --model runs/llama-quantease-w3-1a2b3c4d --prompt "Once upon a time"
@@ -15,23 +18,13 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Parse, load, talk."""
-    from quant.cli.errors import set_logging
-    from quant.cli.flags import DEFAULT_CACHE, check_device
-    from quant.cli.parser import Parser
-    from quant.core.errors import InputError
-    from quant.core.names import DTYPES
-
-    raw = argparse.RawDescriptionHelpFormatter
-    parser: Any = Parser(prog="python -m quant generate", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    parser = bare_parser(GENERATE, __doc__, EXAMPLES)
     parser.add_argument("--model", required=True, metavar="RUN|DIR|ID", help="a run directory or any checkpoint")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: 100)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of --temperature above 0 (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="float32 on a CPU")
-    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, help="of models (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    add_flags(parser, GENERATE)
     args = parser.parse_args()
     set_logging("warning")
     mistakes = [
@@ -55,7 +48,6 @@ def talk(args: argparse.Namespace) -> None:
     from models.load import load_tokenizer
     from quant.cli.console import console
     from quant.core import env
-    from quant.core.errors import InputError
     from quant.core.text import printable
     from quant.run.generate import Clock, generate, summary, text_of
     from quant.run.packed_model import load_resident, open_quantized

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from quant.cli.arguments import add_flags, bare_parser
+from quant.cli.errors import set_logging
+from quant.cli.flags import REPEAT
+from quant.core.errors import InputError, RunError
 
 EXAMPLES = """examples:
   python -m quant repeat runs/llama-gptq-w3-10556a3f
@@ -17,17 +20,7 @@ Exit codes: 0 identical, 1 different, 2 the run cannot be repeated.
 
 def main() -> None:
     """Parse, repeat, say."""
-    from quant.cli.errors import set_logging
-    from quant.cli.flags import DEFAULT_CACHE
-    from quant.cli.parser import Parser
-    from quant.core.errors import InputError, RunError
-
-    parser: Any = Parser(
-        prog="python -m quant repeat",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = bare_parser(REPEAT, __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, help="a finished run directory")
     parser.add_argument("--into", type=Path, metavar="DIR", help="keep the second run here (default: it is deleted)")
     parser.add_argument(
@@ -35,12 +28,7 @@ def main() -> None:
         action="store_true",
         help="read the data, tasks and activation ranges that the manifest names by path: for runs of your own",
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model, if the run did"
-    )
-    parser.add_argument(
-        "--cache-dir", type=Path, default=DEFAULT_CACHE, help="of models and tokens (default: %(default)s)"
-    )
+    add_flags(parser, REPEAT)
     args = parser.parse_args()
     set_logging("warning")
     if not args.run.is_dir():
