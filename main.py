@@ -223,13 +223,8 @@ def run(args: argparse.Namespace, config: Any, console: Any) -> None:
     weights = f"W{args.wbits}A{args.abits}" + (f"KV{args.kvbits}" if args.kvbits != args.abits else "")
     group = f", groups of {args.group_size}" if config.group_size > 0 else ""
     data = f"calibration {args.calib_dataset}, {args.nsamples} x {session.seqlen} tokens, seed {args.seed}"
-    tables.show_results(
-        f"{args.model}: {weights}{group}; {data}", [results], console, args.compute_quantization_recon_error
-    )
-    if not args.no_report:
-        tables.show_report([results], None, console)
-    if args.save_dir:
-        console.print(f"checkpoint: {args.save_dir}", highlight=False, soft_wrap=True)
+    title = f"{args.model}: {weights}{group}; {data}"
+    tables.show_finished(args, title, [results], None, args.save_dir, console)
 
 
 if __name__ == "__main__":

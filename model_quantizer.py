@@ -176,22 +176,11 @@ def run(args: argparse.Namespace, configs: list[Any], console: Any) -> None:
             finished = session.run_all(configs, bars.for_method)
     if args.compare_layers:
         show_comparison(args, records, console)
-    else:
-        show_finished(args, session.seqlen, finished, console)
-
-
-def show_finished(args: argparse.Namespace, seqlen: int, finished: list[dict[str, Any]], console: Any) -> None:
-    """The table of all methods, the report, and where the checkpoint is."""
-    from quant.cli import tables
-
+        return
     bits = f"{args.wbits} bits" + (f", groups of {args.groupsize}" if args.groupsize > 0 else "")
     setting = bits if args.wbits != 16 else "base model"
-    data = f"calibration {args.dataset}, {args.nsamples} x {seqlen} tokens, seed {args.seed}"
-    tables.show_results(f"{args.model}: {setting}; {data}", finished, console, args.compute_quantization_recon_error)
-    if not args.no_report:
-        tables.show_report(finished, args.run_dir, console)
-    if args.save:
-        console.print(f"checkpoint: {args.save}", highlight=False, soft_wrap=True)
+    data = f"calibration {args.dataset}, {args.nsamples} x {session.seqlen} tokens, seed {args.seed}"
+    tables.show_finished(args, f"{args.model}: {setting}; {data}", finished, args.run_dir, args.save, console)
 
 
 def show_comparison(args: argparse.Namespace, records: list[dict[str, Any]], console: Any) -> None:

@@ -34,8 +34,8 @@ def bare_parser(command: str, description: str | None, examples: str | None = No
 
 
 def add_flags(parser: Parser, command: str) -> None:
-    """Add the flags of the table, in its order, in their groups. ``solver_flags`` of what is parsed names those that are
-    options of solvers: only these reach one, any other flag may have the name of an option by chance."""
+    """Add the flags of the table, in its order, in their groups. ``solver_flags`` of what is parsed names the options of
+    solvers: only these reach one, any other flag may have the name of an option by chance."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag in flags_of(command):
         title = flag.of(command, "group")
@@ -95,7 +95,7 @@ def place_mistakes(args: argparse.Namespace) -> list[str]:
 
 
 def check_device(name: str) -> None:
-    """Raise InputError, as `quant.core.env.pick_device` does, for a device that is not there; torch is asked for CUDA only."""
+    """Raise InputError, as `quant.core.env.pick_device` does, for a device that is not there; torch is asked of CUDA."""
     if name in ("auto", "cpu"):
         return
     if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):

@@ -1,4 +1,4 @@
-"""The flags of every command line, each declared once: its names, defaults, values that are allowed, help, and what it sets."""
+"""Every flag of the command lines, declared once: names, defaults, allowed values, help, and what it sets."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Flag:
         return self.name(command).lstrip("-").replace("-", "_")
 
 
-def shared(name: str, commands: tuple[str, ...] = RUNS) -> dict[str, str]:
-    """One spelling on several command lines."""
+def same_name(name: str, commands: tuple[str, ...] = RUNS) -> dict[str, str]:
+    """One spelling on several command lines, for `names`."""
     return dict.fromkeys(commands, name)
 
 
@@ -95,11 +95,15 @@ METHODS = {QUANTIZER: "options of the methods", LEARNER: ROUNDED}
 DATA = {**dict.fromkeys(MEASURES, "calibration and evaluation data")}
 WHERE = {**dict.fromkeys(SESSIONS, "where it runs")}
 RESULTS = {**dict.fromkeys(RUNS, "results"), EVALUATE: DATA[EVALUATE]}
+PACKED_HELP = (
+    "evaluate with the weights packed in memory, and pack the checkpoint (without --format: the first that can "
+    "hold it of gptq, gptq_v2 where asymmetric, compressed-tensors, bitplane)"
+)
 NO_MODEL = "--model is missing: a hub id or a local directory (models/demo/{} is one)"
 
 QUANTIZED_FLAGS = (
     Flag(
-        "model", shared("--model", SESSIONS), {
+        "model", same_name("--model", SESSIONS), {
             **dict.fromkeys(RUNS, "hub id or local directory; the family comes from its config"),
             SCALES: "hub id or local directory", EVALUATE: "hub id or directory, also one of --save",
         }, WHAT, metavar="ID|DIR", required=(EVALUATE,),
@@ -111,7 +115,7 @@ QUANTIZED_FLAGS = (
         "quantease", metavar="NAME[,NAME]",
     ),
     Flag(
-        "wbits", shared("--wbits"), {
+        "wbits", same_name("--wbits"), {
             QUANTIZER: "bits of a weight, 1 to 8; 16 evaluates the base model (default: 16)",
             LEARNER: "bits of a weight, 1 to 8, or 16 (default: 4)",
         }, WHAT, {QUANTIZER: 16, LEARNER: 4}, int, {
@@ -133,7 +137,8 @@ QUANTIZED_FLAGS = (
         }, metavar="N", value=lambda n: -1 if n is None else n,
     ),
     Flag("symmetric", {QUANTIZER: "--sym", LEARNER: "--symmetric"},
-         {QUANTIZER: "symmetric grid: zero point fixed at 2^(bits-1)", LEARNER: "symmetric weight grid"}, WHAT, type=bool),
+         {QUANTIZER: "symmetric grid: zero point fixed at 2^(bits-1)", LEARNER: "symmetric weight grid"}, WHAT,
+         type=bool),
     Flag(None, {LEARNER: "--disable_zero_point"}, "the same: no zero points for weights", WHAT, type=bool),
     Flag(
         "act.method", {LEARNER: "--a_dynamic_method"},
@@ -162,14 +167,18 @@ LEARNED_FLAGS = (
          LEARNED, choices=("omniquant", "affinequant", "abq")),
     Flag("learning.clip", {LEARNER: "--lwc"}, "learnable weight clipping", LEARNED, type=bool),
     Flag("transform.let", {LEARNER: "--let"}, "learnable equivalent transforms", LEARNED, type=bool),
-    Flag("transform.matrix", {LEARNER: "--use_matrix"}, "affine matrices for each head on q-k and v-o", LEARNED, type=bool),
+    Flag("transform.matrix", {LEARNER: "--use_matrix"}, "affine matrices for each head on q-k and v-o", LEARNED,
+         type=bool),
     Flag("transform.norm_matrix", {LEARNER: "--use_ln_matrix"}, "a dense matrix behind every norm, kept in the model",
          LEARNED, type=bool),
     Flag("transform.stability", {LEARNER: "--sf --stability_factor"},
-         "factor of matrix entries off the diagonal, in (0, 1] (default: 1.0)", LEARNED, 1.0, float, SHARE, metavar="X"),
-    Flag("transform.alpha", {LEARNER: "--alpha"}, "SmoothQuant's exponent of the starting scale (default: 0.5)", LEARNED,
+         "factor of matrix entries off the diagonal, in (0, 1] (default: 1.0)", LEARNED, 1.0, float, SHARE,
+         metavar="X"),
+    Flag("transform.alpha", {LEARNER: "--alpha"}, "SmoothQuant's exponent of the starting scale (default: 0.5)",
+         LEARNED,
          0.5, float, Valid(lambda x: 0 <= x <= 1, ": use a number from 0 to 1")),
-    Flag(None, {LEARNER: "--without"}, f"of {', '.join(PARTS)}: parts of abq that are left out", LEARNED, metavar="A,B"),
+    Flag(None, {LEARNER: "--without"}, f"of {', '.join(PARTS)}: parts of abq that are left out", LEARNED,
+         metavar="A,B"),
     Flag("transform.kinds", {LEARNER: "--let-seams"}, f"of {', '.join(SEAMS)} (default: the method's)", LEARNED,
          metavar="A,B", value=split_words),
     Flag("transform.tied", {LEARNER: "--let-rope"},
@@ -193,20 +202,23 @@ LEARNED_FLAGS = (
     Flag("learning.patience", {LEARNER: "--patience"}, "stop a block after N epochs without a better loss", LEARNING, 0,
          int, Valid(lambda n: n >= 0, ": use 1 or more epochs, or 0 to train them all"), metavar="N"),
     Flag(None, {LEARNER: "--deactive_amp"},
-         "train and evaluate in float32 on a GPU too, unless --dtype says otherwise (default there: bfloat16)", LEARNING,
+         "train and evaluate in float32 on a GPU too, unless --dtype says otherwise (default there: bfloat16)",
+         LEARNING,
          type=bool),
-    Flag("resume", {LEARNER: "--resume"}, "start from the learned parameters of that run directory", LEARNING, type=Path,
+    Flag("resume", {LEARNER: "--resume"}, "start from the learned parameters of that run directory", LEARNING,
+         type=Path,
          metavar="DIR"),
 )  # fmt: skip
 
 SOLVER_FLAGS = (
-    Flag("solver", {LEARNER: "--solver"}, "rtn, gptq, quantease, ... on the learned grid (default: rtn)", ROUNDED, "rtn",
+    Flag("solver", {LEARNER: "--solver"}, "rtn, gptq, quantease, ... on the learned grid (default: rtn)", ROUNDED,
+         "rtn",
          metavar="NAME"),
-    Flag("true_sequential", shared("--true-sequential"), {
+    Flag("true_sequential", same_name("--true-sequential"), {
         QUANTIZER: "linears of a block in order of execution, each seeing what is quantized already",
         LEARNER: "for solvers: linears in order of execution",
     }, {QUANTIZER: WHAT[QUANTIZER], LEARNER: ROUNDED}, type=bool),
-    Flag(OPTIONS, shared("--num-iter"), {
+    Flag(OPTIONS, same_name("--num-iter"), {
         QUANTIZER: "quantease, gptq_quantease: coordinate-descent sweeps (default: 30)",
         LEARNER: "quantease: sweeps (default: 30)",
     }, METHODS, 30, int, AT_LEAST_1),
@@ -220,7 +232,7 @@ SOLVER_FLAGS = (
          "quantease: scales and zero points in closed form between sweeps", METHODS, type=bool),
     Flag(OPTIONS, {QUANTIZER: "--static-groups"}, "group grids from the original weights, before act-order", METHODS,
          type=bool),
-    Flag(OPTIONS, shared("--percdamp"), {
+    Flag(OPTIONS, same_name("--percdamp"), {
         QUANTIZER: "gptq: damping, share of the mean Gram diagonal (default: 0.01)",
         LEARNER: "gptq: damping (default: 0.01)",
     }, METHODS, 0.01, float, {QUANTIZER: SHARE}),
@@ -234,44 +246,46 @@ SOLVER_FLAGS = (
     Flag(OPTIONS, {QUANTIZER: "--structure-outlier"}, "quantease: whole columns as outliers", METHODS, type=bool),
     Flag(OPTIONS, {QUANTIZER: "--simplified-outliers"}, "spqr: outliers do not leave the range of their group", METHODS,
          type=bool),
-    Flag(None, shared("--solver-option"),
-         {QUANTIZER: "any option of the method (--list)", LEARNER: "any option of the solver (--list)"}, METHODS, type=list,
+    Flag(None, same_name("--solver-option"),
+         {QUANTIZER: "any option of the method (--list)", LEARNER: "any option of the solver (--list)"}, METHODS,
+         type=list,
          metavar="KEY=VALUE"),
 )  # fmt: skip
 
 DATA_FLAGS = (
     Flag(None, {SCALES: "--scales-output-path"}, default=Path("./act_scales/"), type=Path, metavar="DIR"),
     Flag(None, {SCALES: "--shifts-output-path"}, default=Path("./act_shifts/"), type=Path, metavar="DIR"),
-    Flag("nsamples", {**shared("--nsamples", MEASURES), SCALES: "--num-samples --nsamples"},
+    Flag("nsamples", {**same_name("--nsamples", MEASURES), SCALES: "--num-samples --nsamples"},
          {**dict.fromkeys(MEASURES, "calibration windows (default: 128)"), SCALES: "windows (default: 128)"}, DATA, 128,
          int, AT_LEAST_1),
-    Flag("seqlen", {**shared("--seqlen", MEASURES), SCALES: "--seq-len"}, {
+    Flag("seqlen", {**same_name("--seqlen", MEASURES), SCALES: "--seq-len"}, {
         **dict.fromkeys(MEASURES, "tokens of a window (default: the model's maximum, at most 2048)"),
         SCALES: "tokens of a window (default: 2048)",
     }, DATA, {SCALES: 2048}, int, AT_LEAST_2),
-    Flag("seed", shared("--seed", SESSIONS), {
+    Flag("seed", same_name("--seed", SESSIONS), {
         **dict.fromkeys(MEASURES, "of the calibration sampling (default: %(default)s)"),
         SCALES: "of the sampling (default: 2)",
     }, DATA, {QUANTIZER: 0, LEARNER: 2, SCALES: 2, EVALUATE: 0}, int),
-    Flag("eval_datasets", shared("--eval-datasets", MEASURES),
+    Flag("eval_datasets", same_name("--eval-datasets", MEASURES),
          "names or files; '' for none (default: wikitext2,ptb,c4)", DATA, "wikitext2,ptb,c4", metavar="A,B",
          value=split_words),
-    Flag("data_dir", shared("--data-dir", SESSIONS), {
+    Flag("data_dir", same_name("--data-dir", SESSIONS), {
         **dict.fromkeys(MEASURES, "local copies laid out as on the hub: no network needed"),
         SCALES: "local copies laid out as on the hub",
     }, DATA, type=Path, valid=DIRECTORY, metavar="DIR"),
-    Flag("full_precision_eval", shared("--no-fp-eval", MEASURES),
+    Flag("full_precision_eval", same_name("--no-fp-eval", MEASURES),
          "skip the full-precision model (no ratio, no KL divergence)", DATA, type=bool, value=lambda given: not given),
-    Flag("tasks", shared("--tasks", MEASURES), "lm-eval tasks, and the demo's own demo_*: piqa,arc_easy,...", DATA, "",
+    Flag("tasks", same_name("--tasks", MEASURES), "lm-eval tasks, and the demo's own demo_*: piqa,arc_easy,...",
+         DATA, "",
          metavar="A,B", value=split_words),
-    Flag("task_path", shared("--task-path", MEASURES), "directory of more lm-eval tasks (YAML)", DATA, type=Path,
+    Flag("task_path", same_name("--task-path", MEASURES), "directory of more lm-eval tasks (YAML)", DATA, type=Path,
          valid=DIRECTORY, metavar="DIR"),
-    Flag("num_fewshot", shared("--num_fewshot", MEASURES),
+    Flag("num_fewshot", same_name("--num_fewshot", MEASURES),
          "examples in front of a task's items (default: the task's)", DATA, {LEARNER: 0}, int, metavar="N"),
-    Flag("dataset", {QUANTIZER: "--dataset", **shared("--calib_dataset --dataset", (LEARNER, SCALES))},
+    Flag("dataset", {QUANTIZER: "--dataset", **same_name("--calib_dataset --dataset", (LEARNER, SCALES))},
          f"{SOURCES} (default: %(default)s)", DATA, {QUANTIZER: "c4", LEARNER: "wikitext2", SCALES: "wikitext2"}),
     Flag(None, {LEARNER: "--eval_ppl"}, "evaluate perplexity on --eval-datasets", DATA, type=bool),
-    Flag("limit", shared("--limit", MEASURES), {
+    Flag("limit", same_name("--limit", MEASURES), {
         QUANTIZER: "evaluate the first N windows and items only",
         LEARNER: "evaluate the first N windows and items only (default: -1, all)",
         EVALUATE: "the first N windows and items only",
@@ -282,20 +296,24 @@ DATA_FLAGS = (
 )  # fmt: skip
 
 MACHINE_FLAGS = (
-    Flag("device", shared("--device", (*SESSIONS, GENERATE)), "auto, cpu, cuda or cuda:N (default: auto)", WHERE, "auto"),
-    Flag("dtype", shared("--dtype", (*SESSIONS, GENERATE)), {
+    Flag("device", same_name("--device", (*SESSIONS, GENERATE)), "auto, cpu, cuda or cuda:N (default: auto)", WHERE,
+         "auto"),
+    Flag("dtype", same_name("--dtype", (*SESSIONS, GENERATE)), {
         **dict.fromkeys(SESSIONS, "of the arithmetic (default: the checkpoint's; float32 on a CPU)"),
         LEARNER: "of the arithmetic (default: bfloat16 on a GPU, whatever the checkpoint's; float32 on a CPU)",
         GENERATE: "float32 on a CPU",
     }, WHERE, "auto", choices=("auto", *DTYPES)),
-    Flag("solver_precision", shared("--solver-precision", SESSIONS),
-         "of float32 products inside the methods; high: TF32 on a GPU; errors are always measured in full float32", WHERE,
+    Flag("solver_precision", same_name("--solver-precision", SESSIONS),
+         "of float32 products inside the methods; high: TF32 on a GPU; errors are always measured in full float32",
+         WHERE,
          "highest", choices=("highest", "high", "medium")),
-    Flag("calib_batch", shared("--calib-batch", SESSIONS), "windows that pass a block at a time (default: 4)", WHERE, 4,
+    Flag("calib_batch", same_name("--calib-batch", SESSIONS), "windows that pass a block at a time (default: 4)",
+         WHERE, 4,
          int, AT_LEAST_1, metavar="N"),
-    Flag("activation_store", shared("--activation-store", SESSIONS), "where hidden states wait (default: cpu)", WHERE,
+    Flag("activation_store", same_name("--activation-store", SESSIONS), "where hidden states wait (default: cpu)",
+         WHERE,
          "cpu", choices=("device", "cpu", "disk")),
-    Flag("cache_dir", shared("--cache-dir", (*SESSIONS, REPEAT, GENERATE, CONVERT)), {
+    Flag("cache_dir", same_name("--cache-dir", (*SESSIONS, REPEAT, GENERATE, CONVERT)), {
         **dict.fromkeys(SESSIONS, "tokens and converted checkpoints (default: %(default)s)"),
         REPEAT: "of models and tokens (default: %(default)s)",
         **dict.fromkeys((GENERATE, CONVERT), "of models (default: %(default)s)"),
@@ -303,9 +321,9 @@ MACHINE_FLAGS = (
         **dict.fromkeys((LEARNER, SCALES), Path("cache")),
         **dict.fromkeys((QUANTIZER, EVALUATE, REPEAT, GENERATE, CONVERT), DEFAULT_CACHE),
     }, Path, metavar="DIR"),
-    Flag("deterministic", shared("--deterministic", SESSIONS),
+    Flag("deterministic", same_name("--deterministic", SESSIONS),
          "CUDA: only deterministic algorithms (a CPU always is)", WHERE, type=bool),
-    Flag("trust_remote_code", shared("--trust-remote-code", (*SESSIONS, REPEAT, GENERATE, CONVERT)), {
+    Flag("trust_remote_code", same_name("--trust-remote-code", (*SESSIONS, REPEAT, GENERATE, CONVERT)), {
         **dict.fromkeys(SESSIONS, "run code that comes with the model (off by default)"),
         REPEAT: "run code that comes with the model, if the run did",
         CONVERT: "of a model that brings its own classes",
@@ -317,29 +335,29 @@ MACHINE_FLAGS = (
 )  # fmt: skip
 
 RESULT_FLAGS = (
-    Flag("format", shared("--format"), f"of the checkpoint: {', '.join(FORMATS)} (default: dequantized)", RESULTS,
+    Flag("format", same_name("--format"), f"of the checkpoint: {', '.join(FORMATS)} (default: dequantized)", RESULTS,
          choices=FORMATS, metavar="NAME", value=lambda given: given or DEQUANTIZED),
-    Flag("target", shared("--target"),
+    Flag("target", same_name("--target"),
          f"refuse before work begins what {', '.join(RUNTIMES)} cannot load (--dry-run shows all of them)", RESULTS,
          choices=RUNTIMES, metavar="NAME"),
-    Flag("run_dir", shared("--run-dir"), {
+    Flag("run_dir", same_name("--run-dir"), {
         QUANTIZER: "journal, blocks, results (default: a name under runs/)",
         LEARNER: "journal, blocks, results (default: a name under --output_dir)",
     }, RESULTS, type=Path, metavar="DIR"),
-    Flag("overwrite", {**shared("--overwrite"), CONVERT: "--overwrite"}, {
+    Flag("overwrite", {**same_name("--overwrite"), CONVERT: "--overwrite"}, {
         **dict.fromkeys(RUNS, "discard what the run directory holds (default: continue it)"),
         CONVERT: "replace a checkpoint that is there",
     }, RESULTS, type=bool),
-    Flag(None, shared("--compute-quantization-recon-error"), "print the relative error of every linear", RESULTS, type=bool),
-    Flag("packed", shared("--real_quant", MEASURES), {
-        **dict.fromkeys(RUNS, "evaluate with the weights packed in memory, and pack the checkpoint (without --format: the "
-                              "first that can hold it of gptq, gptq_v2 where asymmetric, compressed-tensors, bitplane)"),
+    Flag(None, same_name("--compute-quantization-recon-error"), "print the relative error of every linear", RESULTS,
+         type=bool),
+    Flag("packed", same_name("--real_quant", MEASURES), {
+        **dict.fromkeys(RUNS, PACKED_HELP),
         EVALUATE: "keep a quantized checkpoint packed in memory",
     }, RESULTS, type=bool),
-    Flag(None, shared("--no-report"), "do not write report.html, report.csv and its pictures", RESULTS, type=bool),
-    Flag(None, shared("--dry-run"), "plan, memory, time and size; nothing is run", RESULTS, type=bool),
-    Flag(None, shared("--list"), "methods with their options, families, formats, data sets", RESULTS, type=bool),
-    Flag(None, shared("--log-level", (*RUNS, SCALES)), None, dict.fromkeys(RUNS, "results"), "warning",
+    Flag(None, same_name("--no-report"), "do not write report.html, report.csv and its pictures", RESULTS, type=bool),
+    Flag(None, same_name("--dry-run"), "plan, memory, time and size; nothing is run", RESULTS, type=bool),
+    Flag(None, same_name("--list"), "methods with their options, families, formats, data sets", RESULTS, type=bool),
+    Flag(None, same_name("--log-level", (*RUNS, SCALES)), None, dict.fromkeys(RUNS, "results"), "warning",
          choices=("debug", "info", "warning", "error")),
     Flag("runs", {LEARNER: "--output_dir"}, "where run directories are made (default: ../log/)", RESULTS,
          Path("../log/"), Path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -78,6 +79,22 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
         for line in _remarks(results):
             console.print(f"  {line}")
         console.print(f"  {path / 'results.json'}", soft_wrap=True)
+
+
+def show_finished(
+    args: argparse.Namespace,
+    title: str,
+    finished: Sequence[dict[str, Any]],
+    together: Path | None,
+    save: Path | None,
+    console: Console,
+) -> None:
+    """What a command ends with: the results, the report unless --no-report, and where the checkpoint is."""
+    show_results(title, finished, console, args.compute_quantization_recon_error)
+    if not args.no_report:
+        show_report(finished, together, console)
+    if save:
+        console.print(f"checkpoint: {save}", highlight=False, soft_wrap=True)
 
 
 def show_report(finished: Sequence[dict[str, Any]], together: Path | None, console: Console) -> None:

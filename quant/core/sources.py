@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import pkgutil
 from collections.abc import Iterable
+from functools import cache
 from importlib.machinery import FileFinder
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,16 @@ def registrations(folders: Iterable[str], decorator: str) -> dict[str, Entry]:
     for module in pkgutil.iter_modules(folders):
         assert isinstance(module.module_finder, FileFinder)
         path = Path(module.module_finder.path) / f"{module.name}.py"
-        tree = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
-        about = (ast.get_docstring(tree) or "").strip().partition("\n")[0]
-        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-        entries |= {name: Entry(about, _options(f)) for f in functions for name in _names(f, decorator)}
+        entries |= _entries(path.read_text(), decorator) if path.is_file() else {}
     return dict(sorted(entries.items()))
+
+
+@cache
+def _entries(source: str, decorator: str) -> dict[str, Entry]:
+    tree = ast.parse(source)
+    about = (ast.get_docstring(tree) or "").strip().partition("\n")[0]
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {name: Entry(about, _options(f)) for f in functions for name in _names(f, decorator)}
 
 
 def _names(function: ast.FunctionDef, decorator: str) -> list[str]:
