@@ -12,6 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quant.cli.arguments import (
+    build_parser,
+    flag_mistakes,
+    in_words_of,
+    place_mistakes,
+    source_mistakes,
+    values_of,
+)
+from quant.cli.errors import exit_code_of, set_logging
+from quant.cli.flags import SCALES
+from quant.core.errors import InputError
+
 EXAMPLES = """examples:
   # the embedded demo, no network
   python generate_act_scale_shift.py --model models/demo/opt --calib_dataset demo --seq-len 256 --num-samples 32
@@ -25,26 +37,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the original keep name, meaning and default."""
-    from quant.cli.flags import SOURCES, add_machine_flags
-    from quant.cli.terminal import Parser
-
-    p = Parser(
-        prog="generate_act_scale_shift.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--model", metavar="ID|DIR", help="hub id or local directory")
-    p.add_argument("--scales-output-path", type=Path, default=Path("./act_scales/"), metavar="DIR")
-    p.add_argument("--shifts-output-path", type=Path, default=Path("./act_shifts/"), metavar="DIR")
-    p.add_argument("--calib_dataset", "--dataset", default="wikitext2", help=f"{SOURCES} (default: wikitext2)")
-    p.add_argument("--num-samples", "--nsamples", type=int, default=128, help="windows (default: 128)")
-    p.add_argument("--seq-len", type=int, default=2048, help="tokens of a window (default: 2048)")
-    p.add_argument("--seed", type=int, default=2, help="of the sampling (default: 2)")
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="local copies laid out as on the hub")
-    p.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
-    add_machine_flags(p, Path("cache"))
-    return p
+    return build_parser(SCALES, __doc__, EXAMPLES)
 
 
 def measure(session: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -67,41 +60,26 @@ def measure(session: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]
 
 def main() -> None:
     """Parse, check, measure, write."""
+    args = parser().parse_args()
+    set_logging(args.log_level)
+    if lines := flag_mistakes(args, SCALES) + source_mistakes((), args.calib_dataset) + place_mistakes(args):
+        raise InputError(*lines)
+    measure_and_write(args)
+
+
+def measure_and_write(args: argparse.Namespace) -> None:
+    """Measure all blocks; write both files."""
     from safetensors.torch import save
 
-    from data.calibration import CALIBRATION, check_source
-    from quant.cli import terminal as cli
-    from quant.core.errors import InputError
+    from quant.cli.console import ProgressBars
+    from quant.cli.console import console as make_console
     from quant.core.files import check_owned, write_owned
     from quant.core.places import Place, check_places
     from quant.run.config import RunConfig, places_read
     from quant.run.session import Session
 
-    args = parser().parse_args()
-    cli.set_logging(args.log_level)
-    if not args.model:
-        raise InputError("--model is missing: a hub id or a local directory (models/demo/opt is one)")
-    for name, least in (("num_samples", 1), ("seq_len", 2), ("calib_batch", 1)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: use {least} or more")
-    check_source(args.calib_dataset, CALIBRATION)
-    config = RunConfig(
-        model=args.model,
-        dataset=args.calib_dataset,
-        nsamples=args.num_samples,
-        seqlen=args.seq_len,
-        seed=args.seed,
-        wbits=8,  # anything below 16: the calibration tokens are wanted
-        eval_datasets=(),
-        data_dir=args.data_dir,
-        cache_dir=args.cache_dir,
-        device=args.device,
-        dtype=args.dtype,
-        activation_store=args.activation_store,
-        calib_batch=args.calib_batch,
-        trust_remote_code=args.trust_remote_code,
-        deterministic=args.deterministic,
-    )
+    # anything below 16 bits: the calibration tokens are wanted
+    config = RunConfig(**values_of(args, SCALES), wbits=8, eval_datasets=())
     name = Path(args.model).resolve().name
     outputs = [Place("--scales-output-path", args.scales_output_path / f"{name}.safetensors"),
                Place("--shifts-output-path", args.shifts_output_path / f"{name}.safetensors")]  # fmt: skip
@@ -109,11 +87,10 @@ def main() -> None:
     for output in outputs:
         check_owned(output.path)
     try:
-        session, console = Session(config), cli.console()
-    except InputError as error:  # a run calls them otherwise
-        lines = (line.replace("--seqlen", "--seq-len").replace("--nsamples", "--num-samples") for line in error.args)
-        raise InputError(*lines) from error
-    with cli.ProgressBars(console) as bars:
+        session, console = Session(config), make_console()
+    except InputError as error:
+        raise InputError(*(in_words_of(SCALES, line) for line in error.args)) from error
+    with ProgressBars(console) as bars:
         scales, shifts = measure(session, bars.for_method("activations"))
     metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": session.calibration(config).sha256}
     for output, vectors in zip(outputs, (scales, shifts), strict=True):
@@ -122,6 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from quant.cli.terminal import guarded
-
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

@@ -9,8 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
+
+from quant.cli.arguments import build_parser, flag_mistakes, place_mistakes, source_mistakes, values_of
+from quant.cli.errors import exit_code_of, set_logging
+from quant.cli.flags import QUANTIZER, split_words
+from quant.cli.options import method_mistakes, options_of, unused_options
+from quant.core.errors import InputError
 
 LAYERS = "layers.json"  # what --compare-layers leaves in --run-dir
 EXAMPLES = """examples:
@@ -39,228 +45,66 @@ Exit codes: 0 done, 2 bad arguments or unusable input, 1 a failure after work be
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the original keep name, meaning and default (except that calibration on C4 uses its train split)."""
-    from quant.cli.flags import (
-        DEFAULT_CACHE,
-        SOURCES,
-        add_data_flags,
-        add_machine_flags,
-        add_result_flags,
-        solver_flags,
-    )
-    from quant.cli.terminal import Parser
-
-    p = Parser(
-        prog="model_quantizer.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    g = p.add_argument_group("what is quantized, and how")
-    g.add_argument("--model", metavar="ID|DIR", help="hub id or local directory; the family comes from its config")
-    g.add_argument(
-        "--quantization-method",
-        default="quantease",
-        metavar="NAME[,NAME]",
-        help="rtn, gptq, quantease, gptq_quantease, spqr, or several with commas (default: quantease)",
-    )
-    g.add_argument(
-        "--wbits", type=int, default=16, help="bits of a weight, 1 to 8; 16 evaluates the base model (default: 16)"
-    )
-    g.add_argument(
-        "--groupsize",
-        "--group-size",
-        type=int,
-        default=-1,
-        metavar="N",
-        help="columns that share a scale; -1: one scale a row (default: -1)",
-    )
-    g.add_argument("--sym", action="store_true", help="symmetric grid: zero point fixed at 2^(bits-1)")
-    g.add_argument(
-        "--range",
-        choices=("minmax", "mse"),
-        default="minmax",
-        help="grid range: min-max, or the shrink with the least error weighted by the Gram diagonal",
-    )
-    g.add_argument(
-        "--preset",
-        choices=("best",),
-        help="best: --range mse --search-grid --refit-grid, what measured best with quantease at 2 to 4 bits",
-    )
-    g.add_argument("--num-layers-to-quantize", type=int, default=1000, metavar="N", help="only the first N blocks")
-    g.add_argument(
-        "--true-sequential",
-        action="store_true",
-        help="linears of a block in order of execution, each seeing what is quantized already",
-    )
-    g = p.add_argument_group("options of the methods")
-    option = solver_flags(g)
-    option(
-        "--num-iter", type=int, default=30, help="quantease, gptq_quantease: coordinate-descent sweeps (default: 30)"
-    )
-    option(
-        "--act-order", action="store_true", help="columns by decreasing Gram diagonal; groups are formed in that order"
-    )
-    option(
-        "--group-aware",
-        action="store_true",
-        help="gptq: act-order among and inside groups, which keeps column i in group i // group size",
-    )
-    option(
-        "--search-grid", action="store_true", help="quantease: scales by the lowest end of short descents, row by row"
-    )
-    option("--refit-grid", action="store_true", help="quantease: scales and zero points in closed form between sweeps")
-    option("--static-groups", action="store_true", help="group grids from the original weights, before act-order")
-    option(
-        "--percdamp", type=float, default=0.01, help="gptq: damping, share of the mean Gram diagonal (default: 0.01)"
-    )
-    option(
-        "--auto-damp", action="store_true", help="gptq: raise the damping stepwise where the Gram matrix is singular"
-    )
-    option(
-        "--outlier",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="quantease: share of the weights kept in 16 bits (0.01); spqr: relative threshold (0.2; smaller keeps more)",
-    )
-    option("--alpha", type=float, default=1.0, help="quantease: multiplier of the outliers' gradient step")
-    option("--structure-outlier", action="store_true", help="quantease: whole columns as outliers")
-    option("--simplified-outliers", action="store_true", help="spqr: outliers do not leave the range of their group")
-    g.add_argument(
-        "--solver-option", action="append", default=[], metavar="KEY=VALUE", help="any option of the method (--list)"
-    )
-    g = add_data_flags(p, seed=0)
-    g.add_argument("--dataset", default="c4", help=f"{SOURCES} (default: c4)")
-    g.add_argument("--limit", type=int, metavar="N", help="evaluate the first N windows and items only")
-    add_machine_flags(p, DEFAULT_CACHE)
-    g = add_result_flags(p, "runs/")
-    g.add_argument("--save", type=Path, metavar="DIR", help="write the quantized checkpoint and results.json here")
-    g.add_argument(
-        "--compare-layers",
-        action="store_true",
-        help="only compare: every method solves every linear from one set of statistics; one table",
-    )
-    return p  # fmt: skip
+    return build_parser(QUANTIZER, __doc__, EXAMPLES)
 
 
 def mistakes(args: argparse.Namespace) -> list[str]:
     """Everything that can be said to be wrong before a file is opened."""
-    from data.calibration import CALIBRATION, KNOWN, check_source
-    from quant.core.errors import InputError
-    from quant.solvers import get_solver
+    lines = flag_mistakes(args, QUANTIZER)
+    lines += [line for wrong, line in (*solver_rules(args), *run_rules(args)) if wrong]
+    lines += method_mistakes(args, args.methods, "--quantization-method: ")
+    return lines + source_mistakes(args.corpora, args.dataset if args.wbits != 16 else None)
 
-    found: list[str] = []
 
-    def check(bad: bool, message: str) -> None:
-        if bad:
-            found.append(message)
-
-    check(not args.model, "--model is missing: a hub id or a local directory (models/demo/llama is one)")
-    check(args.wbits not in (*range(1, 9), 16), f"--wbits {args.wbits}: use 1 to 8, or 16 for the base model")
-    check(args.groupsize != -1 and args.groupsize < 1, f"--groupsize {args.groupsize}: use a positive number or -1")
-    check(
-        args.wbits == 1 and args.sym, "--wbits 1 --sym: a symmetric grid of one bit has no positive level; drop --sym"
+def solver_rules(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
+    """What flags of the methods ask of each other, as (whether it is broken, what to say)."""
+    methods = set(args.methods)
+    yield (
+        args.wbits == 1 and args.sym,
+        "--wbits 1 --sym: a symmetric grid of one bit has no positive level; drop --sym",
     )
-    for name in ("nsamples", "num_iter", "num_layers_to_quantize", "calib_batch"):
-        value = getattr(args, name)
-        check(value < 1, f"--{name.replace('_', '-')} {value}: use 1 or more")
-    check(args.seqlen is not None and args.seqlen < 2, f"--seqlen {args.seqlen}: use 2 or more")
-    check(args.limit is not None and args.limit < 1, f"--limit {args.limit}: use 1 or more")
-    check(not 0 < args.percdamp <= 1, f"--percdamp {args.percdamp:g}: use a number above 0, at most 1")
-    check(not 0 <= args.outlier < float("inf"), f"--outlier {args.outlier:g}: use 0 or a positive number")
-    check(not 0 < args.alpha <= 2, f"--alpha {args.alpha:g}: use a number above 0, at most 2")
-    check(
-        args.outlier > 0 and {"quantease", "spqr"} <= set(args.methods),
+    yield (
+        args.outlier > 0 and {"quantease", "spqr"} <= methods,
         "--outlier is a share of the weights for quantease and a threshold for spqr: run them one by one",
     )
-    check(
-        args.outlier > 0 and not {"quantease", "spqr"} & set(args.methods),
-        "--outlier works with quantease and spqr only",
-    )
-    check(
-        args.outlier >= 1 and "quantease" in args.methods,
+    yield args.outlier > 0 and not {"quantease", "spqr"} & methods, "--outlier works with quantease and spqr only"
+    yield (
+        args.outlier >= 1 and "quantease" in methods,
         f"--outlier {args.outlier:g}: a share of the weights, below 1",
     )
-    check(args.structure_outlier and args.outlier <= 0, "--structure-outlier needs --outlier, the share of the columns")
-    check(args.act_order and args.group_aware, "--act-order and --group-aware are two orders: give one of them")
-    check(bool(args.preset) and "quantease" not in args.methods, f"--preset {args.preset} is for quantease")
-    check(args.compare_layers and args.wbits == 16, "--compare-layers needs --wbits 1 to 8")
-    check(
+    yield args.structure_outlier and args.outlier <= 0, "--structure-outlier needs --outlier, the share of the columns"
+    yield args.act_order and args.group_aware, "--act-order and --group-aware are two orders: give one of them"
+    yield bool(args.preset) and "quantease" not in methods, f"--preset {args.preset} is for quantease"
+    yield not methods, "--quantization-method names no method: quantease, gptq, ... (--list)"
+    for method in args.methods:
+        yield args.methods.count(method) > 1, f"--quantization-method: {method} is named twice"
+
+
+def run_rules(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
+    """The same of the flags of the run."""
+    yield args.compare_layers and args.wbits == 16, "--compare-layers needs --wbits 1 to 8"
+    yield (
         args.compare_layers and args.true_sequential,
         "--compare-layers solves all linears of a block from one pass of full precision: drop --true-sequential",
     )
-    check(args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save")
-    check(
+    yield args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save"
+    yield (
         args.format is not None and args.save is None and not args.dry_run,
         f"--format {args.format} is of a checkpoint: give --save DIR too",
     )
-    check(not args.methods, "--quantization-method names no method: quantease, gptq, ... (--list)")
-    for method in args.methods:
-        check(args.methods.count(method) > 1, f"--quantization-method: {method} is named twice")
-        try:
-            get_solver(method)
-        except InputError as error:
-            found.append(f"--quantization-method: {error}")
-    sources = [(source, KNOWN) for source in args.corpora]
-    for source, known in sources + ([(args.dataset, CALIBRATION)] if args.wbits != 16 else []):
-        try:
-            check_source(source, known)
-        except InputError as error:
-            found.append(str(error))
-    check(
-        args.task_path is not None and not args.task_path.is_dir(), f"--task-path {args.task_path} is not a directory"
-    )
-    check(args.data_dir is not None and not args.data_dir.is_dir(), f"--data-dir {args.data_dir} is not a directory")
-    return found
 
 
 def run_configs(args: argparse.Namespace) -> list[Any]:
     """One RunConfig for each method."""
-    from quant.cli.flags import options_of
     from quant.run.choice import in_packed_format
     from quant.run.config import RunConfig
-    from quant.solvers import get_solver
 
-    several = len(args.methods) > 1
-    configs = [
-        RunConfig(
-            model=args.model,
-            dataset=args.dataset,
-            seed=args.seed,
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            method=method,
-            wbits=args.wbits,
-            group_size=args.groupsize,
-            symmetric=args.sym,
-            range=args.range,
-            options=options_of(args, method, get_solver(method)),
-            true_sequential=args.true_sequential,
-            num_layers=args.num_layers_to_quantize,
-            eval_datasets=tuple(args.corpora),
-            tasks=tuple(task for task in args.tasks.split(",") if task),
-            task_path=args.task_path,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-            full_precision_eval=not args.no_fp_eval,
-            packed=args.real_quant,
-            data_dir=args.data_dir,
-            cache_dir=args.cache_dir,
-            device=args.device,
-            dtype=args.dtype,
-            solver_precision=args.solver_precision,
-            activation_store=args.activation_store,
-            calib_batch=args.calib_batch,
-            run_dir=args.run_dir / method if args.run_dir and several else args.run_dir,
-            save=args.save / method if args.save and several else args.save,
-            format=args.format or "dequantized",
-            target=args.target,
-            overwrite=args.overwrite,
-            trust_remote_code=args.trust_remote_code,
-            deterministic=args.deterministic,
-        )
-        for method in args.methods
-    ]
+    several, given = len(args.methods) > 1, values_of(args, QUANTIZER)
+    configs = []
+    for method in args.methods:
+        own = {"method": method, "options": options_of(args, method)}
+        own |= {name: given[name] / method for name in ("run_dir", "save") if given[name] and several}
+        configs.append(RunConfig(**(given | own)))
     packs = args.real_quant and args.format is None and args.wbits != 16 and (args.save is not None or args.dry_run)
     return [in_packed_format(config) for config in configs] if packs else configs
 
@@ -268,21 +112,16 @@ def run_configs(args: argparse.Namespace) -> list[Any]:
 def prepare(args: argparse.Namespace, here: bool = True) -> None:
     """What flags imply. Raises InputError for everything that is wrong with them. here: the run is to be on this machine,
     which must have the model and the device."""
-    from quant.cli.flags import place_mistakes
-    from quant.core.errors import InputError
-
     if args.preset == "best":
         args.range, args.search_grid, args.refit_grid = "mse", True, True
-    args.methods = [m for m in args.quantization_method.split(",") if m] if args.wbits != 16 else ["quantease"]
-    args.corpora = [d for d in args.eval_datasets.split(",") if d]
-    if found := mistakes(args) + (place_mistakes(args) if here else []):
-        raise InputError(*found)
+    args.methods = list(split_words(args.quantization_method)) if args.wbits != 16 else ["quantease"]
+    args.corpora = split_words(args.eval_datasets)
+    if lines := mistakes(args) + (place_mistakes(args) if here else []):
+        raise InputError(*lines)
 
 
 def config_from(words: list[str]) -> Any:
     """The RunConfig of a command of one method given as words, for sweeps. Raises InputError for what is wrong with it."""
-    from quant.core.errors import InputError
-
     args = parser().parse_args(words)
     prepare(args, here=False)
     if len(args.methods) != 1:
@@ -292,26 +131,32 @@ def config_from(words: list[str]) -> Any:
 
 def main() -> None:
     """Parse, check, run."""
-    from quant.cli import flags
-    from quant.cli import terminal as cli
-    from quant.core.files import check_owned
-
     args = parser().parse_args()
-    cli.set_logging(args.log_level)
+    set_logging(args.log_level)
     if args.list:
-        flags.show_list()
+        from quant.cli.listing import show_list
+
+        show_list()
         return
     prepare(args)
-    configs = run_configs(args)
-    console = cli.console()
-    if args.wbits != 16:
-        for line in flags.unused_options(args, parser(), args.methods):
-            console.print(f"note: {line}", highlight=False, soft_wrap=True)
-    if args.dry_run:
-        from quant.cli.plan import show_plan
+    from quant.cli.console import console as make_console
+    from quant.cli.plan import show_plan
 
+    configs, console = run_configs(args), make_console()
+    for line in unused_options(args, parser(), args.methods) if args.wbits != 16 else []:
+        console.print(f"note: {line}", highlight=False, soft_wrap=True)
+    if args.dry_run:
         show_plan(configs, console)
-        return
+    else:
+        run(args, configs, console)
+
+
+def run(args: argparse.Namespace, configs: list[Any], console: Any) -> None:
+    """Run all methods, and show what came of them."""
+    from quant.cli import tables
+    from quant.cli.console import ProgressBars
+    from quant.core.files import check_owned
+    from quant.export.runtimes import loadability
     from quant.run.session import Session
 
     if args.compare_layers and args.run_dir is not None:
@@ -322,43 +167,35 @@ def main() -> None:
             session.recipe(config)
             session.check_export(config)
     if args.save and configs[0].quantizes:
-        from quant.export.runtimes import loadability
-
         rows = loadability(configs[0].format, session.content(configs[0]))
-        console.print(cli.loadability_table(configs[0].format, rows))
-    with cli.ProgressBars(console) as bars:
+        console.print(tables.loadability_table(configs[0].format, rows))
+    with ProgressBars(console) as bars:
         if args.compare_layers:
             records = session.compare_layers(configs, bars.for_method("layers"))
         else:
             finished = session.run_all(configs, bars.for_method)
     if args.compare_layers:
-        show_comparison(args, session, records, console)
+        show_comparison(args, records, console)
         return
     bits = f"{args.wbits} bits" + (f", groups of {args.groupsize}" if args.groupsize > 0 else "")
     setting = bits if args.wbits != 16 else "base model"
     data = f"calibration {args.dataset}, {args.nsamples} x {session.seqlen} tokens, seed {args.seed}"
-    cli.show_results(f"{args.model}: {setting}; {data}", finished, console, args.compute_quantization_recon_error)
-    if not args.no_report:
-        cli.show_report(finished, args.run_dir, console)
-    if args.save:
-        console.print(f"checkpoint: {args.save}", highlight=False, soft_wrap=True)
+    tables.show_finished(args, f"{args.model}: {setting}; {data}", finished, args.run_dir, args.save, console)
 
 
-def show_comparison(args: argparse.Namespace, session: Any, records: list[dict[str, Any]], console: Any) -> None:
+def show_comparison(args: argparse.Namespace, records: list[dict[str, Any]], console: Any) -> None:
     """One row a method; with --compute-quantization-recon-error one a linear; all of it as JSON in --run-dir."""
-    from quant.cli import terminal as cli
+    from quant.cli import tables
     from quant.core.files import write_owned
 
     console.print()
-    console.print(cli.comparison_table(records, f"{args.model}: {args.wbits} bits, layer by layer, {args.dataset}"))
+    console.print(tables.comparison_table(records, f"{args.model}: {args.wbits} bits, layer by layer, {args.dataset}"))
     if args.compute_quantization_recon_error:
-        console.print(cli.linears_table(records))
+        console.print(tables.linears_table(records))
     if args.run_dir is not None:
         write_owned(args.run_dir, {LAYERS: (json.dumps(records, indent=2) + "\n").encode()})
         console.print(f"  {args.run_dir / LAYERS}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    from quant.cli.terminal import guarded
-
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

@@ -25,13 +25,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from data.corpora import check_file, check_name, file_documents, file_stem, hub_documents, is_file, sha256_of
+from data.corpora import (
+    CALIBRATION,
+    check_file,
+    check_source,
+    file_documents,
+    file_stem,
+    hub_documents,
+    is_file,
+    sha256_of,
+)
 from quant.core.errors import InputError
 from quant.core.files import temporary_name
 
-KNOWN = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "demo")
 MIXED = ("wikitext2", "ptb", "c4")  # OmniQuant's ``mix``: a third of the windows from each
-CALIBRATION = (*KNOWN, "mix", "pile")
 PILE_DOCUMENTS = 1000
 JOINED = {  # name: (corpus, calibration split, evaluation split, separator)
     "wikitext2": ("wikitext2", "train", "test", "\n\n"),
@@ -55,14 +62,6 @@ class Tokens:
     protocol: str
     text_sha256: str
     sha256: str
-
-
-def check_source(source: str, known: Sequence[str] = KNOWN) -> None:
-    """Raise InputError for a source that is neither a known name nor a readable kind of file."""
-    if is_file(source):
-        check_file(source)
-    else:
-        check_name(source, known)
 
 
 def calibration_tokens(

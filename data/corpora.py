@@ -19,6 +19,8 @@ from quant.core.errors import InputError
 
 EXTENSIONS = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet")
 TEXT_FIELDS = ("text", "sentence", "content")
+KNOWN = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "demo")
+CALIBRATION = (*KNOWN, "mix", "pile")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,14 @@ def check_name(name: str, known: Sequence[str]) -> None:
         near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
         raise InputError(f"unknown data set {name!r}; {hint} or a path ({', '.join(EXTENSIONS)})")
+
+
+def check_source(source: str, known: Sequence[str] = KNOWN) -> None:
+    """Raise InputError for a source that is neither a known name nor a readable kind of file."""
+    if is_file(source):
+        check_file(source)
+    else:
+        check_name(source, known)
 
 
 def hub_documents(name: str, split: str, data_dir: Path | None) -> Sequence[str]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.names import check_name
 from quant.core.errors import InputError
 from quant.core.files import check_plain_file, is_plain_name, json_sha256, locked, read_json, resolved, sha256_of_file
 
@@ -66,18 +67,6 @@ def check_own(file: Path, directory: Path) -> None:
     )
     if not (target.is_relative_to(directory.resolve()) or hub or other_model):
         raise InputError(f"{file} is a link to {target}, outside of the model: put a copy of it in its place")
-
-
-def check_name(model: str) -> None:
-    """Raise InputError for what is neither a model directory nor can be a hub id; nothing is read or fetched."""
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{model} holds no config.json: --model takes a model directory or a hub id")
-    elif path.exists():
-        raise InputError(f"{model} is a file: --model takes a model directory or a hub id")
-    elif path.is_absolute() or model.startswith(".") or model.count("/") != 1 and "/" in model:
-        raise InputError(f"no such model directory: {model}")
 
 
 def _download(model: str, with_weights: bool) -> Path:

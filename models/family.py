@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command lines name families before torch is there
+    import torch
+    from torch import Tensor
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -57,6 +58,8 @@ class HeadLayout:
 def separate_heads(prefix: str, output: str, heads: int, kv_heads: int, head_dim: int, rope: bool) -> HeadLayout:
     """The layout of linears q_proj, k_proj, v_proj and ``output`` under a prefix."""
 
+    import torch
+
     def rows(name: str, n: int) -> tuple[str, Tensor]:
         return f"{prefix}.{name}", torch.arange(n * head_dim).view(n, head_dim)
 
@@ -67,6 +70,8 @@ def separate_heads(prefix: str, output: str, heads: int, kv_heads: int, head_dim
 
 def fused_heads(linear: str, output: str, groups: int, per_group: int, head_dim: int, rope: bool) -> HeadLayout:
     """The layout of one linear with rows [groups, per_group query heads + a key head + a value head, head_dim]."""
+    import torch
+
     rows = torch.arange(groups * (per_group + 2) * head_dim).view(groups, per_group + 2, head_dim)
     q, k, v = rows[:, :-2].reshape(-1, head_dim), rows[:, -2], rows[:, -1]
     return HeadLayout((linear, q), (linear, k), (linear, v), output, rope)

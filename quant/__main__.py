@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from quant.cli.commands import run
-from quant.cli.terminal import guarded
+from quant.cli.errors import exit_code_of
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def act_scale_shift() -> None:
 
 def _run_file(name: str) -> None:
     """Run the command line in a file beside ``quant/``."""
-    sys.exit(guarded(importlib.import_module(name).main))
+    sys.exit(exit_code_of(importlib.import_module(name).main))
 
 
 if __name__ == "__main__":

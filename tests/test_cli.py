@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 from rich.console import Console
 
 import model_quantizer
-from quant.cli import evaluate
-from quant.cli import terminal as cli
-from quant.cli.terminal import guarded
+from quant.cli import arguments, evaluate, flags
+from quant.cli import console as terminal
+from quant.cli.commands import COMMANDS
+from quant.cli.errors import exit_code_of
 from quant.core.files import RECORD
-from quant.solvers import get_solver, solver_options, solvers
+from quant.solvers import entries, get_solver, solver_options, solvers
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def command(monkeypatch, capsys, tmp_path):
             sys, "argv", ["model_quantizer.py", "--no-report", "--cache-dir", str(tmp_path / "cache"), *words]
         )
         try:
-            code = guarded(model_quantizer.main)
+            code = exit_code_of(model_quantizer.main)
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()
@@ -120,9 +124,92 @@ def test_flags_of_solvers_are_declared_as_such():
     assert named & vars(args).keys() == set(args.solver_flags) and len(args.solver_flags) == 12
 
 
+def test_table_of_flags_sets_what_there_is():
+    """Fields are those of the classes that are made of them, set once a command line; defaults of solvers are theirs."""
+    from quant.blocks.fake_quant import ActSpec
+
+    from quant.learn.config import Learning, TransformSpec
+    from quant.run.config import RunConfig
+
+    parts = {"": RunConfig, "learning": Learning, "transform": TransformSpec, "act": ActSpec}
+    for where in {name for flag in flags.TABLE for name in flag.names}:
+        declared = arguments.flags_of(where)
+        names = [name for flag in declared for name in flag.names[where].split()]
+        set_fields = [flag.field for flag in declared if flag.field not in (None, flags.OPTIONS)]
+        assert len(names) == len(set(names)) and len(set_fields) == len(set(set_fields)), where
+        for field in set_fields:
+            part, _, name = field.rpartition(".")
+            assert name in parts[part].__dataclass_fields__, field
+    defaults = {option: value for entry in entries().values() for option, value in entry.options.items()}
+    options = [flag for flag in flags.TABLE if flag.field == flags.OPTIONS]
+    for flag in options:
+        for where in flag.names:
+            assert (flag.of(where, "default") or False) == defaults[flag.dest(where)], flag.names
+
+
+def test_messages_of_a_run_name_the_flags_that_were_given():
+    line = "--seqlen 64 with --nsamples 3: --dataset x (not --data-dir or --seqlen-2)"
+    assert arguments.in_words_of(flags.QUANTIZER, line) == line
+    assert arguments.in_words_of(flags.SCALES, line) == (
+        "--seq-len 64 with --num-samples 3: --calib_dataset x (not --data-dir or --seqlen-2)"
+    )
+
+
 def test_help_teaches(command):
     code, out, _ = command("--help")
     assert code == 0 and "examples:" in out and "models/demo/llama" in out and "Exit codes" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "model_quantizer.py --help",
+        "model_quantizer.py --no-such-flag",
+        "model_quantizer.py --model models/demo/llama --wbits 11 --quantization-method gtpq --eval-datasets no.txt",
+        "model_quantizer.py --model models/demo/llama --wbits 3 --dataset demo --solver-option steps=3 --device gpu",
+        "main.py --help",
+        "main.py --no-such-flag",
+        "main.py --model /no/such --lwc --solver gptqq --calib_dataset wikitext3",
+        "generate_act_scale_shift.py --help",
+        "generate_act_scale_shift.py --model models/demo/llama --num-samples 0",
+        "-m quant --help",
+        "-m quant no-such-command",
+        *(f"-m quant {command} --help" for command in COMMANDS),
+        *(f"-m quant {command} --no-such-flag" for command in COMMANDS),
+        "-m quant evaluate --model x --limit 0",
+        "-m quant generate --model x --prompt y --max-new-tokens 0",
+        "-m quant repeat no/such/run",
+    ],
+)
+def test_help_and_mistakes_wait_for_no_library(words):
+    """Nothing heavy is imported before work begins."""
+    listing = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules, file=sys.stderr)); "
+    start = "import runpy; sys.path.insert(0, ''); sys.argv = {argv!r}; runpy.{run}({name!r}, run_name='__main__')"
+    first, *rest = words.split()
+    program = (
+        start.format(argv=rest, run="run_module", name=rest[0])
+        if first == "-m"
+        else start.format(argv=[first, *rest], run="run_path", name=first)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", listing + program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    said, _, names = done.stderr.partition("MODULES")
+    assert done.returncode == (0 if "--help" in words else 2) and "Traceback" not in said, said
+    assert said.startswith("error: ") == ("--help" not in words)
+    assert names and not {"torch", "transformers", "rich", "numba", "datasets"} & set(names.split())
+
+
+def test_names_that_are_known_early_are_those_of_the_rooms():
+    from quant.core import env, names
+    from quant.export import PACKED
+    from quant.export.runtimes import RUNTIMES
+    from quant.learn import recipe_entries, recipes
+
+    assert (names.DEQUANTIZED, *PACKED) == names.FORMATS and names.RUNTIMES == RUNTIMES
+    assert tuple(env.DTYPES) == names.DTYPES
+    assert {name: solver_options(f) for name, f in solvers().items()} == {n: e.options for n, e in entries().items()}
+    assert list(recipe_entries()) == list(recipes())
 
 
 def test_list_names_methods_families_and_data(command):
@@ -362,9 +449,9 @@ def test_a_solver_of_ones_own_in_one_file(command, small, tmp_path, monkeypatch)
 def test_lines_of_progress_say_how_long_it_takes(monkeypatch):
     """From the pace since a stage was first seen; a second run of one name counts anew."""
     clock = iter([0.0, 10.0, 40.0, 400_000.0, 400_001.0])
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: next(clock))
     out = io.StringIO()
-    show = cli.ProgressBars(Console(file=out, width=120)).for_method("x")
+    show = terminal.ProgressBars(Console(file=out, width=120)).for_method("x")
     for done in (1, 2, 3, 10, 1, 2):
         show("learn", done, 10, "block")
     assert out.getvalue().splitlines() == [
@@ -391,7 +478,7 @@ def test_mistakes_of_the_evaluation_are_one_line(flags, says, model_dir, monkeyp
     words = ["quant.evaluate.perplexity", "--model", str(model_dir("llama")), "--eval-datasets", "demo", *flags.split()]
     monkeypatch.setattr(sys, "argv", words)
     capsys.readouterr()
-    assert guarded(evaluate.main) == 2
+    assert exit_code_of(evaluate.main) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and says in line
 
@@ -433,9 +520,9 @@ def test_a_saved_checkpoint_is_measured_by_the_same_ruler(command, small, text, 
         tmp_path / "e.json",
     ]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
-    assert guarded(evaluate.main) == 0 and "base" in capsys.readouterr().out
+    assert exit_code_of(evaluate.main) == 0 and "base" in capsys.readouterr().out
     expected = json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"]["words"]["quantized"]
     found = json.loads((tmp_path / "e.json").read_text())["perplexity"]["words"]
     assert found["fp"] == pytest.approx(expected, rel=1e-5) and found["token_sha256"]
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(tmp_path / "nothing")])
-    assert guarded(evaluate.main) == 2
+    assert exit_code_of(evaluate.main) == 2

@@ -19,7 +19,7 @@ import main as main_command
 import model_quantizer
 from models.load import load_config
 from quant.blocks.fake_quant import ActSpec
-from quant.cli.terminal import guarded
+from quant.cli.errors import exit_code_of
 from quant.core import env
 from quant.learn.config import Learning, TransformSpec
 from quant.run.plan import estimate, shapes_of
@@ -38,7 +38,7 @@ def command(monkeypatch, capsys, tmp_path):
         words = ["x.py", *quick, "--cache-dir", str(tmp_path / "cache"), *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", words)
         try:
-            code = guarded(of.main)
+            code = exit_code_of(of.main)
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from quant.cli.terminal import guarded
+from quant.cli.errors import exit_code_of
 from quant.core.errors import InputError
 
 COMMANDS = {
@@ -20,7 +20,7 @@ COMMANDS = {
 
 def run(words: Sequence[str]) -> int:
     """Run the command that the first word names; its exit code."""
-    return guarded(lambda: _run(list(words)))
+    return exit_code_of(lambda: _run(list(words)))
 
 
 def _run(words: list[str]) -> None:

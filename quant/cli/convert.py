@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+
+from quant.cli.arguments import add_flags, bare_parser
+from quant.cli.errors import set_logging
+from quant.cli.flags import CONVERT
+from quant.core.names import FORMATS
 
 EXAMPLES = """examples:
   python -m quant convert runs/llama-gptq-w4g32-1a2b3c4d --to gptq --out llama-w4
@@ -14,24 +17,20 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Parse, convert, say who loads it."""
-    from quant.cli import terminal as cli
-    from quant.cli.flags import DEFAULT_CACHE
-    from quant.export import FORMATS
+    parser = bare_parser(CONVERT, __doc__, EXAMPLES)
+    parser.add_argument("source", type=Path, help="a run directory or a quantized checkpoint")
+    parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    add_flags(parser, CONVERT)
+    args = parser.parse_args()
+    set_logging("warning")
+    from quant.cli.console import console as make_console
+    from quant.cli.tables import loadability_table
     from quant.export.runtimes import loadability
     from quant.export.target import size_on_disk
     from quant.run.convert import convert
 
-    raw = argparse.RawDescriptionHelpFormatter
-    parser: Any = cli.Parser(prog="python -m quant convert", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
-    parser.add_argument("source", type=Path, help="a run directory or a quantized checkpoint")
-    parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    parser.add_argument("--trust-remote-code", action="store_true", help="of a model that brings its own classes")
-    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, help="of models (default: %(default)s)")
-    args = parser.parse_args()
-    cli.set_logging("warning")
     content = convert(args.source, args.to, args.out, args.overwrite, args.trust_remote_code, args.cache_dir)
-    console = cli.console()
-    console.print(cli.loadability_table(args.to, loadability(args.to, content)))
+    console = make_console()
+    console.print(loadability_table(args.to, loadability(args.to, content)))
     console.print(f"{args.out}: {size_on_disk(args.out) / 1e6:.1f} MB", highlight=False, soft_wrap=True)

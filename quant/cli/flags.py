@@ -1,217 +1,370 @@
-"""Flags that both command lines share, and what they do with the solvers' own options."""
+"""Every flag of the command lines, declared once: names, defaults, allowed values, help, and what it sets."""
 
 from __future__ import annotations
 
-import argparse
-import ast
-import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint import check_name
-from quant.core.env import pick_device
-from quant.core.errors import InputError
-from quant.core.types import QuantizedWeight
-from quant.export import FORMATS
-from quant.export.runtimes import RUNTIMES
-from quant.learn import recipes
-from quant.solvers import solver_options, solvers
+from quant.core.names import DEQUANTIZED, DTYPES, FORMATS, RUNTIMES
+
+QUANTIZER, LEARNER, SCALES = "model_quantizer.py", "main.py", "generate_act_scale_shift.py"
+EVALUATE, REPEAT, GENERATE, CONVERT = (
+    f"python -m quant {name}" for name in ("evaluate", "repeat", "generate", "convert")
+)
+RUNS, MEASURES = (QUANTIZER, LEARNER), (QUANTIZER, LEARNER, EVALUATE)
+SESSIONS = (QUANTIZER, LEARNER, SCALES, EVALUATE)
 
 DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
 SOURCES = "wikitext2, ptb, c4, mix, pile, demo, or a .txt/.jsonl/.json.gz/.parquet file"
+SEAMS = ("norm", "vo", "qk", "mul")
+PARTS = ("compensation", "distribution", "attention")  # of abq: fields of Learning
+OPTIONS = "the solver's"  # the field of flags that are options of solvers
 
 
-def add_data_flags(p: argparse.ArgumentParser, seed: int) -> argparse._ArgumentGroup:
-    """Calibration and evaluation data; the group, for flags of one command line."""
-    g = p.add_argument_group("calibration and evaluation data")
-    g.add_argument("--nsamples", type=int, default=128, help="calibration windows (default: 128)")
-    g.add_argument("--seqlen", type=int, help="tokens of a window (default: the model's maximum, at most 2048)")
-    g.add_argument("--seed", type=int, default=seed, help=f"of the calibration sampling (default: {seed})")
-    g.add_argument(
-        "--eval-datasets",
-        default="wikitext2,ptb,c4",
-        metavar="A,B",
-        help="names or files; '' for none (default: wikitext2,ptb,c4)",
-    )
-    g.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="local copies laid out as on the hub: no network needed"
-    )
-    g.add_argument(
-        "--no-fp-eval", action="store_true", help="skip the full-precision model (no ratio, no KL divergence)"
-    )
-    g.add_argument(
-        "--tasks", default="", metavar="A,B", help="lm-eval tasks, and the demo's own demo_*: piqa,arc_easy,..."
-    )
-    g.add_argument("--task-path", type=Path, metavar="DIR", help="directory of more lm-eval tasks (YAML)")
-    g.add_argument(
-        "--num_fewshot", type=int, metavar="N", help="examples in front of a task's items (default: the task's)"
-    )
-    return g
+@dataclass(frozen=True)
+class Valid:
+    """Which values are allowed, and what a message says behind the flag and the value. None is a value left out."""
+
+    allows: Callable[[Any], bool]
+    says: str
 
 
-def add_machine_flags(
-    p: argparse.ArgumentParser, cache_dir: Path, dtype: str = "the checkpoint's; float32 on a CPU"
-) -> argparse._ArgumentGroup:
-    """Where and in which arithmetic it runs. dtype: what ``--dtype auto`` means."""
-    g = p.add_argument_group("where it runs")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    g.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help=f"of the arithmetic (default: {dtype})",
-    )
-    g.add_argument(
-        "--solver-precision",
-        default="highest",
-        choices=("highest", "high", "medium"),
-        help="of float32 products inside the methods; high: TF32 on a GPU; errors are always measured in full float32",
-    )
-    g.add_argument(
-        "--calib-batch", type=int, default=4, metavar="N", help="windows that pass a block at a time (default: 4)"
-    )
-    g.add_argument(
-        "--activation-store",
-        default="cpu",
-        choices=("device", "cpu", "disk"),
-        help="where hidden states wait (default: cpu)",
-    )
-    g.add_argument(
-        "--cache-dir",
-        type=Path,
-        default=cache_dir,
-        metavar="DIR",
-        help=f"tokens and converted checkpoints (default: {cache_dir})",
-    )
-    g.add_argument("--deterministic", action="store_true", help="CUDA: only deterministic algorithms (a CPU always is)")
-    g.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model (off by default)"
-    )
-    return g
+@dataclass(frozen=True)
+class Flag:
+    """A flag of some command lines.
 
-
-def add_result_flags(p: argparse.ArgumentParser, runs: str) -> argparse._ArgumentGroup:
-    """What is written, and the flags that only show something."""
-    g = p.add_argument_group("results")
-    g.add_argument(
-        "--format",
-        choices=FORMATS,
-        help=f"of the checkpoint: {', '.join(FORMATS)} (default: dequantized)",
-        metavar="NAME",
-    )
-    g.add_argument(
-        "--target",
-        choices=RUNTIMES,
-        metavar="NAME",
-        help=f"refuse before work begins what {', '.join(RUNTIMES)} cannot load (--dry-run shows all of them)",
-    )
-    g.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help=f"journal, blocks, results (default: a name under {runs})"
-    )
-    g.add_argument(
-        "--overwrite", action="store_true", help="discard what the run directory holds (default: continue it)"
-    )
-    g.add_argument(
-        "--compute-quantization-recon-error", action="store_true", help="print the relative error of every linear"
-    )
-    g.add_argument(
-        "--real_quant",
-        action="store_true",
-        help="evaluate with the weights packed in memory, and pack the checkpoint (without --format: the first that can "
-        "hold it of gptq, gptq_v2 where asymmetric, compressed-tensors, bitplane)",
-    )
-    g.add_argument("--no-report", action="store_true", help="do not write report.html, report.csv and its pictures")
-    g.add_argument("--dry-run", action="store_true", help="plan, memory, time and size; nothing is run")
-    g.add_argument("--list", action="store_true", help="methods with their options, families, formats, data sets")
-    g.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
-    return g
-
-
-def solver_flags(g: argparse._ArgumentGroup) -> Callable[..., None]:
-    """The group's ``add_argument`` for flags that are options of solvers: ``solver_flags`` in the arguments names them.
-
-    Only these reach a solver; any other flag may have the name of an option by chance.
+    field: what it sets: a field of RunConfig, or with a dot one of ``learning``, ``transform`` or ``act``; OPTIONS: an
+    option of solvers; None: nothing by itself. names: its spellings on every command line that has it, separated by
+    blanks, the first of which names it in messages. default, valid, help, group, missing: for all of them, or a dict by
+    command line. type: bool is a switch, list a flag that may be repeated. value: from what was given to the field's
+    value. missing: what to say where it is left out and must not be.
     """
 
-    def add_option(*names: str, **kept: Any) -> None:
-        action = g.add_argument(*names, **kept)
-        g.set_defaults(solver_flags=(*(g.get_default("solver_flags") or ()), action.dest))
+    field: str | None
+    names: Mapping[str, str]
+    help: str | dict[str, str] | None = None
+    group: str | dict[str, str] | None = None
+    default: Any = None
+    type: Callable[[str], Any] = str
+    valid: Valid | dict[str, Valid] | None = None
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    missing: str | dict[str, str] | None = None
+    required: tuple[str, ...] = ()
+    value: Callable[[Any], Any] = lambda given: given
 
-    return add_option
+    def of(self, command: str, what: str) -> Any:
+        """What the declaration says under ``what`` for a command line; None where it says nothing."""
+        said = getattr(self, what)
+        return said.get(command) if isinstance(said, dict) else said
 
+    def name(self, command: str) -> str:
+        """The spelling in messages."""
+        return self.names[command].split()[0]
 
-def place_mistakes(args: argparse.Namespace) -> list[str]:
-    """What is wrong with --model and --device before anything is opened."""
-    found: list[str] = []
-    for check, given in ((check_name, args.model), (pick_device, args.device)):
-        try:
-            if given:
-                check(given)
-        except InputError as error:
-            found += error.args
-    return found
-
-
-def unused_options(args: argparse.Namespace, parser: argparse.ArgumentParser, methods: Sequence[str]) -> list[str]:
-    """A line for every flag of a method's option that was given, where none of the methods has that option."""
-    known = {name: solver_options(function) for name, function in solvers().items()}
-    taken = {option for method in methods for option in known.get(method, {})}
-    given = [
-        option
-        for option in dict.fromkeys(option for options in known.values() for option in options)
-        if option not in taken and option in args.solver_flags and getattr(args, option) != parser.get_default(option)
-    ]
-    return [
-        f"--{option.replace('_', '-')} is an option of {', '.join(n for n, o in known.items() if option in o)}, "
-        f"not of {', '.join(methods)}"
-        for option in given
-    ]
+    def dest(self, command: str) -> str:
+        """The attribute of the parsed arguments."""
+        return self.name(command).lstrip("-").replace("-", "_")
 
 
-def options_of(args: argparse.Namespace, method: str, function: Callable[..., QuantizedWeight]) -> dict[str, Any]:
-    """The options that the method's function names, from the flags of `solver_flags` and from --solver-option."""
-    accepted = solver_options(function)
-    options = {name: getattr(args, name) for name in accepted if name in args.solver_flags}
-    for pair in args.solver_option:
-        key, equals, value = pair.partition("=")
-        key = key.replace("-", "_")
-        if not equals or key not in accepted:
-            raise InputError(
-                f"--solver-option {pair}: {method} takes {', '.join(accepted) or 'no options'} as KEY=VALUE"
-            )
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
-        if accepted[key] is not None and not isinstance(options[key], type(accepted[key])):
-            raise InputError(f"--solver-option {pair}: {key} is a {type(accepted[key]).__name__}")
-    return options
+def same_name(name: str, commands: tuple[str, ...] = RUNS) -> dict[str, str]:
+    """One spelling on several command lines, for `names`."""
+    return dict.fromkeys(commands, name)
 
 
-def show_list() -> None:
-    """Methods with their options, families, formats, data sets."""
-    from rich.text import Text
+def split_words(given: str | None) -> tuple[str, ...]:
+    """The words of a list with commas."""
+    return tuple(word for word in (given or "").split(",") if word)
 
-    from data.calibration import CALIBRATION
-    from models import FAMILIES
-    from quant.cli.terminal import Console
 
-    console = Console(soft_wrap=True)
-    console.print("methods", style="bold")
-    for name, function in solvers().items():
-        about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
-        console.print(f"  {name:15} {about}")
-        if options := ", ".join(f"{k}={v}" for k, v in solver_options(function).items()):
-            console.print(f"{'':18}{options}")
-    console.print(Text("learned recipes", style="bold"), "(main.py --method)")
-    for name, function in recipes().items():
-        about = (inspect.getmodule(function).__doc__ or "").strip().splitlines()[0]
-        console.print(f"  {name:15} {about}")
-    files = ", or a .txt, .jsonl, .json.gz or .parquet file"
-    for title, names in (
-        ("families", ", ".join(t for family in FAMILIES for t in family.model_types)),
-        ("formats", ", ".join(FORMATS)),
-        ("data sets", ", ".join(CALIBRATION) + files),
-    ):
-        console.print(Text(f"{title:9}", style="bold"), names)
+AT_LEAST_1 = Valid(lambda n: n >= 1, ": use 1 or more")
+AT_LEAST_2 = Valid(lambda n: n >= 2, ": use 2 or more")
+DIRECTORY = Valid(lambda path: path.is_dir(), " is not a directory")
+FILE = Valid(lambda path: path.is_file(), ": no such file")
+ACT_BITS = Valid(lambda bits: 2 <= bits <= 16, ": use 2 to 15, or 16 to leave activations alone")
+RATE = Valid(lambda rate: 0 < rate < math.inf, ": use a positive rate")
+SHARE = Valid(lambda share: 0 < share <= 1, ": use a number above 0, at most 1")
+WEIGHT_BITS = (*range(1, 9), 16)
+
+WHAT = {QUANTIZER: "what is quantized, and how", LEARNER: "what is quantized"}
+LEARNED, LEARNING, ROUNDED = "what is learned", "how it is learned", "how it is rounded"
+METHODS = {QUANTIZER: "options of the methods", LEARNER: ROUNDED}
+DATA = {**dict.fromkeys(MEASURES, "calibration and evaluation data")}
+WHERE = {**dict.fromkeys(SESSIONS, "where it runs")}
+RESULTS = {**dict.fromkeys(RUNS, "results"), EVALUATE: DATA[EVALUATE]}
+PACKED_HELP = (
+    "evaluate with the weights packed in memory, and pack the checkpoint (without --format: the first that can "
+    "hold it of gptq, gptq_v2 where asymmetric, compressed-tensors, bitplane)"
+)
+NO_MODEL = "--model is missing: a hub id or a local directory (models/demo/{} is one)"
+
+QUANTIZED_FLAGS = (
+    Flag(
+        "model", same_name("--model", SESSIONS), {
+            **dict.fromkeys(RUNS, "hub id or local directory; the family comes from its config"),
+            SCALES: "hub id or local directory", EVALUATE: "hub id or directory, also one of --save",
+        }, WHAT, metavar="ID|DIR", required=(EVALUATE,),
+        missing={**dict.fromkeys(RUNS, NO_MODEL.format("llama")), SCALES: NO_MODEL.format("opt")},
+    ),
+    Flag(
+        None, {QUANTIZER: "--quantization-method"},
+        "rtn, gptq, quantease, gptq_quantease, spqr, or several with commas (default: quantease)", WHAT,
+        "quantease", metavar="NAME[,NAME]",
+    ),
+    Flag(
+        "wbits", same_name("--wbits"), {
+            QUANTIZER: "bits of a weight, 1 to 8; 16 evaluates the base model (default: 16)",
+            LEARNER: "bits of a weight, 1 to 8, or 16 (default: 4)",
+        }, WHAT, {QUANTIZER: 16, LEARNER: 4}, int, {
+            QUANTIZER: Valid(lambda bits: bits in WEIGHT_BITS, ": use 1 to 8, or 16 for the base model"),
+            LEARNER: Valid(lambda bits: bits in WEIGHT_BITS, ": use 1 to 8, or 16 to leave weights alone"),
+        },
+    ),
+    Flag("act.bits", {LEARNER: "--abits"}, "bits of an activation, 2 to 15, or 16 (default: 16; affinequant: 4)", WHAT,
+         type=int, valid=ACT_BITS),
+    Flag("act.kv_bits", {LEARNER: "--kvbits"}, "bits of keys and values (default: as --abits)", WHAT, type=int,
+         valid=ACT_BITS),
+    Flag(
+        "group_size", {QUANTIZER: "--groupsize --group-size", LEARNER: "--group_size"}, {
+            QUANTIZER: "columns that share a scale; -1: one scale a row (default: -1)",
+            LEARNER: "columns that share a scale (default: a scale a row)",
+        }, WHAT, {QUANTIZER: -1}, int, {
+            QUANTIZER: Valid(lambda n: n >= 1 or n == -1, ": use a positive number or -1"),
+            LEARNER: Valid(lambda n: n >= 1 or n == -1, ": use a positive number, or leave it out"),
+        }, metavar="N", value=lambda n: -1 if n is None else n,
+    ),
+    Flag("symmetric", {QUANTIZER: "--sym", LEARNER: "--symmetric"},
+         {QUANTIZER: "symmetric grid: zero point fixed at 2^(bits-1)", LEARNER: "symmetric weight grid"}, WHAT,
+         type=bool),
+    Flag(None, {LEARNER: "--disable_zero_point"}, "the same: no zero points for weights", WHAT, type=bool),
+    Flag(
+        "act.method", {LEARNER: "--a_dynamic_method"},
+        "range of activations: every token's, every call's, or fixed by calibration once a block is learned "
+        "(it trains with every call's, so the loss is not that of what is deployed) (default: per_token)",
+        WHAT, "per_token", choices=("per_token", "per_tensor", "static"),
+    ),
+    Flag("act.symmetric", {LEARNER: "--a_symmetric"},
+         "symmetric range of the linears' inputs, as W8A8 runtimes compute", WHAT, type=bool),
+    Flag(None, {LEARNER: "--w_dynamic_method"}, None, WHAT, "per_channel", choices=("per_channel",)),
+    Flag(None, {LEARNER: "--bit-balance"},
+         "2^bits + 1 levels; auto: with --method abq at 1 and 2 bits (five levels are stored in 3 bits)", WHAT, "auto",
+         choices=("auto", "on", "off")),
+    Flag("range", {QUANTIZER: "--range"},
+         "grid range: min-max, or the shrink with the least error weighted by the Gram diagonal", WHAT, "minmax",
+         choices=("minmax", "mse")),
+    Flag(None, {QUANTIZER: "--preset"},
+         "best: --range mse --search-grid --refit-grid, what measured best with quantease at 2 to 4 bits", WHAT,
+         choices=("best",)),
+    Flag("num_layers", {QUANTIZER: "--num-layers-to-quantize"}, "only the first N blocks", WHAT, 1000, int, AT_LEAST_1,
+         metavar="N"),
+)  # fmt: skip
+
+LEARNED_FLAGS = (
+    Flag(None, {LEARNER: "--method"}, "default: affinequant with --use_matrix or --use_ln_matrix, else omniquant",
+         LEARNED, choices=("omniquant", "affinequant", "abq")),
+    Flag("learning.clip", {LEARNER: "--lwc"}, "learnable weight clipping", LEARNED, type=bool),
+    Flag("transform.let", {LEARNER: "--let"}, "learnable equivalent transforms", LEARNED, type=bool),
+    Flag("transform.matrix", {LEARNER: "--use_matrix"}, "affine matrices for each head on q-k and v-o", LEARNED,
+         type=bool),
+    Flag("transform.norm_matrix", {LEARNER: "--use_ln_matrix"}, "a dense matrix behind every norm, kept in the model",
+         LEARNED, type=bool),
+    Flag("transform.stability", {LEARNER: "--sf --stability_factor"},
+         "factor of matrix entries off the diagonal, in (0, 1] (default: 1.0)", LEARNED, 1.0, float, SHARE,
+         metavar="X"),
+    Flag("transform.alpha", {LEARNER: "--alpha"}, "SmoothQuant's exponent of the starting scale (default: 0.5)",
+         LEARNED,
+         0.5, float, Valid(lambda x: 0 <= x <= 1, ": use a number from 0 to 1")),
+    Flag(None, {LEARNER: "--without"}, f"of {', '.join(PARTS)}: parts of abq that are left out", LEARNED,
+         metavar="A,B"),
+    Flag("transform.kinds", {LEARNER: "--let-seams"}, f"of {', '.join(SEAMS)} (default: the method's)", LEARNED,
+         metavar="A,B", value=split_words),
+    Flag("transform.tied", {LEARNER: "--let-rope"},
+         "q/k scales that commute with rotary embeddings; untied: as published, not an equivalence", LEARNED, "tied",
+         choices=("tied", "untied"), value=lambda given: given == "tied"),
+    Flag("transform.precise", {LEARNER: "--inverse-dtype"}, "of matrix inverses", LEARNED, "float32",
+         choices=("float32", "float64"), value=lambda given: given == "float64"),
+    Flag("act_scales", {LEARNER: "--act-scales"}, "of generate_act_scale_shift.py (default: measured)", LEARNED,
+         type=Path, valid=FILE, metavar="FILE"),
+    Flag("act_shifts", {LEARNER: "--act-shifts"}, "of generate_act_scale_shift.py (default: measured)", LEARNED,
+         type=Path, valid=FILE, metavar="FILE"),
+    Flag("learning.epochs", {LEARNER: "--epochs"}, "0: only what --resume learned (default: 10)", LEARNING, 10, int,
+         Valid(lambda n: n >= 0, ": use 0 or more")),
+    Flag("learning.batch", {LEARNER: "--batch_size"}, "windows a step (default: 1)", LEARNING, 1, int, AT_LEAST_1),
+    Flag("learning.let_lr", {LEARNER: "--let_lr"}, "rate of transforms (default: 5e-3)", LEARNING, 5e-3, float, RATE),
+    Flag("learning.lwc_lr", {LEARNER: "--lwc_lr"}, "rate of clips (default: 1e-2)", LEARNING, 1e-2, float, RATE),
+    Flag("learning.weight_decay", {LEARNER: "--wd"}, "weight decay (default: 0)", LEARNING, 0.0, float,
+         Valid(lambda x: 0 <= x < math.inf, ": use 0 or a positive number")),
+    Flag("learning.augmented", {LEARNER: "--aug_loss"}, "also match the full-precision block on quantized inputs",
+         LEARNING, type=bool),
+    Flag("learning.patience", {LEARNER: "--patience"}, "stop a block after N epochs without a better loss", LEARNING, 0,
+         int, Valid(lambda n: n >= 0, ": use 1 or more epochs, or 0 to train them all"), metavar="N"),
+    Flag(None, {LEARNER: "--deactive_amp"},
+         "train and evaluate in float32 on a GPU too, unless --dtype says otherwise (default there: bfloat16)",
+         LEARNING,
+         type=bool),
+    Flag("resume", {LEARNER: "--resume"}, "start from the learned parameters of that run directory", LEARNING,
+         type=Path,
+         metavar="DIR"),
+)  # fmt: skip
+
+SOLVER_FLAGS = (
+    Flag("solver", {LEARNER: "--solver"}, "rtn, gptq, quantease, ... on the learned grid (default: rtn)", ROUNDED,
+         "rtn",
+         metavar="NAME"),
+    Flag("true_sequential", same_name("--true-sequential"), {
+        QUANTIZER: "linears of a block in order of execution, each seeing what is quantized already",
+        LEARNER: "for solvers: linears in order of execution",
+    }, {QUANTIZER: WHAT[QUANTIZER], LEARNER: ROUNDED}, type=bool),
+    Flag(OPTIONS, same_name("--num-iter"), {
+        QUANTIZER: "quantease, gptq_quantease: coordinate-descent sweeps (default: 30)",
+        LEARNER: "quantease: sweeps (default: 30)",
+    }, METHODS, 30, int, AT_LEAST_1),
+    Flag(OPTIONS, {QUANTIZER: "--act-order"}, "columns by decreasing Gram diagonal; groups are formed in that order",
+         METHODS, type=bool),
+    Flag(OPTIONS, {QUANTIZER: "--group-aware"},
+         "gptq: act-order among and inside groups, which keeps column i in group i // group size", METHODS, type=bool),
+    Flag(OPTIONS, {QUANTIZER: "--search-grid"},
+         "quantease: scales by the lowest end of short descents, row by row", METHODS, type=bool),
+    Flag(OPTIONS, {QUANTIZER: "--refit-grid"},
+         "quantease: scales and zero points in closed form between sweeps", METHODS, type=bool),
+    Flag(OPTIONS, {QUANTIZER: "--static-groups"}, "group grids from the original weights, before act-order", METHODS,
+         type=bool),
+    Flag(OPTIONS, same_name("--percdamp"), {
+        QUANTIZER: "gptq: damping, share of the mean Gram diagonal (default: 0.01)",
+        LEARNER: "gptq: damping (default: 0.01)",
+    }, METHODS, 0.01, float, {QUANTIZER: SHARE}),
+    Flag(OPTIONS, {QUANTIZER: "--auto-damp"}, "gptq: raise the damping stepwise where the Gram matrix is singular",
+         METHODS, type=bool),
+    Flag(OPTIONS, {QUANTIZER: "--outlier"},
+         "quantease: share of the weights kept in 16 bits (0.01); spqr: relative threshold (0.2; smaller keeps more)",
+         METHODS, 0.0, float, Valid(lambda x: 0 <= x < math.inf, ": use 0 or a positive number"), metavar="X"),
+    Flag(OPTIONS, {QUANTIZER: "--alpha"}, "quantease: multiplier of the outliers' gradient step", METHODS, 1.0, float,
+         Valid(lambda x: 0 < x <= 2, ": use a number above 0, at most 2")),
+    Flag(OPTIONS, {QUANTIZER: "--structure-outlier"}, "quantease: whole columns as outliers", METHODS, type=bool),
+    Flag(OPTIONS, {QUANTIZER: "--simplified-outliers"}, "spqr: outliers do not leave the range of their group", METHODS,
+         type=bool),
+    Flag(None, same_name("--solver-option"),
+         {QUANTIZER: "any option of the method (--list)", LEARNER: "any option of the solver (--list)"}, METHODS,
+         type=list,
+         metavar="KEY=VALUE"),
+)  # fmt: skip
+
+DATA_FLAGS = (
+    Flag(None, {SCALES: "--scales-output-path"}, default=Path("./act_scales/"), type=Path, metavar="DIR"),
+    Flag(None, {SCALES: "--shifts-output-path"}, default=Path("./act_shifts/"), type=Path, metavar="DIR"),
+    Flag("nsamples", {**same_name("--nsamples", MEASURES), SCALES: "--num-samples --nsamples"},
+         {**dict.fromkeys(MEASURES, "calibration windows (default: 128)"), SCALES: "windows (default: 128)"}, DATA, 128,
+         int, AT_LEAST_1),
+    Flag("seqlen", {**same_name("--seqlen", MEASURES), SCALES: "--seq-len"}, {
+        **dict.fromkeys(MEASURES, "tokens of a window (default: the model's maximum, at most 2048)"),
+        SCALES: "tokens of a window (default: 2048)",
+    }, DATA, {SCALES: 2048}, int, AT_LEAST_2),
+    Flag("seed", same_name("--seed", SESSIONS), {
+        **dict.fromkeys(MEASURES, "of the calibration sampling (default: %(default)s)"),
+        SCALES: "of the sampling (default: 2)",
+    }, DATA, {QUANTIZER: 0, LEARNER: 2, SCALES: 2, EVALUATE: 0}, int),
+    Flag("eval_datasets", same_name("--eval-datasets", MEASURES),
+         "names or files; '' for none (default: wikitext2,ptb,c4)", DATA, "wikitext2,ptb,c4", metavar="A,B",
+         value=split_words),
+    Flag("data_dir", same_name("--data-dir", SESSIONS), {
+        **dict.fromkeys(MEASURES, "local copies laid out as on the hub: no network needed"),
+        SCALES: "local copies laid out as on the hub",
+    }, DATA, type=Path, valid=DIRECTORY, metavar="DIR"),
+    Flag("full_precision_eval", same_name("--no-fp-eval", MEASURES),
+         "skip the full-precision model (no ratio, no KL divergence)", DATA, type=bool, value=lambda given: not given),
+    Flag("tasks", same_name("--tasks", MEASURES), "lm-eval tasks, and the demo's own demo_*: piqa,arc_easy,...",
+         DATA, "",
+         metavar="A,B", value=split_words),
+    Flag("task_path", same_name("--task-path", MEASURES), "directory of more lm-eval tasks (YAML)", DATA, type=Path,
+         valid=DIRECTORY, metavar="DIR"),
+    Flag("num_fewshot", same_name("--num_fewshot", MEASURES),
+         "examples in front of a task's items (default: the task's)", DATA, {LEARNER: 0}, int, metavar="N"),
+    Flag("dataset", {QUANTIZER: "--dataset", **same_name("--calib_dataset --dataset", (LEARNER, SCALES))},
+         f"{SOURCES} (default: %(default)s)", DATA, {QUANTIZER: "c4", LEARNER: "wikitext2", SCALES: "wikitext2"}),
+    Flag(None, {LEARNER: "--eval_ppl"}, "evaluate perplexity on --eval-datasets", DATA, type=bool),
+    Flag("limit", same_name("--limit", MEASURES), {
+        QUANTIZER: "evaluate the first N windows and items only",
+        LEARNER: "evaluate the first N windows and items only (default: -1, all)",
+        EVALUATE: "the first N windows and items only",
+    }, DATA, {LEARNER: -1}, int, {
+        **dict.fromkeys((QUANTIZER, EVALUATE), AT_LEAST_1),
+        LEARNER: Valid(lambda n: n >= 1 or n == -1, ": use 1 or more, or -1 for all"),
+    }, metavar="N", value=lambda n: None if n == -1 else n),
+)  # fmt: skip
+
+MACHINE_FLAGS = (
+    Flag("device", same_name("--device", (*SESSIONS, GENERATE)), "auto, cpu, cuda or cuda:N (default: auto)", WHERE,
+         "auto"),
+    Flag("dtype", same_name("--dtype", (*SESSIONS, GENERATE)), {
+        **dict.fromkeys(SESSIONS, "of the arithmetic (default: the checkpoint's; float32 on a CPU)"),
+        LEARNER: "of the arithmetic (default: bfloat16 on a GPU, whatever the checkpoint's; float32 on a CPU)",
+        GENERATE: "float32 on a CPU",
+    }, WHERE, "auto", choices=("auto", *DTYPES)),
+    Flag("solver_precision", same_name("--solver-precision", SESSIONS),
+         "of float32 products inside the methods; high: TF32 on a GPU; errors are always measured in full float32",
+         WHERE,
+         "highest", choices=("highest", "high", "medium")),
+    Flag("calib_batch", same_name("--calib-batch", SESSIONS), "windows that pass a block at a time (default: 4)",
+         WHERE, 4,
+         int, AT_LEAST_1, metavar="N"),
+    Flag("activation_store", same_name("--activation-store", SESSIONS), "where hidden states wait (default: cpu)",
+         WHERE,
+         "cpu", choices=("device", "cpu", "disk")),
+    Flag("cache_dir", same_name("--cache-dir", (*SESSIONS, REPEAT, GENERATE, CONVERT)), {
+        **dict.fromkeys(SESSIONS, "tokens and converted checkpoints (default: %(default)s)"),
+        REPEAT: "of models and tokens (default: %(default)s)",
+        **dict.fromkeys((GENERATE, CONVERT), "of models (default: %(default)s)"),
+    }, WHERE, {
+        **dict.fromkeys((LEARNER, SCALES), Path("cache")),
+        **dict.fromkeys((QUANTIZER, EVALUATE, REPEAT, GENERATE, CONVERT), DEFAULT_CACHE),
+    }, Path, metavar="DIR"),
+    Flag("deterministic", same_name("--deterministic", SESSIONS),
+         "CUDA: only deterministic algorithms (a CPU always is)", WHERE, type=bool),
+    Flag("trust_remote_code", same_name("--trust-remote-code", (*SESSIONS, REPEAT, GENERATE, CONVERT)), {
+        **dict.fromkeys(SESSIONS, "run code that comes with the model (off by default)"),
+        REPEAT: "run code that comes with the model, if the run did",
+        CONVERT: "of a model that brings its own classes",
+    }, WHERE, type=bool),
+    Flag("attn_implementation", {LEARNER: "--attn_implementation"},
+         "of transformers: eager, sdpa (faster) (default: eager)", WHERE, "eager", choices=("eager", "sdpa")),
+    Flag(None, {LEARNER: "--multigpu"}, "accepted; blocks pass one device at a time", WHERE, type=bool),
+    Flag(None, {LEARNER: "--net"}, "accepted; the family comes from the configuration", WHERE),
+)  # fmt: skip
+
+RESULT_FLAGS = (
+    Flag("format", same_name("--format"), f"of the checkpoint: {', '.join(FORMATS)} (default: dequantized)", RESULTS,
+         choices=FORMATS, metavar="NAME", value=lambda given: given or DEQUANTIZED),
+    Flag("target", same_name("--target"),
+         f"refuse before work begins what {', '.join(RUNTIMES)} cannot load (--dry-run shows all of them)", RESULTS,
+         choices=RUNTIMES, metavar="NAME"),
+    Flag("run_dir", same_name("--run-dir"), {
+        QUANTIZER: "journal, blocks, results (default: a name under runs/)",
+        LEARNER: "journal, blocks, results (default: a name under --output_dir)",
+    }, RESULTS, type=Path, metavar="DIR"),
+    Flag("overwrite", {**same_name("--overwrite"), CONVERT: "--overwrite"}, {
+        **dict.fromkeys(RUNS, "discard what the run directory holds (default: continue it)"),
+        CONVERT: "replace a checkpoint that is there",
+    }, RESULTS, type=bool),
+    Flag(None, same_name("--compute-quantization-recon-error"), "print the relative error of every linear", RESULTS,
+         type=bool),
+    Flag("packed", same_name("--real_quant", MEASURES), {
+        **dict.fromkeys(RUNS, PACKED_HELP),
+        EVALUATE: "keep a quantized checkpoint packed in memory",
+    }, RESULTS, type=bool),
+    Flag(None, same_name("--no-report"), "do not write report.html, report.csv and its pictures", RESULTS, type=bool),
+    Flag(None, same_name("--dry-run"), "plan, memory, time and size; nothing is run", RESULTS, type=bool),
+    Flag(None, same_name("--list"), "methods with their options, families, formats, data sets", RESULTS, type=bool),
+    Flag(None, same_name("--log-level", (*RUNS, SCALES)), None, dict.fromkeys(RUNS, "results"), "warning",
+         choices=("debug", "info", "warning", "error")),
+    Flag("runs", {LEARNER: "--output_dir"}, "where run directories are made (default: ../log/)", RESULTS,
+         Path("../log/"), Path),
+    Flag("save", {QUANTIZER: "--save", LEARNER: "--save_dir"}, "write the quantized checkpoint and results.json here",
+         RESULTS, type=Path, metavar="DIR"),
+    Flag(None, {QUANTIZER: "--compare-layers"},
+         "only compare: every method solves every linear from one set of statistics; one table", RESULTS, type=bool),
+)  # fmt: skip
+
+TABLE = (*QUANTIZED_FLAGS, *LEARNED_FLAGS, *SOLVER_FLAGS, *DATA_FLAGS, *MACHINE_FLAGS, *RESULT_FLAGS)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import Any
+
+from quant.cli.arguments import add_flags, bare_parser, check_device
+from quant.cli.errors import set_logging
+from quant.cli.flags import GENERATE
+from quant.core.errors import InputError
 
 EXAMPLES = """examples:
   python -m quant generate --model runs/llama-quantease-w3-1a2b3c4d --prompt "Once upon a time"
@@ -15,31 +18,16 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Parse, load, talk."""
-    import torch
-
-    from models.load import load_tokenizer
-    from quant.cli import terminal as cli
-    from quant.cli.flags import DEFAULT_CACHE
-    from quant.core import env
-    from quant.core.errors import InputError
-    from quant.core.text import printable
-    from quant.run.generate import Clock, generate, summary, text_of
-    from quant.run.packed_model import load_resident, open_quantized
-
-    raw = argparse.RawDescriptionHelpFormatter
-    parser: Any = cli.Parser(prog="python -m quant generate", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    parser = bare_parser(GENERATE, __doc__, EXAMPLES)
     parser.add_argument("--model", required=True, metavar="RUN|DIR|ID", help="a run directory or any checkpoint")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: 100)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of --temperature above 0 (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *env.DTYPES), help="float32 on a CPU")
-    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE, help="of models (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    add_flags(parser, GENERATE)
     args = parser.parse_args()
-    cli.set_logging("warning")
-    found = [
+    set_logging("warning")
+    mistakes = [
         message
         for bad, message in (
             (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: use 1 or more"),
@@ -47,8 +35,23 @@ def main() -> None:
         )
         if bad
     ]
-    if found:
-        raise InputError(*found)
+    if mistakes:
+        raise InputError(*mistakes)
+    check_device(args.device)
+    talk(args)
+
+
+def talk(args: argparse.Namespace) -> None:
+    """Load the model and let it continue the prompt."""
+    import torch
+
+    from models.load import load_tokenizer
+    from quant.cli.console import console
+    from quant.core import env
+    from quant.core.text import printable
+    from quant.run.generate import Clock, generate, summary, text_of
+    from quant.run.packed_model import load_resident, open_quantized
+
     device = env.pick_device(args.device)
     dtype = env.pick_dtype(args.dtype, device)
     quantized = open_quantized(args.model, args.cache_dir, dtype, args.trust_remote_code)
@@ -72,4 +75,4 @@ def main() -> None:
         sys.stdout.write(printable(piece, keep="\n\t"))
         sys.stdout.flush()
     sys.stdout.write("\n")
-    cli.console().print(summary(resident, clock, len(prompt)), highlight=False, soft_wrap=True)
+    console().print(summary(resident, clock, len(prompt)), highlight=False, soft_wrap=True)

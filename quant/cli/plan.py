@@ -8,7 +8,8 @@ import torch
 from rich.table import Table
 
 from models.load import load_config
-from quant.cli.terminal import Console, loadability_table
+from quant.cli.console import Console
+from quant.cli.tables import loadability_table
 from quant.core import env
 from quant.core.places import check_places
 from quant.export.runtimes import loadability

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from quant.cli.arguments import add_flags, bare_parser
+from quant.cli.errors import set_logging
+from quant.cli.flags import REPEAT
+from quant.core.errors import InputError, RunError
 
 EXAMPLES = """examples:
   python -m quant repeat runs/llama-gptq-w3-10556a3f
@@ -17,18 +20,7 @@ Exit codes: 0 identical, 1 different, 2 the run cannot be repeated.
 
 def main() -> None:
     """Parse, repeat, say."""
-    from quant.cli import terminal as cli
-    from quant.core.errors import InputError, RunError
-    from quant.run.config import RunConfig
-    from quant.run.repeat import repeat, versions_that_differ
-    from quant.run.stored import Allowed
-
-    parser: Any = cli.Parser(
-        prog="python -m quant repeat",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = bare_parser(REPEAT, __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, help="a finished run directory")
     parser.add_argument("--into", type=Path, metavar="DIR", help="keep the second run here (default: it is deleted)")
     parser.add_argument(
@@ -36,24 +28,23 @@ def main() -> None:
         action="store_true",
         help="read the data, tasks and activation ranges that the manifest names by path: for runs of your own",
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model, if the run did"
-    )
-    parser.add_argument(
-        "--cache-dir", type=Path, default=RunConfig.cache_dir, help="of models and tokens (default: %(default)s)"
-    )
+    add_flags(parser, REPEAT)
     args = parser.parse_args()
-    cli.set_logging("warning")
+    set_logging("warning")
     if not args.run.is_dir():
         raise InputError(f"{args.run} is not a run directory")
+    from quant.cli.console import console as make_console
+    from quant.run.repeat import repeat, versions_that_differ
+    from quant.run.stored import Allowed
+
     with tempfile.TemporaryDirectory() as temporary:
         into = args.into or Path(temporary) / "run"
         allowed = Allowed(args.trust_remote_code, args.allow_paths)
-        found = repeat(args.run, into, allowed, args.cache_dir)
+        differences = repeat(args.run, into, allowed, args.cache_dir)
         others = versions_that_differ(args.run, into)
-    console = cli.console()
+    console = make_console()
     for line in others:
         console.print(f"note: {line}", highlight=False)
-    if found:
-        raise RunError(*(f"different: {line}" for line in found))
+    if differences:
+        raise RunError(*(f"different: {line}" for line in differences))
     console.print(f"identical: codes and numbers of {args.run}", highlight=False, soft_wrap=True)

@@ -11,13 +11,13 @@ from typing import Any
 
 def main() -> None:
     """Parse, open, write or compare."""
-    from quant.cli import terminal as cli
+    from quant.cli.errors import set_logging
+    from quant.cli.parser import Parser
     from quant.core.errors import InputError
-    from quant.report.page import open_run, write_report
 
     words = sys.argv[1:]
     compare = words[:1] == ["compare"]
-    parser: Any = cli.Parser(
+    parser: Any = Parser(
         prog="python -m quant report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -27,8 +27,11 @@ def main() -> None:
         "--out", type=Path, metavar="DIR", help="where the page goes (default: the run; runs/report for several)"
     )
     args = parser.parse_args(words[1:] if compare else words)
-    cli.set_logging("error")
-    runs, console = [open_run(path) for path in args.runs], cli.console()
+    set_logging("error")
+    from quant.cli.console import console as make_console
+    from quant.report.page import open_run, write_report
+
+    runs, console = [open_run(path) for path in args.runs], make_console()
     if compare:
         if len(runs) < 2:
             raise InputError("compare needs two run directories or more")
@@ -40,14 +43,13 @@ def main() -> None:
 
 def show_differences(runs: Sequence[Any], console: Any, most: int = 12) -> None:
     """Three tables on the terminal."""
-    from quant.cli import terminal as cli
+    from quant.cli.tables import difference_table
     from quant.report.page import differences
 
-    found = differences(runs)
     names = [run.path.name for run in runs]
-    for part, rows in found.items():
+    for part, rows in differences(runs).items():
         shown = rows[:most] if part == "linears" else rows
         title = f"{part}: {len(rows)} differ" + (
             f", the {len(shown)} with the largest ratio" if len(shown) < len(rows) else ""
         )
-        console.print(cli.difference_table(title, names, shown))
+        console.print(difference_table(title, names, shown))

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from quant.core.errors import InputError
+from quant.core.sources import Entry, registrations
 
-Entry = TypeVar("Entry")
+Registered = TypeVar("Registered")
 
 
 class Registry:
@@ -21,10 +22,10 @@ class Registry:
     def __init__(self) -> None:
         self._entries: dict[str, Any] = {}
 
-    def __call__(self, name: str) -> Callable[[Entry], Entry]:
+    def __call__(self, name: str) -> Callable[[Registered], Registered]:
         """A decorator that adds what it decorates."""
 
-        def register(entry: Entry) -> Entry:
+        def register(entry: Registered) -> Registered:
             taken = self._entries.setdefault(name, entry)
             if taken.__module__ != entry.__module__:
                 raise ValueError(f"{name!r} exists already in {taken.__module__}")
@@ -58,3 +59,8 @@ attention_term = Registry()  # (logits, those of the full-precision block) [n, h
 def recipes() -> Mapping[str, Callable[..., Any]]:
     """Every learned method of this folder, by name."""
     return recipe.entries()
+
+
+def recipe_entries() -> Mapping[str, Entry]:
+    """What the files of this folder say of every learned method, by name; none of them is imported."""
+    return registrations(__path__, "recipe")

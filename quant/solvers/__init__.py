@@ -7,15 +7,17 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quant.core.errors import InputError
-from quant.core.scaling import at_any_magnitude
-from quant.core.types import QuantizedWeight
+from quant.core.sources import Entry, registrations
+
+if TYPE_CHECKING:  # names and options are known without torch
+    from quant.core.types import QuantizedWeight
 
 # (weight float [out, in], `GramStats` of its inputs, `QuantSpec` asked for, **options) -> answer. Pure: changes no input.
 # Keyword options are the method's own (`num_iter`, `percdamp`, ...); the command lines pass those that a solver names.
-Solver = Callable[..., QuantizedWeight]
+Solver = Callable[..., "QuantizedWeight"]
 Options = Mapping[str, Any]  # all options that a solver names, with its defaults where none were given
 
 
@@ -31,6 +33,8 @@ class Declaration(NamedTuple):
     workspace: Callable[[int, int, Options, int], float]
     rows_coupled: bool
 
+
+SUPPLIED = ("grid", "init")  # keyword arguments that a run gives, not a person
 
 _solvers: dict[str, Solver] = {}
 _declarations: dict[str, Declaration] = {}
@@ -49,6 +53,8 @@ def solver(
     declared = Declaration(outliers, workspace, rows_coupled)
 
     def register(function: Solver) -> Solver:
+        from quant.core.scaling import at_any_magnitude
+
         if name in _solvers and _solvers[name].__module__ != function.__module__:
             raise ValueError(f"solver {name!r} exists already in {_solvers[name].__module__}")
         _solvers[name], _declarations[name] = at_any_magnitude(function), declared
@@ -73,9 +79,33 @@ def get_solver(name: str) -> Solver:
     known = solvers()
     if name in known:
         return known[name]
+    raise _unknown(name, known)
+
+
+def check_name(name: str) -> None:
+    """Raise InputError, as `get_solver` does, for the name of no solver; no file of this folder is imported."""
+    known = entries()
+    if name not in known:
+        raise _unknown(name, known)
+
+
+def entries() -> Mapping[str, Entry]:
+    """What the files of this folder say of every solver, by name; none of them is imported, but where the default of an
+    option is no literal."""
+    registered = registrations(__path__, "solver")
+    return {name: entry._replace(options=_options_of(name, entry)) for name, entry in registered.items()}
+
+
+def _options_of(name: str, entry: Entry) -> dict[str, Any]:
+    if entry.options is None:
+        return solver_options(get_solver(name))
+    return {option: default for option, default in entry.options.items() if option not in SUPPLIED}
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> InputError:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-    raise InputError(f"unknown method {name!r}; {hint}")
+    return InputError(f"unknown method {name!r}; {hint}")
 
 
 def declaration_of(name: str) -> Declaration:
@@ -89,5 +119,5 @@ def solver_options(function: Solver) -> dict[str, Any]:
     return {
         name: parameter.default
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("grid", "init")
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in SUPPLIED
     }

@@ -1,0 +1,136 @@
+"""How a command ends: one line for every mistake, an exit code, and messages of libraries as single lines."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from quant.core.errors import InputError, RunError
+from quant.core.text import brief, one_line, printable
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+log = logging.getLogger(__name__)
+
+
+def fail(*lines: str) -> None:
+    """One line on standard error for each mistake, whatever the names in it hold."""
+    with contextlib.suppress(BrokenPipeError):  # nobody reads
+        for line in lines:
+            sys.stderr.write(f"error: {one_line(str(line))}\n")
+
+
+def exit_code_of(main: Callable[[], None]) -> int:
+    """Run a command; turn the failures that a person can act on into one line and an exit code.
+
+    Anything else is a mistake in this code and stays a traceback; so do all of them with ``--log-level debug``.
+    """
+    _open_streams()
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # what waits for a pipe that nobody reads fails here, not at the interpreter's end
+    except KeyboardInterrupt:
+        fail("interrupted; the same command continues after the last finished block")
+        return INTERRUPTED
+    except Exception as error:
+        answer = explain(error)
+        if answer is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            _drop_output()
+        log.debug("this failed:", exc_info=True)
+        code, lines = answer
+        fail(*lines)
+        return code
+    return DONE
+
+
+def explain(error: Exception) -> tuple[int, Sequence[str]] | None:
+    """Exit code and lines for a failure that a person can act on; None for any other."""
+    if isinstance(error, InputError):
+        return BAD_INPUT, error.args
+    if isinstance(error, RunError):
+        *lines, last = error.args
+        return FAILED, [*lines, f"{last}. Finished blocks are kept: the same command continues."]
+    if _is_memory(error):
+        return FAILED, [_memory_line(error)]
+    if type(error) is Exception:  # the tokenizers library raises no other
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            return FAILED, [f"a library failed: {error}. Finished blocks are kept."]
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, OSError):
+        return FAILED, [f"{_system_line(error)}. Finished blocks are kept."]
+    return None
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's, torch's on a device, or torch's on the host, which is known by its text alone."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    texts = "can't allocate memory|cannot allocate memory|not enough memory|out of memory"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(texts, str(error), re.IGNORECASE) is not None
+    )
+
+
+def _memory_line(error: Exception) -> str:
+    first = str(error).strip().splitlines()[:1]
+    why = f" ({brief(first[0], 200)})" if first else ""
+    return (
+        f"not enough memory{why}: lower --calib-batch, --nsamples or --seqlen, or keep hidden states elsewhere with "
+        "--activation-store. Finished blocks are kept."
+    )
+
+
+def _system_line(error: OSError) -> str:
+    """What the system refused, of which file; of a full disk also how much is free on it."""
+    line = error.strerror or str(error) or type(error).__name__
+    if not error.filename:
+        return line
+    line += f": {os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return line
+    place = next((folder for folder in Path(str(error.filename)).absolute().parents if folder.is_dir()), Path("/"))
+    return f"{line} ({shutil.disk_usage(place).free / 1e6:.1f} MB are free there)"
+
+
+def _open_streams() -> None:
+    """Output that is closed goes nowhere, and a terminal that cannot show a letter shows its escape."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open to the end)
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Let standard output, whose reader is gone, go nowhere: Python flushes it once more at its end."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Record(logging.LogRecord):
+    """A message that is one line, whatever names are in it; for the handlers of libraries too."""
+
+    def getMessage(self) -> str:  # noqa: N802
+        return printable(super().getMessage())
+
+
+def set_logging(level: str) -> None:
+    """Log to standard error; libraries stay quiet unless something is wrong."""
+    logging.setLogRecordFactory(_Record)
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for library in ("transformers", "datasets", "huggingface_hub", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLogger().level))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,64 @@
+"""Options of solvers: from their flags and from --solver-option, by what the solvers' files say."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from quant.core.errors import InputError
+from quant.solvers import check_name as check_method
+from quant.solvers import entries
+
+
+def method_mistakes(args: argparse.Namespace, methods: Sequence[str], flag: str = "") -> list[str]:
+    """What is wrong with the names of the methods, said after the flag that names them, and with --solver-option."""
+    lines: list[str] = []
+    for method in methods:
+        try:
+            check_method(method)
+        except InputError as error:
+            lines.append(f"{flag}{error}")
+            continue
+        try:
+            options_of(args, method)
+        except InputError as error:
+            lines += error.args
+    return lines
+
+
+def options_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """The options that the method's function names, from the flags of `solver_flags` and from --solver-option."""
+    accepted = entries()[method].options or {}
+    options = {name: getattr(args, name) for name in accepted if name in args.solver_flags}
+    for pair in args.solver_option:
+        key, equals, value = pair.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key not in accepted:
+            raise InputError(
+                f"--solver-option {pair}: {method} takes {', '.join(accepted) or 'no options'} as KEY=VALUE"
+            )
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+        if accepted[key] is not None and not isinstance(options[key], type(accepted[key])):
+            raise InputError(f"--solver-option {pair}: {key} is a {type(accepted[key]).__name__}")
+    return options
+
+
+def unused_options(args: argparse.Namespace, parser: argparse.ArgumentParser, methods: Sequence[str]) -> list[str]:
+    """A line for every flag of a method's option that was given, where none of the methods has that option."""
+    known = {name: entry.options or {} for name, entry in entries().items()}
+    taken = {option for method in methods for option in known.get(method, {})}
+    given = [
+        option
+        for option in dict.fromkeys(option for options in known.values() for option in options)
+        if option not in taken and option in args.solver_flags and getattr(args, option) != parser.get_default(option)
+    ]
+    return [
+        f"--{option.replace('_', '-')} is an option of {', '.join(n for n, o in known.items() if option in o)}, "
+        f"not of {', '.join(methods)}"
+        for option in given
+    ]
