@@ -6,7 +6,7 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant.learn.affine import ONLINE
+from quant.blocks.weights import ONLINE
 
 
 def damaged(base, tmp_path, change, kind="gptq_v2"):

@@ -127,7 +127,6 @@ def test_flags_of_solvers_are_declared_as_such():
 def test_table_of_flags_sets_what_there_is():
     """Fields are those of the classes that are made of them, set once a command line; defaults of solvers are theirs."""
     from quant.blocks.fake_quant import ActSpec
-
     from quant.learn.config import Learning, TransformSpec
     from quant.run.config import RunConfig
 

@@ -85,20 +85,20 @@ class RunConfig:
     def to_json(self) -> Record:
         """The configuration as JSON can hold it; `from_json` takes it back."""
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        found: Record = json.loads(json.dumps(plain))
-        return found
+        as_json: Record = json.loads(json.dumps(plain))
+        return as_json
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], origin: str, allowed: Allowed) -> RunConfig:
         """A configuration that was kept by `to_json`, as far as it may count: see `taken`; places to write are this
         version's defaults. Raises InputError where an entry is unknown."""
-        found = taken(stored, origin, allowed)
+        entries = taken(stored, origin, allowed)
         kinds = {f.name: str(f.type) for f in fields(cls)}
-        unknown = sorted(set(found) - set(kinds))
+        unknown = sorted(set(entries) - set(kinds))
         if unknown:
             raise InputError(f"the run was made by another version: unknown entry {unknown[0]!r}")
         try:
-            values = {name: _as_field(kinds[name], name, value) for name, value in found.items()}
+            values = {name: _as_field(kinds[name], name, value) for name, value in entries.items()}
             return cls(**values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{origin} is not a request of this version ({first_line(error)})") from error
@@ -192,7 +192,7 @@ def check_format(config: RunConfig, content: Content) -> None:
     """Raise InputError where the format cannot hold the content, or the target does not take it in that format."""
     if against := refusal(config.format, content):
         raise InputError(f"format {config.format}: {against}")
-    if config.target is not None and (found := objections(config.target, config.format, content)):
+    if config.target is not None and (reasons := objections(config.target, config.format, content)):
         near = nearest(config.target, config.format, content)
         hint = f"; it takes {near}" if near else ""
-        raise InputError(f"--target {config.target}: with --format {config.format}, it {'; '.join(found)}{hint}")
+        raise InputError(f"--target {config.target}: with --format {config.format}, it {'; '.join(reasons)}{hint}")

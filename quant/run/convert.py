@@ -79,19 +79,19 @@ def convert(
         run = open_run(source, cache_dir, trust_remote_code=trust_remote_code)
         if Path(run.config.model).is_dir():
             check_places([Place("the model of the run", Path(run.config.model))], [Place("--out", target)])
-        found = _of_run(run, kind)
+        conversion = _of_run(run, kind)
     elif (source / "config.json").exists():
-        found = _of_checkpoint(source, kind, trust_remote_code, cache_dir)
+        conversion = _of_checkpoint(source, kind, trust_remote_code, cache_dir)
     else:
         raise InputError(f"{source} is neither a run directory (manifest.json) nor a checkpoint (config.json)")
     settle(target)
-    if overwrite or not is_whole(target, {CONVERTED: found.digest}):
+    if overwrite or not is_whole(target, {CONVERTED: conversion.digest}):
         if others := check_target(target, overwrite):
             log.warning("%s: files of others stay: %s", target, ", ".join(file.name for file in others))
-        check_space(target, found.size)
-        results = dict(found.results) | {"format": kind, CONVERTED: found.digest}
-        save_checkpoint(found.entries(), target, found.config, found.side_files, results, overwrite)
-    return found.content
+        check_space(target, conversion.size)
+        results = dict(conversion.results) | {"format": kind, CONVERTED: conversion.digest}
+        save_checkpoint(conversion.entries(), target, conversion.config, conversion.side_files, results, overwrite)
+    return conversion.content
 
 
 def _of_run(run: FinishedRun, kind: str) -> Conversion:

@@ -222,19 +222,19 @@ class RunDirectory:
 
     def read_summary(self, index: int) -> BlockSummary:
         """Records, seconds and hash of a finished block, without its tensors."""
-        with self._opened(index) as file:
+        with self._open_block(index) as file:
             return BlockSummary(**json.loads(file.metadata()["summary"]))
 
     def read_weights(self, index: int) -> dict[str, QuantizedWeight]:
         """The solved linears of a finished block, by name. Raises InputError where they are not those that were solved."""
-        with self._opened(index) as file:
+        with self._open_block(index) as file:
             self._verify(index, file)
             entries = json.loads(file.metadata()["linears"])
-            return {name: _quantized(file, name, entry).check() for name, entry in entries.items()}
+            return {name: _read_linear(file, name, entry).check() for name, entry in entries.items()}
 
     def read_changed(self, index: int) -> dict[str, Tensor]:
         """What a finished block deploys otherwise than the checkpoint, besides the solved linears."""
-        with self._opened(index) as file:
+        with self._open_block(index) as file:
             self._verify(index, file)
         return self._read_prefixed(index, CHANGED)
 
@@ -255,11 +255,11 @@ class RunDirectory:
         self._verified.add(index)
 
     def _read_prefixed(self, index: int, prefix: str) -> dict[str, Tensor]:
-        with self._opened(index) as file:
+        with self._open_block(index) as file:
             return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
 
     @contextmanager
-    def _opened(self, index: int) -> Iterator[Any]:
+    def _open_block(self, index: int) -> Iterator[Any]:
         """A block's file. Raises InputError if it is damaged or not there."""
         path = self.block_file(index)
         check_plain_file(path)
@@ -295,7 +295,7 @@ def _is_one_of(path: Path, hashes: list[str]) -> bool:
     return path.is_file() and not path.is_symlink() and sha256_of_file(path) in hashes
 
 
-def _quantized(file: Any, name: str, entry: Record) -> QuantizedWeight:
+def _read_linear(file: Any, name: str, entry: Record) -> QuantizedWeight:
     """One linear of an opened block file."""
 
     def part(which: str) -> Tensor:

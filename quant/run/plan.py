@@ -86,9 +86,10 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
     module = build_meta(config, torch.float32, trust_remote_code)
     blocks = module.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    found = dict(blocks[0].named_modules())
+    modules = dict(blocks[0].named_modules())
     groups = [
-        [(name, found[name].out_features, found[name].in_features) for name in group] for group in family.groups(config)
+        [(name, modules[name].out_features, modules[name].in_features) for name in group]
+        for group in family.groups(config)
     ]
     per_block = sum(p.numel() for p in blocks[0].parameters())
     outside = sum(p.numel() for p in module.parameters()) - per_block * len(blocks)
@@ -227,12 +228,12 @@ def checked_contents(configs: Sequence[RunConfig], shapes: Shapes, model_config:
     """Format and content of a checkpoint of every configuration that quantizes. Raises InputError where `Session` would:
     for seams that are not there, groups that do not divide, and formats that are to be written."""
     named = {name: (out, n_in) for name, out, n_in in shapes.linears}
-    found = []
+    contents = []
     for config in (c for c in configs if c.quantizes):
         if config.learning is not None:
             check_seams(family_of(model_config.model_type), model_config, config.learning.transform)
         content = content_of(config, named, shapes.n_blocks, model_config.model_type)
         if config.save is not None or config.target is not None or config.format != DEQUANTIZED:
             check_format(config, content)
-        found.append((config.format, content))
-    return found
+        contents.append((config.format, content))
+    return contents

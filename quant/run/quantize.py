@@ -53,7 +53,7 @@ class Recipe:
     act: ActSpec = field(default_factory=ActSpec)
 
 
-def deployed(quantized: QuantizedWeight, model: LazyModel, device: torch.device) -> Tensor:
+def weight_as_stored(quantized: QuantizedWeight, model: LazyModel, device: torch.device) -> Tensor:
     """The weight [out, in] as a checkpoint holds it (rounded to its dtype), in the arithmetic's dtype."""
     return quantized.dequantize().to(model.storage_dtype).to(device=device, dtype=model.dtype)
 
@@ -73,7 +73,7 @@ def deploy(
     some = next(iter(weights.values()))
     others = {name: tensor.to(device=some.device, dtype=model.dtype) for name, tensor in (changed or {}).items()}
     new = {
-        f"{name}.weight": deployed(
+        f"{name}.weight": weight_as_stored(
             quantized.to(weights[f"{name}.weight"].device), model, weights[f"{name}.weight"].device
         )
         for name, quantized in solved.items()

@@ -42,12 +42,12 @@ def repeat(
     if changed:
         raise InputError(f"{run} cannot be repeated as it was: {'; '.join(changed)}")
     after = session.run(config)
-    found = [
+    differences = [
         f"block {index}: other codes"
         for index in range(manifest["configuration"]["blocks"])
         if _codes(source, index) != _codes(RunDirectory(into), index)
     ]
-    return found + [f"{key}: {before[key]} -> {after[key]}" for key in NUMBERS if before[key] != after[key]]
+    return differences + [f"{key}: {before[key]} -> {after[key]}" for key in NUMBERS if before[key] != after[key]]
 
 
 def _codes(run: RunDirectory, index: int) -> str:

@@ -45,8 +45,8 @@ def manifest_of(
             "model_type": model.config.model_type,
             "added_biases": len(model.added),
         },
-        "calibration": calibration and {"name": calibration.name} | _described(calibration),
-        "evaluation": {tokens.name: _described(tokens) for tokens in evaluation},
+        "calibration": calibration and {"name": calibration.name} | _describe(calibration),
+        "evaluation": {tokens.name: _describe(tokens) for tokens in evaluation},
         "versions": env.versions(),
         "commit": env.commit(),
         "hardware": env.describe(device),
@@ -54,7 +54,7 @@ def manifest_of(
     }
 
 
-def _described(tokens: Tokens) -> Record:
+def _describe(tokens: Tokens) -> Record:
     return {
         "protocol": tokens.protocol,
         "sha256": tokens.sha256,
@@ -114,7 +114,7 @@ def is_saved(save: Path, digest: str, kinds: Collection[str]) -> bool:
 def is_whole(directory: Path, entries: Record) -> bool:
     """Whether a directory holds a whole and unchanged checkpoint whose results.json has these entries."""
     path = directory / RESULTS
-    found = read_json(path) if path.exists() else {}
-    same = all(found.get(key) == value for key, value in entries.items())
-    complete = OWN not in found or is_complete(directory)  # earlier versions did not list all files
-    return same and complete and bool(found.get("files_sha256")) and unlike_written(directory, found) is None
+    stored = read_json(path) if path.exists() else {}
+    same = all(stored.get(key) == value for key, value in entries.items())
+    complete = OWN not in stored or is_complete(directory)  # earlier versions did not list all files
+    return same and complete and bool(stored.get("files_sha256")) and unlike_written(directory, stored) is None

@@ -51,13 +51,13 @@ def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     model, content, target = inputs.model, inputs.content(job.config), job.config.save
     assert target is not None
 
-    def replaced(index: int) -> Mapping[str, Any]:
+    def changes(index: int) -> Mapping[str, Any]:
         if index >= job.n_blocks:
             return {}
         solved = job.target.read_weights(index)
         return job.target.read_changed(index) | {f"{name}.weight": weight for name, weight in solved.items()}
 
-    stream = packed_entries(entries(model, replaced), format_name, content, model.storage_dtype)
+    stream = packed_entries(entries(model, changes), format_name, content, model.storage_dtype)
     described = model_config(model, format_name, content, job.n_blocks)
     results = dict(job.results or {}) | {"format": format_name}
     side_files = model_side_files(model, inputs.tokenizer)

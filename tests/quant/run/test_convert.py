@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant.blocks.weights import INPUT_RANGE
+from quant.blocks.weights import INPUT_RANGE, ONLINE
 from quant.core.errors import InputError
 from quant.export import write
 from quant.export.read import QuantizedCheckpoint
-from quant.learn.affine import ONLINE
 from quant.run.convert import convert
 from quant.run.session import Session
 from tests.damage import (
