@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quant.cli.terminal import console
+from quant.cli.console import console
 from quant.core import env
 from quant.core.text import markdown_cell
 

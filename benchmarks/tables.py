@@ -187,6 +187,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from quant.cli.terminal import guarded
+    from quant.cli.errors import exit_code_of
 
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the command lines are imported for their parsers
 
-from quant.cli.terminal import said_of  # noqa: E402
+from quant.cli.errors import explain  # noqa: E402
 from quant.core.errors import InputError, RunError, first_line  # noqa: E402
 from quant.core.files import check_owned, check_plain_file, locked, write_owned  # noqa: E402
 from quant.core.places import Place, check_places  # noqa: E402
@@ -418,7 +418,7 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
 
 def _fail(cell: Cell, error: Exception, moved: Callable[[Cell], None]) -> None:
     """Note why a row failed. What a person cannot act on is a mistake in this code: its traceback goes to the log."""
-    if said_of(error) is None:
+    if explain(error) is None:
         log.error("%s", cell.label, exc_info=error)
     cell.status, cell.message = FAILED, first_line(error)
     moved(cell)
@@ -574,10 +574,12 @@ def with_ray(groups: Sequence[Sequence[Cell]], args: argparse.Namespace, moved: 
 
 def main() -> None:
     """Read, run, summarize."""
-    from quant.cli import terminal as cli
+    from quant.cli.console import console
+    from quant.cli.errors import set_logging
+    from quant.cli.parser import Parser
 
     started = time.perf_counter()
-    parser: Any = cli.Parser(
+    parser: Any = Parser(
         prog="scripts/sweep.py",
         description=__doc__,
         epilog=EXAMPLES,
@@ -614,7 +616,7 @@ def main() -> None:
         "--trust-remote-code", action="store_true", help="let rows that ask for it run code that comes with their model"
     )
     args = parser.parse_args()
-    cli.set_logging("error")
+    set_logging("error")
     for name in ("together", "rows_per_task"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -634,7 +636,7 @@ def main() -> None:
     )
     reads = dict.fromkeys(place for cell in cells for place in places_read(cell.config))
     check_places(reads, [Place("--out", args.out, adds=True)])
-    groups, console = groups_of(cells, args.rows_per_task), cli.console()
+    groups, console = groups_of(cells, args.rows_per_task), console()
     if args.dry_run:
         for number, cell in ((number, cell) for number, group in enumerate(groups) for cell in group):
             command = shlex.join(["python", cell.flags["command"], *words_of(cell.flags)])
@@ -680,6 +682,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from quant.cli.terminal import guarded
+    from quant.cli.errors import exit_code_of
 
-    sys.exit(guarded(main))
+    sys.exit(exit_code_of(main))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quant.blocks.stream import BlockStream
-from quant.cli.terminal import guarded
+from quant.cli.errors import exit_code_of
 from quant.core.grid import fit_grid
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.learn import recipes
@@ -117,5 +117,5 @@ def called(
     """A command in this process: exit code, standard output, standard error."""
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["x.py", *map(str, words)])
-    code = guarded(module.main)
+    code = exit_code_of(module.main)
     return code, *capsys.readouterr()

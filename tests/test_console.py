@@ -18,8 +18,9 @@ from rich.text import Text
 
 import model_quantizer
 from quant.cli import evaluate, generate
-from quant.cli import terminal as cli
-from quant.cli.terminal import guarded
+from quant.cli.console import Console, ProgressBars
+from quant.cli.errors import exit_code_of, set_logging
+from quant.cli.tables import STAGES, comparison_table, difference_table, linears_table, loadability_table, show_results
 from quant.core.errors import InputError, RunError
 from quant.core.text import ACTIVE, printable
 from scripts import sweep
@@ -43,7 +44,7 @@ HOSTILE = (
 
 def shown(*objects: object, terminal: bool = False, **options: object) -> str:
     """What the console writes, without the styles that it writes itself."""
-    console = cli.Console(file=io.StringIO(), width=400, force_terminal=terminal, color_system=None)
+    console = Console(file=io.StringIO(), width=400, force_terminal=terminal, color_system=None)
     console.print(*objects, **options)
     return console.file.getvalue()
 
@@ -86,7 +87,7 @@ def results(name: str) -> dict:
             "chance": 0.25, "at_chance": False}  # fmt: skip
     return {
         "method": name, "bits_per_weight": 3.0, "perplexity": {name: {"fp": 1.0, "quantized": 2.0}}, "zero_shot": {name: task},
-        "fidelity": {}, "mean_relative_error": 0.1, "seconds": dict.fromkeys((*cli.STAGES, "total"), 1.0), "run_dir": f"no/{name}", "entropy_bits": None,
+        "fidelity": {}, "mean_relative_error": 0.1, "seconds": dict.fromkeys((*STAGES, "total"), 1.0), "run_dir": f"no/{name}", "entropy_bits": None,
         "verdicts": {"ok": 1, "look": 1, "bad": 0}, "peak_bytes": {"host": 1, "device": 0}, "learning": [],
         "wbits": 3, "group_size": -1, "evaluation": {"limit": None}, "options": {},
     }  # fmt: skip
@@ -97,13 +98,13 @@ def record(name: str) -> dict:
             "bits_per_weight": 3.0, "storage_bits": 3, "shape": [1, 1], "seconds": 1.0}  # fmt: skip
 
 
-def every_table(name: str, console: cli.Console) -> None:
+def every_table(name: str, console: Console) -> None:
     """Everything that the command lines print, about things of one name."""
-    cli.show_results(name, [results(name)], console, linears=False)
-    console.print(cli.comparison_table([record(name)], name))
-    console.print(cli.linears_table([record(name)]))
-    console.print(cli.difference_table(name, [name, name], [[name, name, 1.0]]))
-    console.print(cli.loadability_table(name, [(name, True, name, name)]))
+    show_results(name, [results(name)], console, linears=False)
+    console.print(comparison_table([record(name)], name))
+    console.print(linears_table([record(name)]))
+    console.print(difference_table(name, [name, name], [[name, name, 1.0]]))
+    console.print(loadability_table(name, [(name, True, name, name)]))
     config = config_for(Path(name), Path("words.txt"), Path("x"))
     for status in (sweep.WAITING, sweep.QUANTIZED, sweep.FAILED):
         cell = sweep.Cell({"seed": name}, config, name, status, message=name)
@@ -111,13 +112,13 @@ def every_table(name: str, console: cli.Console) -> None:
         console.print(board._table())
         board.live = None
         board.moved(cell)
-    progress = cli.ProgressBars(console).for_method(name)
+    progress = ProgressBars(console).for_method(name)
     progress("solve", 1, 2, name)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_in_all_tables(name):
-    console, harmless = (cli.Console(file=io.StringIO(), width=400, color_system=None) for _ in range(2))
+    console, harmless = (Console(file=io.StringIO(), width=400, color_system=None) for _ in range(2))
     every_table(name, console)
     every_table("x" * len(printable(name)), harmless)
     output, expected = console.file.getvalue(), harmless.file.getvalue()
@@ -130,8 +131,8 @@ def test_names_in_all_tables(name):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_in_bars_of_a_terminal(name):
     """The bars of a terminal move its cursor; the texts in them are cleaned."""
-    console = cli.Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
-    bars = cli.ProgressBars(console)
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    bars = ProgressBars(console)
     bars.for_method(name)("solve", 1, 2, name)
     check(shown(bars.bars.get_renderable()), name)
 
@@ -148,7 +149,7 @@ def test_a_name_makes_no_second_line_of_an_error(name, capsys):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", name)
 
     for main, code, count in ((refuse, 2, 2), (fall, 1, 1), (missing, 1, 1)):
-        assert guarded(main) == code
+        assert exit_code_of(main) == code
         err = capsys.readouterr().err
         check(err, name)
         assert len(err.splitlines()) == count and all(line.startswith("error: ") for line in err.splitlines())
@@ -157,7 +158,7 @@ def test_a_name_makes_no_second_line_of_an_error(name, capsys):
 def test_words_of_thousands_of_letters_are_cut(capsys, monkeypatch):
     for words in (["--wbits", "3" * 5000 + "x"], [f"--{'a' * 5000}"], ["--quantization-method", "b" * 5000]):
         monkeypatch.setattr(sys, "argv", ["model_quantizer.py", "--model", "x", *words])
-        assert guarded(model_quantizer.main) == 2
+        assert exit_code_of(model_quantizer.main) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and max(map(len, err.splitlines())) < 1000
 
@@ -167,7 +168,7 @@ def test_names_in_warnings(name, monkeypatch):
     """By the handler of the command lines, and by one that a library has of its own."""
     own = io.StringIO()
     monkeypatch.setattr(logging, "_logRecordFactory", logging.LogRecord)
-    cli.set_logging("warning")
+    set_logging("warning")
     logger = logging.Logger("library")
     logger.addHandler(logging.StreamHandler(own))
     logger.warning("cannot read %s", name)
@@ -197,19 +198,19 @@ def failing(error: BaseException):
     ids=lambda error: type(error).__name__,
 )
 def test_memory_that_ran_out_is_one_line(error, capsys):
-    assert guarded(failing(error)) == 1
+    assert exit_code_of(failing(error)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: not enough memory")
     assert all(flag in line for flag in ("--calib-batch", "--nsamples", "--seqlen", "--activation-store"))
 
 
 def test_an_allocation_that_torch_refuses_is_one_line(capsys):
-    assert guarded(lambda: torch.empty(1 << 55)) == 1
+    assert exit_code_of(lambda: torch.empty(1 << 55)) == 1
     assert "not enough memory" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_named_with_what_is_free(tmp_path, capsys):
-    assert guarded(failing(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "no" / "x")))) == 1
+    assert exit_code_of(failing(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "no" / "x")))) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"No space left on device: {tmp_path / 'no' / 'x'} (" in line and " MB are free there)" in line
     free = shutil.disk_usage(tmp_path).free / 1e6
@@ -220,31 +221,29 @@ def test_failures_of_the_tokenizers_library_are_one_line(tmp_path, capsys):
     from tokenizers import Tokenizer
 
     (tmp_path / "tokenizer.json").write_text("{]")
-    assert guarded(lambda: Tokenizer.from_file(str(tmp_path / "tokenizer.json"))) == 1
+    assert exit_code_of(lambda: Tokenizer.from_file(str(tmp_path / "tokenizer.json"))) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: a library failed: ")
-    assert guarded(failing(Exception("No space left on device (os error 28)"))) == 1
+    assert exit_code_of(failing(Exception("No space left on device (os error 28)"))) == 1
     assert capsys.readouterr().err == f"error: {os.strerror(28)}. Finished blocks are kept.\n"
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("x"), RuntimeError("shapes do not fit"), AssertionError()])
 def test_mistakes_in_the_code_stay_visible(error, capsys):
     with pytest.raises(type(error)):
-        guarded(failing(error))
+        exit_code_of(failing(error))
     assert capsys.readouterr().err == ""
 
 
 def test_debugging_shows_where_a_line_comes_from(caplog):
     with caplog.at_level(logging.DEBUG):
-        assert guarded(failing(RunError("x"))) == 1
+        assert exit_code_of(failing(RunError("x"))) == 1
     assert "Traceback" in caplog.text and "RunError: x" in caplog.text
 
 
 def child(body: str, *, shell: str, encoding: str = "utf-8") -> subprocess.CompletedProcess:
     """A command of its own whose body prints; ``shell`` says where its output goes, and writes its exit code."""
-    code = (
-        f"import sys\nfrom quant.cli.terminal import console, guarded\ndef main():\n    {body}\nsys.exit(guarded(main))"
-    )
+    code = f"import sys\nfrom quant.cli.console import console\nfrom quant.cli.errors import exit_code_of\ndef main():\n    {body}\nsys.exit(exit_code_of(main))"
     environment = os.environ | {"PYTHONIOENCODING": encoding, "CODE": code, "PYTHON": sys.executable}
     return subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False, env=environment, timeout=120,
                           cwd=Path(__file__).parents[1])  # fmt: skip
@@ -295,7 +294,7 @@ def test_paths_that_look_like_markup(marked, text, tmp_path, monkeypatch, capsys
 
     def command(main, *words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-        assert guarded(main) == 0
+        assert exit_code_of(main) == 0
         return capsys.readouterr().out
 
     out = command(
@@ -314,7 +313,7 @@ def test_a_model_cannot_steer_the_terminal(monkeypatch, capsys, model_dir):
     monkeypatch.setattr("quant.run.generate.text_of", lambda *_: iter(["one\n", "\x1b[2Jtwo", "\u202e"]))
     words = ["--model", str(model_dir("llama")), "--prompt", "ab", "--max-new-tokens", "2"]
     monkeypatch.setattr(sys, "argv", ["generate", *words])
-    assert guarded(generate.main) == 0
+    assert exit_code_of(generate.main) == 0
     assert capsys.readouterr().out.startswith("abone\n\\x1b[2Jtwo\\u202e\n")
 
 
@@ -334,7 +333,7 @@ def test_a_table_s_name_adds_nothing_to_a_job(model_dir, text, tmp_path, monkeyp
     monkeypatch.setattr(
         sys, "argv", ["sweep.py", str(table), "--executor", "slurm", "--allow-paths", "--out", str(tmp_path / "out")]
     )
-    assert guarded(sweep.main) == 0
+    assert exit_code_of(sweep.main) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "#SBATCH --job-name=x-touch-forged--" in lines
     assert not any(line.startswith("touch") for line in lines[:6])

@@ -28,7 +28,7 @@ from quant.blocks import stream
 from quant.blocks.stream import Activations
 from quant.cli import convert as convert_command
 from quant.cli import evaluate, generate, repeat
-from quant.cli.terminal import guarded
+from quant.cli.errors import exit_code_of
 from quant.core import files
 from quant.core.errors import InputError
 from quant.core.files import RECORD, check_owned, locked, read_json, resolved, write_atomically, write_owned
@@ -54,7 +54,7 @@ def command(monkeypatch, capsys, tmp_path):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["x.py", *map(str, arguments)])
         monkeypatch.chdir(ROOT)
-        code = guarded(of.main)
+        code = exit_code_of(of.main)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -954,7 +954,7 @@ def test_everyday_places_are_taken(command, quick, model_dir, text, tmp_path, mo
     def here(directory: Path, *words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["x.py", *map(str, words)])
         monkeypatch.chdir(directory)
-        return guarded(model_quantizer.main), "", ""
+        return exit_code_of(model_quantizer.main), "", ""
 
     assert here(model, "--model", ".", *at_default, "--cache-dir", "cache")[0] == 0
     assert (model / "runs").is_dir() and (model / "cache").is_dir()
@@ -1097,9 +1097,9 @@ SMALL_DISK = """
 import sys
 from pathlib import Path
 import torch
-from quant.cli.terminal import guarded
+from quant.cli.errors import exit_code_of
 from quant.blocks.stream import Activations
-sys.exit(guarded(lambda: Activations("disk", (64, 256, 256), torch.float32, torch.device("cpu"), Path(sys.argv[1]))))
+sys.exit(exit_code_of(lambda: Activations("disk", (64, 256, 256), torch.float32, torch.device("cpu"), Path(sys.argv[1]))))
 """
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from quant.blocks.stream import BlockStream
-from quant.cli.terminal import guarded
+from quant.cli.errors import exit_code_of
 from quant.core.errors import InputError
 from quant.run import scoring
 from scripts import sweep
@@ -48,7 +48,7 @@ def command(*words: object, allowed: tuple[str, ...] = ("--allow-paths",)) -> tu
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["sweep.py", *map(str, words), f"--flags=--cache-dir {cache}", *allowed])
         patch.chdir(ROOT)
-        code = guarded(sweep.main)
+        code = exit_code_of(sweep.main)
     return code, out.getvalue(), err.getvalue()
 
 

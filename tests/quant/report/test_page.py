@@ -20,10 +20,11 @@ from xml.etree import ElementTree
 import pytest
 
 import model_quantizer
-from quant.cli import terminal as cli
+from quant.cli.console import Console
+from quant.cli.errors import exit_code_of
 from quant.cli.report import main as report_command
 from quant.cli.report import show_differences
-from quant.cli.terminal import guarded
+from quant.cli.tables import STAGES
 from quant.core.errors import InputError
 from quant.core.text import ACTIVE, printable
 from quant.report import page as report
@@ -197,7 +198,7 @@ def test_tasks_are_timed_apart_from_perplexity(model_dir, text, tmp_path, monkey
     config = replace(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
     seconds = Session(config).run(config)["seconds"]
     assert 0.4 <= seconds["tasks"] <= seconds["total"] - seconds["evaluate"] - seconds["load"]
-    assert "tasks" in plots.STAGES and "tasks" in cli.STAGES
+    assert "tasks" in plots.STAGES and "tasks" in STAGES
 
 
 def test_a_command_writes_its_pages(model_dir, text, tmp_path, monkeypatch, capsys):
@@ -206,7 +207,7 @@ def test_a_command_writes_its_pages(model_dir, text, tmp_path, monkeypatch, caps
 
     def command(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["model_quantizer.py", *map(str, flags), *map(str, words)])
-        assert guarded(model_quantizer.main) == 0
+        assert exit_code_of(model_quantizer.main) == 0
         return capsys.readouterr().out
 
     out = command("--quantization-method", "rtn,gptq")
@@ -343,7 +344,7 @@ def test_hostile_names_are_no_formulas_in_the_csv(name, finished):
 def test_hostile_names_in_differences(name, finished):
     runs = [hostile(open_run(finished[kind]), name, Path(f"runs/{name}")) for kind in ("plain", "gptq")]
     runs[1].manifest["configuration"][f"only {name}"] = name
-    console = cli.Console(file=io.StringIO(), width=20_000, color_system=None)
+    console = Console(file=io.StringIO(), width=20_000, color_system=None)
     show_differences(runs, console)
     text = console.file.getvalue()
     assert set(ACTIVE.findall(text)) <= {"\n"} and f"only {printable(name)}" in text
@@ -400,7 +401,7 @@ def test_reasons():
 def test_mistakes(finished, tmp_path, monkeypatch, capsys, model_dir, text):
     def command(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["report", *map(str, words)])
-        return guarded(report_command), capsys.readouterr().err
+        return exit_code_of(report_command), capsys.readouterr().err
 
     assert command(tmp_path) == (2, f"error: {tmp_path} is not a run directory (it has no manifest.json)\n")
     code, err = command("compare", finished["plain"])

@@ -50,7 +50,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from quant.cli.terminal import guarded
+from quant.cli.errors import exit_code_of
 from quant.run.convert import convert
 from models.checkpoint import resolve
 
@@ -58,8 +58,8 @@ source, out = map(Path, sys.argv[1:])
 torch.save({"a.weight": torch.randn(200, 200)}, out / "pytorch_model.bin")
 (out / "config.json").write_text("{}")
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-print(guarded(lambda: convert(source, "gptq_v2", out / "checkpoint")))
-print(guarded(lambda: resolve(str(out), out / "cache")))
+print(exit_code_of(lambda: convert(source, "gptq_v2", out / "checkpoint")))
+print(exit_code_of(lambda: resolve(str(out), out / "cache")))
 """
 
 
