@@ -434,10 +434,12 @@ def test_what_others_put_beside_a_checkpoint_stays(command, quick, model_dir, tm
     assert saved_by_us(command, quick, model_dir("llama"), save, tmp_path)[0] == 0
     (save / "README.md").write_text("mine")
     (save / "figures").mkdir()
+    (save / "empty").mkdir()
     (save / "figures" / "a.png").write_text("mine")
     (save / "link").symlink_to("/nowhere")
     code, _, err = saved_by_us(command, quick, model_dir("llama"), save, tmp_path, "--overwrite", "--wbits", 4)
-    assert code == 0 and all(str(save / name) in caplog.text for name in ("README.md", "figures", "link")), err
+    assert code == 0 and all(str(save / name) in caplog.text for name in ("README.md", "figures", "link", "empty")), err
+    assert (save / "empty").is_dir()
     assert (save / "README.md").read_text() == (save / "figures" / "a.png").read_text() == "mine"
     assert str((save / "link").readlink()) == "/nowhere" and read_json(save / "results.json")["wbits"] == 4
     edited = save / "generation_config.json"

@@ -110,13 +110,12 @@ def _entries(directory: Path) -> list[Path]:
 
 
 def _others(directory: Path, own: list[Path]) -> list[Path]:
-    """The entries of a directory that are not, or not wholly, of the files given."""
-    files = set(own)
+    """The entries of a directory that are not, or not wholly, of the files given and the directories that hold them."""
+    ours = {*own, *(parent for file in own for parent in file.parents)}
     return sorted(
         entry
         for entry in _entries(directory)
-        if entry not in files
-        and (entry.is_symlink() or not entry.is_dir() or not {f for f in entry.rglob("*") if not f.is_dir()} <= files)
+        if entry.is_symlink() or entry not in ours or (entry.is_dir() and not ours.issuperset(entry.rglob("*")))
     )
 
 
