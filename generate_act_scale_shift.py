@@ -75,7 +75,7 @@ def measure_and_write(args: argparse.Namespace) -> None:
     from quant.cli.console import console as make_console
     from quant.core.files import check_owned, write_owned
     from quant.core.places import Place, check_places
-    from quant.run.config import RunConfig, places_read
+    from quant.run.config import RunConfig, cache_place, places_read
     from quant.run.session import Session
 
     # anything below 16 bits: the calibration tokens are wanted
@@ -83,7 +83,7 @@ def measure_and_write(args: argparse.Namespace) -> None:
     name = Path(args.model).resolve().name
     outputs = [Place("--scales-output-path", args.scales_output_path / f"{name}.safetensors"),
                Place("--shifts-output-path", args.shifts_output_path / f"{name}.safetensors")]  # fmt: skip
-    check_places(places_read(config), [*outputs, Place("--cache-dir", args.cache_dir)])
+    check_places(places_read(config), [*outputs, cache_place(args.cache_dir)])
     for output in outputs:
         check_owned(output.path)
     try:

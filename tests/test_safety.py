@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -139,10 +140,9 @@ REQUESTS = {  # a stored entry, and the flag that allows it
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-@pytest.mark.parametrize("spell", [str, lambda n: n.replace("_", "-"), lambda n: n.replace("_", "").upper()])
-def test_a_stored_request_orders_nothing(name, spell):
+def test_a_stored_request_orders_nothing(name):
     value, allows = REQUESTS[name]
-    stored = {spell(name): value, "wbits": 3}
+    stored = {name: value, "wbits": 3}
     with pytest.raises(InputError, match="a manifest (asks for|names a file)"):
         taken(stored, "a manifest", Allowed())
     assert taken(stored, "a manifest", Allowed(**allows)) == stored
@@ -153,8 +153,8 @@ def test_a_stored_request_orders_nothing(name, spell):
 
 def test_places_of_a_stored_request_are_left_out():
     stored = {"save": "/s", "run_dir": "/r", "runs": "/x", "cache_dir": "/c", "overwrite": True, "dataset": "c4",
-              "calib-dataset": "demo", "output_dir": "/o", "wbits": 3, "eval_datasets": ["ptb"], "task_path": None}  # fmt: skip
-    kept = {"dataset", "calib-dataset", "wbits", "eval_datasets", "task_path"}
+              "calib_dataset": "demo", "output_dir": "/o", "wbits": 3, "eval_datasets": ["ptb"], "task_path": None}  # fmt: skip
+    kept = {"dataset", "calib_dataset", "wbits", "eval_datasets", "task_path"}
     assert set(taken(stored, "a manifest", Allowed())) == kept
     assert set(ordered_places(stored)) == set(stored) - kept
     config = RunConfig.from_json(RunConfig("m", save=Path("/s"), overwrite=True).to_json(), "m", Allowed())
@@ -943,8 +943,11 @@ def test_a_run_directory_of_others_is_looked_at_before_anything_is_made(command,
     (place / "run.lock").write_text("precious")
     one_line(command(model_quantizer, "--model", model_dir("llama"), *quick, "--run-dir", place), "run.lock")
     (place / "thesis").write_text("precious")
-    one_line(command(model_quantizer, "--model", model_dir("llama"), *quick, "--run-dir", place), "thesis")
+    one_line(command(model_quantizer, "--model", model_dir("llama"), *quick, "--run-dir", place), "run.lock")
     assert tree(place) == {"run.lock": b"precious", "thesis": b"precious"}
+    (place / "run.lock").unlink()
+    one_line(command(model_quantizer, "--model", model_dir("llama"), *quick, "--run-dir", place), "thesis")
+    assert tree(place) == {"thesis": b"precious"}
 
 
 def test_everyday_places_are_taken(command, quick, model_dir, text, tmp_path, monkeypatch):
@@ -1142,3 +1145,17 @@ def test_every_promise_names_tests_that_are_there():
         assert names or places, row
         source = (ROOT / (places[0] if places else "tests/test_safety.py")).read_text()
         assert all(f"def {name}(" in source for name in names), row
+
+
+def test_a_holder_that_has_not_said_who_it_is_yet_is_waited_for(tmp_path):
+    import threading
+
+    lock = tmp_path / "x.lock"
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a process that was stopped between its two calls
+    said = threading.Timer(0.2, lambda: os.pwrite(descriptor, b'{"process": 7, "host": "there"}', 0))
+    said.start()
+    with pytest.raises(InputError, match="x is in use by process 7 on there"), locked(lock, "x"):
+        pass
+    said.join()
+    os.close(descriptor)

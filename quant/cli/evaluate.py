@@ -33,13 +33,13 @@ def evaluate(args: argparse.Namespace, values: dict[str, Any]) -> None:
     from quant.cli.tables import results_table, tasks_table
     from quant.core.files import check_owned, write_owned
     from quant.core.places import Place, check_places
-    from quant.run.config import RunConfig, places_read
+    from quant.run.config import RunConfig, cache_place, places_read
     from quant.run.session import Session
 
     with tempfile.TemporaryDirectory() as directory:
         config = RunConfig(**values, run_dir=Path(directory) / "run")
         if args.out is not None:
-            check_places(places_read(config), [Place("--out", args.out), Place("--cache-dir", args.cache_dir)])
+            check_places(places_read(config), [Place("--out", args.out), cache_place(args.cache_dir)])
             check_owned(args.out)
         console = make_console()
         with ProgressBars(console) as bars:

@@ -236,11 +236,14 @@ def _is_free(descriptor: int, lock: Path) -> bool:
 
 
 def _holder(descriptor: int) -> str:
-    """Who a lock file says holds it."""
+    """Who a lock file says holds it. Its holder writes that just after it has the lock, so it may take a moment."""
+    until = time.monotonic() + 2
+    while not (content := os.pread(descriptor, 4096, 0)) and time.monotonic() < until:
+        time.sleep(0.01)
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0).decode())
-        return f"process {int(found['process'])} on {found['host']}"
-    except (ValueError, KeyError, TypeError):  # it is being written just now
+        holder = json.loads(content.decode())
+        return f"process {int(holder['process'])} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
         return "another process"
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +153,14 @@ def _harness(scorer: Scorer, tokenizer: Any, variant: str) -> Any:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that exist and whose data are at hand. members: lm-eval's tasks by the name given (several for a group)."""
+    """Tasks that exist and whose data are at hand. members: lm-eval's tasks by the name given (several for a group).
+    trust_remote_code: they may run what they bring."""
 
     members: Mapping[str, tuple[str, ...]]
     manager: Any
     num_fewshot: int | None
     limit: int | None
+    trust_remote_code: bool = False
 
 
 def open_tasks(
@@ -178,7 +180,7 @@ def open_tasks(
         for file in sorted(path.rglob("*.y*ml")):
             check_no_code(file, seen)
     with sandboxed(trust_remote_code):
-        return _open_tasks(names, path, num_fewshot, limit)
+        return replace(_open_tasks(names, path, num_fewshot, limit), trust_remote_code=trust_remote_code)
 
 
 def check_no_code(file: Path, seen: set[Path]) -> None:
@@ -201,7 +203,7 @@ def check_no_code(file: Path, seen: set[Path]) -> None:
         if id(node) in known:  # an alias
             continue
         known.add(id(node))
-        if node.tag.startswith("!"):
+        if node.tag.startswith(("!", "tag:yaml.org,2002:python")):
             where = f"{file}, line {node.start_mark.line + 1}"
             raise InputError(f"{where}: {node.tag} runs Python; give --trust-remote-code if you trust the tasks")
         if isinstance(node, yaml.MappingNode):
@@ -297,7 +299,7 @@ def run_tasks(scorer: Scorer, tokenizer: Any, tasks: Tasks) -> dict[str, dict[st
     scores: dict[str, dict[str, TaskScore]] = {}
     for variant in scorer.variants:
         with (
-            sandboxed(),
+            sandboxed(tasks.trust_remote_code),
             Path(os.devnull).open("w") as nowhere,
             redirect_stderr(nowhere),
         ):  # its bars; logging goes on

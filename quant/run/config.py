@@ -147,13 +147,17 @@ def places_read(config: RunConfig) -> list[Place]:
 
 
 def places_written(config: RunConfig, run_dir: Path | None = None) -> list[Place]:
-    """The paths that a run writes to. run_dir: the run directory where no flag names it; it may lie anywhere new, as the
-    cache may, whose files have names of their own."""
+    """The paths that a run writes to. run_dir: the run directory where no flag names it; it may lie inside what is read."""
     places = [Place("--run-dir", config.run_dir, adds=True)] if config.run_dir is not None else []
     if config.run_dir is None and run_dir is not None:
         places.append(Place("the run directory", run_dir, frozenset((INSIDE,)), adds=True))
     places += [Place("--save", config.save)] if config.save is not None else []
-    return [*places, Place("--cache-dir", config.cache_dir, frozenset((INSIDE, AROUND)), adds=True)]
+    return [*places, cache_place(config.cache_dir)]
+
+
+def cache_place(path: Path) -> Place:
+    """The cache as a place that is written: its files have names of their own, so that it may lie almost anywhere."""
+    return Place("--cache-dir", path, frozenset((INSIDE, AROUND)), adds=True)
 
 
 def spec_of(config: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec | None:

@@ -31,7 +31,7 @@ from quant.export.write import (
     save_checkpoint,
     size_of,
 )
-from quant.run.config import RunConfig, check_format, content_of
+from quant.run.config import RunConfig, cache_place, check_format, content_of
 from quant.run.packed_model import FinishedRun, is_run, open_run
 from quant.run.results import is_whole
 
@@ -74,7 +74,7 @@ def convert(
 ) -> Content:
     """Write ``source`` in a format to ``target``; returns what it holds. What is there already, of this source in this
     format and whole, stays. Raises InputError where that cannot be."""
-    check_places([Place("the source", source)], [Place("--out", target), Place("--cache-dir", cache_dir)])
+    check_places([Place("the source", source)], [Place("--out", target), cache_place(cache_dir)])
     if is_run(source):
         run = open_run(source, cache_dir, trust_remote_code=trust_remote_code)
         if Path(run.config.model).is_dir():

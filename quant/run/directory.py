@@ -71,7 +71,11 @@ class RunDirectory:
         """Make the directory, and keep other processes out of it. Raises InputError where the place cannot be written or
         holds files of others, or another process holds it."""
         if self.path.is_dir():
-            self._check_place()  # before anything is made there
+            try:
+                self._check_place()  # before anything is made there
+            except InputError:
+                if not (self.path / LOCK).exists():
+                    raise  # else another process is at work, and what is here is looked at again under the lock
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,7 @@ class RunDirectory:
     def _check_place(self) -> tuple[Record | None, list[Path]]:
         """The manifest that is here, and files of others. Raises InputError where they are no place for a run."""
         self.check_links()
-        previous, others = self.read("manifest.json"), self._others()
+        previous, others = self.read("manifest.json"), self._contents()[1]
         if previous is None and others:
             raise InputError(
                 f"{self.path} holds other files ({others[0].name}, ...); give --run-dir an empty directory"
@@ -104,7 +108,7 @@ class RunDirectory:
         if previous is not None and overwrite:
             self._discard()
             previous = None
-        unlink_all(self._leftovers())
+        unlink_all(file for file in self._contents()[0] if TEMPORARY.fullmatch(file.name))
         if previous is None:
             write_json(self.path / "manifest.json", manifest)
             return others
@@ -117,37 +121,33 @@ class RunDirectory:
             )
         return others
 
-    def _own(self) -> list[Path]:
-        """The files here that a run writes: those of fixed names, blocks, and pages as they were written."""
-        named = [self.path / name for name in OWN_FILES if (self.path / name).exists()]
-        blocks = [file for file in self._in_blocks() if BLOCK_FILE.fullmatch(file.name) and _is_block(file)]
+    def _contents(self) -> tuple[list[Path], list[Path]]:
+        """The files here that a run writes, and what else lies here, from one look: a process may be writing."""
         record = owned(self.path)
-        pages = [self.path / name for name, hashes in record.items() if _is_one_of(self.path / name, hashes)]
-        return [*named, *blocks, *pages, *self._leftovers()]
+        own: list[Path] = []
+        others: list[Path] = []
+        for file in (*self.path.iterdir(), *(self.blocks.iterdir() if self.blocks.is_dir() else ())):
+            if file not in (self.blocks, self.path / LOCK, self.path / RECORD_LOCK):
+                (own if self._is_own(file, record) else others).append(file)
+        return own, sorted(others)
 
-    def _leftovers(self) -> list[Path]:
-        """Temporary files of a process that was killed; what it wrote was to get a name of a run's files."""
-        loose = {*OWN_FILES, STORE, *owned(self.path)}
-        places = (list(self.path.iterdir()), loose.__contains__), (self._in_blocks(), BLOCK_FILE.fullmatch)
-        return [
-            file
-            for files, is_own in places
-            for file in files
-            if (match := TEMPORARY.fullmatch(file.name)) and is_own(match["name"])
-        ]
-
-    def _others(self) -> list[Path]:
-        """What lies here and is not a run's."""
-        own = {*self._own(), self.blocks, self.path / LOCK, self.path / RECORD_LOCK}
-        return sorted(file for file in (*self.path.iterdir(), *self._in_blocks()) if file not in own)
-
-    def _in_blocks(self) -> list[Path]:
-        return list(self.blocks.iterdir()) if self.blocks.is_dir() else []
+    def _is_own(self, file: Path, record: Mapping[str, list[str]]) -> bool:
+        """Whether a run wrote a file: by its name, a block by its header, a page by its hash in ``record``; a temporary file,
+        which a process left that was killed, by the name that it was to get."""
+        temporary = TEMPORARY.fullmatch(file.name)
+        name = temporary["name"] if temporary else file.name
+        if file.parent == self.blocks:
+            return BLOCK_FILE.fullmatch(name) is not None and (temporary is not None or _is_block(file))
+        if name in OWN_FILES:
+            return True
+        if temporary:
+            return name == STORE or name in record
+        return name in record and _is_one_of(file, record[name])
 
     def _discard(self) -> None:
         """Delete the files of the run, the manifest last: until then it says whose the others are."""
         manifest = self.path / "manifest.json"
-        unlink_all(file for file in self._own() if file != manifest)
+        unlink_all(file for file in self._contents()[0] if file != manifest)
         unlink_all([manifest])
         self._verified.clear()
 
@@ -288,7 +288,7 @@ def _is_block(path: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             return {"linears", "summary"} <= (file.metadata() or {}).keys()
     except (SafetensorError, OSError):
-        return path.is_file() and not path.is_symlink()
+        return not path.is_symlink()
 
 
 def _is_one_of(path: Path, hashes: list[str]) -> bool:

@@ -60,10 +60,10 @@ def open_jobs(inputs: Inputs, configs: Sequence[RunConfig], held: ExitStack) -> 
     process's until ``held`` ends."""
     written = (place for config in configs for place in places_written(config, path_of(inputs, config)))
     check_places(places_read(inputs.config), list(dict.fromkeys(written)))
-    return [_open_job(inputs, config, held) for config in configs]
+    return [_open_job(inputs, config, held, len(configs)) for config in configs]
 
 
-def _open_job(inputs: Inputs, config: RunConfig, held: ExitStack) -> Job:
+def _open_job(inputs: Inputs, config: RunConfig, held: ExitStack, together: int) -> Job:
     recipe = inputs.recipe(config) if config.quantizes else None
     if config.learning is not None:
         check_ranges(config, inputs.model, inputs.model_sha256)
@@ -75,7 +75,7 @@ def _open_job(inputs: Inputs, config: RunConfig, held: ExitStack) -> Job:
     job = Job(config, recipe, target, json_sha256(configuration), configuration["blocks"], previous)
     inputs.check_export(config)
     stay = _check_save(inputs, job)
-    _check_space(inputs, config, target.path)
+    _check_space(inputs, config, target.path, together)
     calibration, evaluated = inputs.calibration(config), inputs.evaluation.values()
     manifest = manifest_of(config, configuration, inputs.model, inputs.device, calibration, evaluated)
     held.enter_context(target.held())
@@ -98,25 +98,25 @@ def _check_save(inputs: Inputs, job: Job) -> list[Path]:
     return check_target(config.save, config.overwrite)
 
 
-def _check_space(inputs: Inputs, config: RunConfig, path: Path) -> None:
+def _check_space(inputs: Inputs, config: RunConfig, path: Path, together: int) -> None:
     """Raise InputError where the blocks, and the checkpoint if asked for, cannot fit on the disk."""
     per_block = sum(out * n_in for out, n_in in inputs.model.linear_shapes().values())
     need = per_block * inputs.n_blocks(config)
-    need += _hidden_state_bytes(inputs, config) if config.activation_store == "disk" else 0
+    need += _hidden_state_bytes(inputs, config, together) if config.activation_store == "disk" else 0
     weights = sum(file.stat().st_size for file in inputs.model.checkpoint.files)
     for place, size in ((path, need), (config.save, weights)):
         if place is not None:
             check_space(place, size)
 
 
-def _hidden_state_bytes(inputs: Inputs, config: RunConfig) -> int:
-    """Bytes of hidden states that are on the disk at a time where they are kept there: of calibration, then of every
-    variant in evaluation."""
+def _hidden_state_bytes(inputs: Inputs, config: RunConfig, together: int) -> int:
+    """Bytes of hidden states that are on the disk at a time where they are kept there: of calibration, then of full
+    precision and the ``together`` runs that are evaluated with it."""
     width = inputs.model.config.hidden_size * inputs.model.dtype.itemsize
     calibration = inputs.calibration(config)
     tokens = 0 if calibration is None else calibration.ids.numel()
     evaluated = sum(corpus.ids.numel() for corpus in inputs.evaluation.values())
-    return width * max(tokens * stores_of(config), evaluated * 2)
+    return width * max(tokens * stores_of(config), evaluated * (1 + together))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ the command that reads it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from quant.core.errors import InputError
 CODE = ("trust_remote_code",)
 WRITES = ("run_dir", "runs", "save", "cache_dir", "overwrite")
 READS = ("dataset", "eval_datasets", "data_dir", "task_path", "act_scales", "act_shifts", "resume")
-SPELLED = {"calib_dataset": "dataset", "output_dir": "runs", "save_dir": "save"}  # flags that are called otherwise
+FIELDS = {"calib_dataset": "dataset", "output_dir": "runs", "save_dir": "save"}  # of flags that are called otherwise
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,12 @@ NOTHING_ALLOWED = Allowed()
 def taken(stored: Mapping[str, Any], origin: str, allowed: Allowed) -> dict[str, Any]:
     """The entries of a stored request that count, by name: all but those that say where to write.
 
-    stored: fields of a RunConfig, or flags of a command line, in any spelling. origin: where it is stored, for messages.
+    stored: fields of a RunConfig, or what a command line's parser made of flags, by its names. origin: where it is stored.
     Raises InputError for code, or for files to read, that the reading command's own flags do not allow.
     """
-    known = {_letters(name): name for name in (*CODE, *WRITES, *READS)}
-    known |= {_letters(flag): name for flag, name in SPELLED.items()}
     kept: dict[str, Any] = {}
     for key, value in stored.items():
-        name = known.get(_letters(key), key)
+        name = FIELDS.get(key, key)
         if name in CODE and _is_on(value) and not allowed.trust_remote_code:
             raise InputError(
                 f"{origin} asks for --trust-remote-code, which runs Python that comes with the model: "
@@ -57,12 +54,7 @@ def taken(stored: Mapping[str, Any], origin: str, allowed: Allowed) -> dict[str,
 
 def ordered_places(stored: Mapping[str, Any]) -> list[str]:
     """The entries of a request that say where to write, or that something may be replaced."""
-    known = {_letters(name) for name in WRITES} | {_letters(f) for f, name in SPELLED.items() if name in WRITES}
-    return [key for key, value in stored.items() if _letters(key) in known and value not in (None, False)]
-
-
-def _letters(name: str) -> str:
-    return re.sub("[-_]", "", name).lower()
+    return [key for key, value in stored.items() if FIELDS.get(key, key) in WRITES and value not in (None, False)]
 
 
 def _is_on(value: Any) -> bool:

@@ -208,6 +208,25 @@ def test_a_metric_runs_no_python_without_the_flag(local_task, tmp_path):
         assert not mark.exists()
 
 
+def test_a_tag_that_names_a_python_object_is_refused(local_task):
+    file = local_task / "mine.yaml"
+    file.write_text("process_docs: !!python/object/apply:os.getcwd []\n" + file.read_text())
+    with pytest.raises(InputError, match="mine.yaml, line 1: tag:yaml.org,2002:python.* runs Python"):
+        open_tasks(["mine"], local_task, None, 4)
+
+
+def test_the_flag_counts_where_tasks_run(local_task):
+    import evaluate
+
+    tasks = open_tasks(["mine"], local_task, None, 4, trust_remote_code=True)
+    load = evaluate.load
+    with zero_shot.sandboxed(tasks.trust_remote_code):
+        assert evaluate.load is load
+    with zero_shot.sandboxed(), pytest.raises(InputError, match="'m.py' is a program"):
+        evaluate.load("m.py")
+    assert evaluate.load is load
+
+
 def test_an_include_is_looked_for_where_the_file_is(local_task, tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir()
