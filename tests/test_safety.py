@@ -25,7 +25,6 @@ import generate_act_scale_shift
 import main as main_command
 import model_quantizer
 from models.checkpoint import Checkpoint, resolve
-from quant.blocks import stream
 from quant.blocks.stream import Activations
 from quant.cli import convert as convert_command
 from quant.cli import evaluate, generate, repeat
@@ -484,7 +483,7 @@ def test_loose_files_of_others_are_not_overwritten(command, model_dir, text, tmp
               "--scales-output-path", tmp_path / "scales", "--shifts-output-path", tmp_path / "shifts"]  # fmt: skip
     (tmp_path / "shifts").mkdir()
     (tmp_path / "shifts" / f"{model.name}.safetensors").write_text("precious")
-    one_line(command(generate_act_scale_shift, *ranges), "precious" and model.name, "was not written by this toolkit")
+    one_line(command(generate_act_scale_shift, *ranges), model.name, "was not written by this toolkit")
     assert not (tmp_path / "scales").exists()
     layers = tmp_path / "layers" / "layers.json"
     layers.parent.mkdir()
@@ -1055,9 +1054,6 @@ def test_two_processes_on_one_run_directory(model_dir, text, tmp_path):
         for process in both:
             process.join()
         # One after the other is right too: the second then finds everything done.
-        assert said == ["done", "done"] or (said[1] != said[0] == "done") or "is in use by process" in "".join(said), (
-            said
-        )
         assert "done" in said and all(s == "done" or "is in use by process" in s for s in said)
         names = [(r["block"], r["name"]) for r in map(json.loads, (config.run_dir / "journal.jsonl").open())]
         assert len(names) == len(set(names)) == 21
@@ -1132,7 +1128,6 @@ def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path, monkeypa
     with pytest.raises(OSError, match="No space left") as error:
         write_atomically(path, b"new")
     assert error.value.filename == str(path) and path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    assert stream.Activations is Activations
 
 
 def test_every_promise_names_tests_that_are_there():
