@@ -24,7 +24,9 @@ from quant.core.files import check_plain_file, is_plain_name, json_sha256, locke
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # *.py: classes that a config.json with auto_map names
+# *.py: classes that a config.json with auto_map names
+SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.*", "additional_chat_templates/*",
+              "*.py", "README*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]  # fmt: skip
 RESULTS = "results.json"  # of checkpoints that this toolkit wrote: hashes of their files
 CONVERSION_SECONDS = 3600.0  # that another process may take to convert what this one waits for
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -241,7 +243,9 @@ def _convert_shards(path: Path, shards: Sequence[str], sides: Sequence[Path], ta
         (target / f"{file}.tmp").replace(target / file)
         weight_map.update(dict.fromkeys(own, file))
     for side in sides:
-        (target / side.name).write_bytes(side.read_bytes())
+        copy = target / side.relative_to(path)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(side.read_bytes())
     temporary = target / f"{INDEX}.tmp"
     temporary.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     temporary.replace(target / INDEX)

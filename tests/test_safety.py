@@ -916,8 +916,9 @@ def test_a_finished_checkpoint_that_lost_a_file_is_said(command, quick, model_di
 
 def test_several_chat_templates_are_saved(command, quick, model_dir, tmp_path):
     model = shutil.copytree(model_dir("llama"), tmp_path / "m")
-    templates = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
-    edit_json(model / "tokenizer_config.json", lambda c: c.update(chat_template=templates))
+    (model / "additional_chat_templates").mkdir()
+    (model / "chat_template.jinja").write_text("a")
+    (model / "additional_chat_templates" / "rag.jinja").write_text("b")
     save = tmp_path / "s"
     for flags in ([], [], ["--overwrite", "--wbits", 4]):
         assert saved_by_us(command, quick, model, save, tmp_path, *flags)[0] == 0

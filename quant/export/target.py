@@ -79,6 +79,11 @@ def written_files(directory: Path) -> list[Path]:
     return [*kept, directory / RESULTS] if files else []
 
 
+def others_in(target: Path) -> list[Path]:
+    """The entries of a checkpoint's directory that this toolkit did not write, or that were changed since."""
+    return _others(target, written_files(target))
+
+
 def is_complete(directory: Path) -> bool:
     """Whether every file that results.json lists is there."""
     names = listed(directory)
@@ -237,7 +242,7 @@ def _remove(files: list[Path], root: Path) -> None:
 
 def _check_names(new: Path, target: Path) -> None:
     """Raise InputError where others have a file in ``target`` under a name that the new checkpoint needs."""
-    for file in _others(target, written_files(target)):
+    for file in others_in(target):
         if (new / file.name).exists():
             raise InputError(
                 f"{file} was not written by this toolkit, and the checkpoint has such a file: move it away"

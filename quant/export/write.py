@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import RESULTS, check_own, side_files, write_tensors
+from models.checkpoint import RESULTS, write_tensors
 from models.load import LazyModel
 from quant.blocks.weights import is_input_range
 from quant.core.errors import InputError
-from quant.core.files import json_sha256, sha256_of_file
+from quant.core.files import json_sha256, read_json, sha256_of_file
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
+from quant.export.carried import carried_config, drop_about, side_file_writer
 from quant.export.formats import Content, Layers, check_shape
-from quant.export.target import OWN, hashes_of, replacing
+from quant.export.target import OWN, hashes_of, others_in, replacing
 
 SHARD_BYTES = 5_000_000_000
+TIE = "tie_word_embeddings"
 Entry = tuple[str, Tensor | QuantizedWeight]
 
 
@@ -110,6 +109,7 @@ def save_checkpoint(
     with replacing(target, overwrite) as directory:
         _write_weights(finite(stream), directory)
         side_files(directory)
+        drop_about(directory, others_in(target))
         _write_json(directory / "config.json", config)
         quantization = config.get("quantization_config", {})
         if quantization.get("quant_method") == "gptq":
@@ -135,50 +135,20 @@ def finite(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 
 
 def model_config(model: LazyModel, kind: str, content: Content, quantized_blocks: int) -> dict[str, Any]:
-    """config.json of a model in a format."""
-    found = model.config.__class__.from_dict(model.config.to_dict())
-    found.dtype = model.storage_dtype
-    config: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))
+    """config.json of a model in a format: the source's, but for what was changed as it was opened."""
+    declared = read_json(model.checkpoint.path / "config.json")
+    changes: dict[str, Any] = dict(model.family.biases) if model.added else {}
+    tied = bool(getattr(model.config, TIE, False))
+    if tied != declared.get(TIE, getattr(type(model.config)(), TIE, False)):
+        changes[TIE] = tied
     if kind in PACKED:
-        config["quantization_config"] = PACKED[kind].config(content, layers_of(model, quantized_blocks))
-    return config
+        changes["quantization_config"] = PACKED[kind].config(content, layers_of(model, quantized_blocks))
+    return carried_config(declared, model.storage_dtype, changes)
 
 
 def model_side_files(model: LazyModel, tokenizer: Any) -> Callable[[Path], None]:
-    """Writes tokenizer, generation config, and the classes that the model brings."""
-    files = copied_files(model.checkpoint.path, model.config.to_dict(), ("generation_config.json",))
-
-    def write(directory: Path) -> None:
-        _save_tokenizer(tokenizer, directory)
-        for file in files:
-            shutil.copy(file, directory)
-
-    return write
-
-
-def copied_files(source: Path, config: Mapping[str, Any], patterns: Iterable[str]) -> list[Path]:
-    """What a checkpoint takes over from the model in ``source``: files of these names, and the Python that a config.json
-    with ``auto_map`` needs. Raises InputError for links to somewhere else, also of files that are taken over after they
-    were read."""
-    for file in (*side_files(source), *source.glob("additional_chat_templates/*")):
-        check_own(file, source)
-    patterns = [*patterns, *(["*.py"] if config.get("auto_map") else [])]
-    files = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
-    for file in files:
-        check_own(file, source)
-    return files
-
-
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Write the tokenizer's files. Raises OSError, with the directory's name, where the disk does not take them: the
-    tokenizers library then raises a plain Exception."""
-    try:
-        tokenizer.save_pretrained(directory)
-    except Exception as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if type(error) is Exception and number is not None:
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
-        raise
+    """Writes the side files of a model: tokenizer, generation config, licence, the classes that it brings."""
+    return side_file_writer(model.checkpoint.path, model.config.to_dict(), tokenizer)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

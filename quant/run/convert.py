@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,11 @@ from quant.core.files import check_space, json_sha256, read_json
 from quant.core.places import Place, check_places
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED, refusal
+from quant.export.carried import carried_config, side_file_writer
 from quant.export.formats import Content, Layers
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.export.target import check_target, settle
 from quant.export.write import (
-    copied_files,
     entries,
     layers_of,
     model_config,
@@ -34,20 +33,10 @@ from quant.export.write import (
 from quant.run.config import RunConfig, cache_place, check_format, content_of
 from quant.run.packed_model import FinishedRun, is_run, open_run
 from quant.run.results import is_whole
+from quant.run.save import deployed_in
 
 log = logging.getLogger(__name__)
 CONVERTED = "converted_sha256"  # entry of results.json: hash of what decides a conversion
-SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "generation_config.json",
-    "*.model",
-    "merges.txt",
-    "vocab.*",
-    "*.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -99,14 +88,8 @@ def _of_run(run: FinishedRun, kind: str) -> Conversion:
     config = replace(run.config, format=kind, target=None)
     content = content_of(config, model.linear_shapes(), len(model.blocks), model.config.model_type)
     check_format(config, content)
-
-    def replaced(index: int) -> Mapping[str, Any]:
-        if index >= n_blocks:
-            return {}
-        solved = {f"{name}.weight": weight for name, weight in run.directory.read_weights(index).items()}
-        return run.directory.read_changed(index) | solved
-
     tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
+    replaced = deployed_in(run.directory, n_blocks)
     return Conversion(
         content,
         lambda: packed_entries(entries(model, replaced), kind, content, model.storage_dtype),
@@ -133,22 +116,15 @@ def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: 
     content = checkpoint.content(whole=not any(name.startswith(f"{layers.blocks}.") for name in layers.untouched))
     if against := refusal(kind, content):
         raise InputError(against)
-    if kind in PACKED:
-        declared["quantization_config"] = PACKED[kind].config(content, layers)
-    sides = copied_files(source, declared, SIDE_FILES)
-
-    def side_files(directory: Path) -> None:
-        for file in sides:
-            shutil.copy(file, directory)
-
+    changes = {"quantization_config": PACKED[kind].config(content, layers)} if kind in PACKED else {}
     old = source / RESULTS
     if old.exists():
         check_own(old, source)
     return Conversion(
         content,
         lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype),
-        declared,
-        side_files,
+        carried_config(declared, checkpoint.dtype, changes),
+        side_file_writer(source, declared),
         read_json(old) if old.exists() else {},
         json_sha256(digest | {"weights": checkpoint.sha256()}),
         size_of(model, kind, content, layers),

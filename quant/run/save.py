@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
 
 from quant.core.errors import InputError, RunError
+from quant.core.types import QuantizedWeight
 from quant.export.target import size_on_disk
 from quant.export.write import entries, model_config, model_side_files, packed_entries, save_checkpoint
+from quant.run.directory import RunDirectory
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress, measure, write_results
 
@@ -46,18 +49,25 @@ def _save_or_fall_back(inputs: Inputs, job: Job) -> None:
         log.warning("%s; saved as %s", error, config.fallback)
 
 
+def deployed_in(directory: RunDirectory, n_blocks: int) -> Callable[[int], Mapping[str, Tensor | QuantizedWeight]]:
+    """What the blocks of a run deploy otherwise than the original, by index; nothing for blocks that were left alone."""
+
+    def deployed(index: int) -> Mapping[str, Tensor | QuantizedWeight]:
+        if index >= n_blocks:
+            return {}
+        solved = {f"{name}.weight": weight for name, weight in directory.read_weights(index).items()}
+        return directory.read_changed(index) | solved
+
+    return deployed
+
+
 def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     """The checkpoint in one format. Raises InputError where that does not hold the codes."""
     model, content, target = inputs.model, inputs.content(job.config), job.config.save
     assert target is not None
-
-    def changes(index: int) -> Mapping[str, Any]:
-        if index >= job.n_blocks:
-            return {}
-        solved = job.target.read_weights(index)
-        return job.target.read_changed(index) | {f"{name}.weight": weight for name, weight in solved.items()}
-
-    stream = packed_entries(entries(model, changes), format_name, content, model.storage_dtype)
+    stream = packed_entries(
+        entries(model, deployed_in(job.target, job.n_blocks)), format_name, content, model.storage_dtype
+    )
     described = model_config(model, format_name, content, job.n_blocks)
     results = dict(job.results or {}) | {"format": format_name}
     side_files = model_side_files(model, inputs.tokenizer)

@@ -1,0 +1,154 @@
+"""What a checkpoint takes over from the model that it was made of: config.json but for what changed, and side files.
+
+Nothing is written again by the installed library, which would rename fields, drop files and name classes that other
+versions do not know.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.checkpoint import check_own, side_files
+from quant.core.files import check_plain_file, read_json
+
+Json = dict[str, Any]
+
+# Lower-case patterns of file names, relative to the model's directory
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "merges.txt",
+    "vocab.*",
+    "*.jinja",
+)
+ABOUT = (
+    "readme*",
+    "licen[cs]e*",
+    "notice*",
+    "use_policy*",
+)  # of no reader's concern: a person's own of that name stays
+CARRIED = (*TOKENIZER, "generation_config.json", *ABOUT)
+
+ROTARY = ("rope_theta", "partial_rotary_factor")  # beside rope_scaling in transformers 4, in rope_parameters in 5
+WITH_LENGTH = ("llama3", "yarn", "longrope")  # types that scale from original_max_position_embeddings
+
+
+def carried_config(declared: Mapping[str, Any], dtype: torch.dtype, changes: Mapping[str, Any]) -> Json:
+    """config.json of a checkpoint made of a model with config.json ``declared``: its fields in their order, with the
+    dtype in which tensors are stored, and what else changed. The dtype and the rotary settings are there in the forms of
+    transformers 4 and 5 alike, as other readers know only one of them."""
+    name = str(dtype).removeprefix("torch.")
+    return {**declared, **both_rotary_forms(declared), "dtype": name, "torch_dtype": name, **changes}
+
+
+def both_rotary_forms(declared: Mapping[str, Any]) -> Json:
+    """The fields of rotary settings that ``declared`` lacks, from those that it has: ``rope_parameters`` of
+    transformers 5 (modeling_rope_utils.py, RotaryEmbeddingConfigMixin) or ``rope_theta``, ``rope_scaling`` and
+    ``partial_rotary_factor`` of 4. Empty where nothing is missing, and for settings by layer type, which only 5 has."""
+    parameters, scaling = declared.get("rope_parameters"), declared.get("rope_scaling")
+    if not parameters:
+        beside = {key: declared[key] for key in ROTARY if declared.get(key) is not None}
+        if not (scaling or "rope_theta" in beside):
+            return {}
+        own = dict(scaling or {})
+        kind = own.pop("type", "default")
+        return {"rope_parameters": {"rope_type": kind, **own, **{k: v for k, v in beside.items() if k not in own}}}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        return {}
+    added = {key: parameters[key] for key in ROTARY if key in parameters and declared.get(key) is None}
+    rest = {key: value for key, value in parameters.items() if key not in ROTARY}
+    if rest.get("rope_type", "default") == "default" or scaling:
+        return added
+    return added | _older_scaling(rest, declared)
+
+
+def _older_scaling(parameters: Json, declared: Mapping[str, Any]) -> Json:
+    """``rope_scaling`` with all that transformers 5 fills in, and 4 does not (or takes from elsewhere)."""
+    kind, length = parameters["rope_type"], declared.get("max_position_embeddings")
+    if kind not in WITH_LENGTH or length is None:
+        return {"rope_scaling": parameters}
+    original = declared.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    original = original or length
+    scaling = parameters | {"original_max_position_embeddings": original}
+    ratio = length / original
+    if kind != "llama3" and scaling.get("factor") is None:
+        scaling["factor"] = ratio
+    if kind != "longrope":
+        return {"rope_scaling": scaling}
+    # 4 takes the length from beside rope_scaling and the ratio of lengths for the factor, whatever the factor is
+    if scaling["factor"] != ratio and scaling.get("attention_factor") is None:
+        factor = scaling["factor"]
+        scaling["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {"rope_scaling": scaling, "original_max_position_embeddings": original}
+
+
+def carried_files(source: Path, declared: Mapping[str, Any]) -> list[Path]:
+    """The files of a model that its checkpoint takes over: tokenizer, generation config, licence, README, and the
+    Python that ``auto_map`` names. Raises InputError for links to somewhere else, also of files that are taken over after
+    they were read."""
+    inside = sorted((*source.iterdir(), *source.glob("additional_chat_templates/*")))
+    code = _brings_code(source, declared)
+    files = [f for f in inside if (code and f.suffix == ".py") or _is_one_of(f.relative_to(source), CARRIED)]
+    files = [file for file in files if file.is_file()]
+    for file in (*files, *side_files(source)):
+        check_own(file, source)
+    return files
+
+
+def _is_one_of(file: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(file.as_posix().lower(), pattern) for pattern in patterns)
+
+
+def _brings_code(source: Path, declared: Mapping[str, Any]) -> bool:
+    tokenizer = source / "tokenizer_config.json"
+    check_plain_file(tokenizer)
+    return bool(declared.get("auto_map") or (tokenizer.is_file() and read_json(tokenizer).get("auto_map")))
+
+
+def side_file_writer(source: Path, declared: Mapping[str, Any], tokenizer: Any = None) -> Callable[[Path], None]:
+    """Copies a model's side files into a directory, byte for byte; a tokenizer that has none there is written."""
+    files = carried_files(source, declared)
+
+    def write(directory: Path) -> None:
+        for file in files:
+            copy = directory / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+        if tokenizer is not None and not any(_is_one_of(file.relative_to(source), TOKENIZER) for file in files):
+            _save_tokenizer(tokenizer, directory)
+
+    return write
+
+
+def drop_about(directory: Path, others: Iterable[Path]) -> None:
+    """Remove README, licence and the like from a checkpoint whose target has a person's own under the same name."""
+    for file in others:
+        if _is_one_of(Path(file.name), ABOUT):
+            (directory / file.name).unlink(missing_ok=True)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write the tokenizer's files. Raises OSError, with the directory's name, where the disk does not take them: the
+    tokenizers library then raises a plain Exception."""
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if type(error) is Exception and number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
+        raise
