@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from models.names import check_name
 from quant.core.errors import InputError
 from quant.core.files import check_plain_file, is_plain_name, json_sha256, locked, read_json, resolved, sha256_of_file
 
+log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # *.py: classes that a config.json with auto_map names
@@ -29,6 +31,11 @@ SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.
               "*.py", "README*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]  # fmt: skip
 RESULTS = "results.json"  # of checkpoints that this toolkit wrote: hashes of their files
 CONVERSION_SECONDS = 3600.0  # that another process may take to convert what this one waits for
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -91,7 +98,7 @@ class Checkpoint:
     """Tensors of a safetensors checkpoint by name, read when asked for.
 
     Raises InputError on opening where a shard is missing, truncated or not safetensors, or where anything is not what the
-    checkpoint's own results.json says was written.
+    checkpoint's own results.json says was written, and where two shards give a tensor different values.
     """
 
     extra: Sequence[str] = ()  # tensors of blocks that are no parameters of the library's modules
@@ -108,7 +115,14 @@ class Checkpoint:
                 raise InputError(f"{path}: shard {file.name} is missing; download the checkpoint again") from error
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file} is truncated or not a safetensors file ({error})") from error
-            self._where.update(dict.fromkeys(handle.keys(), handle))
+            for name in handle.keys():  # noqa: SIM118 (no mapping)
+                other = self._where.setdefault(name, handle)
+                if other is not handle and not torch.equal(other.get_tensor(name), handle.get_tensor(name)):
+                    raise InputError(
+                        f"{path}: two shards hold {name} with different values; download the checkpoint again"
+                    )
+        if strange := _strangers(path, self.files):
+            log.warning("%s: these files belong to no shard that is read: %s", path, ", ".join(strange))
         results = path / RESULTS
         if results.exists() and (changed := unlike_written(path, read_json(results))):
             raise InputError(changed)
@@ -123,6 +137,15 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return tuple(self._where[name].get_slice(name).get_shape())
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, from the header. Raises InputError for those of other software (4-bit floats, ...)."""
+        stored = self._where[name].get_slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise InputError(
+                f"{self.path}: {name} is stored as {stored}, which is not read; give the unquantized model"
+            )
+        return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
         """A tensor, on the CPU, in the checkpoint's own dtype."""
@@ -143,6 +166,13 @@ def _file_sha256(file: Path) -> str:
     if SHA256.fullmatch(name):
         return name
     return sha256_of_file(file)
+
+
+def _strangers(path: Path, shards: Sequence[Path]) -> list[str]:
+    """Names of weight files that lie beside the shards and are not among them, but for what a known other program reads:
+    consolidated files hold the same model in its makers' own form."""
+    names = {file.name for file in path.glob("*.safetensors")} - {file.name for file in shards}
+    return sorted(name for name in names if not name.startswith("consolidated"))
 
 
 def unlike_written(path: Path, results: Mapping[str, Any]) -> str | None:

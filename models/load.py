@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from models import family_of
 from models.checkpoint import Checkpoint, resolve
 from models.family import ModelFamily
+from models.unread import carried_over, own_head, saved_buffers, spellings
 from quant.core.errors import InputError
+from quant.core.files import read_json
+from quant.core.text import brief
 
-RECOMPUTED = (r"rotary_emb\.inv_freq$",)  # tensors of older files that the library computes itself
+log = logging.getLogger(__name__)
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+IN_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")  # a tensor of a list of modules, by its index
+SIZES = (
+    "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "head_dim",
+    "intermediate_size", "ffn_dim", "ffn_hidden_size", "word_embed_proj_dim",
+)  # fmt: skip
+NEEDED = SIZES[:3]
+MOST_BLOCKS, LARGEST_SIZE = 2000, 1 << 24  # where no checkpoint says it: ten times what any published model has
 ATTENTION = (None, "eager", "sdpa")
 Weights = dict[str, Tensor]
 Opener = Callable[[Path, Mapping[str, Any]], Checkpoint]
@@ -32,7 +46,9 @@ class LazyModel:
 
     added: biases that the checkpoint lacks and that are zero here, so that shifts can be held.
     dtype: of the arithmetic. Weights keep the precision of the checkpoint: what is read, or deployed by a
-    method, is rounded to ``storage_dtype`` and then cast to ``dtype``.
+    method, is rounded to its ``storage`` dtype and then cast to ``dtype``.
+    storage: dtype of every parameter in the checkpoint, by name. storage_dtype: that of most numbers in the blocks.
+    carried: tensors that no parameter reads, by their names in the checkpoint, for the checkpoints that are saved.
     """
 
     name: str
@@ -43,13 +59,15 @@ class LazyModel:
     dtype: torch.dtype
     storage_dtype: torch.dtype
     added: frozenset[str] = frozenset()
+    storage: Mapping[str, torch.dtype] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks (on `meta`)."""
-        found = self.module.get_submodule(self.family.blocks)
-        assert isinstance(found, nn.ModuleList)
-        return found
+        blocks = self.module.get_submodule(self.family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -61,10 +79,18 @@ class LazyModel:
         """Longest sequence that the position embeddings allow; 2048 where there is no limit (ALiBi)."""
         return int(getattr(self.config, "max_position_embeddings", None) or 2048)
 
+    def storage_of(self, name: str, index: int | None = None) -> torch.dtype:
+        """In which dtype a checkpoint holds a parameter of the model, or of block ``index``. What the source lacks has
+        that of the weight beside it."""
+        full = name if index is None else f"{self.family.blocks}.{index}.{name}"
+        beside = f"{full.rpartition('.')[0]}.weight"
+        return self.storage.get(full) or self.storage.get(beside) or self.storage_dtype
+
     def key(self, name: str) -> str:
-        """Checkpoint name of a module's tensor: hub files of older models lack or add the base prefix."""
-        prefix = f"{self.module.base_model_prefix}."
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
+        """Checkpoint name of a module's tensor, or of the one that it is tied to."""
+        ties: dict[str, str] = getattr(self.module, "all_tied_weights_keys", None) or {}
+        tied = [target for target, source in ties.items() if source == name]
+        for candidate in (spelt for one in (name, *tied) for spelt in spellings(one, self.module)):
             if candidate in self.checkpoint:
                 return candidate
         raise InputError(f"{self.checkpoint.path} lacks the tensor {name}; the checkpoint does not fit its config.json")
@@ -73,16 +99,10 @@ class LazyModel:
         dtype = dtype or self.dtype
         if name in self.added:
             return torch.zeros(shape, dtype=dtype, device=device)
-        tensor = self.checkpoint.read(self.key(name))
-        if tensor.shape != shape:
-            raise InputError(self._misfit(name, tuple(tensor.shape), tuple(shape)))
-        tensor = tensor.to(device)
+        tensor = self.checkpoint.read(self.key(name)).to(device)
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    def _misfit(self, name: str, found: tuple[int, ...], asked: tuple[int, ...]) -> str:
-        return f"{name} has shape {found} in {self.checkpoint.path}, but config.json asks for {asked}"
 
     def block_weights(
         self, index: int, device: torch.device, dtype: torch.dtype | None = None, without: Collection[str] = ()
@@ -113,11 +133,17 @@ class LazyModel:
             return weights | self._buffers(self.module, "", device)
 
     def _buffers(self, module: nn.Module, prefix: str, device: torch.device) -> Weights:
-        """Buffers: computed ones exist on the CPU already, persistent ones on meta come from the checkpoint."""
+        """Buffers: those of the checkpoint from there, computed ones exist on the CPU already."""
+        saved = saved_buffers(module)
         return {
-            name: self._read(prefix + name, b.shape, device) if b.is_meta else b.to(device)
+            name: self._read(prefix + name, b.shape, device)
+            if b.is_meta or (name in saved and self._holds(prefix + name))
+            else b.to(device)
             for name, b in module.named_buffers()
         }
+
+    def _holds(self, name: str) -> bool:
+        return any(spelt in self.checkpoint for spelt in spellings(name, self.module))
 
     @contextmanager
     def replaced_blocks(self, stand_ins: list[nn.Module]) -> Iterator[None]:
@@ -132,48 +158,39 @@ class LazyModel:
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every linear of a block. Raises InputError where family and module disagree."""
-        found = {n: m for n, m in self.blocks[0].named_modules() if isinstance(m, nn.Linear)}
+        linears = {n: m for n, m in self.blocks[0].named_modules() if isinstance(m, nn.Linear)}
         declared = [name for group in self.groups for name in group]
-        if sorted(found) != sorted(declared):
+        if sorted(linears) != sorted(declared):
             raise InputError(
-                f"the family of {self.config.model_type!r} declares {declared}, its block has {list(found)}; "
+                f"the family of {self.config.model_type!r} declares {declared}, its block has {list(linears)}; "
                 "see docs/adding-a-family.md"
             )
-        return {name: (found[name].out_features, found[name].in_features) for name in declared}
+        return {name: (linears[name].out_features, linears[name].in_features) for name in declared}
 
     def check_tensors(self) -> None:
-        """Raise InputError if a tensor is missing in the checkpoint, has another shape, or belongs to a block that is not
-        there (headers only, but for biases)."""
-        for name, parameter in self.module.named_parameters():
+        """Look at every tensor of the checkpoint (headers only, but for few), and keep what they say. Raises InputError
+        if one is missing, has another shape, holds no floating-point numbers, or would be left out of what is computed.
+        """
+        buffers = (item for item in saved_buffers(self.module).items() if self._holds(item[0]))
+        held = [*self.module.named_parameters(), *buffers]
+        storage = {}
+        for name, tensor in held:
             if name in self.added:
                 continue
-            shape = self.checkpoint.shape(self.key(name))
-            if shape != tuple(parameter.shape):
-                raise InputError(self._misfit(name, shape, tuple(parameter.shape)))
-        if surplus := next(self._surplus(), None):
-            raise InputError(
-                f"{self.checkpoint.path}: {surplus} belongs to none of the {len(self.blocks)} blocks that config.json "
-                "describes; the checkpoint does not fit its config.json"
-            )
-
-    def _surplus(self) -> Iterator[str]:
-        """Tensors under the blocks' prefix that the module has no place for, and that would change what it computes."""
-        prefix = f"{self.module.base_model_prefix}."
-        inside = {
-            f"{spelt}."
-            for spelt in (self.family.blocks, self.family.blocks.removeprefix(prefix), prefix + self.family.blocks)
-        }
-        held = [*self.module.named_parameters(), *self.module.named_buffers()]
-        known = {spelt for name, _ in held for spelt in (name, name.removeprefix(prefix), prefix + name)}
-        ignored = (*RECOMPUTED, *(getattr(self.module, "_keys_to_ignore_on_load_unexpected", None) or ()))
-        for name in self.checkpoint.names():
-            if name in known or name in self.checkpoint.extra or not name.startswith(tuple(inside)):
-                continue
-            if any(re.search(pattern, name) for pattern in ignored):
-                continue
-            # auto-gptq wrote biases of zeros where a model has none
-            if not (name.endswith(".bias") and not bool(self.checkpoint.read(name).any())):
-                yield name
+            key = self.key(name)
+            shape, dtype = self.checkpoint.shape(key), self.checkpoint.dtype_of(key)
+            if shape != tuple(tensor.shape):
+                raise InputError(
+                    f"{name} has shape {shape} in {self.checkpoint.path}, but config.json asks for {tuple(tensor.shape)}"
+                )
+            if tensor.is_floating_point() and dtype not in FLOATS:
+                raise InputError(
+                    f"{name} holds {str(dtype).removeprefix('torch.')} in {self.checkpoint.path}, where floating-point "
+                    "numbers of 16 bits or more belong: give the unquantized model"
+                )
+            storage[name] = dtype
+        self.storage = storage
+        self.carried = carried_over(self.module, self.family.blocks, len(self.blocks), self.checkpoint)
 
 
 def load_config(
@@ -182,24 +199,59 @@ def load_config(
     """The configuration of a model and its local directory. Raises InputError for unknown families, and for quantized
     models where only full precision will do."""
     path = resolve(model, cache_dir, with_weights)
-    try:
-        declared = json.loads((path / "config.json").read_text())
-        family_of(declared.get("model_type", "none"))
+    declared = read_json(path / "config.json")
+    family_of(declared.get("model_type", "none"))
+    with foreign(f"{path / 'config.json'} is not a usable model configuration"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (json.JSONDecodeError, OSError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"{path / 'config.json'} is not a usable model configuration ({error})".splitlines()[0]
-        ) from error
     if declared.get("quantization_config") and not quantized:
         raise InputError(f"{model} is quantized already; give the full-precision checkpoint")
     return config, path
 
 
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Whatever a library raises from somebody's file, as one line that says ``what`` is wrong; but for memory, which is
+    nobody's mistake."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise InputError(f"{what} ({brief(': '.join(lines[:2]) or type(error).__name__, 200)})") from error
+
+
+def check_sizes(config: Any, where: Path, most_blocks: int, largest: int) -> None:
+    """Raise InputError for sizes that no such model has, before anything is built in them.
+
+    where: config.json. most_blocks: in the checkpoint. largest: dimension of any of its tensors.
+    """
+    blocks = config.num_hidden_layers
+    if not is_count(blocks, most_blocks):
+        raise InputError(f"{where} asks for {brief(repr(blocks), 40)} blocks, where 1 to {most_blocks} can be")
+    for name in SIZES:
+        value = getattr(config, name, None)
+        if (name in NEEDED or value is not None) and not is_count(value, largest):
+            raise InputError(f"{where}: {name} is {brief(repr(value), 40)}, where 1 to {largest} can be")
+
+
+def is_count(value: object, most: int) -> bool:
+    """Whether a value is a number of things, from 1 to ``most``."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
 def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The causal LM of a configuration, parameters on `meta`, computed buffers real."""
-    with init_empty_weights():
-        module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    module.tie_weights()  # type: ignore[operator]
+    """The causal LM of a configuration, parameters on `meta`, computed buffers real. Raises InputError, naming
+    config.json, where no model can be built of it."""
+    where = Path(config.name_or_path or ".") / "config.json"
+    check_sizes(config, where, MOST_BLOCKS, LARGEST_SIZE)
+    hint = "; use --attn_implementation eager" if config._attn_implementation == "sdpa" else ""
+    with foreign(f"{where} describes no model that can be built{hint}"):
+        with init_empty_weights():
+            module: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        module.tie_weights()  # type: ignore[operator]  # not above: parameters are made anew there
     return module.eval().requires_grad_(False)
 
 
@@ -229,33 +281,52 @@ def load_model(
         if attn_implementation == "eager" and family.no_eager(config):
             raise InputError(f"{model}: {family.no_eager(config)}; use --attn_implementation sdpa")
         config._attn_implementation = attn_implementation
+    if (path / "adapter_config.json").exists():
+        raise InputError(f"{path} holds an adapter (adapter_config.json): merge it into the model first")
     checkpoint = opener(path, config.to_dict()) if opener else Checkpoint(path)
-    storage = checkpoint.read(next(name for name in checkpoint.names() if name.endswith(".weight"))).dtype
+    storage = blocks_dtype(checkpoint)
     compute = dtype or storage
-    try:
-        module, added = build_meta(config, compute, trust_remote_code), frozenset[str]()
-    except (ValueError, ImportError) as error:
-        if attn_implementation is None:
-            raise
-        raise InputError(
-            f"attention {attn_implementation!r} does not work with {config.model_type}; use eager "
-            f"({str(error).strip().splitlines()[0][:120]})"
-        ) from error
+    check_sizes(config, path / "config.json", *sizes_of(checkpoint))
+    module, added = build_meta(config, compute, trust_remote_code), frozenset[str]()
+    if tied := own_head(module, checkpoint):
+        log.warning("%s: config.json ties %s, which has values of its own: it is not tied here", path, tied)
+        config.tie_word_embeddings = False
+        module = build_meta(config, compute, trust_remote_code)
     if biases and family.biases:
         without = {name for name, _ in module.named_parameters()}
         config.update(dict(family.biases))
         module = build_meta(config, compute, trust_remote_code)
         added = frozenset(name for name, _ in module.named_parameters() if name not in without)
     lazy = LazyModel(model, config, family, module, checkpoint, compute, storage, added)
-    lazy.linear_shapes()
+    with foreign(f"{path / 'config.json'} does not describe a model of the family {config.model_type}"):
+        lazy.linear_shapes()
+        family.heads(config)
+        family.seams(config)
     lazy.check_tensors()
     return lazy
 
 
+def blocks_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """In which most numbers of the blocks' matrices are stored. Raises InputError where there are none."""
+    numbers: Counter[torch.dtype] = Counter()
+    for name in checkpoint.names():
+        shape = checkpoint.shape(name)
+        if IN_BLOCK.search(name) and len(shape) > 1 and checkpoint.dtype_of(name) in FLOATS:
+            numbers[checkpoint.dtype_of(name)] += math.prod(shape)
+    if not numbers:
+        raise InputError(f"{checkpoint.path} holds no weights of blocks in floating-point numbers of 16 bits or more")
+    return numbers.most_common(1)[0][0]
+
+
+def sizes_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many blocks there are by the names of the tensors, and the largest dimension of any."""
+    blocks = {match[1] for name in checkpoint.names() if (match := IN_BLOCK.search(name))}
+    return len(blocks), max((size for name in checkpoint.names() for size in checkpoint.shape(name)), default=0)
+
+
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory. Raises InputError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} has no usable tokenizer ({reason[:160]}); copy tokenizer.json into it") from error
+    """The tokenizer of a model directory. Raises InputError where there is none, or none that works."""
+    with foreign(f"{path} has no usable tokenizer; copy tokenizer.json into it"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer.decode(tokenizer.encode("It works."))
+    return tokenizer

@@ -79,6 +79,10 @@ class QuantizedCheckpoint(Checkpoint):
         except UNFIT as error:
             raise InputError(f"{self.path}: {linear} does not fit config.json ({_said(error)})") from error
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Dtype of a tensor; of a quantized one that of config.json, in which a plain checkpoint keeps it."""
+        return self.dtype if name in self._weights else super().dtype_of(name)
+
     def read(self, name: str) -> Tensor:
         """A tensor; a quantized one dequantized, in float32: its values are scale · (code - zero), which the model's dtype
         would round.

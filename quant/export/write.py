@@ -43,6 +43,8 @@ def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | Qu
     for name, _ in model.module.named_parameters():
         if not name.startswith(inside):
             yield name, model.checkpoint.stored(model.key(name))
+    for name in model.carried:
+        yield name, model.checkpoint.stored(name)
     for index, block in enumerate(model.blocks):
         new = dict(replaced(index))
         for name, parameter in block.named_parameters():
@@ -50,9 +52,9 @@ def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | Qu
             if isinstance(found, QuantizedWeight):
                 yield full, found
             elif found is not None:
-                yield full, found.to(model.storage_dtype)
+                yield full, found.to(model.storage_of(full))
             elif full in model.added:
-                yield full, torch.zeros(parameter.shape, dtype=model.storage_dtype)
+                yield full, torch.zeros(parameter.shape, dtype=model.storage_of(full))
             else:
                 yield full, model.checkpoint.stored(model.key(full))
         for name, extra in new.items():  # what no module of the library holds: matrices behind norms, input ranges
@@ -70,9 +72,9 @@ def layers_of(model: LazyModel, quantized_blocks: int) -> Layers:
 
 
 def packed_entries(
-    stream: Iterable[Entry], kind: str, content: Content, dtype: torch.dtype
+    stream: Iterable[Entry], kind: str, content: Content, dtype_of: Callable[[str], torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a format. Raises InputError, with the linear's name, where it cannot hold one, or where one is not
+    """The tensors of a format. dtype_of: by name, what a linear that is written out has. Raises InputError, with the linear's name, where it cannot hold one, or where one is not
     of the shape that the content announced.
     """
     for name, value in stream:
@@ -83,7 +85,7 @@ def packed_entries(
         linear = name.removesuffix(".weight")
         check_shape(linear, value, content)
         if kind not in PACKED:
-            yield name, value.dequantize().to(dtype)
+            yield name, value.dequantize().to(dtype_of(name))
         else:
             try:
                 parts = PACKED[kind].encode(value, content)

@@ -163,7 +163,7 @@ class Learner:
 
     def _storage_dtype(self, name: str) -> torch.dtype:
         """In which a checkpoint holds an entry of floating-point numbers that no solver rounds."""
-        return seams.ONLINE_DTYPE if is_online(name) else self.model.storage_dtype
+        return seams.ONLINE_DTYPE if is_online(name) else self.model.storage_of(name, self.index)
 
     def facts(self, effective: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the parametrizations say of the block: counts added up, of margins the smallest."""

@@ -92,7 +92,7 @@ def _of_run(run: FinishedRun, kind: str) -> Conversion:
     replaced = deployed_in(run.directory, n_blocks)
     return Conversion(
         content,
-        lambda: packed_entries(entries(model, replaced), kind, content, model.storage_dtype),
+        lambda: packed_entries(entries(model, replaced), kind, content, model.storage_of),
         model_config(model, kind, content, n_blocks),
         model_side_files(model, tokenizer),
         run.results,
@@ -122,7 +122,7 @@ def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: 
         check_own(old, source)
     return Conversion(
         content,
-        lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype),
+        lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype_of),
         carried_config(declared, checkpoint.dtype, changes),
         side_file_writer(source, declared),
         read_json(old) if old.exists() else {},

@@ -127,7 +127,9 @@ class Inputs:
             check_seams(self.model.family, self.model.config, config.learning.transform)
         spec = spec_of(config, self.model.linear_shapes())
         if spec is not None:  # what is written out, and what is evaluated
-            dtypes = (self.model.storage_dtype, self.model.dtype)
+            names = [f"{name}.weight" for name in self.model.linear_shapes()]
+            dtypes = {self.model.storage_of(name, i) for i in range(self.n_blocks(config)) for name in names}
+            dtypes.add(self.model.dtype)
             spec = replace(spec, largest=min(LARGEST, *(torch.finfo(dtype).max for dtype in dtypes)))
         recipe = Recipe(
             config.method,

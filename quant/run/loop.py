@@ -68,7 +68,7 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
 def read_block(model: LazyModel, target: RunDirectory, index: int, weights: Weights) -> Weights:
     """The weights that a finished block deploys, from the codes on disk."""
     solved, changed = target.read_weights(index), target.read_changed(index)
-    return deploy(weights, solved, model, changed, f"block {index} ")
+    return deploy(weights, solved, model, index, changed)
 
 
 def _note(records: Sequence[Record], learned: LearnedBlock | None) -> str:
@@ -117,7 +117,8 @@ class _Pair:
     def _exact(self, index: int) -> Weights | None:
         """The block's weights in float32 where the arithmetic would round those of the checkpoint."""
         model = self.inputs.model
-        if model.dtype in (model.storage_dtype, torch.float32, torch.float64):
+        held = {dtype for name, dtype in model.storage.items() if name.startswith(f"{model.family.blocks}.{index}.")}
+        if held == {model.dtype} or model.dtype in (torch.float32, torch.float64):
             return None
         return model.block_weights(index, self.inputs.device, torch.float32)
 

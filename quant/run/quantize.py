@@ -53,36 +53,29 @@ class Recipe:
     act: ActSpec = field(default_factory=ActSpec)
 
 
-def weight_as_stored(quantized: QuantizedWeight, model: LazyModel, device: torch.device) -> Tensor:
-    """The weight [out, in] as a checkpoint holds it (rounded to its dtype), in the arithmetic's dtype."""
-    return quantized.dequantize().to(model.storage_dtype).to(device=device, dtype=model.dtype)
-
-
 def deploy(
     weights: Weights,
     solved: Mapping[str, QuantizedWeight],
     model: LazyModel,
+    index: int,
     changed: Mapping[str, Tensor] | None = None,
-    where: str = "",
 ) -> Weights:
-    """Weights of a block with the solved linears, and what else was changed, in place.
+    """Weights of block ``index`` with the solved linears, and what else was changed, in place: as a checkpoint holds
+    them (each rounded to its own dtype there), in the arithmetic's dtype.
 
-    where: the block, for the message. Raises RunError, with the tensor's name, where the dtype of the checkpoint or of
-    the run cannot hold a number.
+    Raises RunError, with the tensor's name, where the dtype of the checkpoint or of the run cannot hold a number.
     """
-    some = next(iter(weights.values()))
-    others = {name: tensor.to(device=some.device, dtype=model.dtype) for name, tensor in (changed or {}).items()}
-    new = {
-        f"{name}.weight": weight_as_stored(
-            quantized.to(weights[f"{name}.weight"].device), model, weights[f"{name}.weight"].device
-        )
-        for name, quantized in solved.items()
-    }
+    device = next(iter(weights.values())).device
+    others = {name: tensor.to(device=device, dtype=model.dtype) for name, tensor in (changed or {}).items()}
+    new = {}
+    for linear, quantized in solved.items():
+        name = f"{linear}.weight"
+        new[name] = quantized.to(device).dequantize().to(model.storage_of(name, index)).to(model.dtype)
     for name, tensor in {**others, **new}.items():
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # no mask of the whole tensor
-            kept, used = (str(dtype).removeprefix("torch.") for dtype in (model.storage_dtype, model.dtype))
+            kept, used = (str(dtype).removeprefix("torch.") for dtype in (model.storage_of(name, index), model.dtype))
             raise RunError(
-                f"{where}{name}: not every value is finite in {kept}, as it is saved, and {used}, as it is run"
+                f"block {index} {name}: not every value is finite in {kept}, as it is saved, and {used}, as it is run"
             )
     return {**weights, **others, **new}
 
@@ -129,10 +122,10 @@ def quantize_block(
                 records.append({"block": index, "name": name} | record | {"peak_bytes": peak["device"] or peak["host"]})
                 solving += time.perf_counter() - started
         new = {name: solved[name] for group in stage for name in group}
-        weights = deploy(weights, new, stream.model, where=f"block {index} ")
+        weights = deploy(weights, new, stream.model, index)
     if recipe.act.method == "static":
         changed |= static_ranges(stream, index, weights, recipe.act)
-    weights = deploy(weights, {}, stream.model, changed, f"block {index} ")
+    weights = deploy(weights, {}, stream.model, index, changed)
     return SolvedBlock(weights, solved, changed, records, solving)
 
 

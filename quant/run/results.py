@@ -71,8 +71,9 @@ def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyMod
     stored = torch.finfo(model.storage_dtype).bits
     learned = [block.learning for block in blocks if block.learning]
     if not records:  # nothing was solved: the linears of these blocks stay in the checkpoint's dtype
-        count = len(blocks) * sum(out * n_in for out, n_in in model.linear_shapes().values())
-        bits = stored * count
+        for name, (out, n_in) in model.linear_shapes().items():
+            widths = [torch.finfo(model.storage_of(f"{name}.weight", i)).bits for i in range(len(blocks))]
+            bits, count = bits + out * n_in * sum(widths), count + out * n_in * len(widths)
     bits += 16 * sum(log["online_parameters"] for log in learned)
     if not count and isinstance(model.checkpoint, QuantizedCheckpoint):
         bits, count = model.checkpoint.storage()

@@ -66,7 +66,7 @@ def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     model, content, target = inputs.model, inputs.content(job.config), job.config.save
     assert target is not None
     stream = packed_entries(
-        entries(model, deployed_in(job.target, job.n_blocks)), format_name, content, model.storage_dtype
+        entries(model, deployed_in(job.target, job.n_blocks)), format_name, content, model.storage_of
     )
     described = model_config(model, format_name, content, job.n_blocks)
     results = dict(job.results or {}) | {"format": format_name}

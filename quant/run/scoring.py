@@ -115,7 +115,7 @@ def _variant(inputs: Inputs, job: Job) -> Variant:
             return weights
         if not packed:
             return read_block(model, job.target, index, weights)
-        changed = deploy(weights, {}, model, job.target.read_changed(index), f"block {index} ")
+        changed = deploy(weights, {}, model, index, job.target.read_changed(index))
         return _pack(inputs, job, index, changed, job.target.read_weights(index))
 
     return Variant(block, job.config.act, packed and job.n_blocks == len(model.blocks))

@@ -167,7 +167,7 @@ BROKEN = {
     break_missing_tensor: "lacks the tensor model.layers.1.mlp.up_proj.weight",
     break_shape: r"has shape \(64, 32\) .* asks for \(128, 32\)",
     break_family: "unknown model family 'gpt2'",
-    break_json: "not a usable model configuration",
+    break_json: "config.json is truncated or not JSON",
     break_config: "holds no config.json",
     break_weights: "holds no weights",
     break_quantized: "quantized already",

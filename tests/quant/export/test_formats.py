@@ -278,9 +278,9 @@ def test_a_block_of_another_run_is_refused_where_it_is_written(kind):
         ),
     ):
         with pytest.raises(InputError, match=said):
-            list(write.packed_entries([("a.layer.weight", weight)], kind, content, torch.float16))
+            list(write.packed_entries([("a.layer.weight", weight)], kind, content, lambda name: torch.float16))
     with pytest.raises(InputError, match="but the model's linear is None"):
-        list(write.packed_entries([("a.other.weight", few)], kind, content, torch.float16))
+        list(write.packed_entries([("a.other.weight", few)], kind, content, lambda name: torch.float16))
 
 
 def test_groups_that_do_not_divide_are_those_of_their_size():

@@ -118,7 +118,7 @@ def test_gradients_against_finite_differences(name, form, grid, model_dir, tmp_p
     monkeypatch.setattr(seams, "ONLINE_DTYPE", torch.float64)
     monkeypatch.setattr(LlamaRMSNorm, "forward", in_float64)  # the library's computes in float32
     bench = Bench(model_dir(name), tmp_path, torch.float64, biases=True)
-    bench.model.storage_dtype = torch.float64
+    bench.model.storage, bench.model.storage_dtype = {}, torch.float64
     act = ActSpec(16, 16) if grid == "symmetric" else ActSpec(4, 16, symmetric=True)
     learning = replace(FORMS[form](4), attention=form == "abq")
     learner = bench.learner(learning, QuantSpec(3, 16, symmetric=grid == "symmetric"), act)
@@ -156,7 +156,7 @@ def test_gradients_against_finite_differences(name, form, grid, model_dir, tmp_p
 def test_what_is_deployed_is_what_was_trained(name, form, model_dir, tmp_path):
     """Bit for bit: codes on the learned grid, transformed norms and biases, through the block file and back."""
     bench = Bench(model_dir(name), tmp_path, biases=True)
-    bench.model.storage_dtype = torch.bfloat16
+    bench.model.storage, bench.model.storage_dtype = {}, torch.bfloat16
     bench.weights = {k: t.bfloat16().float() for k, t in bench.weights.items()}  # as read from such a checkpoint
     spec, act = QuantSpec(3, 16), ActSpec(4, 4)
     learning = replace(FORMS[form](4), epochs=2, lwc_lr=0.1, let_lr=0.02)
@@ -170,7 +170,7 @@ def test_what_is_deployed_is_what_was_trained(name, form, model_dir, tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.blocks.mkdir(parents=True)
     run.write_block(0, block.solved, block.records, {}, changed=block.changed, learned=learned.parameters)
-    back = deploy(bench.weights, run.read_weights(0), bench.model, run.read_changed(0))
+    back = deploy(bench.weights, run.read_weights(0), bench.model, 0, run.read_changed(0))
     for found in (block.weights, back):
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
