@@ -36,7 +36,7 @@ from data.corpora import (
     sha256_of,
 )
 from quant.core.errors import InputError
-from quant.core.files import temporary_name
+from quant.core.files import write_atomically
 
 MIXED = ("wikitext2", "ptb", "c4")  # OmniQuant's ``mix``: a third of the windows from each
 PILE_DOCUMENTS = 1000
@@ -237,9 +237,7 @@ def _read_cache(file: Path | None) -> Tensor | None:
 def _write_cache(file: Path, ids: Tensor) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(file)  # runs may share a cache
-        temporary.write_bytes(save({"ids": ids}, {"format": "pt", "sha256": _sha256(ids)}))
-        temporary.replace(file)
+        write_atomically(file, save({"ids": ids}, {"format": "pt", "sha256": _sha256(ids)}))
     except OSError as error:
         raise InputError(f"cannot write the token cache {file.parent}: {error.strerror}; use --cache-dir") from error
 

@@ -1131,6 +1131,19 @@ def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path, monkeypa
     assert error.value.filename == str(path) and path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_killed_process_left_of_a_file_goes(tmp_path):
+    path, other = tmp_path / "x.json", tmp_path / f".x.json.{'0' * 11}g.tmp"
+    left, busy = (tmp_path / f".x.json.{digit * 12}.tmp" for digit in "01")
+    for file in (left, busy, other):
+        file.write_text("half")
+    with busy.open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        write_atomically(path, b"new")
+    assert sorted(tmp_path.iterdir()) == sorted([path, busy, other]) and path.read_bytes() == b"new"
+    write_atomically(path, b"newer")
+    assert sorted(tmp_path.iterdir()) == sorted([path, other])
+
+
 def test_every_promise_names_tests_that_are_there():
     text = (ROOT / "docs" / "promises.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ") and "promise | test" not in line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,35 @@ def temporary_name(path: Path) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under its final name only when every byte is on disk. Raises OSError that names the file."""
+    """Write a file under its final name only when every byte is on disk. Raises OSError that names the file. What processes
+    that were killed left of it goes."""
     temporary = temporary_name(path)
     try:
         with temporary.open("xb") as stream:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(stream, fcntl.LOCK_EX)
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):  # a write that fails knows its descriptor only
             error.filename = str(path)
         raise
+    _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    """Delete temporary files of ``path`` that nobody is writing: locks end with their processes."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):  # it is gone, or locked
+            if TEMPORARY.fullmatch(file.name) and stat.S_ISREG(file.lstat().st_mode):
+                with file.open("rb") as stream:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    about = os.fstat(stream.fileno())
+                    if about.st_size or time.time() - about.st_mtime > 60:  # else one that is about to be locked
+                        file.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
