@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= llama
 
-.PHONY: venv demo test test-all check fmt bench tables clean
+.PHONY: venv demo test test-all campaign check fmt bench tables clean
 
 venv: .venv/installed
 
@@ -30,6 +30,12 @@ test-all: test
 	.venv-peers/bin/python -m pip install --quiet "setuptools>=84" wheel torch==2.13.0 "transformers>=5.23,<6"
 	.venv-peers/bin/python -m pip install --quiet --no-build-isolation -r requirements-pack.txt torch==2.13.0
 	$(BIN)/python -m benchmarks.loaders --peer .venv-peers/bin/python
+
+# Damaged input, kills, full disks and little memory against every command, in minutes: tests/campaign. BUDGET is in seconds
+BUDGET ?= 480
+SEED ?= 0
+campaign: venv
+	$(BIN)/python -m tests.campaign --budget $(BUDGET) --seed $(SEED)
 
 check: venv
 	$(BIN)/ruff check .
