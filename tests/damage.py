@@ -116,3 +116,36 @@ def add_to_blocks(ending, **act):
         edit_config(activations=act)(path)
 
     return edit
+
+
+MISSING = object()
+NESTED = json.loads("[" * 400 + "]" * 400)
+# What an entry of a JSON file can have become: gone, another type, a number beyond all sizes, no number, without end
+BAD = {
+    "missing": MISSING, "null": None, "text": "x", "list": [1], "empty list": [], "object": {"a": 1}, "empty object": {},
+    "true": True, "negative": -1, "zero": 0, "fraction": 0.5, "int beyond": 10**400, "float beyond": 1e308, "tiny": 5e-324,
+    "nan": float("nan"), "inf": float("inf"), "long": "n" * 5000, "nested": NESTED, "lone": "\udcff\x1b[31m\n",
+}  # fmt: skip
+
+
+def entry_paths(value, path=()):
+    """The path of every entry of a JSON value; of lists, their first and their last."""
+    keys = list(value) if isinstance(value, dict) else []
+    if isinstance(value, list) and value:
+        keys = sorted({0, len(value) - 1})
+    for key in keys:
+        yield (*path, key)
+        yield from entry_paths(value[key], (*path, key))
+
+
+def with_entry(value, path, entry):
+    """A copy of a JSON value in which one entry is another, or gone."""
+    value = json.loads(json.dumps(value))
+    inner = value
+    for key in path[:-1]:
+        inner = inner[key]
+    if entry is MISSING:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = entry
+    return value

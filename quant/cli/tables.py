@@ -48,8 +48,8 @@ def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
                 _number(perplexity.get("quantized"), 3),
                 f"{bounds[0]:.3f}-{bounds[1]:.3f}" if bounds else "-",
                 _number(results["fidelity"].get(name, {}).get("kl_divergence"), 4),
-                f"{results['mean_relative_error']:.4f}" if first else "",
-                f"{results['seconds']['total']:.1f}" if first else "",
+                _number(results["mean_relative_error"], 4) if first else "",
+                _number(results["seconds"].get("total"), 1) if first else "",
             )
     return table
 
@@ -67,11 +67,11 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
             console.print(linears_table([json.loads(line) for line in (path / "journal.jsonl").open()]))
         verdicts, seconds, peak = results["verdicts"], results["seconds"], results["peak_bytes"]
         stages = ", ".join(
-            f"{k} {seconds[k]:.1f}" for k in STAGES if seconds.get(k, 0) > 0 or k not in ("learn", "tasks")
+            f"{k} {_number(seconds.get(k), 1)}" for k in STAGES if seconds.get(k, 0) > 0 or k not in ("learn", "tasks")
         )
-        memory = f"{peak['host'] / 1e9:.2f} GB host" + (
-            f", {peak['device'] / 1e9:.2f} GB device" if peak["device"] else ""
-        )
+        memory = f"{_number(peak['host'], 2, 1e-9)} GB host"
+        if peak["device"]:
+            memory += f", {_number(peak['device'], 2, 1e-9)} GB device"
         method = Text(printable(results["method"]), style="bold")
         console.print(method, f": seconds: {stages}; peak memory {memory}", sep="")
         if any(verdicts[v] for v in ("look", "bad")):
@@ -144,8 +144,10 @@ def _remarks(results: dict[str, Any]) -> list[str]:
         lines.append(f"{share:.2%} of the weights are kept as outliers (counted in bits per weight)")
     if packed := results.get("packed_bytes"):
         counted = results["quantized_bytes"]
-        lines.append(f"evaluated with packed weights: {packed / 1e6:.2f} MB in memory, {counted / 1e6:.2f} MB counted")
-    online = sum(log["online_parameters"] for log in results["learning"])
+        lines.append(
+            f"evaluated with packed weights: {packed / 1e6:.2f} MB in memory, {_number(counted, 2, 1e-6)} MB counted"
+        )
+    online = sum(log["online_parameters"] or 0 for log in results["learning"])
     if online:
         lines.append(
             f"matrices behind norms: {online} numbers in 16 bits (counted in bits per weight), {2 * online} flops a token"
@@ -178,9 +180,9 @@ def tasks_table(all_results: Sequence[dict[str, Any]]) -> Table:
                 str(task["items"]),
                 _number(task["fp"], 3),
                 _number(task["quantized"], 3),
-                f"{task['stderr']:.3f}",
+                _number(task["stderr"], 3),
                 f"{bounds[0]:+.3f} to {bounds[1]:+.3f}" if bounds else "-",
-                f"{task['chance']:.2f}" + (" (at chance)" if task["at_chance"] else ""),
+                _number(task["chance"], 2) + (" (at chance)" if task["at_chance"] else ""),
             )
     return table
 
@@ -257,5 +259,5 @@ def loadability_table(kind: str, rows: Sequence[tuple[str, bool, str, str]]) -> 
     return table
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int, times: float = 1) -> str:
+    return "-" if value is None else f"{value * times:.{digits}f}"

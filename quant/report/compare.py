@@ -8,6 +8,10 @@ from typing import Any
 from quant.core.errors import InputError
 from quant.report.runs import Run
 
+NUMBERS = (
+    "bits_per_weight", "quantized_bytes", "mean_relative_error", "perplexity", "fidelity", "zero_shot", "seconds", "peak_bytes"
+)  # fmt: skip
+
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested entries by dotted names."""
@@ -30,29 +34,15 @@ def differences(runs: Sequence[Run]) -> dict[str, list[list[Any]]]:
                 f"{runs[0].path} and {run.path} are runs of different models ({first['id']}, {run.manifest['model']['id']})"
             )
     rows_by_part: dict[str, list[list[Any]]] = {}
-    numbers = (
-        "bits_per_weight",
-        "quantized_bytes",
-        "mean_relative_error",
-        "perplexity",
-        "fidelity",
-        "zero_shot",
-        "seconds",
-        "peak_bytes",
-    )
-    for part, flat in (
-        (
-            "configuration",
-            [_flat(run.manifest["configuration"]) | _flat(run.manifest["versions"], "versions") for run in runs],
-        ),
-        ("numbers", [_flat({k: run.results[k] for k in numbers}) for run in runs]),
-    ):
+    asked = [_flat(run.manifest["configuration"]) | _flat(run.manifest["versions"], "versions") for run in runs]
+    numbers = [_flat({key: value for key, value in run.results.items() if key in NUMBERS}) for run in runs]
+    for part, flat in (("configuration", asked), ("numbers", numbers)):
         names = dict.fromkeys(name for one in flat for name in one)
         rows = [[name, *(one.get(name) for one in flat)] for name in names]
         rows_by_part[part] = [row for row in rows if any(value != row[1] for value in row[2:])]
     errors = [{(r["block"], r["name"]): r["relative_error"] for r in run.records} for run in runs]
     shared = [key for key in errors[0] if all(key in one for one in errors[1:])]
-    linears = [[f"{block} {name}", *(one[block, name] for one in errors)] for block, name in shared]
-    linears.sort(key=lambda row: -max(row[1:]) / max(min(row[1:]), 1e-30))
-    rows_by_part["linears"] = [row for row in linears if any(value != row[1] for value in row[2:])]
+    linears = [(f"{block} {name}", [one[block, name] for one in errors]) for block, name in shared]
+    linears.sort(key=lambda row: -max(row[1]) / max(min(row[1]), 1e-30))
+    rows_by_part["linears"] = [[name, *row] for name, row in linears if any(value != row[0] for value in row[1:])]
     return rows_by_part

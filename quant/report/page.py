@@ -30,16 +30,16 @@ from quant.report.compare import differences as differences  # quant.cli.report 
 from quant.report.published import published
 from quant.report.runs import Run, score_of
 from quant.report.runs import open_run as open_run
-from quant.run.directory import Record
+from quant.run.finished import LinearRecord
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 LOOK_ABOVE = 0.1
 
 
-def reason(record: Record) -> str:
+def reason(record: LinearRecord) -> str:
     """Why a linear has its verdict, in words."""
     error, nearest = record["relative_error"], record["relative_error_rtn"]
-    if record["verdict"] == "ok":
+    if record["verdict"] in ("ok", None):
         return ""
     if not math.isfinite(error) or error >= 1:
         return "nothing of the output is left"
@@ -50,7 +50,7 @@ def reason(record: Record) -> str:
     return f"relative error above {LOOK_ABOVE:g}"
 
 
-def heat(records: Sequence[Record]) -> dict[str, Any] | None:
+def heat(records: Sequence[LinearRecord]) -> dict[str, Any] | None:
     """Relative errors as a table blocks x linears with a colour strength in 0..1 on a logarithmic scale."""
     if not records:
         return None
@@ -157,30 +157,30 @@ def write_pages(paths: Sequence[Path], together: Path | None) -> Path:
     if len(runs) == 1:
         return pages[0]
     digest = hashlib.sha256(" ".join(run.path.name for run in runs).encode(errors="surrogatepass")).hexdigest()[:8]
-    return write_report(runs, together or runs[0].path.parent / f"report-{runs[0].model}-{digest}")
+    return write_report(runs, together or runs[0].path.parent / _file_name(f"report-{runs[0].model}-{digest}"))
 
 
 def _csv(runs: Sequence[Run]) -> str:
     """The journal of one run, or one line a run and corpus with the scores of its tasks."""
     text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     if len(runs) == 1:
         fields = ["block", "name", "method", "bits", "relative_error", "relative_error_rtn", "bits_per_weight", "seconds", "peak_bytes", "verdict"]  # fmt: skip
-        writer = csv.writer(text, lineterminator="\n")
         writer.writerow(fields)
-        writer.writerows([csv_cell(record.get(field)) for field in fields] for record in runs[0].records)
+        writer.writerows([csv_cell(dict(record).get(field)) for field in fields] for record in runs[0].records)
         return text.getvalue()
-    writer = csv.writer(text, lineterminator="\n")
     tasks = list(dict.fromkeys(task for run in runs for task in run.results["zero_shot"]))
     head = ["model", "method", "wbits", "abits", "group_size", "seed", "bits_per_weight", "data", "fp", "quantized",
             "kl_divergence", "mean_relative_error", *tasks, "seconds", "peak_bytes_host", "peak_bytes_device", "run"]  # fmt: skip
     writer.writerow(map(csv_cell, head))
     for run in runs:
         r, answered = run.results, run.results["zero_shot"]
-        for name, scores in (r["perplexity"] or {"-": {"fp": None, "quantized": None}}).items():
-            kl = r["fidelity"].get(name, {}).get("kl_divergence")
-            row = [run.model, r["method"], r["wbits"], r.get("abits", 16), r["group_size"], run.manifest["seed"],
-                   r["bits_per_weight"], name, scores["fp"], scores["quantized"], kl, r["mean_relative_error"],
+        for name in r["perplexity"] or ["-"]:
+            scores, fidelity = r["perplexity"].get(name), r["fidelity"].get(name)
+            row = [run.model, r["method"], r["wbits"], r["abits"] or 16, r["group_size"], run.manifest["seed"],
+                   r["bits_per_weight"], name, scores and scores["fp"], scores and scores["quantized"],
+                   fidelity and fidelity["kl_divergence"], r["mean_relative_error"],
                    *(score_of(answered[task]) if task in answered else None for task in tasks),
-                   r["seconds"]["total"], r["peak_bytes"]["host"], r["peak_bytes"]["device"], run.path.name]  # fmt: skip
+                   r["seconds"].get("total"), r["peak_bytes"]["host"], r["peak_bytes"]["device"], run.path.name]  # fmt: skip
             writer.writerow(map(csv_cell, row))
     return text.getvalue()

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from quant.core.text import brief, printable
 from quant.report.published import method_of
-from quant.report.runs import Run, score_of
+from quant.report.runs import Run, mean_of, score_of
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 INK = "#010203"  # stands for the page's text colour in plots, which follows light and dark
@@ -79,8 +79,8 @@ def perplexity_plot(runs: Sequence[Run], corpus: str) -> tuple[str, bytes] | Non
     """Perplexity over full precision's against stored bits; None without such numbers."""
 
     def ratio(run: Run) -> float | None:
-        scores = run.results["perplexity"].get(corpus, {})
-        return scores["quantized"] / scores["fp"] if scores.get("fp") and scores.get("quantized") else None
+        scores = run.results["perplexity"].get(corpus)
+        return scores["quantized"] / scores["fp"] if scores and scores["fp"] and scores["quantized"] else None
 
     about = f"Perplexity on {printable(corpus)} relative to full precision against stored bits per weight"
     return _against_bits(runs, ratio, 1.0, "perplexity / full precision", about)
@@ -90,8 +90,7 @@ def scores_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
     """Mean score over the tasks less full precision's, against stored bits; None without such numbers."""
 
     def difference(run: Run) -> float | None:
-        changes = [entry["difference"] for entry in run.results["zero_shot"].values()]
-        return sum(changes) / len(changes) if changes and None not in changes else None
+        return mean_of([entry["difference"] for entry in run.results["zero_shot"].values()])
 
     about = "Mean score of the tasks less that of full precision against stored bits per weight"
     return _against_bits(runs, difference, 0.0, "mean score - full precision", about)
@@ -113,7 +112,7 @@ def _against_bits(
     points: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
     for run in runs:
         number = value(run)
-        if number is not None:
+        if number is not None and math.isfinite(number):
             of_method = points.setdefault(run.model, {}).setdefault(method_of(run.results), {})
             of_method.setdefault(run.label, []).append((run.results["bits_per_weight"], number))
     looks = _looks(runs)
@@ -175,14 +174,9 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
             full = entries[0][1]["fp"]
             for run, entry in entries:
                 marker, colour = looks[method_of(run.results)]
-                axes.errorbar(
-                    score_of(entry),
-                    rows,
-                    xerr=1.96 * entry["stderr"],
-                    fmt=marker,
-                    color=colour,
-                    capsize=3,
-                )
+                if (score := score_of(entry)) is not None:
+                    error = 1.96 * abs(entry["stderr"] or 0.0)
+                    axes.errorbar(score, rows, xerr=error, fmt=marker, color=colour, capsize=3)
                 names.append(_name(f"{task}: {run.label}"))
                 rows += 1
             if full is not None:
@@ -200,7 +194,7 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
 
 def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
     """Seconds by stage of the BARS longest runs."""
-    shown = sorted(runs, key=lambda run: -run.results["seconds"]["total"])[:BARS]
+    shown = sorted(runs, key=lambda run: -run.results["seconds"].get("total", 0.0))[:BARS]
     with _figure(7.2, 0.9 + 0.36 * len(shown)) as figure:
         axes = figure.subplots()
         left = [0.0] * len(shown)
@@ -218,19 +212,19 @@ def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
 
 def memory_plot(run: Run) -> tuple[str, bytes] | None:
     """Peak memory by stage, of the host and of the device if there is one; None for runs that did not measure it."""
-    stages = dict(run.results.get("peak_bytes_by_stage", {}))
+    stages = dict(run.results["peak_bytes_by_stage"])
     if not run.results["zero_shot"]:
         stages.pop("tasks", None)
-    if not stages:
+    amounts = {where: [(peak[where] or 0) / 1e9 for peak in stages.values()] for where in ("host", "device")}
+    amounts = {where: of_stages for where, of_stages in amounts.items() if any(of_stages)}
+    if not amounts:
         return None
-    places = [where for where in ("host", "device") if any(peak[where] for peak in stages.values())]
     with _figure(7.2, 0.9 + 0.36 * len(stages)) as figure:
         axes = figure.subplots()
-        for i, where in enumerate(places):
-            height = 0.7 / len(places)
-            centres = [n + (i - (len(places) - 1) / 2) * height for n in range(len(stages))]
-            amounts = [peak[where] / 1e9 for peak in stages.values()]
-            axes.barh(centres, amounts, height=height, color=COLOURS[i], label=where)
+        for i, (where, of_stages) in enumerate(amounts.items()):
+            height = 0.7 / len(amounts)
+            centres = [n + (i - (len(amounts) - 1) / 2) * height for n in range(len(stages))]
+            axes.barh(centres, of_stages, height=height, color=COLOURS[i], label=where)
         axes.set_yticks(range(len(stages)), [_name(stage) for stage in stages])
         axes.invert_yaxis()
         axes.set_xlabel("peak memory, GB")
@@ -238,9 +232,15 @@ def memory_plot(run: Run) -> tuple[str, bytes] | None:
         return _drawn(figure, "Peak memory by stage")
 
 
+def _ratio(loss: float | None, start: float) -> float:
+    """A loss relative to its start; no number, which leaves a gap in the line, where one of them is none."""
+    ratio = loss / start if loss is not None and start else math.nan
+    return ratio if math.isfinite(ratio) else math.nan
+
+
 def losses_plot(run: Run) -> tuple[str, bytes] | None:
     """Loss of every block over its epochs, relative to its start; None where nothing was learned."""
-    logs = run.results.get("learning") or []
+    logs = run.results["learning"]
     if not any(log["losses"] for log in logs):
         return None
     with _figure(7.2, 3.4) as figure:
@@ -249,7 +249,7 @@ def losses_plot(run: Run) -> tuple[str, bytes] | None:
         import matplotlib as mpl
 
         for block, log in enumerate(logs):
-            values = [1.0, *(v / log["loss_start"] if v is not None else math.nan for v in log["losses"])]
+            values = [1.0, *(_ratio(loss, log["loss_start"]) for loss in log["losses"])]
             axes.plot(range(len(values)), values, color=mpl.colormaps["cividis"](0.1 + 0.8 * shades[block]), linewidth=1.4,
                       label=f"block {block}" if len(logs) <= 8 or block in (0, len(logs) - 1) else None)  # fmt: skip
         axes.set_xlabel("epoch")
@@ -262,22 +262,23 @@ def losses_plot(run: Run) -> tuple[str, bytes] | None:
 def ranges_plot(run: Run) -> tuple[str, bytes] | None:
     """Input channels (median and largest root mean square) and weights (largest over root mean square, outliers kept)
     of every linear in order; None for journals without them."""
-    records = [r for r in run.records if "input_rms" in r]
-    if not records:
+    shown = [(r["name"], rms, r["weight_peak"], r["outlier_share"]) for r in run.records if (rms := r["input_rms"])]
+    if not shown:
         return None
-    names = list(dict.fromkeys(r["name"] for r in records))
+    names = list(dict.fromkeys(name for name, *_ in shown))
     with _figure(7.2, 5.4) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         for i, name in enumerate(names):
-            own = [(n, r) for n, r in enumerate(records) if r["name"] == name]
-            x, colour = [n for n, _ in own], COLOURS[i % 8]
-            low, high = ([r["input_rms"][k] for _, r in own] for k in (0, 1))
+            own = [(n, rms, peak) for n, (its, rms, peak, _) in enumerate(shown) if its == name]
+            x, colour = [n for n, *_ in own], COLOURS[i % 8]
+            low, high = ([rms[k] for _, rms, _ in own] for k in (0, 1))
             above.vlines(x, low, high, color=colour, linewidth=2, label=_name(name.split(".")[-1], IN_LEGEND))
             above.plot(x, high, MARKERS[i % 8], color=colour, markersize=4)
-            below.plot(x, [r["weight_peak"] for _, r in own], MARKERS[i % 8], color=colour, markersize=5)
-        for n, r in enumerate(records):
-            if r["outlier_share"] > 0:
-                below.annotate(f"{r['outlier_share']:.1%}", (n, r["weight_peak"]), fontsize=7, rotation=90,
+            peaks = [math.nan if peak is None else peak for *_, peak in own]
+            below.plot(x, peaks, MARKERS[i % 8], color=colour, markersize=5)
+        for n, (_, _, peak, share) in enumerate(shown):
+            if share and peak is not None:
+                below.annotate(f"{share:.1%}", (n, peak), fontsize=7, rotation=90,
                                xytext=(0, 5), textcoords="offset points", ha="center")  # fmt: skip
         above.set_yscale("log")
         above.set_ylabel("input channels: median\nto largest RMS")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,27 @@ def rows() -> list[tuple[str, str, str, str, str, dict[str, float]]]:
     return figures
 
 
-def setting_of(results: dict[str, Any]) -> str:
+def setting_of(results: Mapping[str, Any]) -> str:
     """W3, W3g128, W4A4, ... or FP16; a star marks codes of one level more than 2^bits (W2*: five)."""
-    if results["wbits"] == 16 and results.get("abits", 16) == 16:
+    abits = results.get("abits") or 16
+    if results["wbits"] == abits == 16:
         return FULL
-    acts = f"A{results['abits']}" if results.get("abits", 16) < 16 else ""
+    acts = f"A{abits}" if abits < 16 else ""
     entropy = results.get("entropy_bits")
     star = "*" if entropy is not None and entropy > results["wbits"] else ""
     return f"W{results['wbits']}{star}{acts}" + (f"g{results['group_size']}" if results["group_size"] > 0 else "")
 
 
-def method_of(results: dict[str, Any]) -> str:
+def method_of(results: Mapping[str, Any]) -> str:
     """The method with what its name does not say: the share of weights kept as outliers, and as what."""
     options = results.get("options", {})
-    rounded = results["wbits"] < 16 and results.get("solver", results["method"]) == "quantease"
-    share = options.get("outlier", 0) if rounded else 0
+    rounded = results["wbits"] < 16 and (results.get("solver") or results["method"]) == "quantease"
+    share = options.get("outlier") if rounded else 0
     kept = f"+{100 * share:g}%" + (" columns" if options.get("structure_outlier") else "") if share else ""
     return f"{results['method']}{kept}"
 
 
-def published(model: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+def published(model: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Figures for a model's name and the setting of results.json, full precision first; none where none is known.
 
     Each has data, setting, method, source, perplexity, ours (where the row is full precision or the run's own method), and

@@ -18,6 +18,7 @@ from quant.export.target import check_target, settle
 from quant.export.write import model_side_files
 from quant.run.config import RunConfig, places_read, places_written, stores_of
 from quant.run.directory import BlockSummary, Record, RunDirectory
+from quant.run.finished import read_results
 from quant.run.identity import configuration_of, evaluation_of, path_of
 from quant.run.inputs import Inputs
 from quant.run.quantize import Recipe
@@ -69,9 +70,9 @@ def _open_job(inputs: Inputs, config: RunConfig, held: ExitStack, together: int)
         check_ranges(config, inputs.model, inputs.model_sha256)
     configuration = configuration_of(inputs, config)
     target = RunDirectory(path_of(inputs, config))
-    previous = None if config.overwrite else target.read("results.json")
-    if previous is not None and previous.get("evaluation") != evaluation_of(inputs, config):
-        previous = None
+    stored = None if config.overwrite else read_results(target)
+    same = stored is not None and stored["evaluation"] == evaluation_of(inputs, config)
+    previous = dict(stored) if stored is not None and same else None
     job = Job(config, recipe, target, json_sha256(configuration), configuration["blocks"], previous)
     inputs.check_export(config)
     stay = _check_save(inputs, job)

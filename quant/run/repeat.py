@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quant.core.errors import InputError
 from quant.core.places import Place, check_places
 from quant.run.config import RunConfig
-from quant.run.directory import RunDirectory, check_manifest
+from quant.run.directory import RunDirectory
+from quant.run.finished import read_manifest, read_results
 from quant.run.session import Session
 from quant.run.stored import NOTHING_ALLOWED, Allowed
 
@@ -24,19 +27,19 @@ def repeat(
     ``allowed`` does not allow.
     """
     source = RunDirectory(run)
-    manifest, before = source.read("manifest.json"), source.read("results.json")
+    manifest, before = read_manifest(source), read_results(source)
     if manifest is None:
         raise InputError(f"{run} has no manifest that says what was asked for")
-    check_manifest(manifest, run / "manifest.json")
     if before is None:
         raise InputError(f"{run} was not finished; run its command again first")
     config = RunConfig.from_json(manifest["request"], str(run / "manifest.json"), allowed)
     config = replace(config, run_dir=into, cache_dir=cache_dir)
     check_places([Place("the run", run)], [Place("--into", into)])
     session = Session(config)
+    configuration = session.configuration(config)
     changed = [
         f"{key}: {manifest['configuration'].get(key)} -> {value}"
-        for key, value in session.configuration(config).items()
+        for key, value in configuration.items()
         if manifest["configuration"].get(key) != value
     ]
     if changed:
@@ -44,10 +47,14 @@ def repeat(
     after = session.run(config)
     differences = [
         f"block {index}: other codes"
-        for index in range(manifest["configuration"]["blocks"])
+        for index in range(configuration["blocks"])
         if _codes(source, index) != _codes(RunDirectory(into), index)
     ]
-    return differences + [f"{key}: {before[key]} -> {after[key]}" for key in NUMBERS if before[key] != after[key]]
+    return differences + [
+        f"{key}: {value} -> {after[key]}"
+        for key, value in before.items()
+        if key in NUMBERS and value not in (None, after[key])
+    ]
 
 
 def _codes(run: RunDirectory, index: int) -> str:
@@ -58,11 +65,15 @@ def _codes(run: RunDirectory, index: int) -> str:
 
 def versions_that_differ(run: Path, into: Path) -> list[str]:
     """Packages, threads and hardware that are not those of the first run: where to look if results differ."""
-    first, second = (RunDirectory(path).read("manifest.json") for path in (run, into))
+    first, second = (read_manifest(RunDirectory(path)) for path in (run, into))
     assert first is not None and second is not None
+    parts: list[tuple[Mapping[str, Any], ...]] = [
+        (first["versions"], second["versions"]),
+        (first["hardware"], second["hardware"]),
+    ]
     return [
-        f"{key} {first[part].get(key)} -> {second[part].get(key)}"
-        for part in ("versions", "hardware")
-        for key in first[part]
-        if first[part].get(key) != second[part].get(key)
+        f"{key} {value} -> {now.get(key)}"
+        for before, now in parts
+        for key, value in before.items()
+        if value != now.get(key)
     ]

@@ -1,0 +1,155 @@
+"""Reports, comparisons and repetitions of runs that were edited, cut or made by an earlier version: right, or one line."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from quant.cli import repeat as repeat_command
+from quant.cli import report as report_command
+from quant.core.errors import InputError
+from quant.report.runs import open_run
+from quant.run.session import Session
+from tests.damage import BAD, entry_paths, with_entry
+from tests.helpers import asked, called, config_for
+
+FILES = ("manifest.json", "results.json", "journal.jsonl")
+QUIZ = {"metric": "acc", "items": 20, "fp": 0.8, "quantized": 0.5, "stderr": 0.1, "difference": -0.3,
+        "difference_ci95": [-0.9, 0.9], "chance": 0.25, "at_chance": False, "others": {"f1": 0.5}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_dir, text) -> Path:
+    """A learned run with the score of a task, and the same run again."""
+    base = tmp_path_factory.mktemp("finished")
+    config = config_for(model_dir("llama"), text, base, method="omniquant", solver="rtn", options={}, nsamples=4, limit=4,
+                        learning=asked(epochs=1, batch=4))  # fmt: skip
+    Session(config).run(config)
+    results = json.loads((base / "run" / "results.json").read_text())
+    (base / "run" / "results.json").write_text(json.dumps(results | {"zero_shot": {"quiz": QUIZ}}))
+    shutil.copytree(base / "run", base / "same")
+    return base
+
+
+def contents(path: Path):
+    """What a file of a run holds; of the journal, its lines."""
+    return [json.loads(line) for line in path.open()] if path.suffix == ".jsonl" else json.loads(path.read_text())
+
+
+@contextmanager
+def damaged(run: Path, name: str, where: tuple, kind: str):
+    """A run in which one entry of one file is, for a while, what BAD says."""
+    path = run / name
+    before = path.read_bytes()
+    value = with_entry(contents(path), where, BAD[kind])
+    lines = [json.dumps(line) + "\n" for line in value] if path.suffix == ".jsonl" else [json.dumps(value)]
+    path.write_text("".join(lines))
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def is_read(run: Path, *damage) -> bool:
+    """Whether a damaged run is read; if not, one line says which file and entry."""
+    with damaged(run, *damage):
+        try:
+            open_run(run)
+        except InputError as error:
+            (line,) = error.args
+            assert str(run / damage[0]) in line, (damage, line)
+            return False
+        return True
+
+
+def all_damages(run: Path) -> list[tuple[str, tuple, str]]:
+    """Every entry of every file of a run with every value of BAD."""
+    return [(name, where, kind) for name in FILES for where in entry_paths(contents(run / name)) for kind in BAD]
+
+
+def drawn(damages: list, number: int) -> list:
+    """Some of many damages, the same in every run of the tests."""
+    return random.Random(0).sample(sorted(damages, key=repr), number)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def check_page(out: Path) -> None:
+    """A whole page beside its tables and pictures; what is not known is a dash there."""
+    html = (out / "report.html").read_text()
+    assert html.endswith("</html>") and "<pre>" in html
+    page = html[: html.index("<pre>")] + html[html.index("</pre>") :]
+    assert not re.search(r"\bNone\b|[Uu]ndefined", page)
+    assert "None" not in (out / "report.csv").read_text() and (out / "seconds.png").exists()
+
+
+def check_commands(finished: Path, damage: tuple[str, tuple, str], call, out: Path) -> None:
+    """report, compare and repeat of a damaged run: right, or one line that names the file and leaves nothing behind."""
+    run = finished / "run"
+    with damaged(run, *damage):
+        before = tree(finished)
+        for module, *words in (
+            (report_command, run, "--out", out / "page"),
+            (report_command, "compare", finished / "same", run),
+            (repeat_command, run, "--allow-paths", "--into", out / "again"),
+        ):
+            code, shown, err = call(module, *words)
+            assert "Traceback" not in err, (damage, words, err)
+            if code == 2 and words[0] != "compare":
+                assert not (out / "page").exists() and not (out / "again").exists(), (damage, words)
+            if code:
+                assert code in (1, 2) and all(line.startswith("error: ") for line in err.splitlines()), (
+                    damage,
+                    words,
+                    err,
+                )
+                assert len(err.splitlines()) == 1 or words[0] == run and module is repeat_command, (damage, words, err)
+            elif module is report_command and words[0] == run:
+                check_page(out / "page")
+            shutil.rmtree(out, ignore_errors=True)
+        assert tree(finished) == before, damage
+
+
+@pytest.fixture
+def call(finished, monkeypatch, capsys):
+    """Run a command; a repetition gives at once what the run gave."""
+
+    class Repeated:
+        def __init__(self, config) -> None:
+            self.results = contents(finished / "same" / "results.json")
+            self.wanted = contents(finished / "same" / "manifest.json")["configuration"]
+
+        def configuration(self, config):
+            return self.wanted
+
+        def run(self, config):
+            shutil.copytree(finished / "same", config.run_dir)
+            return self.results
+
+    monkeypatch.setattr("quant.run.repeat.Session", Repeated)
+    return lambda module, *words: called(module, monkeypatch, capsys, *words)
+
+
+def test_every_entry_is_read_or_named(finished):
+    run = finished / "run"
+    read = [is_read(run, *damage) for damage in drawn(all_damages(run), 500)]
+    assert 100 < sum(read) < 450, "what is not declared may be anything; what is declared may not"
+
+
+def test_commands_on_damaged_runs(finished, call, tmp_path):
+    for damage in drawn(all_damages(finished / "run"), 20):
+        check_commands(finished, damage, call, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_commands_on_every_damaged_run(finished, call, tmp_path):
+    for damage in all_damages(finished / "run"):
+        check_commands(finished, damage, call, tmp_path / "out")
