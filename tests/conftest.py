@@ -131,6 +131,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "words.txt")
 
 
+@pytest.fixture
+def small(model_dir, text, tmp_path) -> list[object]:
+    """Flags of a small run, as both command lines have them: each has its own for the calibration text."""
+    return ["--model", model_dir("llama"), "--eval-datasets", text, "--seqlen", 32, "--nsamples", 4, "--limit", 4,
+            "--run-dir", tmp_path / "run"]  # fmt: skip
+
+
 LOCAL_TASK = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}

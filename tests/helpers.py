@@ -115,7 +115,10 @@ def called(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: object
 ) -> tuple[int, str, str]:
     """A command in this process: exit code, standard output, standard error."""
-    capsys.readouterr()
+    capsys.readouterr()  # what fixtures printed
     monkeypatch.setattr("sys.argv", ["x.py", *map(str, words)])
-    code = exit_code_of(module.main)
+    try:
+        code = exit_code_of(module.main)
+    except SystemExit as stop:
+        code = stop.code
     return code, *capsys.readouterr()

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,36 +20,21 @@ from quant.cli.commands import COMMANDS
 from quant.cli.errors import exit_code_of
 from quant.core.files import RECORD
 from quant.solvers import entries, get_solver, solver_options, solvers
+from tests.helpers import called
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Run model_quantizer.py in this process; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        words = [str(a) for a in arguments]
-        capsys.readouterr()  # what fixtures printed
-        monkeypatch.setattr(
-            sys, "argv", ["model_quantizer.py", "--no-report", "--cache-dir", str(tmp_path / "cache"), *words]
-        )
-        try:
-            code = exit_code_of(model_quantizer.main)
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    """model_quantizer.py in this process."""
+    return partial(called, model_quantizer, monkeypatch, capsys, "--no-report", "--cache-dir", tmp_path / "cache")
 
 
 @pytest.fixture
-def small(model_dir, text, tmp_path):
-    """Arguments of a small run."""
-    model = model_dir("llama")
-    return ["--model", model, "--dataset", text, "--eval-datasets", text, "--seqlen", 32, "--nsamples", 4, "--limit", 4,
-            "--run-dir", tmp_path / "run", "--num-iter", 2, "--wbits", 3]  # fmt: skip
+def small(small, text):
+    """Flags of a small run."""
+    return [*small, "--dataset", text, "--num-iter", 2, "--wbits", 3]
 
 
 def test_the_main_job_prints_one_table(command, small, tmp_path):
@@ -521,7 +507,7 @@ def test_a_saved_checkpoint_is_measured_by_the_same_ruler(command, small, text, 
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
     assert exit_code_of(evaluate.main) == 0 and "base" in capsys.readouterr().out
     expected = json.loads((tmp_path / "run" / "results.json").read_text())["perplexity"]["words"]["quantized"]
-    found = json.loads((tmp_path / "e.json").read_text())["perplexity"]["words"]
-    assert found["fp"] == pytest.approx(expected, rel=1e-5) and found["token_sha256"]
+    scores = json.loads((tmp_path / "e.json").read_text())["perplexity"]["words"]
+    assert scores["fp"] == pytest.approx(expected, rel=1e-5) and scores["token_sha256"]
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(tmp_path / "nothing")])
     assert exit_code_of(evaluate.main) == 2

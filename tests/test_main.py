@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,39 +18,30 @@ import main as main_command
 import model_quantizer
 from models.load import load_config
 from quant.blocks.fake_quant import ActSpec
-from quant.cli.errors import exit_code_of
 from quant.core import env
 from quant.learn.config import Learning, TransformSpec
 from quant.run.plan import estimate, shapes_of
 from quant.solvers import get_solver, solver_options, solvers
+from tests.helpers import called
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Run a command in this process; returns (exit code, standard output, standard error)."""
+    """main.py, or another command line, in this process."""
 
-    def run(*arguments: object, of=main_command) -> tuple[int, str, str]:
-        capsys.readouterr()
+    def call(*words: object, of=main_command) -> tuple[int, str, str]:
         quick = [] if of is generate_act_scale_shift else ["--no-report"]
-        words = ["x.py", *quick, "--cache-dir", str(tmp_path / "cache"), *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", words)
-        try:
-            code = exit_code_of(of.main)
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return called(of, monkeypatch, capsys, *quick, "--cache-dir", tmp_path / "cache", *words)
 
-    return run
+    return call
 
 
 @pytest.fixture
-def small(model_dir, text, tmp_path):
-    """Arguments of a small run."""
-    return ["--model", model_dir("llama"), "--calib_dataset", text, "--eval-datasets", text, "--eval_ppl", "--seqlen", 32,
-            "--nsamples", 4, "--limit", 4, "--run-dir", tmp_path / "run"]  # fmt: skip
+def small(small, text):
+    """Flags of a small run."""
+    return [*small, "--calib_dataset", text, "--eval_ppl"]
 
 
 def test_flags_of_the_originals_keep_name_and_default():
@@ -349,10 +339,10 @@ BASE = ["--model", "x", "--method", "affinequant", "--lwc", "--let", "--abits", 
 
 def flattened(record: dict, prefix: str = "") -> dict:
     """Entries of nested records by dotted names."""
-    found: dict = {}
+    flat: dict = {}
     for key, value in record.items():
-        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 @pytest.mark.parametrize("flags", WIRING)

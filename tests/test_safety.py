@@ -41,22 +41,18 @@ from quant.run.directory import LOCK, RunDirectory
 from quant.run.session import Session
 from quant.run.stored import Allowed, ordered_places, taken
 from scripts import sweep
-from tests.helpers import config_for
+from tests.helpers import called, config_for
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Run a command in this process; returns (exit code, standard output, standard error)."""
+def command(monkeypatch, capsys):
+    """Any command in this process, from the project's directory."""
 
-    def call(of, *arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, arguments)])
+    def call(of, *words: object) -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
-        code = exit_code_of(of.main)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return called(of, monkeypatch, capsys, *words)
 
     return call
 
@@ -70,8 +66,8 @@ def quick(text, tmp_path) -> list[object]:
 
 def tree(path: Path) -> dict[str, bytes | None]:
     """Everything below a directory, with the content of the files."""
-    found = sorted(path.rglob("*"))
-    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() and not p.is_symlink() else None for p in found}
+    paths = sorted(path.rglob("*"))
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() and not p.is_symlink() else None for p in paths}
 
 
 def one_line(result: tuple[int, str, str], *parts: object) -> None:
@@ -800,9 +796,9 @@ def test_convert_killed_at_any_moment_continues(overwrite, exchange, source, tmp
         kept = [*tmp_path.glob(f"*out-{kills}*/mine.md"), *tmp_path.glob(f".*out-{kills}*/mine.md")]
         assert not overwrite or [p.read_text() for p in {p.resolve() for p in kept}] == ["mine"], f"kill {kills}"
         work()
-        found = tree(out)
+        now = tree(out)
         mine = {"mine.md": b"mine", "notes": None, "notes/mine.txt": b"mine"} if overwrite else {}
-        assert found == expected | mine, f"kill {kills}"
+        assert now == expected | mine, f"kill {kills}"
         assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")], (
             f"kill {kills}: something hidden is left"
         )
