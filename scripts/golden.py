@@ -134,11 +134,11 @@ def replay(cases: Iterable[Case], more: str = "") -> dict[str, Record]:
             shifted = config.learning is not None and config.learning.transform.shift  # decides how a model is opened
             opened = (case.family, case.method in WEIGHTS, shifted)
             sessions.setdefault(opened, {})[case.name] = config
-        found: dict[str, Record] = {}
+        records: dict[str, Record] = {}
         for configs in sessions.values():
             Session(next(iter(configs.values()))).run_all(list(configs.values()))
-            found |= {name: record_of(config) for name, config in configs.items()}
-        return found
+            records |= {name: record_of(config) for name, config in configs.items()}
+        return records
 
 
 @contextmanager
@@ -302,17 +302,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with tests/golden.json instead of writing it")
     args = parser.parse_args()
-    found = replay(CASES.values())
+    now = replay(CASES.values())
     if not args.check:
-        written = {"environment": environment()} | packed(found)
+        written = {"environment": environment()} | packed(now)
         GOLDEN.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
-        print(f"{GOLDEN.relative_to(ROOT)}: {len(found)} cases")
+        print(f"{GOLDEN.relative_to(ROOT)}: {len(now)} cases")
         return 0
     where, kept = golden()
     same = where == environment()
-    moved = differences(kept, found, same)
+    moved = differences(kept, now, same)
     how = "bit for bit" if same else f"another environment: perplexities to {TOLERANCE:.0%}, no hashes of codes"
-    print("\n".join([*moved, f"{len(found)} cases, {how}: {len(moved)} differences"]))
+    print("\n".join([*moved, f"{len(now)} cases, {how}: {len(moved)} differences"]))
     return 1 if moved else 0
 
 

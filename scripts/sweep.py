@@ -323,7 +323,7 @@ def with_more(rows: Sequence[Row], seeds: Sequence[str], flags: Mapping[str, str
 def cells_of(rows: Sequence[Row], out: Path) -> list[Cell]:
     """Rows as configurations, by the command lines' own parsers. Raises InputError naming the row, and the entry if it
     is one of the table."""
-    found: list[Cell] = []
+    cells: list[Cell] = []
     seen: dict[str, Row] = {}
     names = dict.fromkeys(name for row in rows for name in row.flags)
     varying = [n for n in names if n != "seed" and (n == "model" or len({row.flags.get(n) for row in rows}) > 1)]
@@ -343,8 +343,8 @@ def cells_of(rows: Sequence[Row], out: Path) -> list[Cell]:
         label = " ".join([row.name, *parts] if row.name else parts)
         slug = "".join(c if c.isalnum() or c in "._=" else "-" for c in label)[:80]
         place = out / "rows" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
-        found.append(Cell(flags, replace(config, run_dir=place), label))
-    return found
+        cells.append(Cell(flags, replace(config, run_dir=place), label))
+    return cells
 
 
 def words_of(flags: Mapping[str, str]) -> list[str]:
@@ -427,12 +427,12 @@ def _fail(cell: Cell, error: Exception, moved: Callable[[Cell], None]) -> None:
 def figures(cell: Cell) -> dict[str, float]:
     """The numbers of a finished row: bits, perplexity ratio by corpus, KL divergence, relative error, accuracies."""
     r = cell.results
-    found = {"bits": r["bits_per_weight"]}
+    numbers = {"bits": r["bits_per_weight"]}
     for name, scores in r["perplexity"].items():
-        found[f"ppl {name}"] = scores["quantized"] if scores["quantized"] is not None else scores["fp"]
-    found |= {f"KL {name}": f["kl_divergence"] for name, f in r["fidelity"].items()}
-    found |= {name: t["quantized"] for name, t in r["zero_shot"].items() if t["quantized"] is not None}
-    return found | {"error": r["mean_relative_error"]}
+        numbers[f"ppl {name}"] = scores["quantized"] if scores["quantized"] is not None else scores["fp"]
+    numbers |= {f"KL {name}": f["kl_divergence"] for name, f in r["fidelity"].items()}
+    numbers |= {name: t["quantized"] for name, t in r["zero_shot"].items() if t["quantized"] is not None}
+    return numbers | {"error": r["mean_relative_error"]}
 
 
 def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:

@@ -51,14 +51,14 @@ def room_of(module: str) -> str:
 
 def imported(path: Path, known: dict[str, Path]) -> set[str]:
     """Modules of the house that a file imports anywhere in it, also inside functions and by the names of packages."""
-    found = set()
+    targets = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            targets |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in known else node.module for name in names}
-    return {name for name in found if name in known}
+            targets |= {name if name in known else node.module for name in names}
+    return {name for name in targets if name in known}
 
 
 def wrong_imports(root: Path) -> list[str]:
@@ -77,7 +77,7 @@ def wrong_imports(root: Path) -> list[str]:
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
     """A way back to itself for every module that has one."""
-    found = []
+    closed = []
     for start in sorted(arrows):
         ways = [[start]]
         seen = set()
@@ -85,13 +85,13 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
             way = ways.pop()
             for following in arrows.get(way[-1], ()):
                 if following == start:
-                    found.append([*way, start])
+                    closed.append([*way, start])
                     ways = []
                     break
                 if following not in seen:
                     seen.add(following)
                     ways.append([*way, following])
-    return found
+    return closed
 
 
 def test_imports_go_down():
@@ -127,7 +127,7 @@ def test_a_planted_import_is_found(file, line, says, tmp_path):
     planted = tmp_path / file
     planted.parent.mkdir(exist_ok=True)
     planted.write_text((planted.read_text() if planted.exists() else "") + f"\n{line}\n")
-    assert any(says in found for found in wrong_imports(tmp_path)), wrong_imports(tmp_path)
+    assert any(says in wrong for wrong in wrong_imports(tmp_path)), wrong_imports(tmp_path)
 
 
 def wrong_test_imports(path: str, text: str) -> list[str]:
@@ -160,17 +160,17 @@ def test_a_planted_import_of_a_test_is_found(line):
 def test_libraries_have_their_places(path):
     name = str(path.relative_to(ROOT))
     nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
-    found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
     for package, places in ONLY_IN.items():
-        if any(module.split(".")[0] == package for module in found):
+        if any(module.split(".")[0] == package for module in names):
             assert name in places, f"{package} is imported in {name}"
-    if any(module.split(".")[0] == "rich" for module in found):
+    if any(module.split(".")[0] == "rich" for module in names):
         assert name.startswith("quant/cli/"), "terminals are met in quant/cli alone"
     if name.startswith("quant/solvers/"):  # a solver sees numbers and the loops over columns, and solvers it composes
         allowed = ("quant.core", "quant.kernels.columns", "quant.solvers")
         assert all(
-            module.startswith(allowed) for module in found if module.split(".")[0] in ("quant", "models", "data")
+            module.startswith(allowed) for module in names if module.split(".")[0] in ("quant", "models", "data")
         )
     text = path.read_text()
     if not name.endswith("__main__.py") and room_of(name[:-3].replace("/", ".")) != "commands":

@@ -57,17 +57,17 @@ def test_the_file_has_the_cases_of_the_script_and_no_others():
 def test_a_little_change_of_the_work_is_seen(replayed, name, more, moved):
     """Bits, and nothing that only a change of structure may move."""
     now = golden.replay([golden.CASES[name]], more)
-    found = entries_of(golden.differences({name: replayed[name]}, now, same_environment=True), name)
-    assert moved <= found
-    assert not {entry for entry in found if entry.startswith("keys") or entry.endswith(("layout", "config"))}
+    changed = entries_of(golden.differences({name: replayed[name]}, now, same_environment=True), name)
+    assert moved <= changed
+    assert not {entry for entry in changed if entry.startswith("keys") or entry.endswith(("layout", "config"))}
 
 
 def test_a_large_change_is_seen_in_another_environment_too(replayed):
     name = "llama: rtn"
     now = golden.replay([golden.CASES[name]], "--wbits 3")
-    found = entries_of(golden.differences({name: replayed[name]}, now, same_environment=False), name)
-    assert {"numbers.mean_relative_error", "numbers.bits_per_weight", "checkpoints.bitplane.layout"} <= found
-    assert not found & {"codes_sha256", "checkpoints.bitplane.content"}, "not comparable"
+    moved = entries_of(golden.differences({name: replayed[name]}, now, same_environment=False), name)
+    assert {"numbers.mean_relative_error", "numbers.bits_per_weight", "checkpoints.bitplane.layout"} <= moved
+    assert not moved & {"codes_sha256", "checkpoints.bitplane.content"}, "not comparable"
 
 
 # What a change of structure may break, as done to a record; and whether only the same environment can tell.
@@ -102,8 +102,8 @@ def test_whatever_moves_is_named(replayed, what):
     change, entry, bits = BREAKS[what]
     change(broken[name])
     for same_environment in (True, False):
-        found = entries_of(golden.differences({name: replayed[name]}, broken, same_environment), name)
-        assert (entry in found) == (same_environment or not bits)
+        moved = entries_of(golden.differences({name: replayed[name]}, broken, same_environment), name)
+        assert (entry in moved) == (same_environment or not bits)
 
 
 def test_a_case_that_is_gone_is_named(replayed):

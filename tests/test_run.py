@@ -130,10 +130,10 @@ def test_methods_together_equal_methods_alone(model_dir, text, tmp_path):
     methods = {"rtn": {}, "gptq": {}, "quantease": {"num_iter": 3}}
     configs = [replace(base, method=m, options=o, run_dir=tmp_path / "all" / m) for m, o in methods.items()]
     together = Session(configs[0]).run_all(configs)
-    for config, found in zip(configs, together, strict=True):
+    for config, results in zip(configs, together, strict=True):
         alone = run(replace(config, run_dir=tmp_path / "alone" / config.method))
-        assert found["codes_sha256"] == alone["codes_sha256"] and found["method"] == config.method
-        assert found["perplexity"] == alone["perplexity"] and found["fidelity"] == alone["fidelity"]
+        assert results["codes_sha256"] == alone["codes_sha256"] and results["method"] == config.method
+        assert results["perplexity"] == alone["perplexity"] and results["fidelity"] == alone["fidelity"]
     again = Session(configs[0]).run_all(configs)
     assert [r["codes_sha256"] for r in again] == [r["codes_sha256"] for r in together]
 
@@ -480,8 +480,8 @@ def test_a_late_refusal_loses_no_scores(model_dir, text, tmp_path):
         Session(config).run_all([config, other])
     assert not (tmp_path / "saved").exists() and not list(tmp_path.glob(".*"))
     for place in ("run", "other"):
-        found = json.loads((tmp_path / place / "results.json").read_text())
-        assert found["perplexity"]["words"]["quantized"] > 1 and found["checkpoint_bytes"] == 0
+        stored = json.loads((tmp_path / place / "results.json").read_text())
+        assert stored["perplexity"]["words"]["quantized"] > 1 and stored["checkpoint_bytes"] == 0
     with pytest.raises(InputError, match="use format bitplane"):
         convert(tmp_path / "run", "gptq", tmp_path / "converted")
     convert(tmp_path / "run", "bitplane", tmp_path / "converted")
@@ -546,8 +546,8 @@ def test_what_is_saved_in_float16_is_finite_and_what_was_evaluated(options, mode
         assert tensor.dtype == torch.float16 and bool(torch.isfinite(tensor).all()), name
     assert float(tensors["model.layers.2.mlp.down_proj.weight"].abs().max()) > 50000, "the test reaches the end"
     again = run(config_for(tmp_path / "saved", text, tmp_path, wbits=16, options={}, run_dir=tmp_path / "again"))
-    found = results["perplexity"]["words"]["quantized"]
-    assert again["perplexity"]["words"]["fp"] == pytest.approx(found, rel=1e-6)
+    perplexity = results["perplexity"]["words"]["quantized"]
+    assert again["perplexity"]["words"]["fp"] == pytest.approx(perplexity, rel=1e-6)
     assert "largest" not in (tmp_path / "run" / "manifest.json").read_text(), "it follows from the model"
 
 
@@ -556,9 +556,9 @@ def test_values_that_the_checkpoint_cannot_hold_stop_the_run_at_their_block(mode
     from quant import solvers as registry
 
     def beyond(weight, stats, spec):
-        found = registry.get_solver("rtn")(weight, stats, spec)
-        scale = found.grid.scale * (1e6 if float(weight.abs().max()) > 1000 else 1)
-        return replace(found, grid=replace(found.grid, scale=scale))
+        answer = registry.get_solver("rtn")(weight, stats, spec)
+        scale = answer.grid.scale * (1e6 if float(weight.abs().max()) > 1000 else 1)
+        return replace(answer, grid=replace(answer.grid, scale=scale))
 
     monkeypatch.setitem(registry._solvers, "gptq", beyond)
     model = in_float16(model_dir("llama"), tmp_path / "model")

@@ -154,7 +154,7 @@ def test_full_precision_is_evaluated_once_however_many_rows_are_together(model_d
 
     monkeypatch.setattr(BlockStream, "run", counted_run)
     monkeypatch.setattr(scoring, "score_perplexity", counted_evaluate)
-    found = {}
+    by_size = {}
     for together in (1, 3):
         own = [
             sweep.Cell({}, replace(config, wbits=bits, run_dir=tmp_path / f"{together}-{bits}"), str(bits))
@@ -163,8 +163,8 @@ def test_full_precision_is_evaluated_once_however_many_rows_are_together(model_d
         passed.clear()
         sweep.run_group(own, together, lambda cell: changes.append(cell.status))
         assert len(passed) == 3 * (3 + 1), "three blocks, three rows and full precision once"
-        found[together] = [{k: c.results[k] for k in ("perplexity", "fidelity")} for c in own]
-    assert found[1] == found[3] and all(f["perplexity"]["words"]["fp"] > 1 for f in found[1])
+        by_size[together] = [{k: c.results[k] for k in ("perplexity", "fidelity")} for c in own]
+    assert by_size[1] == by_size[3] and all(f["perplexity"]["words"]["fp"] > 1 for f in by_size[1])
     assert changes[:6] == ["quantized"] * 3 + ["done"] * 3
 
 
@@ -177,16 +177,16 @@ def test_tasks_of_full_precision_are_scored_once(model_dir, text, tmp_path, loca
     monkeypatch.setattr(
         scoring, "run_tasks", lambda scorer, *args: scored.append(len(scorer.variants)) or run_tasks(scorer, *args)
     )
-    found = []
+    passes = []
     for together in (1, 2):
         own = [
             sweep.Cell({}, replace(config, wbits=bits, run_dir=tmp_path / f"{together}-{bits}"), str(bits))
             for bits in (2, 3)
         ]
         sweep.run_group(own, together)
-        found.append([cell.results["zero_shot"] for cell in own])
-    assert scored == [2, 1, 3] and found[0] == found[1]
-    assert all(entry["mine"]["difference_ci95"] is not None for entry in found[0])
+        passes.append([cell.results["zero_shot"] for cell in own])
+    assert scored == [2, 1, 3] and passes[0] == passes[1]
+    assert all(entry["mine"]["difference_ci95"] is not None for entry in passes[0])
 
 
 def test_the_table_shows_what_waits():
@@ -205,13 +205,13 @@ def test_rows_failures_seeds_and_one_evaluation(table, whole):
     out, (code, said, err) = whole
     assert code == 1 and "1 of 9 rows failed" in err and "Traceback" not in err
     assert "2 of 9 quantized" not in said and "quantized: llama" in said and f"report: {out / 'report.html'}" in said
-    found = json.loads((out / "sweep.json").read_text())
-    assert [row["status"] for row in found["rows"]] == ["done"] * 8 + ["failed"]
-    assert "does not divide" in found["rows"][-1]["message"]
-    for line in found["summary"][:4]:
+    summary = json.loads((out / "sweep.json").read_text())
+    assert [row["status"] for row in summary["rows"]] == ["done"] * 8 + ["failed"]
+    assert "does not divide" in summary["rows"][-1]["message"]
+    for line in summary["summary"][:4]:
         values = [
             json.loads((ROOT / r["run_dir"] / "results.json").read_text())["mean_relative_error"]
-            for r in found["rows"]
+            for r in summary["rows"]
             if r["flags"]["quantization-method"] in line["row"] and Path(r["flags"]["model"]).name in line["row"].split()
             and r["status"] == "done"
         ]  # fmt: skip
@@ -219,7 +219,7 @@ def test_rows_failures_seeds_and_one_evaluation(table, whole):
         assert line["seeds"] == 2 and average == pytest.approx(sum(values) / 2)
         assert spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert command(table, "--out", out)[0] == 1
-    assert (out / "sweep.json").read_text() == json.dumps(found, indent=2) + "\n"
+    assert (out / "sweep.json").read_text() == json.dumps(summary, indent=2) + "\n"
     assert "| seeds |" in (out / "sweep.md").read_text()
 
 

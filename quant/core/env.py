@@ -33,8 +33,8 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        found = f"{count} CUDA device(s)" if count else "no CUDA device"
-        raise InputError(f"--device {name} is not there: this machine has {found}; use --device cpu or auto")
+        present = f"{count} CUDA device(s)" if count else "no CUDA device"
+        raise InputError(f"--device {name} is not there: this machine has {present}; use --device cpu or auto")
     return device
 
 
@@ -61,9 +61,9 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
 def _host_peak() -> int:
     """Peak resident bytes. The kernel's own counter where there is one: unlike getrusage's, it can be set back."""
     status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    if found:
-        return int(found[1]) * 1024
+    line = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if line:
+        return int(line[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -87,13 +87,13 @@ def be_deterministic() -> None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can move a number."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            by_package[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+            by_package[package] = "missing"
+    return by_package
 
 
 def commit() -> str | None:

@@ -97,16 +97,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > JSON_BYTES:
             raise InputError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, which no such file needs")
-        found = json.loads(path.read_bytes().decode())
+        value = json.loads(path.read_bytes().decode())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is truncated or not JSON ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object")
-    return found
+    return value
 
 
 def resolved(path: Path) -> Path:
@@ -311,11 +311,11 @@ def write_owned(directory: Path, contents: Mapping[str, bytes]) -> None:
 def owned(directory: Path) -> dict[str, list[str]]:
     """Hashes by name of the loose files that this toolkit wrote into a directory."""
     path = directory / RECORD
-    found: Any = read_json(path).get("files") if path.exists() else {}
-    legal = isinstance(found, dict) and all(is_plain_name(k) and isinstance(v, list) for k, v in found.items())
+    record: Any = read_json(path).get("files") if path.exists() else {}
+    legal = isinstance(record, dict) and all(is_plain_name(k) and isinstance(v, list) for k, v in record.items())
     if not legal:
         raise InputError(f"{path} is damaged: delete it, and the files that it stood for")
-    return {name: [str(digest) for digest in hashes] for name, hashes in found.items()}
+    return {name: [str(digest) for digest in hashes] for name, hashes in record.items()}
 
 
 def check_owned(path: Path, record: Mapping[str, list[str]] | None = None) -> None:

@@ -20,7 +20,7 @@ def printable(text: str, keep: str = "") -> str:
 
     keep: characters that stay, such as the line ends of a text of several lines.
     """
-    return ACTIVE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+    return ACTIVE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
 
 
 def _escape(character: str) -> str:

@@ -122,9 +122,9 @@ def check_grid(weight: QuantizedWeight, content: Content, name: str) -> None:
         raise InputError(
             f"{name} holds one number of bits, {content.bits}, and this linear has {weight.spec.code_bits}"
         )
-    found = (weight.spec.group_size, weight.grid.qmax, weight.spec.symmetric)
+    settings = (weight.spec.group_size, weight.grid.qmax, weight.spec.symmetric)
     asked = (content.spec.group_size, content.spec.qmax, content.spec.symmetric)
-    for what, own, whole in zip(("group_size", "largest code", "symmetric"), found, asked, strict=True):
+    for what, own, whole in zip(("group_size", "largest code", "symmetric"), settings, asked, strict=True):
         if own != whole:
             raise InputError(f"{name} holds one grid, of {what} {whole}, and this linear has {own}: quantize it again")
     if content.centered and bool((weight.grid.zero != 2 ** (content.bits - 1)).any()):

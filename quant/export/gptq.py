@@ -74,7 +74,7 @@ class Gptq:
     def config(self, content: Content, layers: Layers) -> dict[str, Any]:
         """The fields that every reader knows; both spellings of the version."""
         assert content.spec is not None
-        found: dict[str, Any] = {
+        entries: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": content.bits,
             "group_size": content.spec.group_size,
@@ -94,10 +94,10 @@ class Gptq:
         if (
             not content.whole
         ):  # GPTQModel and vLLM read the first, optimum (which compares the ends of names) the second
-            found["dynamic"] = {pattern: {} for pattern in _skipping(layers)}
+            entries["dynamic"] = {pattern: {} for pattern in _skipping(layers)}
             inside = f"{layers.blocks}."
-            found["modules_in_block_to_quantize"] = [[name for name in layers.quantized if name.startswith(inside)]]
-        return found
+            entries["modules_in_block_to_quantize"] = [[name for name in layers.quantized if name.startswith(inside)]]
+        return entries
 
     def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
         """Those with a qweight."""

@@ -36,11 +36,11 @@ def unpack(words: Tensor, bits: int, n: int) -> Tensor:
     codes = torch.empty(rows, stretches.shape[1], STRETCH, dtype=torch.uint8, device=words.device)
     for k in range(STRETCH):
         word, offset = divmod(k * bits, 32)
-        found = stretches[..., word] >> offset
+        values = stretches[..., word] >> offset
         if offset + bits > 32:
             low = 2 ** (32 - offset) - 1  # the shift has filled in the sign
-            found = (found & low) | (stretches[..., word + 1] << (32 - offset))
-        codes[..., k] = found & mask
+            values = (values & low) | (stretches[..., word + 1] << (32 - offset))
+        codes[..., k] = values & mask
     return codes.view(rows, -1)[:, :n].contiguous()
 
 

@@ -126,9 +126,9 @@ class QuantizedCheckpoint(Checkpoint):
         shapes: dict[str, tuple[int, int]] = {}
         reordered, specs = False, {}
         for name, linear in self._weights.items():
-            found = self.quantized(name)
-            specs[found.spec], shapes[linear] = linear, (found.codes.shape[0], found.codes.shape[1])
-            reordered = reordered or not in_order(found)
+            weight = self.quantized(name)
+            specs[weight.spec], shapes[linear] = linear, (weight.codes.shape[0], weight.codes.shape[1])
+            reordered = reordered or not in_order(weight)
         if len(specs) > 1:
             first, second = list(specs.values())[:2]
             raise InputError(f"{first} and {second} have different grids; only one grid for all linears is converted")

@@ -127,8 +127,8 @@ def objections(runtime: str, kind: str, content: Content) -> list[str]:
     """Why a runtime does not take this content in this format; empty if it does."""
     if against := refusal(kind, content):
         return [against]
-    found = [list(rule.objections(content)) for rule in RULES if (rule.runtime, rule.format) == (runtime, kind)]
-    return min(found, key=len, default=[f"does not read {kind}"])
+    by_rule = [list(rule.objections(content)) for rule in RULES if (rule.runtime, rule.format) == (runtime, kind)]
+    return min(by_rule, key=len, default=[f"does not read {kind}"])
 
 
 def _rule(runtime: str, kind: str, content: Content) -> Rule:
@@ -194,12 +194,12 @@ def _listed(values: tuple[int, ...]) -> str:
 
 def loadability(kind: str, content: Content) -> list[tuple[str, bool, str, str]]:
     """Every runtime, whether it takes the content in this format, why not or what it needs, and how that is known."""
-    found = []
+    rows = []
     for runtime in RUNTIMES:
         if against := objections(runtime, kind, content):
-            found.append((runtime, False, "; ".join(against), ""))
+            rows.append((runtime, False, "; ".join(against), ""))
             continue
         rule = _rule(runtime, kind, content)
         ran = content.spec is None or content.spec.code_bits in rule.tried
-        found.append((runtime, True, rule.needs, "ran" if ran and rule.tried else "read in its source"))
-    return found
+        rows.append((runtime, True, rule.needs, "ran" if ran and rule.tried else "read in its source"))
+    return rows

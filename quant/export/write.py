@@ -48,11 +48,11 @@ def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | Qu
     for index, block in enumerate(model.blocks):
         new = dict(replaced(index))
         for name, parameter in block.named_parameters():
-            full, found = f"{inside}{index}.{name}", new.pop(name, None)
-            if isinstance(found, QuantizedWeight):
-                yield full, found
-            elif found is not None:
-                yield full, found.to(model.storage_of(full))
+            full, tensor = f"{inside}{index}.{name}", new.pop(name, None)
+            if isinstance(tensor, QuantizedWeight):
+                yield full, tensor
+            elif tensor is not None:
+                yield full, tensor.to(model.storage_of(full))
             elif full in model.added:
                 yield full, torch.zeros(parameter.shape, dtype=model.storage_of(full))
             else:

@@ -110,22 +110,22 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 def test_joined_protocols(name, mirror, tokenizer):
     train, test = TEXTS[name]
-    found = calibration_tokens(name, tokenizer, nsamples=7, seqlen=32, seed=5, data_dir=mirror)
-    assert torch.equal(found.ids, original_windows(encode(tokenizer, train), 7, 5, 32))
+    tokens = calibration_tokens(name, tokenizer, nsamples=7, seqlen=32, seed=5, data_dir=mirror)
+    assert torch.equal(tokens.ids, original_windows(encode(tokenizer, train), 7, 5, 32))
     scored = evaluation_tokens(name, tokenizer, seqlen=32, data_dir=mirror)
     ids = encode(tokenizer, test)[0]
     assert torch.equal(scored.ids, ids[: len(ids) // 32 * 32].view(-1, 32))
-    assert found.name == scored.name == name and found.protocol.endswith("/train")
+    assert tokens.name == scored.name == name and tokens.protocol.endswith("/train")
 
 
 def test_c4_protocols(mirror, tokenizer):
     train, validation = sentences(20, 300, 90), sentences(21, 300, 90)
     for name in ("c4", "c4-new"):
-        found = calibration_tokens(name, tokenizer, nsamples=9, seqlen=40, seed=2, data_dir=mirror)
-        assert torch.equal(found.ids, original_c4(tokenizer, train, 9, 2, 40))
-        assert found.protocol == "c4/train"
+        tokens = calibration_tokens(name, tokenizer, nsamples=9, seqlen=40, seed=2, data_dir=mirror)
+        assert torch.equal(tokens.ids, original_c4(tokenizer, train, 9, 2, 40))
+        assert tokens.protocol == "c4/train"
         # Negative control: the validation split gives other windows.
-        assert not torch.equal(found.ids, original_c4(tokenizer, validation, 9, 2, 40))
+        assert not torch.equal(tokens.ids, original_c4(tokenizer, validation, 9, 2, 40))
     scored = evaluation_tokens("c4", tokenizer, seqlen=40, data_dir=mirror)
     assert torch.equal(scored.ids, original_c4(tokenizer, validation, 256, 0, 40))
     fresh = evaluation_tokens("c4-new", tokenizer, seqlen=40, data_dir=mirror)
@@ -135,10 +135,10 @@ def test_c4_protocols(mirror, tokenizer):
 
 def test_plain_ptb_files(tmp_path, tokenizer):
     (tmp_path / "ptb.valid.txt").write_text("\n".join(f" {s.strip() or 'a'} " for s in sentences(11, 40)) + "\n")
-    found = evaluation_tokens("ptb", tokenizer, seqlen=16, data_dir=tmp_path)
+    tokens = evaluation_tokens("ptb", tokenizer, seqlen=16, data_dir=tmp_path)
     text = "\n\n".join(s.strip() or "a" for s in sentences(11, 40))
     ids = encode(tokenizer, text)[0]
-    assert torch.equal(found.ids, ids[: len(ids) // 16 * 16].view(-1, 16))
+    assert torch.equal(tokens.ids, ids[: len(ids) // 16 * 16].view(-1, 16))
 
 
 def test_files_of_every_kind_give_the_same_tokens(tmp_path, tokenizer):
@@ -169,8 +169,8 @@ def test_a_changed_file_is_read_again(tmp_path, tokenizer):
 
 
 def test_demo_source(tokenizer):
-    found = calibration_tokens("demo", tokenizer, nsamples=3, seqlen=64, seed=0)
-    assert torch.equal(found.ids, original_windows(encode(tokenizer, demo.text("train")), 3, 0, 64))
+    tokens = calibration_tokens("demo", tokenizer, nsamples=3, seqlen=64, seed=0)
+    assert torch.equal(tokens.ids, original_windows(encode(tokenizer, demo.text("train")), 3, 0, 64))
 
 
 def test_limit_takes_the_first_windows(mirror, tokenizer):
@@ -305,19 +305,19 @@ def write_c4(root: Path, split: str, texts: list[str]) -> None:
 def test_every_letter_counts(name, mirror):
     """Separators, line ends and <s> are tokens here. Negative control: near misses of the protocol differ."""
     train, _ = TEXTS[name]
-    found = calibration_tokens(name, letters(), nsamples=20, seqlen=32, seed=5, data_dir=mirror).ids
-    assert torch.equal(found, original_windows(encode(letters(), train), 20, 5, 32))
-    assert not torch.equal(found, original_windows(encode(letters(), train), 20, 6, 32))
+    windows = calibration_tokens(name, letters(), nsamples=20, seqlen=32, seed=5, data_dir=mirror).ids
+    assert torch.equal(windows, original_windows(encode(letters(), train), 20, 5, 32))
+    assert not torch.equal(windows, original_windows(encode(letters(), train), 20, 6, 32))
     near = train.replace("\n\n", "\n") if "\n\n" in train else train.replace(" ", "\n\n")
-    assert not torch.equal(found, original_windows(encode(letters(), near), 20, 5, 32))
+    assert not torch.equal(windows, original_windows(encode(letters(), near), 20, 5, 32))
 
 
 def test_text_is_exact_but_for_line_ends(tmp_path):
     text = "ab \n\n c\n" * 20 + "\n"
     (tmp_path / "a.txt").write_bytes(text.replace("\n", "\r\n").encode())
     ids = encode(letters(), text)[0]
-    found = evaluation_tokens(str(tmp_path / "a.txt"), letters(), seqlen=16)
-    assert torch.equal(found.ids, ids[: len(ids) // 16 * 16].view(-1, 16))
+    tokens = evaluation_tokens(str(tmp_path / "a.txt"), letters(), seqlen=16)
+    assert torch.equal(tokens.ids, ids[: len(ids) // 16 * 16].view(-1, 16))
 
 
 def test_the_last_token_starts_no_window(tmp_path):
@@ -325,8 +325,8 @@ def test_the_last_token_starts_no_window(tmp_path):
     (tmp_path / "a.txt").write_text("abcdefgh")
     write_c4(tmp_path, "train", ["abcdefgh", "abcdefg", "hh"])
     for source in (str(tmp_path / "a.txt"), "c4"):
-        found = calibration_tokens(source, letters(), nsamples=9, seqlen=8, seed=0, data_dir=tmp_path)
-        assert torch.equal(found.ids, encode(letters(), "abcdefg").expand(9, -1))
+        tokens = calibration_tokens(source, letters(), nsamples=9, seqlen=8, seed=0, data_dir=tmp_path)
+        assert torch.equal(tokens.ids, encode(letters(), "abcdefg").expand(9, -1))
 
 
 def test_c4_new_ends_with_document_1100(tmp_path, caplog):
@@ -334,9 +334,9 @@ def test_c4_new_ends_with_document_1100(tmp_path, caplog):
     write_c4(tmp_path, "validation", texts)
     for seqlen in (16, 499):  # 256 windows and a rest; the whole text, fewer than 256
         ids = encode(letters(), " ".join(texts[:1100]))[0]
-        found = evaluation_tokens("c4-new", letters(), seqlen=seqlen, data_dir=tmp_path)
-        assert torch.equal(found.ids, ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:256])
-        assert (len(found.ids) == 256) == (seqlen == 16)
+        tokens = evaluation_tokens("c4-new", letters(), seqlen=seqlen, data_dir=tmp_path)
+        assert torch.equal(tokens.ids, ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:256])
+        assert (len(tokens.ids) == 256) == (seqlen == 16)
     assert not caplog.records
     write_c4(tmp_path, "validation", texts[:50])
     evaluation_tokens("c4-new", letters(), seqlen=16, data_dir=tmp_path)
@@ -360,12 +360,12 @@ def test_evaluation_and_c4_are_cached_too(tmp_path, mirror):
     options = {"seqlen": 16, "data_dir": mirror, "cache_dir": files}
     hashes, calls = [], []
     for _ in range(2):
-        found = [calibration_tokens(n, counting, nsamples=4, seed=0, **options) for n in ("ptb", "ptb-new", "c4")]
-        found += [evaluation_tokens(n, counting, **options) for n in ("ptb", "c4", "c4-new")]
-        hashes.append([(t.name, t.protocol, t.text_sha256, t.sha256) for t in found])
+        cached = [calibration_tokens(n, counting, nsamples=4, seed=0, **options) for n in ("ptb", "ptb-new", "c4")]
+        cached += [evaluation_tokens(n, counting, **options) for n in ("ptb", "c4", "c4-new")]
+        hashes.append([(t.name, t.protocol, t.text_sha256, t.sha256) for t in cached])
         calls.append(counting.calls)
     assert calls[0] == calls[1] > 0 and hashes[0] == hashes[1]
-    assert found[0].text_sha256 == found[1].text_sha256 and found[0].sha256 != found[1].sha256  # protocols apart
+    assert cached[0].text_sha256 == cached[1].text_sha256 and cached[0].sha256 != cached[1].sha256  # protocols apart
     assert evaluation_tokens("ptb", counting, limit=2, **options).ids.shape == (2, 16) and counting.calls == calls[0]
     assert len(list(files.iterdir())) == 6 and {f.suffix for f in files.iterdir()} == {".safetensors"}
 

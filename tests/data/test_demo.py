@@ -81,7 +81,7 @@ def test_tasks_cannot_be_answered_without_the_story():
             last = last.replace(last.split()[1], "*") if "one of the two" in last else last  # the trait
             answers.setdefault(last, set()).add(answer)
         assert len(answers) == {"demo_lastword": 3}.get(name, 1)
-        assert all(len(found) > 1 for found in answers.values()), name
+        assert all(len(choices) > 1 for choices in answers.values()), name
 
 
 @pytest.mark.parametrize("name", TASKS)

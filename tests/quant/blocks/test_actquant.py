@@ -108,9 +108,9 @@ def test_queries_are_quantized_where_keys_are():
         assert torch.equal(attention(q, k, v), plain)
         assert torch.equal(q @ k.mT, torch.matmul(q, k.mT))
     with AttentionProducts(ActSpec(4, 8)):
-        found = attention(q, k, v)
+        output = attention(q, k, v)
     torch.testing.assert_close(
-        found, attention(quantize_activations(q, 4), *(quantize_activations(x, 8) for x in (k, v))), rtol=0, atol=0
+        output, attention(quantize_activations(q, 4), *(quantize_activations(x, 8) for x in (k, v))), rtol=0, atol=0
     )
 
 

@@ -34,9 +34,9 @@ def test_logits_equal_the_model_exactly(name, model_dir, tmp_path):
     with torch.no_grad():
         expected = torch.cat([reference(ids[i : i + 2]).logits for i in (0, 2, 4)])
     model = opened(model_dir(name), tmp_path)
-    found = streamed(model, ids)
+    logits = streamed(model, ids)
     assert expected.std() > 0.01
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
     assert all(p.is_meta for p in model.module.parameters()), "nothing stays loaded"
 
 
@@ -46,9 +46,9 @@ def test_float64_shrinks_the_difference(name, model_dir, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=torch.float64).eval()
     with torch.no_grad():
         expected = reference(ids).logits
-    found = streamed(opened(model_dir(name), tmp_path, torch.float64), ids, batch=3)
+    logits = streamed(opened(model_dir(name), tmp_path, torch.float64), ids, batch=3)
     # logits are handed out in float32
-    torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_a_wrong_block_order_is_seen(model_dir, tmp_path):
@@ -68,8 +68,8 @@ def test_a_wrong_block_order_is_seen(model_dir, tmp_path):
 def test_store_and_batch_do_not_change_the_result(store, batch, model_dir, tmp_path):
     ids = torch.randint(1, VOCABULARY, (5, 16))
     model = opened(model_dir("falcon 40b"), tmp_path)
-    found = streamed(model, ids, store=store, batch=batch, directory=tmp_path / "store")
-    torch.testing.assert_close(found, streamed(model, ids), rtol=1e-5, atol=1e-6)
+    logits = streamed(model, ids, store=store, batch=batch, directory=tmp_path / "store")
+    torch.testing.assert_close(logits, streamed(model, ids), rtol=1e-5, atol=1e-6)
     assert not list(tmp_path.glob("store/*")), "the file is gone once it is mapped"
 
 

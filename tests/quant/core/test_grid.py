@@ -81,12 +81,12 @@ def test_mse_is_the_best_of_all_shrinks_by_brute_force(bits: int, power: float, 
     shrunk = torch.stack([error(*range_to_grid(lo * (1 - i / 100), hi * (1 - i / 100), spec)) for i in range(80)]).amin(
         0
     )
-    found = error(*fit_scale_zero(weight, spec, importance))
+    chosen = error(*fit_scale_zero(weight, spec, importance))
     if symmetric:
-        torch.testing.assert_close(found, shrunk)
+        torch.testing.assert_close(chosen, shrunk)
     else:  # the ends move by themselves too
         # measured: at most 0.962
-        assert bool((found <= shrunk * (1 + 1e-5)).all()) and float(found.sum()) < 0.97 * float(shrunk.sum())
+        assert bool((chosen <= shrunk * (1 + 1e-5)).all()) and float(chosen.sum()) < 0.97 * float(shrunk.sum())
 
 
 def test_awkward_rows() -> None:
@@ -225,10 +225,10 @@ def test_no_level_is_larger_than_the_dtype_holds(spec: QuantSpec, largest: float
     torch.testing.assert_close(scale[~bounded], free[~bounded], rtol=rounding, atol=0)
     assert torch.equal(zero[~bounded], free_zero[~bounded])
     # A bounded scale is the largest that is stored: the next float16, or float32 beyond float16, is too large.
-    steps, found = torch.maximum(zero, spec.qmax - zero)[bounded], scale[bounded]
-    following = found * (1 + 2**-10) if largest < 1e6 else torch.nextafter(found, torch.tensor(torch.inf))
+    steps, own = torch.maximum(zero, spec.qmax - zero)[bounded], scale[bounded]
+    following = own * (1 + 2**-10) if largest < 1e6 else torch.nextafter(own, torch.tensor(torch.inf))
     assert bool((following.double() * steps > largest).all())
-    assert largest > 1e6 or torch.equal(found, found.half().float())
+    assert largest > 1e6 or torch.equal(own, own.half().float())
 
 
 @pytest.mark.parametrize("range_", ["minmax", "mse"])

@@ -38,10 +38,10 @@ def test_log_likelihoods_are_those_of_the_model(name, model_dir, tmp_path):
     for length in (2, 3, 31, 32, 33, 34, 50, 64, 65):
         tokens = tuple(torch.randint(1, VOCABULARY, (length,), generator=generator).tolist())
         keys.append((tokens, min(length - 1, 1 + length % 5)))
-    found = scorer.scores(FULL, [*keys, keys[0]])
-    assert found[-1] == found[0] and len(scorer.known[FULL]) == len(keys)
+    scores = scorer.scores(FULL, [*keys, keys[0]])
+    assert scores[-1] == scores[0] and len(scorer.known[FULL]) == len(keys)
     reference = AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=torch.float32).eval()
-    for (tokens, scored), (value, greedy) in zip(keys, found, strict=False):
+    for (tokens, scored), (value, greedy) in zip(keys, scores, strict=False):
         with torch.no_grad():
             log_p = reference(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)[-scored:]
         target = torch.tensor(tokens[-scored:])
@@ -58,7 +58,7 @@ def test_scores_are_lm_evals_own(local_task, tmp_path):
     names = ["demo_lastword", "demo_reference", "mine"]
     tasks = open_tasks(names, local_task, None, 12)
     scorer, tokenizer = scorer_of(path, tmp_path)
-    found = zero_shot.run_tasks(scorer, tokenizer, tasks)
+    scores = zero_shot.run_tasks(scorer, tokenizer, tasks)
     reference = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
         tokenizer=AutoTokenizer.from_pretrained(path), batch_size=3, max_length=512, device="cpu",
@@ -69,7 +69,7 @@ def test_scores_are_lm_evals_own(local_task, tmp_path):
         model=reference, tasks=names, task_manager=tasks.manager, limit=12, bootstrap_iters=0
     )
     for name in names:
-        own, other = found[name][FULL], expected["results"][name]
+        own, other = scores[name][FULL], expected["results"][name]
         for sample in expected["samples"][name]:  # which of two equal choices is likeliest, rounding alone would say
             best = sorted(likelihood for likelihood, _ in sample["filtered_resps"])[-2:]
             assert len(best) == 1 or best[1] - best[0] > 1e-3
@@ -77,8 +77,8 @@ def test_scores_are_lm_evals_own(local_task, tmp_path):
         assert own.values.tolist() == [sample["acc"] for sample in expected["samples"][name]]
         for metric, value in own.others.items():
             assert value == pytest.approx(other[f"{metric},none"], rel=1e-4), metric
-    assert found["demo_reference"][FULL].chance == 0.5 and found["mine"][FULL].chance == pytest.approx(1 / 3)
-    assert found["demo_lastword"][FULL].chance == 0
+    assert scores["demo_reference"][FULL].chance == 0.5 and scores["mine"][FULL].chance == pytest.approx(1 / 3)
+    assert scores["demo_lastword"][FULL].chance == 0
 
 
 def test_a_run_reports_both_forms(model_dir, text, local_task, tmp_path):
@@ -104,9 +104,9 @@ def test_chance_is_said(tmp_path):
     guessing = TaskScore("acc", rng.integers(0, 2, 200).astype(float), 0.5, {})
     knowing = TaskScore("acc", np.ones(200), 0.5, {})
     open_ended = TaskScore("acc", np.zeros(200), 0.0, {})
-    found = report({n: {"q": s} for n, s in (("a", guessing), ("b", knowing), ("c", open_ended))}, "q")
-    assert [found[n]["at_chance"] for n in "abc"] == [True, False, False]
-    assert found["a"]["stderr"] == pytest.approx(guessing.values.std(ddof=1) / 200**0.5)
+    entries = report({n: {"q": s} for n, s in (("a", guessing), ("b", knowing), ("c", open_ended))}, "q")
+    assert [entries[n]["at_chance"] for n in "abc"] == [True, False, False]
+    assert entries["a"]["stderr"] == pytest.approx(guessing.values.std(ddof=1) / 200**0.5)
 
 
 def test_the_interval_covers_the_truth_at_its_rate():

@@ -116,10 +116,10 @@ def test_propagation_of_few_and_of_many_changes(share, name):
     change, gram = torch.randn(50, 16, generator=generator), torch.randn(16, 90, generator=generator)
     change *= torch.rand(50, 16, generator=generator) < share
     start = torch.randn(50, 90, generator=generator)
-    found = start.clone().to(device)
-    kernels.propagate_(found, change.to(device), gram.to(device))
+    own = start.clone().to(device)
+    kernels.propagate_(own, change.to(device), gram.to(device))
     expected = (start.double() + change.double() @ gram.double()).float()
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_huge_values_saturate_alike():
@@ -198,5 +198,5 @@ import numba
 pack_weight(quantease(torch.randn(70, 8), stats, QuantSpec(3), num_iter=3)).matmul(torch.randn(1, 8))
 print(torch.get_num_threads(), numba.get_num_threads())
 """
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert found.stdout.split() == ["1", "1"]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["1", "1"]

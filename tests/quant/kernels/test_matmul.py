@@ -25,10 +25,10 @@ from tests.helpers import ROOT, random_weight
 def values(weight, sign=-1):
     """Codes to values one at a time in float64; sign=1: the sizes of the two terms of each instead."""
     grid = weight.grid
-    found = (weight.codes.double() + sign * grid.zero.double()[:, grid.g_idx]) * grid.scale.double()[:, grid.g_idx]
+    whole = (weight.codes.double() + sign * grid.zero.double()[:, grid.g_idx]) * grid.scale.double()[:, grid.g_idx]
     if weight.outliers is not None:
-        found.view(-1)[weight.outliers.index] += weight.outliers.value.double()
-    return found
+        whole.view(-1)[weight.outliers.index] += weight.outliers.value.double()
+    return whole
 
 
 def product(x, weight):
@@ -36,22 +36,22 @@ def product(x, weight):
     return x.double() @ values(weight).T, x.double().abs() @ values(weight, 1).abs().T
 
 
-def distance(found, expected, size=None):
-    return float((found.double() - expected).norm() / (expected if size is None else size).norm().clamp(min=1e-300))
+def distance(own, expected, size=None):
+    return float((own.double() - expected).norm() / (expected if size is None else size).norm().clamp(min=1e-300))
 
 
 def check(weight, tokens=1, limit=1e-6, device="cpu"):
     generator = torch.Generator().manual_seed(1)
     n_in, own = weight.codes.shape[1], pack_weight(weight, device)
     x = torch.randn(tokens, n_in, generator=generator)
-    found = own.matmul(x.to(device)).cpu()
-    assert found.shape == (tokens, weight.codes.shape[0]) and found.dtype == torch.float32
-    assert distance(found, *product(x, weight)) < limit
+    result = own.matmul(x.to(device)).cpu()
+    assert result.shape == (tokens, weight.codes.shape[0]) and result.dtype == torch.float32
+    assert distance(result, *product(x, weight)) < limit
     q = torch.randint(-128, 128, (tokens, n_in), generator=generator).to(torch.int8)
     scale, offset = torch.rand(tokens, generator=generator) + 0.1, torch.randint(-9, 200, (tokens,)).float()
     exact = (q.double() + offset.double()[:, None]) * scale.double()[:, None]
-    found = own.integer_matmul(q.to(device), scale.to(device), offset.to(device)).cpu()
-    assert distance(found, *product(exact, weight)) < limit
+    result = own.integer_matmul(q.to(device), scale.to(device), offset.to(device)).cpu()
+    assert distance(result, *product(exact, weight)) < limit
     order = slice(None) if own.order is None else own.order.cpu()
     assert torch.equal(own.codes().cpu(), weight.codes[:, order])
     assert distance(own.dequantize().cpu(), values(weight)) < 1e-6
@@ -145,11 +145,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - y.n
 def test_memory_of_products_with_outliers_does_not_grow_with_the_tokens():
     """1% of a 2048x2048 weight and 1024 tokens: 172 MB for one copy of all products."""
     command = [sys.executable, "-c", OUTLIER_MEMORY]
-    found = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=ROOT
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
-    assert int(found.stdout) < 3 * packed.PRODUCTS
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 3 * packed.PRODUCTS
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 8])
@@ -230,8 +228,8 @@ def test_triton_takes_half_precision(dtype, triton_device):
         pytest.skip("Triton's interpreter does not compute in bfloat16")
     weight = random_weight(40, 128, QuantSpec(8, 64))
     x = torch.randn(5, 128).to(dtype)
-    found = pack_weight(weight, triton_device).matmul(x.to(triton_device)).cpu()
-    assert distance(found, *product(x, weight)) < 1e-6, "codes less zero points are exact in half precision"
+    result = pack_weight(weight, triton_device).matmul(x.to(triton_device)).cpu()
+    assert distance(result, *product(x, weight)) < 1e-6, "codes less zero points are exact in half precision"
 
 
 def test_without_triton_a_warning_says_what_is_used(monkeypatch, caplog):
@@ -285,9 +283,9 @@ for tokens in (1, 60):
         env |= {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+sse4.2"}
     elif level == "none":
         env |= {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+sse2"}
-    found = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=ROOT)
-    assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.split()[0] == level
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[0] == level
 
 
 @pytest.mark.parametrize(

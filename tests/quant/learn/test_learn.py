@@ -171,10 +171,10 @@ def test_what_is_deployed_is_what_was_trained(name, form, model_dir, tmp_path):
     run.blocks.mkdir(parents=True)
     run.write_block(0, block.solved, block.records, {}, changed=block.changed, learned=learned.parameters)
     back = deploy(bench.weights, run.read_weights(0), bench.model, 0, run.read_changed(0))
-    for found in (block.weights, back):
-        assert found.keys() == expected.keys()
+    for deployed in (block.weights, back):
+        assert deployed.keys() == expected.keys()
         for key, tensor in expected.items():
-            assert torch.equal(found[key], tensor), key
+            assert torch.equal(deployed[key], tensor), key
     if form != "norm matrices":
         assert any(not torch.equal(expected[k], t) for k, t in bench.weights.items() if "norm" in k) == (form != "lwc")
     assert all(torch.equal(learned.parameters[k], v) for k, v in run.read_learned(0).items())
@@ -202,7 +202,7 @@ def test_every_term_of_the_loss_by_hand(term, augmented, model_dir, tmp_path):
         distribution=term == "distribution",
         attention=term == "attention",
     )
-    found = bench.learn(learning, spec, act)
+    learned = bench.learn(learning, spec, act)
 
     def passed(stream, weights, act=None):
         """Outputs and attention probabilities of the block, float64, for all samples at once."""
@@ -211,7 +211,7 @@ def test_every_term_of_the_loss_by_hand(term, augmented, model_dir, tmp_path):
             out = stream.call(0, own, slice(0, 6), stream.arguments[0])
         return out.double(), logits[0].double().softmax(-1)
 
-    out, q = passed(bench.quantized, found.weights | rounded(found, spec), act)
+    out, q = passed(bench.quantized, learned.weights | rounded(learned, spec), act)
     full, p = passed(bench.full, bench.weights)
     on_quantized, p_quantized = passed(bench.quantized, bench.weights)
     targets = [full, on_quantized] if augmented else [full]
@@ -223,17 +223,17 @@ def test_every_term_of_the_loss_by_hand(term, augmented, model_dir, tmp_path):
     if term == "attention":
         expected += both_divergences(p, q)
         assert both_divergences(p, q) != pytest.approx(both_divergences(p_quantized, q), rel=1e-3), "which is seen"
-    assert found.log["loss_start"] == pytest.approx(expected, rel=1e-5)
+    assert learned.log["loss_start"] == pytest.approx(expected, rel=1e-5)
     assert float((full - on_quantized).square().mean()) > 1e-3 * expected, "targets differ"
 
 
 def both_divergences(p, q):
     """KL(p, q) + KL(q, p) over the keys that a query sees, mean over samples, heads and queries."""
-    found = []
+    divergences = []
     for t in range(p.shape[-1]):
         a, b = p[..., t, : t + 1], q[..., t, : t + 1]
-        found.append((a * (a / b).log()).sum(-1) + (b * (b / a).log()).sum(-1))
-    return float(torch.stack(found).mean())
+        divergences.append((a * (a / b).log()).sum(-1) + (b * (b / a).log()).sum(-1))
+    return float(torch.stack(divergences).mean())
 
 
 def rounded(learned, spec):
@@ -277,10 +277,10 @@ def test_rates_and_decay_of_the_optimizer(lwc_lr, model_dir, tmp_path):
     rates = {"clip": lwc_lr, "rank1": 0.01, "norm": 0.007, "vo": 0.007, "qk": 0.007, "mul": 0.007}
     for factor in (1.0, 0.5):
         groups = optimizer_for(learner, factor).param_groups
-        found = {id(p): group for group in groups for p in group["params"]}
-        assert len(found) == sum(len(group["params"]) for group in groups) == len(learner.parameters)
+        group_of = {id(p): group for group in groups for p in group["params"]}
+        assert len(group_of) == sum(len(group["params"]) for group in groups) == len(learner.parameters)
         for name, parameter in learner.parameters.items():
-            group = found[id(parameter)]
+            group = group_of[id(parameter)]
             assert group["lr"] == pytest.approx(factor * rates[name.split(".")[0]]), name
             assert group["weight_decay"] == 0.013
     assert {name.split(".")[0] for name in learner.parameters} == set(rates)

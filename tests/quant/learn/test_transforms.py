@@ -55,16 +55,16 @@ class Bench:
     def parameters(self, transform, seed=0):
         """Random, far from the identity, matrices diagonally dominant."""
         generator = torch.Generator().manual_seed(seed)
-        found = {}
+        by_name = {}
         for name, start in transform.initial(self.weights, self.ranges).items():
             noise = torch.randn(start.shape, generator=generator, dtype=torch.float64)
             if name.endswith(("matrix", "imaginary")):
-                found[name] = start.double() * 1.3 + 0.3 * noise / start.shape[-1] * float(start.abs().mean() + 0.2)
+                by_name[name] = start.double() * 1.3 + 0.3 * noise / start.shape[-1] * float(start.abs().mean() + 0.2)
             elif name.endswith("shift"):
-                found[name] = start.double() + noise
+                by_name[name] = start.double() + noise
             else:
-                found[name] = start.double() * torch.exp(0.5 * noise)
-        return found
+                by_name[name] = start.double() * torch.exp(0.5 * noise)
+        return by_name
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -113,8 +113,8 @@ def test_every_seam_of_every_family_is_there(model_dir, tmp_path):
     }
     for name in CONFIGS:
         bench = Bench(model_dir(name), tmp_path)
-        found = [t.seam.kind for t in bench.transforms(FORMS["scale"])]
-        counted = {kind: found.count(kind) for kind in set(found)}
+        kinds = [t.seam.kind for t in bench.transforms(FORMS["scale"])]
+        counted = {kind: kinds.count(kind) for kind in set(kinds)}
         assert counted == expected.get(name, {"norm": 2, "vo": 1, "qk": 1, "mul": 1}), name
 
 
@@ -208,10 +208,10 @@ def test_complex_factors_keep_away_from_zero():
     """|a + bi| below the floor is lengthened to it in its own direction; the gradient passes."""
     real = torch.tensor([[0.003, 0.0, 0.3, -1e-30]], requires_grad=True)
     imaginary = torch.tensor([[-0.004, 0.0, -0.4, 0.0]], requires_grad=True)
-    found = floored_factors(real, imaginary)
+    factors = floored_factors(real, imaginary)
     expected = torch.tensor([[[0.006, 0.01, 0.3, -0.01]], [[-0.008, 0.0, -0.4, 0.0]]])
-    torch.testing.assert_close(found.detach(), expected)
-    (found * torch.tensor([[[1.0, 2.0, 3.0, 4.0]], [[5.0, 6.0, 7.0, 8.0]]])).sum().backward()
+    torch.testing.assert_close(factors.detach(), expected)
+    (factors * torch.tensor([[[1.0, 2.0, 3.0, 4.0]], [[5.0, 6.0, 7.0, 8.0]]])).sum().backward()
     assert real.grad.tolist() == [[1, 2, 3, 4]] and imaginary.grad.tolist() == [[5, 6, 7, 8]]
 
 
@@ -230,8 +230,8 @@ def test_a_singular_matrix_is_no_error_but_not_finite():
     for n in (1, 3, 16):
         singular = torch.eye(n).repeat(2, 1, 1)
         singular[1, -1, -1] = 0
-        found = Affine(singular).matrix()
-        assert torch.equal(found[0], torch.eye(n)) and not bool(found[1].isfinite().all())
+        matrix = Affine(singular).matrix()
+        assert torch.equal(matrix[0], torch.eye(n)) and not bool(matrix[1].isfinite().all())
 
 
 def test_pair_matrices_commute_with_rotary_embeddings():

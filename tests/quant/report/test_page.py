@@ -54,10 +54,10 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self._note(found)
+        attributes = dict(attrs)
+        self._note(attributes)
         if tag == "table":
-            self.table = self.tables.setdefault(found.get("id", "heat"), [])
+            self.table = self.tables.setdefault(attributes.get("id", "heat"), [])
         if tag == "tr" and self.table is not None:
             self.table.append([])
         if tag in ("td", "th") and self.table is not None:
@@ -76,10 +76,10 @@ class Page(HTMLParser):
     def handle_startendtag(self, tag, attrs):
         self._note(dict(attrs))
 
-    def _note(self, found):
+    def _note(self, attributes):
         """Identities, and references to them or to elsewhere, of one element."""
-        self.ids += [found["id"]] if "id" in found else []
-        for name, value in found.items():
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        for name, value in attributes.items():
             if name == "aria-label":  # text
                 continue
             if name in ("href", "src", "xlink:href") and value:
@@ -379,10 +379,10 @@ def test_only_the_page_s_own_script_may_run(finished, tmp_path):
 
 def test_differences(finished):
     a, b = open_run(finished["plain"]), open_run(finished["gptq"])
-    found = differences([a, b])
-    assert ["method", "quantease", "gptq"] in found["configuration"] and ["wbits", 3, 2] in found["configuration"]
-    assert not any(name == "nsamples" for name, *_ in found["configuration"])
-    ratios = [row[2] / row[1] for row in found["linears"]]
+    rows = differences([a, b])
+    assert ["method", "quantease", "gptq"] in rows["configuration"] and ["wbits", 3, 2] in rows["configuration"]
+    assert not any(name == "nsamples" for name, *_ in rows["configuration"])
+    ratios = [row[2] / row[1] for row in rows["linears"]]
     assert ratios == sorted(ratios, reverse=True) and len(ratios) == 21
     same = differences([a, a])
     assert same == {"configuration": [], "numbers": [], "linears": []}
@@ -423,7 +423,7 @@ def test_mistakes(finished, tmp_path, monkeypatch, capsys, model_dir, text):
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 PROBE = """<script>
 onload = () => {
   const table = document.querySelector('#linears, #runs');
@@ -483,11 +483,11 @@ def test_hostile_names_do_nothing_in_a_browser(finished, tmp_path):
         path.read_text().replace("<main>", f"<main><b id=in></b>{name.replace('<', ' <')}")
     )
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    found = []
+    doms = []
     for page in (path, tmp_path / "injected.html"):
         done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=False, timeout=120)
-        found.append(done.stdout)
-    dom, injected = found
+        doms.append(done.stdout)
+    dom, injected = doms
     Strict(dom.replace("<!DOCTYPE html>", ""))
     title = f"<title>2 runs of {escape(runs[0].model, quote=False)}</title>"
     assert title in dom
@@ -499,12 +499,12 @@ def test_published_figures_stand_beside_ours():
 
     scores = {"wikitext2": {"fp": 14.62, "quantized": 21.0, "seqlen": 2048}}
     results = {"wbits": 3, "group_size": -1, "method": "quantease", "perplexity": scores, "evaluation": {"limit": None}}
-    found = published("facebook/opt-1.3b", results)
-    by_method = {entry["method"]: entry for entry in found}
+    entries = published("facebook/opt-1.3b", results)
+    by_method = {entry["method"]: entry for entry in entries}
     assert by_method["full precision"]["perplexity"] == 14.63 and by_method["full precision"]["ours"] == 14.62
     assert by_method["quantease"]["perplexity"] == 21.30 and by_method["quantease"]["ours"] == 21.0
-    assert by_method["gptq"]["ours"] is None and all(entry["same_protocol"] for entry in found)
-    assert {entry["setting"] for entry in found} == {"FP16", "W3"}
+    assert by_method["gptq"]["ours"] is None and all(entry["same_protocol"] for entry in entries)
+    assert {entry["setting"] for entry in entries} == {"FP16", "W3"}
     assert published("meta-llama/Llama-2-7b-hf", results)[0]["perplexity"] == 5.47
     assert published("models/demo/opt", results) == []
     kept = {entry["method"]: entry["ours"] for entry in published("opt-1.3b", results | {"options": {"outlier": 0.01}})}
@@ -531,7 +531,7 @@ def test_published_figures_stand_beside_ours():
         asked = results | {"wbits": bits, "abits": acts, "group_size": group}
         assert figure in [e["perplexity"] for e in published(model, asked) if e["method"] == method]
     elsewhere = results | {"perplexity": {"c4": scores["wikitext2"], "ptb": scores["wikitext2"]}}
-    found = {(e["data"], e["setting"], e["method"]): e["perplexity"] for e in published("opt-125m", elsewhere)}
-    assert found["c4", "FP16", "full precision"] == 24.60 and found["ptb", "W3", "omniquant"] == 45.29
+    entries = {(e["data"], e["setting"], e["method"]): e["perplexity"] for e in published("opt-125m", elsewhere)}
+    assert entries["c4", "FP16", "full precision"] == 24.60 and entries["ptb", "W3", "omniquant"] == 45.29
     assert len({row[:5] for row in rows()}) == len(rows()), "a line stands there twice"
     assert all(len(row[5]) > 0 and row[0] in ("opt", "bloom", "falcon", "llama", "llama-2") for row in rows())

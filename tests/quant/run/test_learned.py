@@ -254,9 +254,9 @@ def test_planted_outliers_are_learned_away(tmp_path):
                 act=ActSpec(4, 4), learning=learning, method="omniquant" if learning else "rtn",
                 run_dir=tmp_path / f"{name}-{learning is not None}",
             )  # fmt: skip
-            found = Session(config).run(config)["perplexity"]["demo"]
-            scores[name, learning is not None] = found["quantized"]
-    assert found["fp"] == pytest.approx(
+            measured = Session(config).run(config)["perplexity"]["demo"]
+            scores[name, learning is not None] = measured["quantized"]
+    assert measured["fp"] == pytest.approx(
         json.loads((tmp_path / "plain-True/results.json").read_text())["perplexity"]["demo"]["fp"], rel=1e-3
     )
     assert scores["planted", True] < 1.03 * scores["plain", True]
@@ -273,10 +273,10 @@ def test_half_precision_of_another_kind_loses_nothing(model_dir, text, tmp_path)
         tmp_path / "half", text, tmp_path, dtype="bfloat16", wbits=8, learning=asked(let=False, epochs=0)
     )
     Session(config).run(config)
-    found = RunDirectory(config.run_dir).read_weights(1)["mlp.up_proj"]
+    kept = RunDirectory(config.run_dir).read_weights(1)["mlp.up_proj"]
     weight = model.state_dict()["model.layers.1.mlp.up_proj.weight"].float()
-    assert torch.equal(found.codes, found.grid.quantize(weight))
-    assert not torch.equal(found.codes, found.grid.quantize(weight.bfloat16().float())), "bfloat16 would show"
+    assert torch.equal(kept.codes, kept.grid.quantize(weight))
+    assert not torch.equal(kept.codes, kept.grid.quantize(weight.bfloat16().float())), "bfloat16 would show"
 
 
 def test_a_matrix_behind_a_norm_cannot_be_saved(model_dir, text, tmp_path):

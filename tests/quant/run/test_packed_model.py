@@ -56,10 +56,10 @@ def test_a_packed_checkpoint_is_evaluated_packed(model_dir, text, tmp_path):
     config, results = run_of(model_dir("llama"), text, tmp_path, save=tmp_path / "saved", format="bitplane")
     base = RunConfig(model=str(config.save), eval_datasets=(str(text),), seqlen=32, limit=6, packed=True,
                      cache_dir=tmp_path / "cache", run_dir=tmp_path / "base")  # fmt: skip
-    found = Session(base).run(base)
+    evaluated = Session(base).run(base)
     (name,) = results["perplexity"]
-    assert found["perplexity"][name]["fp"] == pytest.approx(results["perplexity"][name]["quantized"], rel=2e-5)
-    assert found["packed_bytes"] > 0
+    assert evaluated["perplexity"][name]["fp"] == pytest.approx(results["perplexity"][name]["quantized"], rel=2e-5)
+    assert evaluated["packed_bytes"] > 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -85,15 +85,15 @@ def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
     formats = ("gptq", "compressed-tensors", "bitplane")
     for kind in formats:
         convert(config.run_dir, kind, tmp_path / kind)
-    found = {}
+    scores = {}
     for kind, keep in [("saved", False), *((kind, keep) for kind in formats for keep in (False, True))]:
         base = RunConfig(model=str(tmp_path / kind), eval_datasets=("demo",), seqlen=64, limit=6, packed=keep,
                          cache_dir=tmp_path / "cache", run_dir=tmp_path / f"eval-{kind}-{keep}")  # fmt: skip
-        found[kind, keep] = Session(base).run(base)["perplexity"]["demo"]["fp"]
+        scores[kind, keep] = Session(base).run(base)["perplexity"]["demo"]["fp"]
     written_out, exact = (r["perplexity"]["demo"]["quantized"] for r in (plain, packed))
-    assert found["saved", False] == written_out
-    assert {found[kind, False] for kind in formats} == {found["gptq", False]}, "one set of codes, one number"
-    assert all(value == pytest.approx(exact, rel=2e-6) for (kind, _), value in found.items() if kind != "saved")
+    assert scores["saved", False] == written_out
+    assert {scores[kind, False] for kind in formats} == {scores["gptq", False]}, "one set of codes, one number"
+    assert all(value == pytest.approx(exact, rel=2e-6) for (kind, _), value in scores.items() if kind != "saved")
     assert abs(written_out / exact - 1) > 2e-6
     model_again = QuantizedCheckpoint(tmp_path / "bitplane")
     name = next(n for n in model_again.names() if n.endswith("up_proj.weight"))
@@ -117,9 +117,9 @@ def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tm
         assert len(packed) == len(RunDirectory(config.run_dir).read_weights(0)) * len(
             [i for i in range(len(resident.blocks)) if i < config.num_layers]
         )
-        found = resident.module(ids, use_cache=False).logits
+        logits = resident.module(ids, use_cache=False).logits
     expected = reference(ids).logits
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
     tokens = list(generate(resident, ids, 8))
     with torch.no_grad():
         whole = reference.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)

@@ -25,8 +25,8 @@ def test_every_format_measures_what_the_run_measured(exported, whole):
     base, results = exported
     expected = results["perplexity"]["text"]["quantized"]
     for kind in FORMATS:
-        found, bits = perplexity(base / f"as-{kind}", base)
-        assert found == expected, kind
+        measured, bits = perplexity(base / f"as-{kind}", base)
+        assert measured == expected, kind
         assert kind == "dequantized" or bits == pytest.approx(results["bits_per_weight"])
         for file in (base / f"as-{kind}").glob("*.json"):
             assert str(whole.parent) not in file.read_text() and str(base) not in file.read_text(), file.name
@@ -42,8 +42,8 @@ def test_shards(exported, tmp_path, monkeypatch):
     whole = load_file(base / "saved/model.safetensors")
     assert index["weight_map"].keys() == whole.keys() and set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
-    found = {k: v for file in files for k, v in load_file(tmp_path / "cut" / file).items()}
-    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    tensors = {k: v for file in files for k, v in load_file(tmp_path / "cut" / file).items()}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in whole.items())
     assert all(
         (tmp_path / "cut" / f).stat().st_size < 400_000 for f in files if len(load_file(tmp_path / "cut" / f)) > 1
     )

@@ -239,9 +239,9 @@ def test_cuda_gives_the_answer_of_the_cpu(name, spec, shape):
     weight, stats = weights(*shape), make_stats(inputs(shape[1], 3 * shape[1]))
     there = GramStats.from_gram(stats.gram.to("cuda"), stats.n_tokens)
     answer = SOLVERS[name](weight, stats, spec).check()
-    found = SOLVERS[name](weight.to("cuda"), there, spec).to("cpu").check()
-    errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (found, answer)]
+    on_device = SOLVERS[name](weight.to("cuda"), there, spec).to("cpu").check()
+    errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (on_device, answer)]
     # Sums are ordered differently: a value on the edge between two codes may fall either way, and later ones follow.
     assert abs(errors[0] / errors[1] - 1) < 0.01
-    assert float((found.codes != answer.codes).float().mean()) < (1e-4 if name == "rtn" else 0.2)
-    torch.testing.assert_close(found.grid.scale, answer.grid.scale, rtol=0.05, atol=1e-4)
+    assert float((on_device.codes != answer.codes).float().mean()) < (1e-4 if name == "rtn" else 0.2)
+    torch.testing.assert_close(on_device.grid.scale, answer.grid.scale, rtol=0.05, atol=1e-4)

@@ -20,9 +20,9 @@ ORDERS = {"plain": {}, "act-order": {"act_order": True}, "static": {"static": Tr
 SPECS = [QuantSpec(3), QuantSpec(3, 16), QuantSpec(2, 16, range="mse"), QuantSpec(4, symmetric=True)]
 
 
-def equal(weight, gram, found, expected):
-    assert torch.equal(found[0], expected[0])
-    ours, reference = (objective64(weight - values, gram) for values in (found[1], expected[1]))
+def equal(weight, gram, own, expected):
+    assert torch.equal(own[0], expected[0])
+    ours, reference = (objective64(weight - values, gram) for values in (own[1], expected[1]))
     assert abs(ours / reference - 1) < 1e-6
 
 
@@ -41,8 +41,8 @@ def test_descent(spec, order):
     for rounding in schedule:
         descent.sweep(rounding)
     codes = naive_coordinate_descent(weight, gram, grid, visit, schedule)
-    found = descent.codes[:, torch.argsort(visit)]
-    equal(weight, gram, (found, grid.dequantize(found)), (codes, grid.dequantize(codes)))
+    in_order = descent.codes[:, torch.argsort(visit)]
+    equal(weight, gram, (in_order, grid.dequantize(in_order)), (codes, grid.dequantize(codes)))
 
 
 @pytest.mark.parametrize("order", ORDERS)

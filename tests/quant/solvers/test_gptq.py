@@ -40,8 +40,8 @@ def test_equals_explicit_inverses(case: str, block_size: int) -> None:
     codes, values = naive_gptq(weight, stats.gram, spec, options.get("percdamp", 0.01), order, grid)
     # float32 against float64: a code may differ where a value lies on the edge between two; none does here but ties.
     assert float((answer.codes != codes).float().mean()) < 0.002  # measured: the same codes
-    found, expected = (objective64(weight - v, stats.gram) for v in (answer.dequantize(), values.float()))
-    assert abs(found / expected - 1) < 2e-3 if bool((answer.codes != codes).any()) else abs(found / expected - 1) < 1e-6
+    own, expected = (objective64(weight - v, stats.gram) for v in (answer.dequantize(), values.float()))
+    assert abs(own / expected - 1) < 2e-3 if bool((answer.codes != codes).any()) else abs(own / expected - 1) < 1e-6
 
 
 def test_dead_columns_like_the_reference() -> None:
@@ -65,9 +65,9 @@ def test_groups_larger_than_a_block() -> None:
     spec = QuantSpec(3, 192)
     codes, values = naive_gptq(weight, stats.gram, spec, 0.01, torch.arange(384), None)
     answer = gptq(weight, stats, spec, block_size=128)
-    found, expected = (objective64(weight - v, stats.gram) for v in (answer.dequantize(), values.float()))
+    own, expected = (objective64(weight - v, stats.gram) for v in (answer.dequantize(), values.float()))
     # measured: the same codes
-    assert float((answer.codes != codes).float().mean()) < 0.002 and abs(found / expected - 1) < 2e-3
+    assert float((answer.codes != codes).float().mean()) < 0.002 and abs(own / expected - 1) < 2e-3
 
 
 def test_factor_gives_the_feedback_of_the_published_one() -> None:

@@ -80,13 +80,13 @@ def test_refit_is_the_best_scale_and_zero_point(symmetric):
 
     improved = 0
     for row in range(9):
-        found = cost(new[row], shift[row], row)
-        assert found <= cost(scale[row], torch.tensor(0.0), row) * (1 + 1e-5)
+        best = cost(new[row], shift[row], row)
+        assert best <= cost(scale[row], torch.tensor(0.0), row) * (1 + 1e-5)
         trials = [cost(torch.tensor(s), torch.tensor(d), row)
                   for s in torch.linspace(0.02, 3, 400).tolist()
                   for d in ((0.0,) if symmetric else (-1.0, 0.0, 1.0))]  # fmt: skip
         if trials.index(min(trials)) > 2:  # otherwise the best scale is none: zero or negative
-            assert found <= min(trials) * (1 + 2e-3)
+            assert best <= min(trials) * (1 + 2e-3)
             improved += 1
     assert improved >= 6
 
@@ -110,10 +110,10 @@ def test_searched_scales_lower_the_objective_of_every_row():
     weight, stats = weights(24, 64), make_stats(inputs(64, 300))
     spec = QuantSpec(2, range="mse")
     grid = fit_grid(weight, spec, stats.diagonal)
-    found = search_scales(weight, stats.gram, grid, spec, 16)
-    ratio = found.scale / grid.scale
+    searched = search_scales(weight, stats.gram, grid, spec, 16)
+    ratio = searched.scale / grid.scale
     assert 0.84 < float(ratio.min()) < float(ratio.max()) < 1.16
-    ends = [quantease(weight, stats, spec, grid=g, num_iter=SEARCH_SWEEPS).dequantize() for g in (grid, found)]
+    ends = [quantease(weight, stats, spec, grid=g, num_iter=SEARCH_SWEEPS).dequantize() for g in (grid, searched)]
     for row in range(24):
         before, after = (objective64((weight - e)[row : row + 1], stats.gram) for e in ends)
         assert after <= before * (1 + 1e-5)
@@ -139,5 +139,5 @@ def test_group_aware_gptq_equals_the_reference(static):
     order = visiting_order(stats.diagonal, spec, False, True)
     codes, values = naive_gptq(weight, stats.gram, spec, 0.01, order, answer.grid if static else None)
     assert float((answer.codes != codes).float().mean()) < 0.02  # measured: the same codes
-    found, expected = (objective64(weight - v, stats.gram) for v in (answer.dequantize(), values))
-    assert abs(found / expected - 1) < 0.02
+    own, expected = (objective64(weight - v, stats.gram) for v in (answer.dequantize(), values))
+    assert abs(own / expected - 1) < 0.02

@@ -67,8 +67,8 @@ def test_equals_the_published_loop(structured, alpha):
     codes, outliers = naive_outlier_descent(weight, stats.gram, answer.grid, count, structured, 2, alpha)
     assert float((answer.codes != codes).float().mean()) < 0.02  # measured: the same codes
     expected = objective64(weight - answer.grid.dequantize(codes) - outliers, stats.gram)
-    found = objective64(weight - answer.dequantize(), stats.gram)
-    assert abs(found / expected - 1) < 2e-3  # outliers are stored in float16
+    own = objective64(weight - answer.dequantize(), stats.gram)
+    assert abs(own / expected - 1) < 2e-3  # outliers are stored in float16
     assert answer.outliers is not None
     kept = torch.zeros(240).index_add_(0, answer.outliers.index, answer.outliers.value.float())
     values = kept.view(6, 40) + answer.grid.dequantize(answer.codes) - answer.grid.dequantize(codes)
@@ -113,8 +113,8 @@ def test_values_of_the_outliers_are_where_the_gradient_vanishes():
 def test_outliers_with_act_order_are_in_their_own_places(structured):
     weight, stats = problem()
     options = {"outlier": 0.02, "structure_outlier": structured}
-    plain, found = (quantease(weight, stats, QuantSpec(3, 32), act_order=o, **options).check() for o in (False, True))
-    errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (plain, found)]
+    plain, ordered = (quantease(weight, stats, QuantSpec(3, 32), act_order=o, **options).check() for o in (False, True))
+    errors = [relative_error(weight, a.dequantize(), stats.gram) for a in (plain, ordered)]
     assert errors[1] < 1.1 * errors[0]  # measured: 0.87 to 0.99
     assert errors[1] < relative_error(
         weight, quantease(weight, stats, QuantSpec(3, 32), act_order=True).dequantize(), stats.gram

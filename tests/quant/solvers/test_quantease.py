@@ -29,11 +29,11 @@ def test_equals_the_column_loop(num_iter: int, block_size: int, spec: QuantSpec)
     answer = quantease(weight, stats, spec, num_iter=num_iter, block_size=block_size)
     codes = naive_coordinate_descent(weight, stats.gram, answer.grid, torch.arange(80), schedule(num_iter))
     reference = answer.grid.dequantize(codes)
-    found, expected = (objective64(weight - v, stats.gram) for v in (answer.dequantize(), reference))
+    own, expected = (objective64(weight - v, stats.gram) for v in (answer.dequantize(), reference))
     if torch.equal(answer.codes, codes):
-        assert abs(found / expected - 1) < 1e-6
+        assert abs(own / expected - 1) < 1e-6
     else:  # a value on the edge between two codes may fall either way in float32, and later columns follow it
-        assert float((answer.codes != codes).float().mean()) < 0.03 and abs(found / expected - 1) < 0.02
+        assert float((answer.codes != codes).float().mean()) < 0.03 and abs(own / expected - 1) < 0.02
 
 
 def test_most_runs_equal_the_column_loop_to_the_last_code() -> None:
@@ -101,12 +101,12 @@ def test_the_answer_is_near_the_best_of_all_codes() -> None:
         grid = fit_grid(weight, QuantSpec(2))
         every = torch.tensor(list(itertools.product(range(4), repeat=5)), dtype=torch.uint8)
         best = min(objective64(weight - grid.dequantize(codes[None]), stats.gram) for codes in every)
-        found = [
+        of_starts = [
             objective64(weight - solve(weight, stats, QuantSpec(2)).dequantize(), stats.gram) / best
             for solve in (quantease, rtn)
         ]
-        assert found[0] >= 1 - 1e-6
-        ratios.append(found)
+        assert of_starts[0] >= 1 - 1e-6
+        ratios.append(of_starts)
     ours, nearest = (sum(column) / 12 for column in zip(*ratios, strict=True))
     assert ours < 1.2 and nearest > 1.5, (ours, nearest)
 

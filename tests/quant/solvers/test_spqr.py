@@ -25,9 +25,9 @@ def test_leave_one_out(spec, threshold):
         part[0], part[1, :] = 0.0, 1.0
         part[2, 5] = 40.0
         importance = torch.rand(16, generator=torch.Generator().manual_seed(seed)) + 0.1
-        found = range_outliers(part, spec, importance, torch.tensor(threshold))
-        assert torch.equal(found, naive_leave_one_out(part, spec, importance, threshold))
-        assert bool(found[2, 5])
+        outliers = range_outliers(part, spec, importance, torch.tensor(threshold))
+        assert torch.equal(outliers, naive_leave_one_out(part, spec, importance, threshold))
+        assert bool(outliers[2, 5])
 
 
 def test_sweep_on_a_given_grid_equals_the_column_loop():
