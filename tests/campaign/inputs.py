@@ -27,11 +27,11 @@ def judged(
     inputs, before = contents(folder / "in"), contents(folder / "out")
     outcome = call(words, folder)
     after = contents(folder / "out")
-    found = faults_of(outcome, codes, most) + difference(inputs, contents(folder / "in"))
-    found += difference(before, {name: after[name] for name in after.keys() & before.keys()})
+    faults = faults_of(outcome, codes, most) + difference(inputs, contents(folder / "in"))
+    faults += difference(before, {name: after[name] for name in after.keys() & before.keys()})
     if left := contents(folder / "tmp"):
-        found.append(f"left over: tmp/{next(iter(left))}")
-    return about, lines.shown(outcome.words), found
+        faults.append(f"left over: tmp/{next(iter(left))}")
+    return about, lines.shown(outcome.words), faults
 
 
 def copied(stock: Stock, name: str, folder: Path) -> Path:

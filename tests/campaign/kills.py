@@ -29,8 +29,8 @@ def expected(stock: Stock, name: str) -> dict[str, str]:
 
 def ended(stock: Stock, name: str, folder: Path, outcome: Outcome) -> list[str]:
     """Faults of the last call of a run: it ended well, with the same bits, and nothing is left over."""
-    found = faults_of(outcome, (0,)) + other_end(expected(stock, name), end_of(folder / "out"))
-    return [f"the same command afterwards: {fault}" for fault in found]
+    faults = faults_of(outcome, (0,)) + other_end(expected(stock, name), end_of(folder / "out"))
+    return [f"the same command afterwards: {fault}" for fault in faults]
 
 
 def kills(rng: Random, stock: Stock, folder: Path, number: int) -> Answer:

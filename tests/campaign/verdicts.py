@@ -40,16 +40,16 @@ def faults_of(outcome: Outcome, codes: Collection[int] = (0, 1, 2), most: int = 
         return [f"traceback: {last_of(outcome.err)}"]
     lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     said = f": {lines[0][:300]}" if lines else ""
-    found = [] if outcome.code in codes else [f"exit code {outcome.code}{said or ': ' + outcome.err[-200:]}"]
+    faults = [] if outcome.code in codes else [f"exit code {outcome.code}{said or ': ' + outcome.err[-200:]}"]
     if outcome.code in (1, 2, 130) and not 1 <= len(lines) <= most:
-        found.append(f"exit code {outcome.code} with {len(lines)} error lines{said}")
+        faults.append(f"exit code {outcome.code} with {len(lines)} error lines{said}")
     if outcome.code == 0 and lines:
-        found.append(f"exit code 0 with an error line{said}")
+        faults.append(f"exit code 0 with an error line{said}")
     if long := [line for line in lines if len(line) > LONGEST]:
-        found.append(f"a line of {len(long[0])} letters{said}")
+        faults.append(f"a line of {len(long[0])} letters{said}")
     if obeyed := OBEYED.search(outcome.out + outcome.err):
-        found.append(f"{obeyed.group()!r} reaches the terminal")
-    return found + [f"changed what is not its own: {stray}" for stray in outcome.strays]
+        faults.append(f"{obeyed.group()!r} reaches the terminal")
+    return faults + [f"changed what is not its own: {stray}" for stray in outcome.strays]
 
 
 def last_of(text: str) -> str:
