@@ -22,7 +22,7 @@ demo: venv
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-# Also what needs other software: Ray, a browser of Chromium's kind (pages are opened in it, else skipped), and the readers of our checkpoints (an environment of their own, 2 GB)
+# Also what needs other software: Ray, a browser of Chromium's kind (pages are opened in it, else skipped), and the readers of our checkpoints (two environments of their own, 2 GB each)
 test-all: test
 	$(BIN)/python -m pip install --quiet -r requirements-ray.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_sweep.py tests/quant/report/test_page.py -k "ray or browser"
@@ -30,6 +30,9 @@ test-all: test
 	.venv-peers/bin/python -m pip install --quiet "setuptools>=84" wheel torch==2.13.0 "transformers>=5.23,<6"
 	.venv-peers/bin/python -m pip install --quiet --no-build-isolation -r requirements-pack.txt torch==2.13.0
 	$(BIN)/python -m benchmarks.loaders --peer .venv-peers/bin/python
+	test -x .venv-older/bin/python || $(PYTHON) -m venv .venv-older
+	.venv-older/bin/python -m pip install --quiet torch==2.13.0 "transformers==4.57.*" "accelerate>=1.10,<2"
+	$(BIN)/python -m benchmarks.older --peer .venv-older/bin/python
 
 # Damaged input, kills, full disks and little memory against every command, in minutes: tests/campaign. BUDGET is in seconds
 BUDGET ?= 480

@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 
 
 def open_model(how: str, model: str):
-    """The causal LM. how: transformers, gptqmodel, or dequantize (transformers, everything dequantized at loading)."""
+    """The causal LM. how: transformers, eager (the same with eager attention), gptqmodel, or dequantize (transformers,
+    everything dequantized at loading)."""
     if how == "gptqmodel":
         from gptqmodel import BACKEND, GPTQModel
 
         return GPTQModel.load(model, device="cpu", backend=BACKEND.TORCH).model
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 
-    declared = json.loads((Path(model) / "config.json").read_text())["quantization_config"]
-    more = {}
-    if declared["quant_method"] == "gptq":
+    declared = json.loads((Path(model) / "config.json").read_text()).get("quantization_config", {})
+    more = {"attn_implementation": "eager"} if how == "eager" else {}
+    if declared.get("quant_method") == "gptq":
         more = {"quantization_config": GPTQConfig(bits=declared["bits"], backend="torch")}
     elif how == "dequantize":
         more = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
