@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from models.unsupported import of_directory, of_file
 from quant.core.errors import InputError
 
 
@@ -12,8 +13,8 @@ def check_name(model: str) -> None:
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"{model} holds no config.json: --model takes a model directory or a hub id")
+            raise InputError(of_directory(path, "config.json"))
     elif path.exists():
-        raise InputError(f"{model} is a file: --model takes a model directory or a hub id")
+        raise InputError(of_file(path))
     elif path.is_absolute() or model.startswith(".") or model.count("/") != 1 and "/" in model:
         raise InputError(f"no such model directory: {model}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from models.checkpoint import check_own, side_files
+from models.side_files import check_own, side_files
 from quant.core.files import check_plain_file, read_json
 
 Json = dict[str, Any]

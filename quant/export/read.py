@@ -13,14 +13,21 @@ from models.checkpoint import Checkpoint
 from models.load import LazyModel
 from quant.blocks.weights import is_input_range, is_online
 from quant.core.errors import InputError
-from quant.core.files import read_json
 from quant.core.types import QuantizedWeight
 from quant.export import format_of
 from quant.export.formats import Content, in_order
 from quant.export.write import Entry
 
 SPARSE = "outlier_values"
-UNFIT = (ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError)  # what a wrong config.json leads to
+UNFIT = (
+    ValueError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    ArithmeticError,
+)  # what a wrong config.json leads to
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -30,7 +37,7 @@ class QuantizedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.declared = read_json(path / "config.json")
+        self.declared = self.reader.metadata()
         self.quantization: dict[str, Any] = self.declared["quantization_config"]
         if not isinstance(self.quantization, dict):
             raise InputError(f"{path / 'config.json'}: quantization_config is no JSON object")
@@ -40,7 +47,7 @@ class QuantizedCheckpoint(Checkpoint):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise InputError(f"{path / 'config.json'}: dtype {name!r} is no type of floating-point numbers")
         self.dtype: torch.dtype = dtype
-        self.linears = self.format.linears(self._where, self.quantization)
+        self.linears = self.format.linears(self.reader.names(), self.quantization)
         if not self.linears:
             raise InputError(f"{path}: config.json says {self.format.name}, but no tensor is quantized")
         try:
@@ -48,7 +55,7 @@ class QuantizedCheckpoint(Checkpoint):
         except UNFIT as error:
             raise InputError(f"{path}: quantization_config of config.json is not complete ({error})") from error
         parts = {f"{linear}.{part}" for linear in self.linears for part in self.format.parts()}
-        self._plain = [name for name in self._where if name not in parts]
+        self._plain = [name for name in self.reader.names() if name not in parts]
         self._check_orphans()
         self.extra = [name for name in self._plain if is_online(name) or is_input_range(name)]
         self._weights = {f"{linear}.weight": linear for linear in self.linears}
@@ -59,11 +66,11 @@ class QuantizedCheckpoint(Checkpoint):
         for name in self._plain:
             if name.endswith(endings):
                 raise InputError(f"{self.path}: {name} is part of a linear whose other tensors are missing")
-            if name.endswith(".weight") and self._where[name].get_slice(name).get_dtype()[0] not in "FB":
+            if name.endswith(".weight") and not self.reader.dtype_of(name).is_floating_point:
                 raise InputError(f"{self.path}: {name} holds integers, but no scale belongs to them")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._weights or name in self._where
+        return name in self._weights or name in self.reader
 
     def names(self) -> Iterable[str]:
         """Names as of a plain checkpoint."""
@@ -75,7 +82,7 @@ class QuantizedCheckpoint(Checkpoint):
             return super().shape(name)
         linear = self._weights[name]
         try:
-            return self.format.shape(linear, super().shape, super().read, self._where, self.quantization)
+            return self.format.shape(linear, self.reader.shape, self.reader.read, self.reader, self.quantization)
         except UNFIT as error:
             raise InputError(f"{self.path}: {linear} does not fit config.json ({_said(error)})") from error
 
@@ -102,14 +109,14 @@ class QuantizedCheckpoint(Checkpoint):
         """Codes and grid of a weight. Raises InputError where they are not legal."""
         linear = self._weights[name]
         try:
-            return self.format.decode(linear, super().read, self._where, self.quantization).check()
+            return self.format.decode(linear, self.reader.read, self.reader, self.quantization).check()
         except UNFIT as error:
             raise InputError(f"{self.path}: {linear} does not fit config.json ({_said(error)})") from error
 
     def entries(self) -> Iterator[Entry]:
         """Everything in it, for another format."""
         for name in self._plain:
-            yield name, super().read(name)
+            yield name, self.reader.read(name)
         for name in self._weights:
             yield name, self.quantized(name)
 
@@ -132,7 +139,7 @@ class QuantizedCheckpoint(Checkpoint):
         if len(specs) > 1:
             first, second = list(specs.values())[:2]
             raise InputError(f"{first} and {second} have different grids; only one grid for all linears is converted")
-        outliers = any(name.endswith((SPARSE, "scale_codes")) for name in self._where)
+        outliers = any(name.endswith((SPARSE, "scale_codes")) for name in self.reader.names())
         return Content(
             next(iter(specs)),
             shapes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import RESULTS, write_tensors
+from models.checkpoint import RESULTS
+from models.container import SafetensorsWriter, Writer, write_described
 from models.load import LazyModel
 from quant.blocks.weights import is_input_range
 from quant.core.errors import InputError
-from quant.core.files import json_sha256, read_json, sha256_of_file
+from quant.core.files import json_sha256, sha256_of_file
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
 from quant.export.carried import carried_config, drop_about, side_file_writer
 from quant.export.formats import Content, Layers, check_shape
 from quant.export.target import OWN, hashes_of, others_in, replacing
 
-SHARD_BYTES = 5_000_000_000
 TIE = "tie_word_embeddings"
 Entry = tuple[str, Tensor | QuantizedWeight]
 
@@ -109,13 +108,13 @@ def save_checkpoint(
     Raises InputError for values that are not finite in the dtype in which they are written.
     """
     with replacing(target, overwrite) as directory:
-        _write_weights(finite(stream), directory)
+        writer: Writer = SafetensorsWriter(directory)
+        for name, tensor in finite(stream):
+            writer.put(name, tensor)
         side_files(directory)
         drop_about(directory, others_in(target))
-        _write_json(directory / "config.json", config)
-        quantization = config.get("quantization_config", {})
-        if quantization.get("quant_method") == "gptq":
-            _write_json(directory / "quantize_config.json", quantization)
+        writer.finish(config)
+        quantization = config.get("quantization_config")
         weights = sorted((*directory.glob("*.safetensors"), *directory.glob("quantize_config.json")))
         written = {
             "files_sha256": {file.name: sha256_of_file(file) for file in weights},
@@ -123,7 +122,7 @@ def save_checkpoint(
             "config_sha256": json_sha256(config),
             OWN: hashes_of(directory),
         }
-        _write_json(directory / RESULTS, dict(results or {}) | written)
+        write_described(directory / RESULTS, dict(results or {}) | written)
 
 
 def finite(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -138,7 +137,7 @@ def finite(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 
 def model_config(model: LazyModel, kind: str, content: Content, quantized_blocks: int) -> dict[str, Any]:
     """config.json of a model in a format: the source's, but for what was changed as it was opened."""
-    declared = read_json(model.checkpoint.path / "config.json")
+    declared = model.checkpoint.reader.metadata()
     changes: dict[str, Any] = dict(model.family.biases) if model.added else {}
     tied = bool(getattr(model.config, TIE, False))
     if tied != declared.get(TIE, getattr(type(model.config)(), TIE, False)):
@@ -151,38 +150,3 @@ def model_config(model: LazyModel, kind: str, content: Content, quantized_blocks
 def model_side_files(model: LazyModel, tokenizer: Any) -> Callable[[Path], None]:
     """Writes the side files of a model: tokenizer, generation config, licence, the classes that it brings."""
     return side_file_writer(model.checkpoint.path, model.config.to_dict(), tokenizer)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _write_weights(stream: Iterator[tuple[str, Tensor]], directory: Path) -> None:
-    """Shards of at most SHARD_BYTES, then the index; a single shard is model.safetensors without an index."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        write_tensors(pending, directory / f"shard-{len(shards)}")
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in stream:
-        if pending and size + tensor.nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        pending[name] = tensor.cpu().contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (directory / "shard-0").replace(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{number}").replace(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    _write_json(
-        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.checkpoint import RESULTS, check_own
+from models.checkpoint import RESULTS
 from models.load import LazyModel, load_model, load_tokenizer
+from models.side_files import check_own
 from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, read_json
 from quant.core.places import Place, check_places

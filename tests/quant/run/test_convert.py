@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models import container
 from quant.blocks.weights import INPUT_RANGE, ONLINE
 from quant.core.errors import InputError
-from quant.export import write
 from quant.export.read import QuantizedCheckpoint
 from quant.run.convert import convert
 from quant.run.session import Session
@@ -101,7 +101,7 @@ def test_only_checkpoints_are_overwritten(exported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(write, "write_tensors", full)
+        patch.setattr(container, "write_tensors", full)
         convert(exported[0] / "saved", "gptq_v2", out, overwrite=True)
     assert (out / "config.json").read_text() == before and {p.name for p in tmp_path.iterdir()} == {"notes", "out"}
     convert(exported[0] / "saved", "gptq_v2", out, overwrite=True)

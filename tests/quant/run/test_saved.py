@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import main as main_command
 import model_quantizer
+from models import container
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
-from quant.export import FORMATS, write
+from quant.export import FORMATS
 from quant.export.read import QuantizedCheckpoint
 from quant.export.runtimes import RUNTIMES
 from quant.run.config import RunConfig
@@ -34,7 +35,7 @@ def test_every_format_measures_what_the_run_measured(exported, whole):
 
 def test_shards(exported, tmp_path, monkeypatch):
     base, results = exported
-    monkeypatch.setattr(write, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(container, "SHARD_BYTES", 200_000)
     convert(base / "saved", "gptq_v2", tmp_path / "cut")
     files = sorted(file.name for file in (tmp_path / "cut").glob("*.safetensors"))
     assert len(files) > 2 and files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"

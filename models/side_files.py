@@ -1,0 +1,35 @@
+"""What belongs to a model besides its weights, and whether it is the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from quant.core.errors import InputError
+from quant.core.files import resolved
+
+# *.py: classes that a config.json with auto_map names
+SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.*", "additional_chat_templates/*",
+              "*.py", "README*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]  # fmt: skip
+
+
+def side_files(path: Path) -> Iterator[Path]:
+    """What belongs to a model besides its weights, in the order of the names."""
+    yield from sorted({file for pattern in SIDE_FILES for file in path.glob(pattern)})
+
+
+def check_own(file: Path, directory: Path) -> None:
+    """Raise InputError for a file of a model that is a link to somewhere else: it would be copied with the model. Links
+    into the hub's cache, and to the file of the same name in another model's directory, are taken for what they are.
+    """
+    target = resolved(file)
+    hub = target.parent.name == "blobs" and (
+        target.parent.parent.name.startswith("models--") or target.parent.parent == directory.resolve().parent.parent
+    )
+    other_model = (
+        target.name == file.name
+        and (target.parent / "config.json").is_file()
+        and any(target.parent.glob("*.safetensors"))
+    )
+    if not (target.is_relative_to(directory.resolve()) or hub or other_model):
+        raise InputError(f"{file} is a link to {target}, outside of the model: put a copy of it in its place")
