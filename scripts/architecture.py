@@ -27,6 +27,7 @@ ROOMS = {
     "quant.blocks": "A decoder block as a function of its weights: hidden states that are carried from block to block, "
     "activations that are quantized, inputs that are observed.",
     "quant.learn": "Clips and transforms that are learned before a solver rounds, and what each paper makes of them.",
+    "quant.tune": "Codes and scales that a solver found, moved on by gradients: of a block's output, or of the whole model's logits.",
     "quant.export": "Checkpoint formats, one file each: what a format refuses, how it writes and reads one linear; and which "
     "software loads what.",
     "quant.evaluate": "Perplexity, divergence from full precision, and tasks. All forms of a model pass the blocks side by "

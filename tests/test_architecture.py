@@ -13,7 +13,7 @@ STOREYS = (  # a module imports its own room and those of lower storeys
     {"quant.core"},
     {"models", "data", "quant.kernels"},
     {"quant.solvers", "quant.blocks"},
-    {"quant.learn", "quant.export", "quant.evaluate"},
+    {"quant.learn", "quant.tune", "quant.export", "quant.evaluate"},
     {"quant.run"},
     {"quant.report"},
     {"quant.cli"},

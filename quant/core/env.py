@@ -109,3 +109,12 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return described.stdout.strip()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that work on the device may still take: of the device, on a CPU of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    status = Path("/proc/meminfo")
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

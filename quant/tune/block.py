@@ -1,0 +1,86 @@
+"""A solved block as a function of what is tuned of it: its linears, and its norms and biases if they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from models.load import LazyModel, Weights
+from quant.blocks.weights import is_input_range, is_online
+from quant.core.rounding import RoundTo
+from quant.core.types import QuantizedWeight, QuantSpec
+from quant.tune.codes import FACTOR, POSITION, Parameters, TunedLinear
+from quant.tune.config import Tuning
+
+SHIFT = ".shift"  # name of what is added to a norm or a bias, behind its own
+
+
+class TunedBlock:
+    """Block ``index`` from its solved answers.
+
+    weights: of the block in full precision, with what else is deployed otherwise (changed); solved: by linear.
+    """
+
+    def __init__(
+        self,
+        model: LazyModel,
+        index: int,
+        weights: Weights,
+        solved: Mapping[str, QuantizedWeight],
+        spec: QuantSpec,
+        tuning: Tuning,
+    ) -> None:
+        self.model, self.index, self.tuning, self.weights = model, index, tuning, weights
+        self.linears = {name: TunedLinear(f"block {index} {name}", start, spec) for name, start in solved.items()}
+        solved_names = {f"{name}.weight" for name in solved}
+        own = {name for name, _ in model.blocks[index].named_parameters()}
+        self.moving = [
+            name
+            for name, tensor in weights.items()
+            if tuning.norms and name in own - solved_names and tensor.is_floating_point()
+            and not is_online(name) and not is_input_range(name)
+        ]  # fmt: skip
+
+    def initial(self) -> Parameters:
+        """Parameters, float32 by ``<name>.<key>``, that give the solved block."""
+        parameters = {
+            name + key: tensor
+            for name, linear in self.linears.items()
+            for key, tensor in linear.initial(self.weights[f"{name}.weight"].float()).items()
+        }
+        return parameters | {name + SHIFT: torch.zeros_like(self.weights[name]).float() for name in self.moving}
+
+    def rates(self) -> dict[str, float]:
+        """The rate of every parameter."""
+        tuning = self.tuning
+        rates: dict[str, float] = {}
+        for name, linear in self.linears.items():
+            rates |= {name + POSITION: tuning.rate_of(linear.spec.bits), name + FACTOR: tuning.grid_rate}
+        return rates | {name + SHIFT: tuning.grid_rate for name in self.moving}
+
+    def _of(self, name: str, parameters: Mapping[str, Tensor]) -> Parameters:
+        return {key: parameters[name + key] for key in (POSITION, FACTOR)}
+
+    def deployed(self, parameters: Mapping[str, Tensor]) -> Weights:
+        """The block's weights in the arithmetic's dtype, as its checkpoint holds them; gradients pass."""
+        moved = {name: self.weights[name].float() + parameters[name + SHIFT] for name in self.moving}
+        moved |= {f"{n}.weight": linear.weight(self._of(n, parameters)) for n, linear in self.linears.items()}
+        return {
+            **self.weights,
+            **{name: RoundTo.apply(t, self._storage(name)).to(self.model.dtype) for name, t in moved.items()},
+        }
+
+    def _storage(self, name: str) -> torch.dtype:
+        return self.model.storage_of(name, self.index)
+
+    def answers(self, parameters: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
+        """The linears' answers at these parameters."""
+        return {name: linear.answer(self._of(name, parameters)) for name, linear in self.linears.items()}
+
+    @torch.no_grad()
+    def changed(self, parameters: Mapping[str, Tensor]) -> Weights:
+        """What is deployed otherwise than before besides the linears, as the checkpoint holds it."""
+        moved = {name: self.weights[name].float() + parameters[name + SHIFT] for name in self.moving}
+        return {name: tensor.to(self._storage(name)) for name, tensor in moved.items()}

@@ -1,0 +1,148 @@
+"""Tuned linears: the start is the solved answer, gradients are those of the formula, answers are what was computed with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant.core.errors import InputError
+from quant.core.gram import GramStats
+from quant.core.types import QuantSpec
+from quant.solvers import get_solver
+from quant.tune.codes import FACTOR, POSITION, RoundPosition, TunedLinear
+from tests.helpers import random_weight
+
+SPECS = [
+    QuantSpec(1),
+    QuantSpec(2),
+    QuantSpec(2, levels=5),
+    QuantSpec(3, group_size=8),
+    QuantSpec(4, group_size=16, symmetric=True),
+    QuantSpec(8),
+]
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def solved(spec, method="gptq", **options):
+    """A linear with correlated inputs, solved; and its weight."""
+    weight, x = gaussian(12, 32) * 0.05, gaussian(200, 32, seed=1) @ gaussian(32, 32, seed=2)
+    stats = GramStats(32, torch.device("cpu"))
+    stats.update(x)
+    return weight, get_solver(method)(weight, stats, spec, **options)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("method", ["rtn", "gptq", "quantease"])
+def test_the_start_is_the_solved_answer(spec, method):
+    weight, start = solved(spec, method)
+    linear = TunedLinear("w", start, spec)
+    parameters = linear.initial(weight)
+    assert torch.equal(linear.weight(parameters), start.dequantize())
+    answer = linear.answer(parameters)
+    assert torch.equal(answer.codes, start.codes)
+    assert torch.equal(answer.grid.scale, start.grid.scale)
+    assert answer.info["codes_moved"] == 0
+    assert answer.storage_bits() == start.storage_bits()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("gptq", {"act_order": True}), ("quantease", {"outlier": 0.02})], ids=lambda x: str(x)
+)
+def test_column_orders_and_outliers_stay(method, options):
+    spec = QuantSpec(3, group_size=8)
+    weight, start = solved(spec, method, **options)
+    linear = TunedLinear("w", start, spec)
+    parameters = linear.initial(weight)
+    assert torch.equal(linear.weight(parameters), start.dequantize())
+    moved = {name: p + 0.3 * gaussian(*p.shape, seed=5) for name, p in parameters.items()}
+    answer = linear.answer(moved)
+    assert torch.equal(linear.weight(moved), answer.dequantize())
+    assert torch.equal(answer.grid.g_idx, start.grid.g_idx)
+    assert answer.outliers is start.outliers
+    assert 0 < answer.info["codes_moved"] < 1
+
+
+def test_a_position_stands_where_the_weight_does_unless_the_solver_chose_another_code():
+    spec = QuantSpec(3)
+    weight, start = solved(spec)
+    position = TunedLinear("w", start, spec).initial(weight)[POSITION]
+    place = weight / start.grid.scale + start.grid.zero
+    inside = (place - start.codes.float()).abs() <= 0.48
+    assert 0.3 < inside.float().mean() < 1
+    assert torch.equal(position[inside], place[inside])
+    assert torch.allclose((position - start.codes.float()).abs()[~inside], torch.tensor(0.48), atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gradients_are_those_of_the_formula_in_float64(spec):
+    weight, start = solved(spec)
+    linear = TunedLinear("w", start, spec)
+    parameters = {name: p.clone() for name, p in linear.initial(weight).items()}
+    parameters[POSITION] += 1.5 * gaussian(12, 32, seed=3)  # some leave the range
+    parameters[FACTOR] += 0.1 * gaussian(*parameters[FACTOR].shape, seed=4)
+    for p in parameters.values():
+        p.requires_grad_()
+    x, y = gaussian(20, 32, seed=6), gaussian(20, 12, seed=7)
+    (x @ linear.weight(parameters).T - y).square().sum().backward()
+
+    u, grid = parameters[POSITION].detach().double(), start.grid
+    scale = linear.scale(parameters).detach().double()
+    codes = u.round().clamp(0, grid.qmax)
+    offsets = codes - grid.zero.double()[:, grid.g_idx]
+    deployed = offsets * scale[:, grid.g_idx]
+    upstream = 2 * (x.double() @ deployed.T - y.double()).T @ x.double()  # of Ŵ
+    inside = (u >= -0.5) & (u <= grid.qmax + 0.5)
+    assert 0 < inside.double().mean() < 1
+    of_position = upstream * scale[:, grid.g_idx] * inside
+    of_factor = torch.zeros_like(scale).index_add_(1, grid.g_idx, upstream * offsets) * grid.scale.double()
+    for name, reference in ((POSITION, of_position), (FACTOR, of_factor)):
+        gradient = parameters[name].grad.double()
+        assert (gradient - reference).norm() < 1e-5 * reference.norm()
+
+
+def test_scales_stay_numbers_of_float16_and_positive():
+    spec = QuantSpec(3, group_size=8)
+    weight, start = solved(spec)
+    linear = TunedLinear("w", start, spec)
+    parameters = linear.initial(weight)
+    parameters[FACTOR] = torch.linspace(-3, 3, parameters[FACTOR].numel()).view_as(parameters[FACTOR])
+    answer = linear.answer(parameters)
+    assert bool((answer.grid.scale > 0).all())
+    usual = parameters[FACTOR] > -0.9
+    assert torch.equal(answer.grid.scale[usual].half().float(), answer.grid.scale[usual])
+    assert torch.allclose(answer.grid.scale[usual], (start.grid.scale * (1 + parameters[FACTOR]))[usual], rtol=1e-3)
+
+
+def test_a_change_of_scale_changes_no_code():
+    weight, start = solved(QuantSpec(2))
+    linear = TunedLinear("w", start, QuantSpec(2))
+    parameters = linear.initial(weight)
+    parameters[FACTOR] = parameters[FACTOR] + 0.2
+    assert torch.equal(linear.answer(parameters).codes, start.codes)
+
+
+def test_codes_end_at_the_range():
+    position = torch.tensor([-9.0, -0.5, 0.49, 1.51, 3.5, 3.51], requires_grad=True)
+    codes = RoundPosition.apply(position, 3)
+    assert codes.tolist() == [0, 0, 0, 2, 3, 3]
+    codes.sum().backward()
+    assert position.grad.tolist() == [0, 1, 1, 1, 1, 0]
+
+
+def test_scales_in_few_bits_are_refused_in_one_line():
+    _, start = solved(QuantSpec(3, group_size=16), "spqr")
+    with pytest.raises(InputError, match="--tune cannot hold scales that are quantized themselves"):
+        TunedLinear("block 0 w", start, QuantSpec(3, group_size=16))
+
+
+def test_the_answer_is_what_was_computed_with_also_far_from_the_start():
+    spec = QuantSpec(4, group_size=16)
+    start = random_weight(8, 64, spec)
+    linear = TunedLinear("w", start, spec)
+    parameters = {
+        POSITION: gaussian(8, 64, seed=1) * 30, FACTOR: gaussian(8, 4, seed=2) * 0.5,
+    }  # fmt: skip
+    assert torch.equal(linear.weight(parameters), linear.answer(parameters).dequantize())
