@@ -35,6 +35,7 @@ from data.corpora import (
     is_file,
     sha256_of,
 )
+from data.tokens import encode
 from quant.core.errors import InputError
 from quant.core.files import write_atomically
 
@@ -93,7 +94,7 @@ def calibration_tokens(
         protocol = "c4/train"
     else:
         documents, separator, protocol = _joined(source, "calibration", data_dir)
-        make = lambda: _anywhere(source, _encode(tokenizer, separator.join(documents)), nsamples, seqlen, seed)  # noqa: E731
+        make = lambda: _anywhere(source, _encode(source, tokenizer, separator.join(documents)), nsamples, seqlen, seed)  # noqa: E731
     return _cached(source, protocol, documents, tokenizer, [nsamples, seqlen, seed], cache_dir, make)
 
 
@@ -115,10 +116,10 @@ def evaluation_tokens(
         documents, protocol = hub_documents("c4", "validation", data_dir)[:C4_NEW_DOCUMENTS], "c4-new/validation"
         if len(documents) < C4_NEW_DOCUMENTS:
             log.warning("%s: %d of the protocol's %d documents are there", source, len(documents), C4_NEW_DOCUMENTS)
-        make = lambda: _in_order(source, _encode(tokenizer, " ".join(documents)), seqlen)[:C4_WINDOWS]  # noqa: E731
+        make = lambda: _in_order(source, _encode(source, tokenizer, " ".join(documents)), seqlen)[:C4_WINDOWS]  # noqa: E731
     else:
         documents, separator, protocol = _joined(source, "evaluation", data_dir)
-        make = lambda: _in_order(source, _encode(tokenizer, separator.join(documents)), seqlen)  # noqa: E731
+        make = lambda: _in_order(source, _encode(source, tokenizer, separator.join(documents)), seqlen)  # noqa: E731
     tokens = _cached(source, protocol, documents, tokenizer, ["evaluation", seqlen], cache_dir, make)
     if limit is None:
         return tokens
@@ -142,9 +143,9 @@ def _joined(source: str, use: str, data_dir: Path | None) -> tuple[Sequence[str]
     return file_documents(check_file(source)), "\n\n", "local/wikitext2"
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
-    """Token ids [n] of a text as a whole, with the tokenizer's own special tokens."""
-    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+def _encode(source: str, tokenizer: Any, text: str) -> Tensor:
+    """Token ids [n] of a text as a whole, with the tokenizer's own special tokens at both ends, as the originals call it."""
+    return torch.tensor(encode(tokenizer, text, source), dtype=torch.long)
 
 
 def _anywhere(source: str, ids: Tensor, nsamples: int, seqlen: int, seed: int) -> Tensor:
@@ -188,7 +189,7 @@ def _draw(
         index = rng.randint(0, len(documents) - 1)
         if index in lengths:
             continue
-        ids = _encode(tokenizer, documents[index])
+        ids = _encode(source, tokenizer, documents[index])
         if len(ids) > seqlen:
             return ids
         lengths[index] = len(ids)

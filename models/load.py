@@ -86,6 +86,11 @@ class LazyModel:
         beside = f"{full.rpartition('.')[0]}.weight"
         return self.storage.get(full) or self.storage.get(beside) or self.storage_dtype
 
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding: ids of tokens are below."""
+        return int(self.module.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
     def key(self, name: str) -> str:
         """Checkpoint name of a module's tensor, or of the one that it is tied to."""
         ties: dict[str, str] = getattr(self.module, "all_tied_weights_keys", None) or {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 from quant.cli.arguments import add_flags, bare_parser, check_device
 from quant.cli.errors import set_logging
 from quant.cli.flags import GENERATE
 from quant.core.errors import InputError
+from quant.core.text import is_text
 
 EXAMPLES = """examples:
   python -m quant generate --model runs/llama-quantease-w3-1a2b3c4d --prompt "Once upon a time"
@@ -31,7 +33,12 @@ def main() -> None:
         message
         for bad, message in (
             (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: use 1 or more"),
-            (args.temperature < 0, f"--temperature {args.temperature:g}: use 0 or more"),
+            (
+                not 0 <= args.temperature < math.inf,
+                f"--temperature {args.temperature:g}: use 0 or more, a finite number",
+            ),
+            (not 0 <= args.seed < 1 << 64, f"--seed {args.seed}: use 0 to {(1 << 64) - 1}"),
+            (not is_text(args.prompt), "--prompt: the bytes given are not UTF-8"),
         )
         if bad
     ]
@@ -45,6 +52,7 @@ def talk(args: argparse.Namespace) -> None:
     """Load the model and let it continue the prompt."""
     import torch
 
+    from data.tokens import BOM, check_ids, encode_prompt, end_tokens
     from models.load import load_tokenizer
     from quant.cli.console import console
     from quant.core import env
@@ -56,9 +64,10 @@ def talk(args: argparse.Namespace) -> None:
     dtype = env.pick_dtype(args.dtype, device)
     quantized = open_quantized(args.model, args.cache_dir, dtype, args.trust_remote_code)
     tokenizer = load_tokenizer(quantized.model.checkpoint.path, args.trust_remote_code)
-    prompt = tokenizer.encode(args.prompt)
+    prompt = encode_prompt(tokenizer, args.prompt.removeprefix(BOM), "--prompt")
     if not prompt:
         raise InputError("--prompt is empty: give text to continue")
+    check_ids(prompt, quantized.model.rows, "--prompt")
     if len(prompt) + args.max_new_tokens > quantized.model.max_length:
         raise InputError(
             f"{len(prompt)} tokens of --prompt and --max-new-tokens {args.max_new_tokens}: "
@@ -68,7 +77,7 @@ def talk(args: argparse.Namespace) -> None:
     tokens = generate(
         resident, torch.tensor([prompt], device=device), args.max_new_tokens,
         temperature=args.temperature, generator=torch.Generator().manual_seed(args.seed),
-        stop=tokenizer.eos_token_id, clock=clock,
+        stop=end_tokens(quantized.model.checkpoint.path, tokenizer), clock=clock,
     )  # fmt: skip
     sys.stdout.write(printable(args.prompt, keep="\n\t"))
     for piece in text_of(tokens, tokenizer, prompt):

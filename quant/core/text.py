@@ -28,6 +28,15 @@ def _escape(character: str) -> str:
     return NAMED.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold the text: bytes of a command line that are none come as halves of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def brief(text: str, most: int) -> str:
     """The text, or its beginning and its end where it is longer than ``most``."""
     if len(text) <= most:

@@ -1,8 +1,8 @@
-"""Zero-shot and few-shot tasks through lm-eval, on models that pass the blocks one at a time.
+"""Zero-shot and few-shot tasks through lm-eval, which builds the requests and the metrics; this toolkit encodes the requests
+and answers their log-likelihoods.
 
-lm-eval builds the requests and the metrics; this module only answers log-likelihoods. All forms of a model (full
-precision, quantized ones, with their quantized activations) are scored together, so every block is read once for a
-set of requests. Sequences are padded on the right, which a causal model does not see.
+Requests are made once before any work, with answers of zero: whatever a task, its data or the tokenizer get wrong is said
+then, and not behind hours of quantizing.
 """
 
 from __future__ import annotations
@@ -11,156 +11,72 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from data.tokens import check_ids, encode_request
 from models.load import LazyModel
-from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError, first_line
-from quant.core.files import check_plain_file, resolved
 from quant.evaluate.bootstrap import paired_interval
-from quant.evaluate.passes import FULL, HEAD_ELEMENTS, Variant, pass_blocks
+from quant.evaluate.passes import FULL
+from quant.evaluate.scorer import Key, Score, Scorer
+from quant.evaluate.task_files import check_no_code, with_paths
 
-HIDDEN_BYTES = 4 << 30  # of hidden states held at a time, all variants together
-PAD_TO = 32
 OWN_TASKS = Path(__file__).parents[2] / "data" / "tasks"
 METRICS = ("acc", "acc_norm", "exact_match")  # in the order in which one is shown as the task's score
-Key = tuple[tuple[int, ...], int]  # tokens, how many at the end are scored
-Score = tuple[float, bool]  # log-likelihood of them, whether each was the likeliest token
-
-
-@dataclass
-class Scorer:
-    """Log-likelihoods under several variants of a model, remembered by request."""
-
-    model: LazyModel
-    variants: Mapping[str, Variant]
-    device: torch.device
-    batch: int
-    store: str
-    directory: Path
-    progress: Callable[[int, int], None] = lambda done, total: None
-
-    def __post_init__(self) -> None:
-        self.known: dict[str, dict[Key, Score]] = {name: {} for name in self.variants}
-
-    def scores(self, variant: str, requests: Sequence[Key]) -> list[Score]:
-        """Scores of requests under one variant; what is new is computed for all of them."""
-        known = self.known[variant]
-        new = sorted({key for key in requests if key not in known}, key=lambda key: (len(key[0]), key))
-        width = self.model.config.hidden_size * self.model.dtype.itemsize * len(self.variants)
-        chunk: list[Key] = []
-        chunks, held = [chunk], 0
-        for key in new:
-            if chunk and held + self._padded(key) * width > HIDDEN_BYTES:
-                chunk, held = [], 0
-                chunks.append(chunk)
-            chunk.append(key)
-            held += self._padded(key) * width
-        for number, part in enumerate(chunks):
-            if part:
-                self._score(part, number, len(chunks))
-        return [known[key] for key in requests]
-
-    def _padded(self, key: Key) -> int:
-        """Length of the window that holds all tokens but the last, which nothing follows."""
-        return min(-(-(len(key[0]) - 1) // PAD_TO) * PAD_TO, self.model.max_length)
-
-    def _score(self, keys: list[Key], number: int, n_chunks: int) -> None:
-        """Pass the blocks with all sequences of a chunk, then read the logits."""
-        lengths: dict[int, list[Key]] = {}
-        for key in keys:
-            lengths.setdefault(self._padded(key), []).append(key)
-        outside = self.model.outside_weights(self.device)
-        streams: dict[int, dict[str, BlockStream]] = {}
-        for length, group in lengths.items():
-            ids = torch.zeros(len(group), length, dtype=torch.long)
-            for row, (tokens, _) in enumerate(group):
-                ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-            first = BlockStream(
-                self.model, ids, device=self.device, batch=self.batch, store=self.store, directory=self.directory
-            ).capture(outside)
-            streams[length] = {name: first if i == 0 else first.fork() for i, name in enumerate(self.variants)}
-        del outside
-
-        def progress(done: int, total: int) -> None:
-            self.progress(number * total + done, n_chunks * total)
-
-        pass_blocks(self.model, self.variants, streams.values(), self.device, progress)
-        outside = self.model.outside_weights(self.device)
-        for length, group in lengths.items():
-            for name, stream in streams[length].items():
-                self.known[name].update(zip(group, _read(stream, group, outside), strict=True))
-
-
-@torch.inference_mode()
-def _read(stream: BlockStream, group: Sequence[Key], outside: Mapping[str, Tensor]) -> list[Score]:
-    """Scores of the sequences of one stream, in order."""
-    n, length = stream.tokens.shape
-    step = max(1, HEAD_ELEMENTS // (length * stream.model.config.vocab_size))
-    answers: list[Score] = []
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        log_p = torch.log_softmax(stream.logits(rows, dict(outside)), -1)
-        for row, (tokens, scored) in enumerate(group[rows]):
-            end = len(tokens)
-            part = log_p[row, end - scored - 1 : end - 1]
-            target = torch.tensor(tokens[end - scored :], device=part.device)
-            likely = bool((part.argmax(-1) == target).all())
-            answers.append((float(part.gather(-1, target[:, None]).double().sum()), likely))
-    return answers
-
-
-def _harness(scorer: Scorer, tokenizer: Any, variant: str) -> Any:
-    """lm-eval's view of one variant of the model."""
-    from lm_eval.api.model import TemplateLM
-
-    class StreamedLM(TemplateLM):
-        """Answers log-likelihoods; cannot generate."""
-
-        eot_token_id = tokenizer.eos_token_id
-        prefix_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        max_length = scorer.model.max_length
-        tokenizer_name = "model"
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            bos = tokenizer.bos_token
-            if add_special_tokens is None and not (bos and string.startswith(bos)):
-                return tokenizer.encode(string)
-            return tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
-
-        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[Score]:
-            keys = []
-            for _, context, continuation in requests:
-                kept = (context + continuation)[-(self.max_length + 1) :]
-                keys.append((tuple(kept), len(continuation)))
-            return scorer.scores(variant, keys)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            raise InputError("tasks of rolling perplexity: give their text to --eval-datasets instead of --tasks")
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise InputError("tasks that generate text are not supported by --tasks; choose tasks with given answers")
-
-    return StreamedLM()
 
 
 @dataclass(frozen=True)
 class Tasks:
     """Tasks that exist and whose data are at hand. members: lm-eval's tasks by the name given (several for a group).
-    trust_remote_code: they may run what they bring."""
+    trust_remote_code: they may run what they bring. keys: their requests by context and answer, encoded once."""
 
     members: Mapping[str, tuple[str, ...]]
     manager: Any
     num_fewshot: int | None
     limit: int | None
     trust_remote_code: bool = False
+    keys: dict[tuple[str, str], Key] = field(default_factory=dict)
+
+
+def _key(model: LazyModel, tokenizer: Any, context: str, answer: str, origin: str) -> Key:
+    """A request as tokens, the oldest of which go where there are too many. Raises InputError where it has no score."""
+    before, scored = encode_request(tokenizer, context, answer, origin)
+    check_ids(before + scored, model.rows, origin)
+    if len(scored) > model.max_length:
+        raise InputError(f"{origin}: an answer has {len(scored)} tokens, the model takes at most {model.max_length}")
+    return tuple((before + scored)[-(model.max_length + 1) :]), len(scored)
+
+
+def _harness(model: LazyModel, tokenizer: Any, tasks: Tasks, answer: Callable[[Sequence[Key]], list[Score]]) -> Any:
+    """lm-eval's view of a model that answers log-likelihoods."""
+    from lm_eval.api.model import LM
+
+    class StreamedLM(LM):
+        """Answers log-likelihoods; cannot generate."""
+
+        tokenizer_name = "model"
+
+        def loglikelihood(self, requests: Any, **_: Any) -> list[Score]:
+            for request in requests:
+                if request.args not in tasks.keys:
+                    context, scored = request.args
+                    origin = f"--tasks {request.task_name}"
+                    tasks.keys[request.args] = _key(model, tokenizer, context, scored, origin)
+            return answer([tasks.keys[request.args] for request in requests])
+
+        def loglikelihood_rolling(self, requests: Any, **_: Any) -> list[float]:
+            raise InputError("tasks of rolling perplexity: give their text to --eval-datasets instead of --tasks")
+
+        def generate_until(self, requests: Any, **_: Any) -> list[str]:
+            raise InputError("tasks that generate text are not supported by --tasks; choose tasks with given answers")
+
+    return StreamedLM()
 
 
 def open_tasks(
@@ -183,67 +99,55 @@ def open_tasks(
         return replace(_open_tasks(names, path, num_fewshot, limit), trust_remote_code=trust_remote_code)
 
 
-def check_no_code(file: Path, seen: set[Path]) -> None:
-    """Raise InputError where a task's YAML, or one that it includes, names Python to run (``!function``). seen: the files
-    that were read, links resolved as lm-eval does; filled."""
-    import yaml
-
-    file = resolved(file)
-    if file in seen:
-        return
-    seen.add(file)
-    check_plain_file(file)
-    try:
-        root = yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
-    except (OSError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{file} is not a readable task ({first_line(error).splitlines()[0]})") from error
-    nodes, known = [root] if root is not None else [], set()
-    while nodes:
-        node = nodes.pop()
-        if id(node) in known:  # an alias
-            continue
-        known.add(id(node))
-        if node.tag.startswith(("!", "tag:yaml.org,2002:python")):
-            where = f"{file}, line {node.start_mark.line + 1}"
-            raise InputError(f"{where}: {node.tag} runs Python; give --trust-remote-code if you trust the tasks")
-        if isinstance(node, yaml.MappingNode):
-            nodes += [part for pair in node.value for part in pair]
-            included = [value for key, value in node.value if key.value == "include"]
-            names = [part for value in included for part in (value.value if value.id == "sequence" else [value])]
-            for name in names:
-                check_no_code(file.parent / str(name.value), seen)
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-
-
 @contextmanager
 def sandboxed(trust_remote_code: bool = False) -> Iterator[None]:
-    """Let lm-eval fill in the templates of tasks without their reaching Python, and load no metrics that are programs.
-    Raises InputError for a template that tries, or that is none."""
+    """Let lm-eval fill in the templates of tasks without their reaching Python, load no metrics that are programs, and take
+    the paths in a task's file from where it lies. Raises InputError for a template that reaches for Python, or is none."""
     import evaluate
+    import lm_eval
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
+    from lm_eval.tasks import _factory, _yaml_loader
 
     def refuse(name: str, *_: Any, **__: Any) -> Any:
-        raise InputError(f"--tasks: the metric {name!r} is a program; give --trust-remote-code if you trust the tasks")
+        raise InputError(f"the metric {name!r} is a program; give --trust-remote-code if you trust the tasks")
 
-    own, load = utils.env, evaluate.load
-    boxed = SandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline)
-    boxed.filters |= own.filters
-    utils.env, evaluate.load = boxed, load if trust_remote_code else refuse
+    library, load_yaml = Path(lm_eval.__file__).resolve().parent, _yaml_loader.load_yaml
+
+    def located(path: Path, **options: Any) -> dict[str, Any]:
+        config, file = load_yaml(path, **options), Path(path).expanduser().resolve()
+        return config if library in file.parents else with_paths(config, file)
+
+    boxed = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=utils.env.keep_trailing_newline)
+    boxed.filters |= utils.env.filters
+    with ExitStack() as stack:
+        for module in (_factory, _yaml_loader):  # the second calls itself for what a file includes
+            stack.enter_context(_replaced(module, "load_yaml", located))
+        stack.enter_context(_replaced(utils, "env", boxed))
+        if not trust_remote_code:
+            stack.enter_context(_replaced(evaluate, "load", refuse))
+        try:
+            yield
+        except SecurityError as error:
+            raise InputError(f"--tasks: a task's template reaches for Python ({error}); it is not run") from error
+        except (TemplateError, OverflowError) as error:
+            raise InputError(f"--tasks: a task's template cannot be filled in ({first_line(error)})") from error
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """A module's attribute replaced for the length of a `with`."""
+    own = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
-    except SecurityError as error:
-        raise InputError(f"--tasks: a task's template reaches for Python ({error}); it is not run") from error
-    except (TemplateError, OverflowError) as error:
-        raise InputError(f"--tasks: a task's template cannot be filled in ({first_line(error)})") from error
     finally:
-        utils.env, evaluate.load = own, load
+        setattr(module, name, own)
 
 
 def _open_tasks(names: Sequence[str], path: Path | None, num_fewshot: int | None, limit: int | None) -> Tasks:
-    from datasets.exceptions import DatasetsError
+    from jinja2.exceptions import TemplateError
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every argument that it passes on
@@ -261,9 +165,11 @@ def _open_tasks(names: Sequence[str], path: Path | None, num_fewshot: int | None
             raise InputError(f"--tasks: unknown task {name!r}; {hint}")
         try:
             members[name] = tuple(manager.load([name])["tasks"])
-        except (DatasetsError, OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError as error:
+            raise InputError(f"--tasks {name}: {error}") from error
+        except (MemoryError, OverflowError, TemplateError):  # `sandboxed` explains the latter two
+            raise
+        except Exception as error:  # of datasets, pyarrow, lm-eval and what they call
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"--tasks {name}: its data cannot be loaded ({reason[:160]}); download them on a machine with a network "
@@ -292,35 +198,59 @@ class TaskScore:
         return float(self.values.std(ddof=1) / np.sqrt(len(self.values))) if len(self.values) > 1 else 0.0
 
 
+def check_tasks(tasks: Tasks, tokenizer: Any, model: LazyModel) -> None:
+    """Make all requests and score them as if every answer were equally likely. Raises InputError, which names the task, for
+    whatever would end `run_tasks`."""
+    lm = _harness(model, tokenizer, tasks, lambda keys: [(0.0, False)] * len(keys))
+    for name in tasks.members:
+        try:
+            _scores_of(lm, replace(tasks, members={name: tasks.members[name]}))
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # of lm-eval, on a task that is not what it takes for one
+            raise InputError(f"--tasks {name}: cannot be used ({type(error).__name__}: {first_line(error)})") from error
+
+
 def run_tasks(scorer: Scorer, tokenizer: Any, tasks: Tasks) -> dict[str, dict[str, TaskScore]]:
     """Scores by task and variant."""
+    scores: dict[str, dict[str, TaskScore]] = {name: {} for name in tasks.members}
+    for variant in scorer.variants:
+        lm = _harness(scorer.model, tokenizer, tasks, partial(scorer.scores, variant))
+        for name, score in _scores_of(lm, tasks).items():
+            scores[name][variant] = score
+    return scores
+
+
+def _scores_of(lm: Any, tasks: Tasks) -> dict[str, TaskScore]:
+    """Scores by task of what lm-eval takes for a model."""
     import lm_eval
 
-    scores: dict[str, dict[str, TaskScore]] = {}
-    for variant in scorer.variants:
-        with (
-            sandboxed(tasks.trust_remote_code),
-            Path(os.devnull).open("w") as nowhere,
-            redirect_stderr(nowhere),
-        ):  # its bars; logging goes on
-            results = lm_eval.simple_evaluate(
-                model=_harness(scorer, tokenizer, variant),
-                tasks=list(tasks.members),
-                task_manager=tasks.manager,
-                num_fewshot=tasks.num_fewshot,
-                limit=tasks.limit,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
-        assert results is not None
-        for name, members in tasks.members.items():
-            samples = [sample for member in members for sample in results["samples"][member]]
-            samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-            scores.setdefault(name, {})[variant] = _task_score(name, samples, results["results"].get(name, {}))
+    with (
+        sandboxed(tasks.trust_remote_code),
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stderr(nowhere),
+    ):  # its bars; logging goes on
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(tasks.members),
+            task_manager=tasks.manager,
+            num_fewshot=tasks.num_fewshot,
+            limit=tasks.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    assert results is not None
+    scores = {}
+    for name, members in tasks.members.items():
+        samples = [sample for member in members for sample in results["samples"][member]]
+        samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+        scores[name] = _task_score(name, samples, results["results"].get(name, {}))
     return scores
 
 
 def _task_score(name: str, samples: list[dict[str, Any]], results: Mapping[str, Any]) -> TaskScore:
+    if not samples:
+        raise InputError(f"--tasks {name}: has no items")
     metric = next((m for m in METRICS if m in samples[0]), None)
     if metric is None:
         raise InputError(f"--tasks {name}: has none of the metrics {', '.join(METRICS)}")

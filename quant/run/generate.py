@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.blocks.instrument import instrumented
+from quant.core.errors import InputError
 from quant.run.packed_model import Resident
 
 
@@ -32,10 +33,13 @@ def generate(
     *,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-    stop: int | None = None,
+    stop: Collection[int] = (),
     clock: Clock | None = None,
 ) -> Iterator[int]:
-    """Up to n tokens that follow ids [1, T], one at a time; ``stop`` ends it. temperature 0: the most likely one."""
+    """Up to n tokens that follow ids [1, T], one at a time; any of ``stop`` is the last. temperature 0: the most likely one.
+
+    Raises InputError where the model computes no numbers.
+    """
     clock = Clock() if clock is None else clock
     takes = inspect.signature(resident.module.forward).parameters
     argument = "cache" if "cache" in takes else "past_key_values"  # transformers before 5.24
@@ -53,15 +57,18 @@ def generate(
                 clock.prompt = spent
             kept = {argument: output[argument]}
             given, clock.tokens = ids.new_tensor([[token]]), clock.tokens + 1
-            if token == stop:
-                return
             yield token
+            if token in stop:
+                return
 
 
 def _pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> int:
+    best = logits.max()
+    if not bool(torch.isfinite(best)):
+        raise InputError("the model's logits are not finite: use --dtype float32 or check the checkpoint")
     if temperature == 0:
         return int(logits.argmax())
-    p = torch.softmax(logits / temperature, -1).cpu()
+    p = torch.softmax((logits - best).double() / temperature, -1).float().cpu()  # the smallest temperature divides too
     return int(torch.multinomial(p, 1, generator=generator))
 
 

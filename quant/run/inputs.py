@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from data.calibration import Tokens, calibration_tokens, evaluation_tokens
+from data.tokens import check_ids
 from models.load import LazyModel, load_model, load_tokenizer
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
@@ -19,7 +20,7 @@ from quant.core import env
 from quant.core.errors import InputError
 from quant.core.places import check_places
 from quant.core.types import LARGEST
-from quant.evaluate.tasks import Tasks, open_tasks
+from quant.evaluate.tasks import Tasks, check_tasks, open_tasks
 from quant.export.formats import Content
 from quant.export.read import open_checkpoint
 from quant.learn.transforms import check_seams
@@ -71,6 +72,7 @@ class Inputs:
             self.tasks = open_tasks(
                 config.tasks, config.task_path, config.num_fewshot, config.limit, config.trust_remote_code
             )
+            check_tasks(self.tasks, self.tokenizer, self.model)
         self.model_sha256 = self.model.checkpoint.sha256()
         self.load_seconds = time.perf_counter() - started
         self.load_peak = env.peak_bytes(self.device)
@@ -97,7 +99,7 @@ class Inputs:
         if len(by_name) < len(corpora):
             raise InputError("two --eval-datasets have the same name; rename one of the files")
         for tokens in corpora:
-            self._check_vocabulary(tokens)
+            check_ids(tokens.ids, self.model.rows, tokens.name)
         return by_name
 
     def calibration(self, config: RunConfig) -> Tokens | None:
@@ -109,17 +111,9 @@ class Inputs:
             tokens = calibration_tokens(
                 config.dataset, self.tokenizer, nsamples=config.nsamples, seed=config.seed, **self._sources
             )
-            self._check_vocabulary(tokens)
+            check_ids(tokens.ids, self.model.rows, tokens.name)
             self._calibration[key] = tokens
         return self._calibration[key]
-
-    def _check_vocabulary(self, tokens: Tokens) -> None:
-        vocabulary = self.model.config.vocab_size
-        if int(tokens.ids.max()) >= vocabulary:
-            raise InputError(
-                f"the tokenizer gives token {int(tokens.ids.max())}, the model has {vocabulary}: "
-                "tokenizer and model do not belong together"
-            )
 
     def recipe(self, config: RunConfig) -> Recipe:
         """The recipe of a configuration, checked against the model's shapes."""

@@ -11,7 +11,8 @@ from quant.blocks.weights import Deployed
 from quant.core.types import QuantizedWeight
 from quant.evaluate.perplexity import FULL, Scores, Variant, evaluate
 from quant.evaluate.perplexity import report as perplexity_entries
-from quant.evaluate.tasks import Scorer, TaskScore, run_tasks
+from quant.evaluate.scorer import Scorer
+from quant.evaluate.tasks import TaskScore, run_tasks
 from quant.evaluate.tasks import report as task_entries
 from quant.export.read import QuantizedCheckpoint
 from quant.kernels.matmul.pack import pack_block

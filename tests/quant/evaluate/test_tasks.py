@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +17,12 @@ from quant.core.errors import InputError
 from quant.evaluate import tasks as zero_shot
 from quant.evaluate.bootstrap import paired_interval
 from quant.evaluate.passes import FULL, Variant
-from quant.evaluate.tasks import Scorer, TaskScore, open_tasks, report
+from quant.evaluate.scorer import Scorer
+from quant.evaluate.tasks import TaskScore, check_tasks, open_tasks, report
 from quant.run.config import RunConfig
 from quant.run.session import Session
 from tests.conftest import VOCABULARY
+from tests.helpers import config_for
 
 CPU = torch.device("cpu")
 
@@ -79,6 +83,73 @@ def test_scores_are_lm_evals_own(local_task, tmp_path):
             assert value == pytest.approx(other[f"{metric},none"], rel=1e-4), metric
     assert scores["demo_reference"][FULL].chance == 0.5 and scores["mine"][FULL].chance == pytest.approx(1 / 3)
     assert scores["demo_lastword"][FULL].chance == 0
+
+
+def rewritten(local_task, **lines) -> None:
+    """Replace lines of the local task's YAML by their beginning; None takes a line away."""
+    file = local_task / "mine.yaml"
+    kept = [line for line in file.read_text().splitlines() if line.split(":")[0] not in lines]
+    file.write_text(
+        "\n".join([*kept, *(f"{key}: {value}" for key, value in lines.items() if value is not None)]) + "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ({"doc_to_text": '""'}, "--tasks mine: a context is empty"),
+        ({"output_type": "generate_until", "metric_list": "[{metric: exact_match}]"}, "generate text"),
+        ({"output_type": "loglikelihood_rolling", "metric_list": "[{metric: word_perplexity}]"}, "rolling"),
+        ({"doc_to_choice": '"{{nothing}}"'}, "--tasks: a task's template cannot be filled in"),
+        ({"doc_to_choice": "7"}, "--tasks mine: "),
+        ({"test_split": "nothing"}, "--tasks mine: "),
+        ({"num_fewshot": "many"}, "--tasks mine: "),
+        ({"metric_list": "7"}, "--tasks mine: "),
+        ({"dataset_kwargs": "7"}, "--tasks mine: "),
+        ({"dataset_path": "[json]"}, "--tasks mine: "),
+        ({"process_docs": "7"}, "--tasks mine: "),
+    ],
+)
+def test_a_task_that_cannot_be_scored_is_one_line(lines, says, model_dir, local_task, tmp_path):
+    scorer, tokenizer = scorer_of(model_dir("llama"), tmp_path)
+    check_tasks(open_tasks(["mine"], local_task, None, 4), tokenizer, scorer.model)
+    rewritten(local_task, **lines)
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        check_tasks(open_tasks(["mine"], local_task, None, 4), tokenizer, scorer.model)
+    assert "\n" not in str(error.value)
+
+
+def test_ids_of_tasks_are_checked_before_any_work(model_dir, text, local_task, tmp_path):
+    model = shutil.copytree(model_dir("llama"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([*(f"<filler {i}>" for i in range(VOCABULARY - len(tokenizer))), "<|im_start|>"])
+    tokenizer.save_pretrained(model)
+    config = config_for(model, text, tmp_path, tasks=("mine",), task_path=local_task, method="rtn", options={})
+    Session(config)  # the task is good, though the tokenizer has a token too many
+    rewritten(local_task, doc_to_text='"<|im_start|> {{question}}"')
+    with pytest.raises(InputError, match="--tasks mine: the tokenizer gives token 264, the model has 264"):
+        Session(config)
+    assert not config.run_dir.exists()
+
+
+def test_an_answer_longer_than_the_model_is_one_line(local_task, model_dir, tmp_path):
+    rewritten(local_task, doc_to_choice='"{{[question * 9, choices[0]]}}"', doc_to_target="0")
+    scorer, tokenizer = scorer_of(model_dir("llama"), tmp_path)
+    with pytest.raises(InputError, match="--tasks mine: an answer has .* tokens, the model takes at most 64"):
+        check_tasks(open_tasks(["mine"], local_task, None, 2), tokenizer, scorer.model)
+
+
+def test_requests_are_encoded_once(local_task, tmp_path, monkeypatch):
+    scorer, tokenizer = scorer_of_demo(tmp_path)
+    tasks = open_tasks(["mine"], local_task, None, 4)
+    zero_shot.run_tasks(scorer, tokenizer, tasks)
+    first = {name: dict(known) for name, known in scorer.known.items()}
+    tasks = open_tasks(["mine"], local_task, None, 4)
+    check_tasks(tasks, tokenizer, scorer.model)
+    monkeypatch.setattr(zero_shot, "encode_request", None)  # a call would fail
+    scorer.known[FULL].clear()
+    zero_shot.run_tasks(scorer, tokenizer, tasks)
+    assert scorer.known == first and len(tasks.keys) == 12
 
 
 def test_a_run_reports_both_forms(model_dir, text, local_task, tmp_path):

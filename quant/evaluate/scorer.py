@@ -1,0 +1,105 @@
+"""Log-likelihoods of token sequences under several forms of a model, which passes its blocks one at a time.
+
+All forms (full precision, quantized ones, with their quantized activations) are scored together, so every block is read
+once for a set of requests. Sequences are padded on the right, which a causal model does not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.load import LazyModel
+from quant.blocks.stream import BlockStream
+from quant.evaluate.passes import HEAD_ELEMENTS, Variant, pass_blocks
+
+HIDDEN_BYTES = 4 << 30  # of hidden states held at a time, all variants together
+PAD_TO = 32
+Key = tuple[tuple[int, ...], int]  # tokens, how many at the end are scored
+Score = tuple[float, bool]  # log-likelihood of them, whether each was the likeliest token
+
+
+@dataclass
+class Scorer:
+    """Log-likelihoods under several variants of a model, remembered by request."""
+
+    model: LazyModel
+    variants: Mapping[str, Variant]
+    device: torch.device
+    batch: int
+    store: str
+    directory: Path
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+    def __post_init__(self) -> None:
+        self.known: dict[str, dict[Key, Score]] = {name: {} for name in self.variants}
+
+    def scores(self, variant: str, requests: Sequence[Key]) -> list[Score]:
+        """Scores of requests under one variant; what is new is computed for all of them."""
+        known = self.known[variant]
+        new = sorted({key for key in requests if key not in known}, key=lambda key: (len(key[0]), key))
+        width = self.model.config.hidden_size * self.model.dtype.itemsize * len(self.variants)
+        chunk: list[Key] = []
+        chunks, held = [chunk], 0
+        for key in new:
+            if chunk and held + self._padded(key) * width > HIDDEN_BYTES:
+                chunk, held = [], 0
+                chunks.append(chunk)
+            chunk.append(key)
+            held += self._padded(key) * width
+        for number, part in enumerate(chunks):
+            if part:
+                self._score(part, number, len(chunks))
+        return [known[key] for key in requests]
+
+    def _padded(self, key: Key) -> int:
+        """Length of the window that holds all tokens but the last, which nothing follows."""
+        return min(-(-(len(key[0]) - 1) // PAD_TO) * PAD_TO, self.model.max_length)
+
+    def _score(self, keys: list[Key], number: int, n_chunks: int) -> None:
+        """Pass the blocks with all sequences of a chunk, then read the logits."""
+        lengths: dict[int, list[Key]] = {}
+        for key in keys:
+            lengths.setdefault(self._padded(key), []).append(key)
+        outside = self.model.outside_weights(self.device)
+        streams: dict[int, dict[str, BlockStream]] = {}
+        for length, group in lengths.items():
+            ids = torch.zeros(len(group), length, dtype=torch.long)
+            for row, (tokens, _) in enumerate(group):
+                ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+            first = BlockStream(
+                self.model, ids, device=self.device, batch=self.batch, store=self.store, directory=self.directory
+            ).capture(outside)
+            streams[length] = {name: first if i == 0 else first.fork() for i, name in enumerate(self.variants)}
+        del outside
+
+        def progress(done: int, total: int) -> None:
+            self.progress(number * total + done, n_chunks * total)
+
+        pass_blocks(self.model, self.variants, streams.values(), self.device, progress)
+        outside = self.model.outside_weights(self.device)
+        for length, group in lengths.items():
+            for name, stream in streams[length].items():
+                self.known[name].update(zip(group, _read(stream, group, outside), strict=True))
+
+
+@torch.inference_mode()
+def _read(stream: BlockStream, group: Sequence[Key], outside: Mapping[str, Tensor]) -> list[Score]:
+    """Scores of the sequences of one stream, in order."""
+    n, length = stream.tokens.shape
+    step = max(1, HEAD_ELEMENTS // (length * stream.model.config.vocab_size))
+    answers: list[Score] = []
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        log_p = torch.log_softmax(stream.logits(rows, dict(outside)), -1)
+        for row, (tokens, scored) in enumerate(group[rows]):
+            end = len(tokens)
+            part = log_p[row, end - scored - 1 : end - 1]
+            target = torch.tensor(tokens[end - scored :], device=part.device)
+            likely = bool((part.argmax(-1) == target).all())
+            answers.append((float(part.gather(-1, target[:, None]).double().sum()), likely))
+    return answers

@@ -1,0 +1,119 @@
+"""Generation as a person meets it: where it stops, what stands before it, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quant.cli import generate as command
+from quant.core.errors import InputError
+from quant.run.generate import _pick
+from tests.helpers import DEMO, called
+
+FULL_STOP, EOS = 7, 1
+FILES = ("generation_config.json", "config.json")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO / "llama", tmp_path / "model"))
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Any:
+    """Text of the command; ``fails``: its line."""
+
+    def run(model: Path, *words: object, fails: int = 0) -> str:
+        code, out, err = called(command, monkeypatch, capsys, "--model", model, *words)
+        assert code == fails, err
+        if fails:
+            assert err.startswith("error: ") and err.count("\n") == 1, err
+        return err if fails else out.splitlines()[0]
+
+    return run
+
+
+def set_ends(model: Path, name: str, ends: Any) -> None:
+    content = json.loads((model / name).read_text()) if (model / name).exists() else {}
+    (model / name).write_text(json.dumps(content | {"eos_token_id": ends}))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_end_of_any_file_stops_as_in_transformers(name: str, source: Path, talk: Any) -> None:
+    for file in FILES:
+        set_ends(source, file, EOS)
+    words = ("--prompt", "the river", "--max-new-tokens", 30)
+    longer = talk(source, *words)
+    assert longer.count(".") > 1, "the demo goes on behind a full stop"
+    set_ends(source, name, [EOS, FULL_STOP])
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = tokenizer("the river", return_tensors="pt").input_ids
+    theirs = model.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=[EOS, FULL_STOP], pad_token_id=EOS)
+    assert talk(source, *words) == tokenizer.decode(theirs[0], skip_special_tokens=True)
+    assert talk(source, *words) == longer[: longer.index(".") + 1]
+
+
+def test_no_end_token_stands_behind_the_prompt(source: Path, talk: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    answers = []
+    for template in ("<s> $A", "<s> $A </s>"):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+        tokenizer.save_pretrained(source)
+        answers.append(talk(source, "--prompt", "the river", "--max-new-tokens", 12))
+    assert answers[0] == answers[1] and answers[0].startswith("the river ")
+
+
+def test_a_byte_order_mark_is_no_token(source: Path, talk: Any) -> None:
+    plain, marked = (talk(source, "--prompt", f"{mark}the river", "--max-new-tokens", 4) for mark in ("", "\ufeff"))
+    assert marked.removeprefix("\ufeff") == plain
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--seed", 1 << 64], "--seed"),
+        (["--seed", 10**400], "--seed"),
+        (["--seed", -1], "--seed"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "inf"], "--temperature"),
+        (["--temperature", "-0.5"], "--temperature"),
+        (["--prompt", "\udcff"], "--prompt"),
+        (["--prompt", "a\udcffb"], "--prompt"),
+        (["--max-new-tokens", 10**18], "the model takes at most"),
+    ],
+)
+def test_what_no_model_takes_is_one_line(words: list, says: str, talk: Any) -> None:
+    assert says in talk(DEMO / "llama", "--prompt", "the river", *words, fails=2)
+
+
+def test_a_token_that_the_embedding_lacks_is_one_line(source: Path, talk: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    tokenizer.save_pretrained(source)
+    assert talk(source, "--prompt", "the river", "--max-new-tokens", 1).startswith("the river ")
+    assert "--prompt: the tokenizer gives token 843" in talk(source, "--prompt", "<|im_start|>user", fails=2)
+
+
+def test_the_smallest_and_the_largest_temperature() -> None:
+    logits = torch.tensor([1.0, 3.0, -torch.inf, 2.999])
+    for temperature in (0.0, 5e-324, 1e-45, 1e-6):
+        assert _pick(logits, temperature, torch.Generator().manual_seed(0)) == 1
+    drawn = [_pick(logits, 1e308, torch.Generator().manual_seed(seed)) for seed in range(300)]
+    assert 2 not in drawn and all(70 < drawn.count(token) < 130 for token in (0, 1, 3)), "even chances"
+
+
+def test_logits_that_are_no_numbers_are_one_line() -> None:
+    for bad in (torch.nan, torch.inf):
+        for temperature in (0.0, 1.0):
+            with pytest.raises(InputError, match="logits are not finite"):
+                _pick(torch.tensor([1.0, bad]), temperature, None)
