@@ -7,6 +7,9 @@ from torch import Tensor
 
 from quant.core.errors import InputError
 
+SAMPLE = 512  # columns of which the rank is counted
+INDEPENDENT = 1e-4  # eigenvalues of the correlations above it count; the mean of all is 1, float32 leaves some at 4e-5
+FAR_BELOW = 4  # ranks below the columns by this factor are believed, and no others: natural texts decay slowly
 CHUNK = 4096  # tokens cast to float32 at a time, so that a batch is never copied whole
 BLOCK = 512  # columns: the sum is symmetric, and only blocks on and below the diagonal are computed
 
@@ -15,14 +18,17 @@ class GramStats:
     """Sums over the calibration inputs of one layer (or of several layers that share their input).
 
     gram: Ĥ = X̂ X̂ᵀ, float32 [in, in], the papers' Hessian without its factor 2 and divided by nothing. X̂ [in, tokens]
-    holds the inputs as the quantized model sees them, behind everything that is quantized already; sums against the
-    inputs X of the original model (X X̂ᵀ) are not kept. n_tokens: tokens seen.
+    holds the inputs as the quantized model sees them, behind everything that is quantized already. cross: C = X X̂ᵀ,
+    float32 [in, in], with the inputs X of the original model at the same tokens; None where they were not given.
+    n_tokens: tokens seen, 0 where that is not known.
     """
 
     def __init__(self, n_in: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(n_in, n_in, device=device)
         self._blocks = [slice(i, min(i + BLOCK, n_in)) for i in range(0, n_in, BLOCK)]
         self._mirrored = True
+        self._rank: int | None = None
+        self.cross: Tensor | None = None
         self.n_tokens = 0
 
     @classmethod
@@ -33,15 +39,23 @@ class GramStats:
         stats.n_tokens = n_tokens
         return stats
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs x [..., in] of any floating dtype."""
+    def update(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Add inputs x [..., in] of any floating dtype. full: those of the original model at the same tokens, of the same
+        shape; they are given always or never. Raises ValueError otherwise."""
+        if self.n_tokens and (full is None) != (self.cross is None):
+            raise ValueError("inputs of the original model are given with every update, or with none")
         rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
         for part in rows.split(CHUNK):
             part = part.float()
             for block in self._blocks:
                 self._sum[block, : block.stop].addmm_(part[:, block].T, part[:, : block.stop])
+        if full is not None:
+            if self.cross is None:
+                self.cross = torch.zeros_like(self._sum)
+            for original, part in zip(full.reshape(rows.shape).split(CHUNK), rows.split(CHUNK), strict=True):
+                self.cross.addmm_(original.float().T, part.float())
         self.n_tokens += rows.shape[0]
-        self._mirrored = False
+        self._mirrored, self._rank = False, None
 
     @property
     def gram(self) -> Tensor:
@@ -56,6 +70,24 @@ class GramStats:
     def diagonal(self) -> Tensor:
         """Gram diagonal [in]: how much each input column matters."""
         return self._sum.diagonal()
+
+    @property
+    def rank(self) -> int:
+        """Directions in which the inputs are known to vary, at most in: as many as tokens where those are fewer; fewer yet
+        where most columns of a sample depend on the others (a text that repeats itself)."""
+        if self._rank is None:
+            n_in = self._sum.shape[0]
+            self._rank = min(n_in, self.n_tokens or n_in, self._sampled_rank())
+        return self._rank
+
+    def _sampled_rank(self) -> int:
+        """The rank of the correlations of at most SAMPLE columns, where it is far below their number; else all inputs."""
+        live = self.diagonal.nonzero().squeeze(1)
+        columns = live[:: max(1, -(-live.numel() // SAMPLE))]
+        part = self.gram[columns][:, columns].double()
+        root = part.diagonal().sqrt()
+        count = int((torch.linalg.eigvalsh(part / root / root[:, None]) > INDEPENDENT).sum())
+        return count if count * FAR_BELOW < columns.numel() else self._sum.shape[0]
 
     def check(self, name: str = "the layer") -> GramStats:
         """Return self. Raises InputError where a calibration input was not finite (it shows on the diagonal), or where a
@@ -75,3 +107,20 @@ class GramStats:
     def order(self) -> Tensor:
         """Columns by decreasing Gram diagonal (act-order), ties by position."""
         return torch.argsort(self.diagonal, descending=True, stable=True)
+
+
+class InputSample:
+    """Every n-th input of one layer, kept as it is: what errors are measured on besides, at less cost than another Gram
+    matrix."""
+
+    def __init__(self, every: int = 1) -> None:
+        self.every, self._parts = every, list[Tensor]()
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs x [..., in] of any floating dtype."""
+        self._parts.append(x.reshape(-1, x.shape[-1])[:: self.every].float())
+
+    @property
+    def inputs(self) -> Tensor:
+        """What was kept, float32 [tokens, in]."""
+        return torch.cat(self._parts)

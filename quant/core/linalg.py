@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,12 +85,26 @@ def objective(error: Tensor, gram: Tensor) -> float:
     return max(total, 0.0)  # in this order, in which a total that is not a number stays one
 
 
+def output_energy(error: Tensor, inputs: Tensor) -> float:
+    """`objective` from the inputs [tokens, in] themselves: ‖E X‖² for error [out, in]."""
+    with products_in("highest"):
+        return float(torch.stack([(inputs @ rows.T).double().square_().sum() for rows in error.split(ROWS)]).sum())
+
+
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     """‖(W-Ŵ)X‖² / ‖WX‖²; 0 where both vanish, inf where only the output does. For weights of any magnitude."""
-    if k := exponent_outside(weight):
-        weight, approximation = weight * 2.0**-k, approximation * 2.0**-k
-    error, norm = objective(weight - approximation, gram), objective(weight, gram)
-    return error / norm if norm > 0 else (0.0 if error == 0 else float("inf"))
+    return relative_errors(weight, [approximation], partial(objective, gram=gram))[0]
+
+
+def relative_errors(weight: Tensor, approximations: Iterable[Tensor], energy: Callable[[Tensor], float]) -> list[float]:
+    """`relative_error` of each. energy: ‖E X‖² of a matrix E [out, in]; of the weight itself it is computed once."""
+    factor = 2.0 ** -exponent_outside(weight)
+    weight = weight if factor == 1 else weight * factor
+    norm, errors = energy(weight), []
+    for approximation in approximations:
+        error = energy(weight - (approximation if factor == 1 else approximation * factor))
+        errors.append(error / norm if norm > 0 else (0.0 if error == 0 else float("inf")))
+    return errors
 
 
 def largest_eigenvalue(gram: Tensor, steps: int = 60) -> float:

@@ -26,12 +26,16 @@ class Declaration(NamedTuple):
 
     outliers: whether its answers may hold more than codes on a grid whose scales are stored as they are. workspace: bytes of
     its largest phase for (out, in, options, group size), the weight included, the Gram matrix not. rows_coupled: whether
-    rows of the answer depend on each other.
+    rows of the answer depend on each other. starts_at_nearest: whether (options, group size) make it begin with the grid
+    that rounding to nearest has, so that it may be given that one. uses_cross: whether it asks for statistics with the
+    inputs of the original model (`GramStats.cross`).
     """
 
-    outliers: Callable[[Options], bool]
-    workspace: Callable[[int, int, Options, int], float]
-    rows_coupled: bool
+    outliers: Callable[[Options], bool] = lambda options: False
+    workspace: Callable[[int, int, Options, int], float] = lambda n_out, n_in, options, group_size: 0.0
+    rows_coupled: bool = False
+    starts_at_nearest: Callable[[Options, int], bool] = lambda options, group_size: False
+    uses_cross: bool = False
 
 
 SUPPLIED = ("grid", "init")  # keyword arguments that a run gives, not a person
@@ -40,24 +44,18 @@ _solvers: dict[str, Solver] = {}
 _declarations: dict[str, Declaration] = {}
 
 
-def solver(
-    name: str,
-    *,
-    outliers: Callable[[Options], bool] = lambda options: False,
-    workspace: Callable[[int, int, Options, int], float] = lambda n_out, n_in, options, group_size: 0.0,
-    rows_coupled: bool = False,
-) -> Callable[[Solver], Solver]:
+def solver(name: str, **declared: Any) -> Callable[[Solver], Solver]:
     """Register a solver, for weights of any magnitude, under the name that the command line uses. Raises ValueError if it
-    is taken. The defaults of what it declares (see `Declaration`) fit a solver that takes no more memory than measuring
-    its error does."""
-    declared = Declaration(outliers, workspace, rows_coupled)
+    is taken. declared: fields of `Declaration`; the defaults fit a solver that takes no more memory than measuring its
+    error does."""
+    declaration = Declaration(**declared)
 
     def register(function: Solver) -> Solver:
         from quant.core.scaling import at_any_magnitude
 
         if name in _solvers and _solvers[name].__module__ != function.__module__:
             raise ValueError(f"solver {name!r} exists already in {_solvers[name].__module__}")
-        _solvers[name], _declarations[name] = at_any_magnitude(function), declared
+        _solvers[name], _declarations[name] = at_any_magnitude(function), declaration
         return _solvers[name]
 
     return register
@@ -112,6 +110,12 @@ def declaration_of(name: str) -> Declaration:
     """What the solver of that name declares. Raises InputError with the nearest names."""
     get_solver(name)
     return _declarations[name]
+
+
+def declaration_for(function: Solver) -> Declaration:
+    """What a solver declares; the defaults for one that is in no file of this folder."""
+    name = next((name for name, own in _solvers.items() if own is function), None)
+    return Declaration() if name is None else _declarations[name]
 
 
 def solver_options(function: Solver) -> dict[str, Any]:

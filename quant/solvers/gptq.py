@@ -29,7 +29,12 @@ def gptq_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> floa
     return max(area + (2 + ordered) * square, (3.25 + ordered) * area + square)
 
 
-@solver("gptq", workspace=gptq_bytes)
+def keeps_first_grid(options: Options, group_size: int) -> bool:
+    """Whether the grid is fitted to the original weights, before the sweep, in groups of columns side by side."""
+    return bool(options["static_groups"]) or group_size == -1
+
+
+@solver("gptq", workspace=gptq_bytes, starts_at_nearest=keeps_first_grid)
 def gptq(
     weight: Tensor,
     stats: GramStats,

@@ -8,8 +8,8 @@ from quant.core.gram import GramStats
 from quant.core.linalg import objective
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import Options, solver
-from quant.solvers.gptq import gptq, gptq_bytes
-from quant.solvers.quantease import quantease
+from quant.solvers.gptq import gptq, gptq_bytes, keeps_first_grid
+from quant.solvers.quantease import damped_gram, quantease
 
 
 def both_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
@@ -20,7 +20,7 @@ def both_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> floa
     return max(gptq_bytes(n_out, n_in, options, group_size), descent)
 
 
-@solver("gptq_quantease", workspace=both_bytes)
+@solver("gptq_quantease", workspace=both_bytes, starts_at_nearest=keeps_first_grid)
 def gptq_quantease(
     weight: Tensor,
     stats: GramStats,
@@ -48,7 +48,7 @@ def gptq_quantease(
     answer = quantease(
         weight, stats, spec, init=start, num_iter=num_iter, relax=False, refit_grid=refit_grid, block_size=block_size
     )
-    info = {**start.info, **answer.info}
-    before, after = (objective(weight.detach().float() - a.dequantize(), stats.gram) for a in (start, answer))
+    info, gram = {**start.info, **answer.info}, damped_gram(stats)[0]
+    before, after = (objective(weight.detach().float() - a.dequantize(), gram) for a in (start, answer))
     best = answer if after <= before else start
     return QuantizedWeight(best.codes, best.grid, spec, info)

@@ -10,7 +10,7 @@ from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import solver
 
 
-@solver("rtn")
+@solver("rtn", starts_at_nearest=lambda options, group_size: True)
 def rtn(weight: Tensor, stats: GramStats | None, spec: QuantSpec, *, grid: Grid | None = None) -> QuantizedWeight:
     """Nearest code of every weight [out, in]; statistics are used by ``range="mse"`` only and may be None."""
     weight = weight.detach().float()

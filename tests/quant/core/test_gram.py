@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from quant.core.errors import InputError
-from quant.core.gram import BLOCK, CHUNK, GramStats
+from quant.core.gram import BLOCK, CHUNK, GramStats, InputSample
+from quant.core.linalg import objective, output_energy, relative_error, relative_errors
 from quant.core.types import QuantSpec
 from quant.solvers import get_solver, solvers
 from tests.references import weights
@@ -60,3 +61,48 @@ def test_no_solver_takes_a_gram_matrix_with_nan(method):
     gram[1, 5] = gram[5, 1] = torch.nan
     with pytest.raises(InputError, match="not finite off its diagonal"):
         get_solver(method)(weights(3, 8), GramStats.from_gram(gram), QuantSpec(3))
+
+
+def test_the_rank_is_that_of_the_tokens_where_they_are_few():
+    generator = torch.Generator().manual_seed(0)
+    for tokens, rank in ((5, 5), (63, 63), (64, 64), (65, 64), (400, 64)):
+        stats = GramStats(64)
+        stats.update(torch.randn(tokens, 64, generator=generator))
+        assert stats.rank == rank
+    assert GramStats.from_gram(torch.eye(64)).rank == 64, "an unknown number of tokens is no small one"
+
+
+@pytest.mark.parametrize("n_in", [64, 1300])  # more columns than are looked at
+def test_a_text_that_repeats_itself_has_a_low_rank(n_in):
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.logspace(-3, 3, n_in)  # loud channels make no rank
+    repeated, all_but_dead = torch.randn(9, n_in, generator=generator), torch.randn(2000, n_in, generator=generator)
+    all_but_dead[:, : n_in - 8] = 0
+    stats, dead = GramStats(n_in), GramStats(n_in)
+    for _ in range(250):
+        stats.update(repeated * scales)
+    dead.update(all_but_dead)
+    assert stats.n_tokens > n_in and stats.rank == 9
+    assert dead.rank == n_in, "inputs that are never there are no direction that was missed"
+    stats.update(torch.randn(2000, n_in, generator=generator) * scales)
+    assert stats.rank == n_in, "it is counted again after an update"
+
+
+def test_errors_on_inputs_and_on_their_gram_matrix_are_the_same():
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(3, 40, 24, generator=generator), torch.randn(10, 24, generator=generator)
+    stats, sample, third = GramStats(24), InputSample(), InputSample(3)
+    for one in (stats, sample, third):
+        one.update(x[:2])
+        one.update(x[2])
+    rows = x.view(-1, 24)
+    assert torch.equal(sample.inputs, rows)
+    assert torch.equal(third.inputs, torch.cat([rows[:80:3], rows[80::3]]))
+    errors = [weight + 0.1 * torch.randn(10, 24, generator=generator) for _ in range(2)]
+    expected = [float((rows.double() @ (weight - e).double().T).square().sum()) for e in errors]
+    norm = float((rows.double() @ weight.double().T).square().sum())
+    assert objective(weight, stats.gram) == pytest.approx(norm, rel=1e-5)
+    assert output_energy(weight, sample.inputs) == pytest.approx(norm, rel=1e-5)
+    measured = relative_errors(weight, errors, lambda e: output_energy(e, sample.inputs))
+    assert measured == pytest.approx([e / norm for e in expected], rel=1e-5)
+    assert measured == pytest.approx([relative_error(weight, e, stats.gram) for e in errors], rel=1e-4)
