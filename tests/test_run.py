@@ -20,6 +20,7 @@ from quant.core.types import QuantSpec
 from quant.evaluate.perplexity import ratio_interval
 from quant.kernels import columns as blocks
 from quant.kernels.columns import TorchKernels
+from quant.run.calibration import heldout_windows
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
 from quant.run.session import Session
@@ -164,7 +165,8 @@ def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monk
     import quant.run.quantize as recipe
 
     seen = []
-    monkeypatch.setattr(recipe, "relative_error", lambda *a: seen.append(torch.get_float32_matmul_precision()) or 0.1)
+    measure = lambda *a: seen.append(torch.get_float32_matmul_precision()) or [0.1, 0.1]  # noqa: E731
+    monkeypatch.setattr(recipe, "relative_errors", measure)
     config = replace(config_for(model_dir("llama"), text, tmp_path, solver_precision="high"), eval_datasets=())
     inside = []
     session = Session(config)
@@ -343,6 +345,7 @@ def test_no_space_in_the_middle_leaves_nothing_half_written(model_dir, text, tmp
 
     config = config_for(model_dir("llama"), text, tmp_path)
     session = Session(config)
+    heldout_windows(session, config)  # the token cache is not what is tested
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         session.run(config)
@@ -561,6 +564,7 @@ def test_values_that_the_checkpoint_cannot_hold_stop_the_run_at_their_block(mode
         return replace(answer, grid=replace(answer.grid, scale=scale))
 
     monkeypatch.setitem(registry._solvers, "gptq", beyond)
+    monkeypatch.setitem(registry._declarations, "gptq", registry.Declaration())
     model = in_float16(model_dir("llama"), tmp_path / "model")
     with pytest.raises(RunError, match=r"block 2 mlp.down_proj.weight: not every value is finite in float16"):
         run(config_for(model, text, tmp_path, method="gptq", options={}))

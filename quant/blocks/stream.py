@@ -110,7 +110,8 @@ class Activations:
 class BlockStream:
     """Hidden states of tokens [n, T] in front of one block at a time.
 
-    seconds: time spent in ``forward`` (blocks) and ``observe`` (observers' own work).
+    seconds: time spent in ``forward`` (blocks) and ``observe`` (observers' own work). heldout: a stream of other windows,
+    at the same place, which goes where this one goes; None where there is none.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class BlockStream:
         self.arguments: list[list[tuple[tuple, dict[str, Any]]]] = []  # per batch, per block
         self.as_tuple = False
         self.seconds = {"forward": 0.0, "observe": 0.0}
+        self.heldout: BlockStream | None = None
 
     @property
     def rows(self) -> list[slice]:
@@ -166,23 +168,32 @@ class BlockStream:
         first: Tensor = seen[0][0]  # type: ignore[index]
         return first
 
+    def attach(self, heldout: BlockStream) -> None:
+        """Take other windows along; their time counts as this stream's."""
+        self.heldout, heldout.seconds = heldout, self.seconds
+
     @torch.no_grad()
     def in_batches_of(self, batch: int, outside: Weights) -> BlockStream:
-        """The same hidden states (shared, not copied), passing a block ``batch`` samples at a time."""
-        other = object.__new__(BlockStream)
-        other.__dict__.update(self.__dict__)
+        """The same hidden states (shared, not copied), passing a block ``batch`` samples at a time; held-out windows stay
+        behind."""
+        other = self._copy()
         other.batch, other.arguments = batch, []
         for rows in other.rows:
             other._record(rows, outside)
         return other
 
     def fork(self) -> BlockStream:
-        """A second stream over the same tokens, at the same place, with its own hidden states."""
-        other = object.__new__(BlockStream)
-        other.__dict__.update(self.__dict__)
+        """A second stream over the same tokens, at the same place, with its own hidden states; held-out windows stay behind."""
+        other = self._copy()
         other.hidden = self._new_store()
         other.hidden.data.copy_(self.hidden.data)
         other.seconds = dict.fromkeys(self.seconds, 0.0)
+        return other
+
+    def _copy(self) -> BlockStream:
+        other = object.__new__(BlockStream)
+        other.__dict__.update(self.__dict__)
+        other.heldout = None
         return other
 
     def call(
@@ -212,7 +223,8 @@ class BlockStream:
         """Run block ``index`` on every batch.
 
         observe: for linears of the block, by name, what to do with their inputs; without ``advance`` a batch
-        stops as soon as all have seen theirs. advance: the outputs become the next block's inputs. act: how
+        stops as soon as all have seen theirs. advance: the outputs become the next block's inputs, here and of held-out windows,
+        which observers do not see. act: how
         activations are quantized; observers see them quantized. Weights may hold what `instrumented` takes.
         Raises InputError where an output is not finite.
         """
@@ -238,6 +250,8 @@ class BlockStream:
                     self.hidden[rows] = output
         self._synchronize()
         self.seconds["forward"] += time.perf_counter() - started - (self.seconds["observe"] - observed)
+        if advance and self.heldout is not None:
+            self.heldout.run(index, weights, advance=True, act=act)
 
     def _observer(self, name: str, act: Callable[[Tensor], None], waiting: set[str], stop: bool) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:

@@ -13,7 +13,8 @@ from quant.cli.tables import loadability_table
 from quant.core import env
 from quant.core.places import check_places
 from quant.export.runtimes import loadability
-from quant.run.config import RunConfig, places_read, places_written
+from quant.run.calibration import shortage
+from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig, places_read, places_written
 from quant.run.plan import checked_contents, estimate, product_rates, shapes_of, solver_cost
 
 
@@ -42,6 +43,11 @@ def show_plan(configs: Sequence[RunConfig], console: Console) -> None:
     for key in plans[0] if plans else ():
         table.add_row(key.replace(" bytes", ""), *(_readable(key, plan[key]) for plan in plans))
     console.print(table)
+    linears = {name: (out, n_in) for name, out, n_in in shapes.linears}
+    length = first.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
+    for line in dict.fromkeys(shortage(config, linears, length) for config in configs if config.quantizes):
+        if line is not None:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for kind, content in contents:
         console.print(loadability_table(kind, loadability(kind, content)))
     console.print(f"configuration: {path}; formulas: quant/run/plan.py", highlight=False, soft_wrap=True)

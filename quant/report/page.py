@@ -31,14 +31,16 @@ from quant.report.published import published
 from quant.report.runs import Run, score_of
 from quant.report.runs import open_run as open_run
 from quant.run.finished import LinearRecord
+from quant.run.linear import LOOK_ABOVE
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-LOOK_ABOVE = 0.1
 
 
 def reason(record: LinearRecord) -> str:
-    """Why a linear has its verdict, in words."""
+    """Why a linear has its verdict, in words: by its errors on held-out windows, where there were any."""
     error, nearest = record["relative_error"], record["relative_error_rtn"]
+    if (heldout := record["relative_error_heldout"]) is not None:
+        error, nearest = heldout, record["relative_error_rtn_heldout"]
     if record["verdict"] in ("ok", None):
         return ""
     if not math.isfinite(error) or error >= 1:
@@ -47,6 +49,8 @@ def reason(record: LinearRecord) -> str:
         return (
             f"{error / nearest - 1:.0%} worse than rounding to nearest" if nearest else "worse than rounding to nearest"
         )
+    if error <= LOOK_ABOVE and record["rank"] is not None:
+        return f"too little calibration: its inputs vary in {record['rank']} directions only"
     return f"relative error above {LOOK_ABOVE:g}"
 
 

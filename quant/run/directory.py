@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from quant.core.files import (
     write_json,
 )
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
+from quant.run.linear import LinearRecord
 
 Record = dict[str, Any]
 SCHEMA = 1
@@ -52,10 +53,19 @@ class BlockSummary:
     """What stays in memory of a finished block: its journal records, seconds by stage, a hash of what is deployed,
     and how learning went (losses, events)."""
 
-    records: list[Record]
+    records: list[LinearRecord]
     seconds: Mapping[str, float]
     codes_sha256: str
     learning: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> Record:
+        """As a block's file keeps it."""
+        return {**vars(self), "records": [record.to_json() for record in self.records]}
+
+    @classmethod
+    def from_json(cls, stored: Record) -> BlockSummary:
+        """Raises TypeError or KeyError for what is no summary."""
+        return cls(**{**stored, "records": [LinearRecord.from_json(record) for record in stored["records"]]})
 
 
 class RunDirectory:
@@ -176,15 +186,15 @@ class RunDirectory:
         done: list[BlockSummary] = []
         while self.block_file(len(done)).exists():
             done.append(self.read_summary(len(done)))
-        lines = [json.dumps(record) + "\n" for block in done for record in block.records]
-        write_atomically(self.path / "journal.jsonl", "".join(lines).encode())
+        lines = "".join(_journal_lines(block.records) for block in done)
+        write_atomically(self.path / "journal.jsonl", lines.encode())
         return done
 
     def write_block(
         self,
         index: int,
         weights: Mapping[str, QuantizedWeight],
-        records: list[Record],
+        records: list[LinearRecord],
         seconds: Mapping[str, float],
         *,
         changed: Mapping[str, Tensor] | None = None,
@@ -212,18 +222,18 @@ class RunDirectory:
             tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
         summary = BlockSummary(records, dict(seconds), _digest(tensors), dict(learning or {}))
         tensors |= {LEARNED + name: tensor.cpu().contiguous() for name, tensor in (learned or {}).items()}
-        metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(asdict(summary))}
+        metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(summary.to_json())}
         write_atomically(self.block_file(index), save(tensors, metadata))
         self._verified.discard(index)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with os.fdopen(os.open(self.path / "journal.jsonl", flags, 0o666), "w") as stream:
-            stream.write("".join(json.dumps(record) + "\n" for record in records))
+            stream.write(_journal_lines(records))
         return summary
 
     def read_summary(self, index: int) -> BlockSummary:
         """Records, seconds and hash of a finished block, without its tensors."""
         with self._open_block(index) as file:
-            return BlockSummary(**json.loads(file.metadata()["summary"]))
+            return BlockSummary.from_json(json.loads(file.metadata()["summary"]))
 
     def read_weights(self, index: int) -> dict[str, QuantizedWeight]:
         """The solved linears of a finished block, by name. Raises InputError where they are not those that were solved."""
@@ -272,6 +282,10 @@ class RunDirectory:
             raise InputError(
                 f"{path} is damaged ({error}); delete it and the later blocks, and run the command of that run again"
             ) from error
+
+
+def _journal_lines(records: Sequence[LinearRecord]) -> str:
+    return "".join(json.dumps(record.to_json()) + "\n" for record in records)
 
 
 def check_manifest(manifest: Record, path: Path) -> None:

@@ -156,6 +156,8 @@ class LinearRecord(TypedDict):
     bits: int | None
     relative_error: Measured
     relative_error_rtn: Measured | None
+    relative_error_heldout: Measured | None
+    relative_error_rtn_heldout: Measured | None
     bits_per_weight: float | None
     verdict: Literal["ok", "look", "bad"] | None
     seconds: float | None
@@ -163,6 +165,7 @@ class LinearRecord(TypedDict):
     input_rms: tuple[float, float] | None
     weight_peak: float | None
     outlier_share: float | None
+    rank: int | None
 
 
 def read_manifest(directory: RunDirectory) -> Manifest | None:

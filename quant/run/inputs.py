@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from data.tokens import check_ids
@@ -154,15 +155,17 @@ class Inputs:
         """How many blocks a configuration quantizes."""
         return min(config.num_layers, len(self.model.blocks)) if config.quantizes else 0
 
-    def calibration_stream(self, config: RunConfig | None = None, directory: Path | None = None) -> BlockStream:
+    def calibration_stream(
+        self, config: RunConfig | None = None, directory: Path | None = None, ids: Tensor | None = None
+    ) -> BlockStream:
         """The calibration samples in front of the first block, as a configuration keeps them: the session's own unless
-        another is given. directory: for those that are kept on the disk."""
+        another is given. directory: for those that are kept on the disk. ids: windows in place of the calibration's."""
         config = config or self.config
         calibration = self.calibration(config)
         assert calibration is not None
         return BlockStream(
             self.model,
-            calibration.ids,
+            calibration.ids if ids is None else ids,
             device=self.device,
             batch=config.calib_batch,
             store=config.activation_store,

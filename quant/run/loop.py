@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,12 +15,16 @@ from models.load import LazyModel, Weights
 from quant.blocks.stream import BlockStream
 from quant.learn.learner import LearnedBlock
 from quant.learn.loop import learn_block
+from quant.run.calibration import calibration_stream, shortage
 from quant.run.config import RunConfig
 from quant.run.directory import BlockSummary, Record, RunDirectory
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress, measure
+from quant.run.linear import LinearRecord
 from quant.run.quantize import compare_block, deploy, quantize_block
 from quant.run.resume import input_ranges
+
+log = logging.getLogger(__name__)
 
 
 def quantize(inputs: Inputs, job: Job, progress: Progress) -> None:
@@ -38,7 +43,9 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
         return summaries
     assert job.recipe is not None
     recipe, act = job.recipe, job.recipe.act
-    stream = inputs.calibration_stream(job.config, target.path)
+    stream = calibration_stream(inputs, job.config, target.path)
+    if (short := shortage(job.config, inputs.model.linear_shapes(), inputs.seqlen)) is not None:
+        log.warning("%s", short)
     pair = _Pair(inputs, stream, job, progress) if recipe.learning else None
     for index in range(n_blocks):
         weights = inputs.model.block_weights(index, inputs.device)
@@ -71,9 +78,9 @@ def read_block(model: LazyModel, target: RunDirectory, index: int, weights: Weig
     return deploy(weights, solved, model, index, changed)
 
 
-def _note(records: Sequence[Record], learned: LearnedBlock | None) -> str:
+def _note(records: Sequence[LinearRecord], learned: LearnedBlock | None) -> str:
     """What a person sees of a finished block."""
-    errors = [record["relative_error"] for record in records]
+    errors = [record.relative_error for record in records]
     error = f"relative error {sum(errors) / len(errors):.4f}" if errors else ""
     loss = f"loss {learned.log['loss_start']:.3e} -> {learned.log['loss_end']:.3e}" if learned else ""
     return ", ".join(part for part in (loss, error) if part)
@@ -132,10 +139,10 @@ def compare_layers(inputs: Inputs, configs: Sequence[RunConfig], progress: Progr
     n_blocks = min(configs[0].num_layers, len(inputs.model.blocks))
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as directory:
-        stream = inputs.calibration_stream(configs[0], Path(directory))
+        stream = calibration_stream(inputs, configs[0], Path(directory))
         for index in range(n_blocks):
             weights = inputs.model.block_weights(index, inputs.device)
-            records += compare_block(stream, index, weights, recipes)
+            records += [record.to_json() for record in compare_block(stream, index, weights, recipes)]
             if index + 1 < n_blocks:
                 stream.run(index, weights, advance=True)
             progress("compare", index + 1, n_blocks, "")

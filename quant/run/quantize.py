@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +19,18 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import input_range_name
 from quant.core.env import peak_bytes
 from quant.core.errors import InputError, RunError
-from quant.core.gram import GramStats
-from quant.core.linalg import SingularGramError, products_in, relative_error
-from quant.core.scaling import exponent_outside
+from quant.core.gram import GramStats, InputSample
+from quant.core.linalg import SingularGramError, objective, output_energy, products_in, relative_errors
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import describe as describe_kernels
 from quant.learn.config import Learning
 from quant.learn.learner import LearnedBlock
-from quant.run.directory import Record
+from quant.run.linear import LinearRecord, input_rms, verdict, weight_peak
+from quant.solvers import declaration_for, solver_options
 from quant.solvers.rtn import rtn
 
 log = logging.getLogger(__name__)
-LOOK_ABOVE = 0.1  # relative error of a linear from which a person should look
+HELDOUT_TOKENS = 2048  # that errors are measured on, of the windows that are kept out
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,44 @@ class SolvedBlock:
     weights: Weights
     solved: Mapping[str, QuantizedWeight]
     changed: Weights
-    records: list[Record]
+    records: list[LinearRecord]
     seconds: float
 
 
+@dataclass(frozen=True)
+class InputStats:
+    """What is known of the inputs of a group of linears: the statistics that are solved with, and inputs at tokens that
+    were kept out of them, to measure on; None where there are none."""
+
+    calibration: GramStats
+    heldout: InputSample | None = None
+
+
+def observe(
+    stream: BlockStream,
+    index: int,
+    weights: Weights,
+    groups: Sequence[Sequence[str]],
+    act: ActSpec | None = None,
+) -> dict[str, InputStats]:
+    """Inputs of block ``index`` by the first linear of each group; the stream stays in front of it."""
+    stats = {group[0]: GramStats(weights[f"{group[0]}.weight"].shape[1], stream.device) for group in groups}
+    stream.run(index, weights, observe={name: one.update for name, one in stats.items()}, act=act)
+    heldout = stream.heldout
+    if heldout is None:
+        return {name: InputStats(one) for name, one in stats.items()}
+    every = -(-heldout.tokens.numel() // HELDOUT_TOKENS)
+    samples = {name: InputSample(every) for name in stats}
+    heldout.run(index, weights, observe={name: one.update for name, one in samples.items()}, act=act)
+    return {name: InputStats(one, samples[name]) for name, one in stats.items()}
+
+
 def quantize_block(
-    stream: BlockStream, index: int, weights: Weights, recipe: Recipe, learned: LearnedBlock | None = None
+    stream: BlockStream,
+    index: int,
+    weights: Weights,
+    recipe: Recipe,
+    learned: LearnedBlock | None = None,
 ) -> SolvedBlock:
     """Solve every linear of block ``index`` from the inputs that the stream holds; the stream stays in front of it.
 
@@ -105,28 +138,22 @@ def quantize_block(
     if recipe.spec is None:
         stages = []
     solved: dict[str, QuantizedWeight] = {}
-    records: list[Record] = []
-    solving = 0.0
+    records: list[LinearRecord] = []
     for stage in stages:
-        stats = {g[0]: GramStats(weights[f"{g[0]}.weight"].shape[1], stream.device) for g in stage}
-        stream.run(index, weights, observe={name: s.update for name, s in stats.items()}, act=recipe.act)
-        for group in stage:
-            for name in group:
-                started = time.perf_counter()
-                weight, grid = weights[f"{name}.weight"], None
-                if learned is not None:
-                    weight, grid = learned.targets[name], learned.grids[name]
-                solved[name], record = solve_linear(f"block {index} {name}", weight, stats[group[0]], recipe, grid)
-                record |= {"seconds": round(time.perf_counter() - started, 4)}
-                peak = peak_bytes(stream.device)
-                records.append({"block": index, "name": name} | record | {"peak_bytes": peak["device"] or peak["host"]})
-                solving += time.perf_counter() - started
+        stats = observe(stream, index, weights, stage, recipe.act)
+        for name, inputs in ((name, stats[group[0]]) for group in stage for name in group):
+            weight, grid = weights[f"{name}.weight"], None
+            if learned is not None:
+                weight, grid = learned.targets[name], learned.grids[name]
+            solved[name], record = solve_linear(index, name, weight, inputs, recipe, grid)
+            peak = peak_bytes(stream.device)
+            records.append(replace(record, peak_bytes=peak["device"] or peak["host"]))
         new = {name: solved[name] for group in stage for name in group}
         weights = deploy(weights, new, stream.model, index)
     if recipe.act.method == "static":
         changed |= static_ranges(stream, index, weights, recipe.act)
     weights = deploy(weights, {}, stream.model, index, changed)
-    return SolvedBlock(weights, solved, changed, records, solving)
+    return SolvedBlock(weights, solved, changed, records, sum(record.seconds for record in records))
 
 
 def static_ranges(stream: BlockStream, index: int, weights: Weights, act: ActSpec) -> Weights:
@@ -146,19 +173,16 @@ def static_ranges(stream: BlockStream, index: int, weights: Weights, act: ActSpe
     return {input_range_name(name): span for name, span in spans.items()}
 
 
-def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Sequence[Recipe]) -> list[Record]:
+def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Sequence[Recipe]) -> list[LinearRecord]:
     """Records of every recipe for every linear of block ``index``, from one set of statistics; nothing is deployed."""
     groups = stream.model.groups
-    stats = {g[0]: GramStats(weights[f"{g[0]}.weight"].shape[1], stream.device) for g in groups}
-    stream.run(index, weights, observe={name: s.update for name, s in stats.items()})
-    records = []
-    for group in groups:
-        for name, recipe in ((name, recipe) for name in group for recipe in recipes):
-            started = time.perf_counter()
-            _, record = solve_linear(f"block {index} {name}", weights[f"{name}.weight"], stats[group[0]], recipe)
-            seconds = round(time.perf_counter() - started, 4)
-            records.append({"block": index, "name": name} | record | {"seconds": seconds})
-    return records
+    stats = observe(stream, index, weights, groups)
+    return [
+        solve_linear(index, name, weights[f"{name}.weight"], stats[group[0]], recipe)[1]
+        for group in groups
+        for name in group
+        for recipe in recipes
+    ]
 
 
 def check_options(recipe: Recipe, device: torch.device) -> None:
@@ -166,67 +190,85 @@ def check_options(recipe: Recipe, device: torch.device) -> None:
     assert recipe.spec is not None
     n_in = max(1, 128 // recipe.spec.group_size) * recipe.spec.group_size if recipe.spec.group_size > 0 else 128
     weight = torch.linspace(-1, 1, 4 * n_in, device=device).view(4, n_in)
-    solve_linear(
-        f"{recipe.method} with these options", weight, GramStats.from_gram(torch.eye(n_in, device=device)), recipe
-    )
+    with name_errors(f"{recipe.method} with these options"):
+        solve(weight, GramStats.from_gram(torch.eye(n_in, device=device)), recipe)
 
 
-def solve_linear(
-    where: str, weight: Tensor, stats: GramStats, recipe: Recipe, grid: Grid | None = None
-) -> tuple[QuantizedWeight, Record]:
-    """One linear's answer, on the learned grid if there is one, and its journal record (without position and cost)."""
-    weight = weight.float()
-    stats.check(where)
-    assert recipe.spec is not None
-    given = {"grid": grid} if grid is not None else {}
+@contextmanager
+def name_errors(where: str) -> Iterator[None]:
+    """A solver's errors as those of a run, which say of what they are."""
     try:
-        with products_in(recipe.precision):
-            quantized = recipe.solver(weight, stats, recipe.spec, **given, **recipe.options).check()
+        yield
     except SingularGramError as error:
         raise RunError(f"{where}: {error}") from error
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def solve(
+    weight: Tensor, stats: GramStats, recipe: Recipe, grid: Grid | None = None
+) -> tuple[QuantizedWeight, Grid, float]:
+    """One answer, the grid of rounding to nearest, and the seconds that the answer took. grid: a learned one, for both.
+
+    The grid of rounding to nearest is fitted once: a solver that would begin with it gets it. Raises ValueError where
+    the answer is not legal, or what the solver raises.
+    """
+    assert recipe.spec is not None
+    options = solver_options(recipe.solver) | dict(recipe.options)
+    gets_it = grid is not None or declaration_for(recipe.solver).starts_at_nearest(options, recipe.spec.group_size)
+    started = time.perf_counter()
+    nearest = rtn(weight, stats, recipe.spec).grid if grid is None else grid
+    if not gets_it:
+        started = time.perf_counter()
+    given = {"grid": nearest} if gets_it else {}
+    with products_in(recipe.precision):
+        answer = recipe.solver(weight, stats, recipe.spec, **given, **recipe.options).check()
+    return answer, nearest, time.perf_counter() - started
+
+
+def solve_linear(
+    block: int, name: str, weight: Tensor, stats: InputStats, recipe: Recipe, grid: Grid | None = None
+) -> tuple[QuantizedWeight, LinearRecord]:
+    """One linear's answer, on the learned grid if there is one, and its line of the journal (without memory)."""
+    spec, where = recipe.spec, f"block {block} {name}"
+    assert spec is not None
+    weight, calibration = weight.float(), stats.calibration.check(where)
+    with name_errors(where):
+        quantized, nearest, seconds = solve(weight, calibration, recipe, grid)
     damping = quantized.info.get("percdamp")
     if damping is not None and damping != recipe.options.get("percdamp", damping):
         log.warning("%s: the Gram matrix was singular, damping raised to %g", where, damping)
-    error_now = relative_error(weight, quantized.dequantize(), stats.gram)
-    nearest = quantized if recipe.solver is rtn else rtn(weight, stats, recipe.spec, **given)
-    error_rtn = relative_error(weight, nearest.dequantize(), stats.gram)
-    return quantized, {
-        "shape": list(weight.shape),
-        "method": recipe.method,
-        "bits": recipe.spec.bits,
-        "relative_error": error_now,
-        "relative_error_rtn": error_rtn,
-        "bits_per_weight": quantized.bits_per_weight(),
-        "storage_bits": quantized.storage_bits(),
-        "scale_bits": quantized.grid.scale_bits,
-        "n_tokens": stats.n_tokens,
-        "verdict": verdict(error_now, error_rtn, quantized.bits_per_weight()),
-        "kernels": describe_kernels(weight.device),
-        **ranges_of(weight, stats, quantized),
-        **({"info": dict(quantized.info)} if quantized.info else {}),
-    }
 
+    def errors(energy: Callable[[Tensor], float]) -> tuple[float, float]:
+        answers = (quantized, rtn(weight, calibration, spec, grid=nearest))
+        own, of_nearest = relative_errors(weight, (answer.dequantize() for answer in answers), energy)
+        return own, of_nearest
 
-def ranges_of(weight: Tensor, stats: GramStats, quantized: QuantizedWeight) -> Record:
-    """What makes a linear hard: root mean square of its input channels (median, largest), the largest weight over their
-    root mean square, and the share of weights kept as outliers."""
-    rms = (stats.diagonal / max(1, stats.n_tokens)).clamp(min=0).sqrt()
-    if k := exponent_outside(weight):
-        weight = weight * 2.0**-k  # its squares would overflow or vanish
-    spread = float(weight.square().mean().sqrt())
+    solved = errors(partial(objective, gram=calibration.gram))
+    heldout = None if stats.heldout is None else errors(partial(output_energy, inputs=stats.heldout.inputs))
+    rank = weight.shape[1] if recipe.solver is rtn else calibration.rank  # rounding to nearest takes nothing from it
+    bits, is_short = quantized.bits_per_weight(), rank < weight.shape[1]
     kept = 0 if quantized.outliers is None else quantized.outliers.value.numel()
-    return {
-        "input_rms": [float(rms.median()), float(rms.max())],
-        "weight_peak": float(weight.abs().max()) / spread if spread else 0.0,
-        "outlier_share": kept / weight.numel(),
-    }
-
-
-def verdict(error: float, error_rtn: float, bits: float) -> str:
-    """``bad``: not finite, no output left, worse than round-to-nearest, or stored in as many bits as weights have that
-    are not quantized; ``look``: above LOOK_ABOVE; else ``ok``."""
-    if not math.isfinite(error) or error >= 1 or error > error_rtn * 1.05 + 1e-12 or bits >= FULL_BITS:
-        return "bad"
-    return "look" if error > LOOK_ABOVE else "ok"
+    return quantized, LinearRecord(
+        block=block,
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        method=recipe.method,
+        bits=spec.bits,
+        relative_error=solved[0],
+        relative_error_rtn=solved[1],
+        relative_error_heldout=None if heldout is None else heldout[0],
+        relative_error_rtn_heldout=None if heldout is None else heldout[1],
+        bits_per_weight=bits,
+        storage_bits=quantized.storage_bits(),
+        scale_bits=quantized.grid.scale_bits,
+        n_tokens=calibration.n_tokens,
+        verdict=verdict(*(heldout or solved), bits, is_short),
+        kernels=describe_kernels(weight.device),
+        input_rms=input_rms(calibration),
+        weight_peak=weight_peak(weight),
+        outlier_share=kept / weight.numel(),
+        seconds=round(seconds, 4),
+        rank=rank if is_short else None,
+        info=quantized.info,
+    )

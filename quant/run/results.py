@@ -66,9 +66,9 @@ def _describe(tokens: Tokens) -> Record:
 def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel) -> Record:
     """The entries of results.json that come from the codes and the journal."""
     records = [record for block in blocks for record in block.records]
-    bits = sum(r["storage_bits"] for r in records)
-    count = sum(r["shape"][0] * r["shape"][1] for r in records)
+    bits, count = sum(r.storage_bits for r in records), sum(r.n_weights for r in records)
     stored = torch.finfo(model.storage_dtype).bits
+    heldout = [r.relative_error_heldout for r in records if r.relative_error_heldout is not None]
     learned = [block.learning for block in blocks if block.learning]
     if not records:  # nothing was solved: the linears of these blocks stay in the checkpoint's dtype
         for name, (out, n_in) in model.linear_shapes().items():
@@ -90,17 +90,16 @@ def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyMod
         "group_size": config.group_size,
         "symmetric": config.symmetric,
         "bits_per_weight": bits / count if count else float(stored),
-        "outlier_share": sum(r["outlier_share"] * r["shape"][0] * r["shape"][1] for r in records) / count
-        if records
-        else 0.0,
+        "outlier_share": sum(r.outlier_share * r.n_weights for r in records) / count if records else 0.0,
         "entropy_bits": math.log2(config.levels or 2**config.wbits) if records else None,
         "quantized_bytes": (bits + 7) // 8,
         "checkpoint_bytes": 0,
         "codes_sha256": digest,
         "zero_shot": {},
-        "mean_relative_error": sum(r["relative_error"] for r in records) / len(records) if records else 0.0,
+        "mean_relative_error": sum(r.relative_error for r in records) / len(records) if records else 0.0,
+        "mean_relative_error_heldout": sum(heldout) / len(heldout) if heldout else None,
         "learning": learned,
-        "verdicts": {v: sum(r["verdict"] == v for r in records) for v in ("ok", "look", "bad")},
+        "verdicts": {v: sum(r.verdict == v for r in records) for v in ("ok", "look", "bad")},
         "seconds": seconds
         | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0, "tasks": 0.0},
     }

@@ -391,11 +391,21 @@ def test_differences(finished):
 
 
 def test_reasons():
-    line = {"relative_error": 0.2, "relative_error_rtn": 0.3, "verdict": "look"}
+    line = {
+        "relative_error": 0.2,
+        "relative_error_rtn": 0.3,
+        "verdict": "look",
+        "relative_error_heldout": None,
+        "rank": None,
+    }
     assert report.reason(line) == "relative error above 0.1"
     assert report.reason(line | {"relative_error": 0.4, "verdict": "bad"}) == "33% worse than rounding to nearest"
     assert report.reason(line | {"relative_error": 1.5, "verdict": "bad"}) == "nothing of the output is left"
     assert report.reason(line | {"verdict": "ok"}) == ""
+    heldout = {"relative_error_heldout": 0.6, "relative_error_rtn_heldout": 0.4}
+    assert report.reason(line | heldout | {"verdict": "bad"}) == "50% worse than rounding to nearest"
+    few = {"relative_error": 0.05, "rank": 64}
+    assert report.reason(line | few) == "too little calibration: its inputs vary in 64 directions only"
 
 
 def test_mistakes(finished, tmp_path, monkeypatch, capsys, model_dir, text):

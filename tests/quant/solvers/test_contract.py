@@ -186,7 +186,7 @@ def test_disk_and_back_is_bit_exact(name, tmp_path):
     answer = SOLVERS[name](weight, stats, QuantSpec(3, 16))
     run = RunDirectory(tmp_path / "run")
     run.blocks.mkdir(parents=True)
-    run.write_block(0, {"a.b": answer}, [{"block": 0}], {"solve": 1.0})
+    run.write_block(0, {"a.b": answer}, [], {"solve": 1.0})
     back = run.read_weights(0)["a.b"].check()
     assert torch.equal(back.codes, answer.codes) and torch.equal(back.dequantize(), answer.dequantize())
     assert back.spec == answer.spec and back.bits_per_weight() == answer.bits_per_weight()

@@ -11,7 +11,7 @@ from quant.core.linalg import objective, relative_error
 from quant.core.scaling import exponent_outside
 from quant.core.types import FINEST, LARGEST, QuantSpec
 from quant.run.directory import RunDirectory
-from quant.run.quantize import Recipe, ranges_of, solve_linear
+from quant.run.quantize import InputStats, Recipe, solve_linear
 from quant.solvers import get_solver, solver_options, solvers
 from quant.solvers.quantease import quantease
 from quant.solvers.rtn import rtn
@@ -134,7 +134,7 @@ def test_disk_and_back_is_bit_exact(name, factor, tmp_path):
     answer = get_solver(name)(weight * factor, stats, QuantSpec(3, 16, largest=1e38), outlier=0.1)
     run = RunDirectory(tmp_path / "run")
     run.blocks.mkdir(parents=True)
-    run.write_block(0, {"a": answer}, [{"block": 0}], {"solve": 1.0})
+    run.write_block(0, {"a": answer}, [], {"solve": 1.0})
     back = run.read_weights(0)["a"]
     assert torch.equal(back.dequantize(), answer.dequantize()) and back.storage_bits() == answer.storage_bits()
     assert back.outliers.value.dtype == answer.outliers.value.dtype == torch.float32
@@ -144,10 +144,10 @@ def test_disk_and_back_is_bit_exact(name, factor, tmp_path):
 def test_the_journal_overflows_at_no_magnitude(factor):
     weight, stats = problem(16, 32, 128)
     spec = QuantSpec(4)
-    ordinary, other = (ranges_of(w, stats, rtn(w, stats, spec)) for w in (weight, weight * factor / 4))
-    assert other["weight_peak"] == pytest.approx(ordinary["weight_peak"], rel=1e-2)  # 1e-42 is 700 denormals
-    record = solve_linear("here", weight * factor / 4, stats, Recipe("rtn", rtn, spec))[1]
-    assert 0 < record["relative_error"] < 0.05 and record["verdict"] == "ok"
+    recipe, inputs = Recipe("rtn", rtn, spec), InputStats(stats)
+    ordinary, other = (solve_linear(0, "here", w, inputs, recipe)[1] for w in (weight, weight * factor / 4))
+    assert other.weight_peak == pytest.approx(ordinary.weight_peak, rel=1e-2)  # 1e-42 is 700 denormals
+    assert 0 < other.relative_error < 0.05 and other.verdict == "ok"
 
 
 def test_errors_that_are_no_numbers_are_told():

@@ -1,0 +1,71 @@
+"""Calibration windows as a run takes them: whether they are enough, and a few that are kept out of them to measure on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.blocks.stream import BlockStream
+from quant.run.config import FULL_BITS, RunConfig
+from quant.run.inputs import Inputs
+
+HELDOUT, HELDOUT_SEED = 4, 1_000_003  # windows; their seed lies this far from that of calibration
+RUN = 16  # tokens by which an overlap of two windows is seen
+SETTLED = 4  # tokens an input from which the error on other text hardly falls any more (measured: docs/footguns.md)
+log = logging.getLogger(__name__)
+
+
+def shortage(config: RunConfig, shapes: Mapping[str, tuple[int, int]], seqlen: int) -> str | None:
+    """What to say where a linear has more inputs than there are calibration tokens, and what would be enough; None where
+    all have fewer, or nothing is fitted to the tokens. shapes: (out, in) of a block's linears."""
+    tokens, widest = config.nsamples * seqlen, max(shapes, key=lambda name: shapes[name][1])
+    n_in = shapes[widest][1]
+    if tokens >= n_in or config.wbits == FULL_BITS or (config.solver or config.method) == "rtn":
+        return None
+    short = sum(own > tokens for _, own in shapes.values())
+    enough = -(-n_in // seqlen)
+    return (
+        f"too little calibration: {tokens} tokens ({config.nsamples} x {seqlen}) for {short} of {len(shapes)} linears of a "
+        f"block, which have up to {n_in} inputs ({widest}); the answers may be worse than rounding to nearest on other text. "
+        f"--nsamples {enough} gives a token for every input, --nsamples {SETTLED * enough} is where errors settle"
+    )
+
+
+def calibration_stream(inputs: Inputs, config: RunConfig, directory: Path) -> BlockStream:
+    """The calibration windows in front of the first block, and with them a few of the same text that are kept out of what
+    is solved, to measure errors on."""
+    stream, ids = inputs.calibration_stream(config, directory), heldout_windows(inputs, config)
+    if len(ids):
+        stream.attach(inputs.calibration_stream(config, directory, ids))
+    else:
+        log.warning(
+            "%s has no room for windows beside those of calibration: the errors of the linears are those on calibration "
+            "itself, which are the smaller ones", config.dataset,
+        )  # fmt: skip
+    return stream
+
+
+def heldout_windows(inputs: Inputs, config: RunConfig) -> Tensor:
+    """At most HELDOUT windows [n, seqlen] of the calibration text that do not overlap with those of calibration."""
+    calibration = inputs.calibration(config)
+    drawn = inputs.calibration(replace(config, nsamples=2 * HELDOUT, seed=config.seed + HELDOUT_SEED))
+    assert calibration is not None and drawn is not None
+    apart = windows_apart(drawn.ids, calibration.ids)
+    return apart[:: max(1, len(apart) // HELDOUT)][:HELDOUT]
+
+
+def windows_apart(drawn: Tensor, others: Tensor) -> Tensor:
+    """Those windows of ``drawn`` [n, T] that overlap with none of ``others`` [m, T]: of two windows of one text that do, one
+    holds the start of the other. Starts are RUN tokens; shorter overlaps pass."""
+    run = min(RUN, drawn.shape[1])
+
+    def overlaps(window: Tensor) -> bool:
+        inside = (others.unfold(1, run, 1) == window[:run]).all(-1).any()  # [m, T - run + 1, run]
+        return bool(inside | (window.unfold(0, run, 1)[:, None] == others[:, :run]).all(-1).any())
+
+    return drawn[torch.tensor([not overlaps(window) for window in drawn])]
