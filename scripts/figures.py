@@ -9,6 +9,7 @@ matrix are taken, and the first data set of a table.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,19 @@ Points = dict[str, dict[str, list[tuple[float, float]]]]  # method -> width -> (
 
 
 def read(panel: Panel) -> Points:
-    """The rows of a panel's table, with the ratio of perplexities after and before."""
+    """The rows of a panel's table, with the ratio of perplexities after and before. A setting is W3A16, in older tables
+    columns bits and group."""
     points: Points = {method: defaultdict(list) for method in COLOURS}
+    names: list[str] = []
     for line in (ROOT / "benchmarks" / "results" / panel.table).read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        if len(cells) == 11 and cells[2] == "row" and cells[3] in points and cells[5] == panel.data:
-            points[cells[3]][cells[1]].append((float(cells[4]), float(cells[7]) / float(cells[6])))
+        names = cells if cells[0] == "model" else names
+        row = dict(zip(names, cells, strict=False))
+        width = row.get("setting", f"W{row.get('bits')}A16")
+        whole_rows = row.get("group", "row") == "row" and re.fullmatch(r"W\dA16", width)
+        if whole_rows and row.get("method") in points and row.get("data") == panel.data:
+            ratio = float(row["ppl after"]) / float(row["ppl before"])
+            points[row["method"]][width].append((float(row["bits per weight"]), ratio))
     return points
 
 
