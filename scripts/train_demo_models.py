@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from data import demo
+from models import family_of
 
 FAMILIES = ("opt", "bloom", "falcon", "llama", "mistral")
 SEQLEN, BATCH = 256, 4
@@ -140,44 +141,27 @@ def unigram_perplexity(train_ids: Tensor, test_ids: Tensor, vocabulary: int) -> 
     return float((-(counts / counts.sum()).log()[test_ids]).mean().exp())
 
 
-def readers(block: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
-    """(norm, linears that read it) of a block, for the pre-norm members of the families above."""
-    names = dict(block.named_modules())
-    pairs = {
-        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-        "self_attn_layer_norm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "final_layer_norm": ("fc1",),
-    }
-    if "self_attention.query_key_value" in names:  # BLOOM and Falcon
-        fused = ("self_attention.query_key_value",)
-        sequential = "post_attention_layernorm" in names
-        pairs = {"input_layernorm": fused if sequential else (*fused, "mlp.dense_h_to_4h")}
-        pairs |= {"post_attention_layernorm": ("mlp.dense_h_to_4h",)} if sequential else {}
-    return [(names[norm], [names[n] for n in linears]) for norm, linears in pairs.items() if norm in names]  # type: ignore[misc]
-
-
 @torch.no_grad()
-def plant_outliers(model: nn.Module, blocks: str, scale: float, channels: int, seed: int = 0) -> None:
-    """Multiply `channels` random channels of every norm's output by `scale` and divide their readers' columns.
+def plant_outliers(model: Any, scale: float, channels: int, seed: int = 0) -> None:
+    """Multiply `channels` random channels of every norm's output by `scale` and divide the columns of its readers.
 
     The function is unchanged (exactly, in any binary floating point, if scale is a power of two and nothing
     underflows).
     """
-    generator = torch.Generator().manual_seed(seed)
-    for block in model.get_submodule(blocks):  # type: ignore[union-attr]
-        for norm, linears in readers(block):
-            chosen = torch.randperm(norm.weight.numel(), generator=generator)[:channels]  # type: ignore[union-attr, operator]
+    generator, family = torch.Generator().manual_seed(seed), family_of(model.config.model_type)
+    norms = [seam for seam in family.seams(model.config) if seam.kind == "norm"]
+    for block in model.get_submodule(family.blocks):
+        for seam in norms:
+            norm = block.get_submodule(seam.producer)
+            chosen = torch.randperm(norm.weight.numel(), generator=generator)[:channels]
             for parameter in norm.parameters():
                 parameter[chosen] *= scale
-            for linear in linears:
-                linear.weight[:, chosen] /= scale
+            for name in seam.consumers:
+                block.get_submodule(name).weight[:, chosen] /= scale
 
 
 def make(family: str, args: argparse.Namespace) -> None:
     """Train one family and save it with tokenizer and log."""
-    from models import family_of
-
     out = args.out / family if args.text is None else args.out
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -200,8 +184,7 @@ def make(family: str, args: argparse.Namespace) -> None:
     log |= train(model, batches, args.minutes)
     log["perplexity before planting"] = perplexity(model, ids["validation"])
     if args.outlier_channels:
-        blocks = family_of(family).blocks
-        plant_outliers(model, blocks, args.outlier_scale, args.outlier_channels, args.seed)
+        plant_outliers(model, args.outlier_scale, args.outlier_channels, args.seed)
     model = model.half()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

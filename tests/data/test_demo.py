@@ -137,7 +137,7 @@ def test_planting_outliers_keeps_the_function(family):
     norm = next(m for n, m in model.get_submodule(blocks)[0].named_modules() if "norm" in n)
     with torch.no_grad():
         before, gain = model(ids).logits, norm.weight.clone()
-        plant_outliers(model, blocks, 16.0, 4)
+        plant_outliers(model, 16.0, 4)
         after = model(ids).logits
         torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
         assert int((norm.weight != gain).sum()) == 4
