@@ -23,23 +23,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measuring import heading, peak_of, show, synchronize
+from benchmarks.measuring import flags, peak_of, report, synchronize
 from models import family_of
 from models.load import build_meta, load_config, load_model
 from quant.blocks.stream import BlockStream
 from quant.core import env
 from quant.core.gram import GramStats
-from quant.core.text import markdown_cell
 from quant.core.types import QuantSpec
 from quant.run.quantize import Recipe, quantize_block
 from quant.solvers import get_solver, solver_options
 
-STAGES = ("forward", "gram", "solve")
-HEADER = (
-    "| model | blocks | method | seconds | of which once | read | "
-    + " | ".join(STAGES)
-    + " | all blocks, seconds | peak GB |"
-)
+STAGES = ("read", "forward", "gram", "solve")
 
 
 def write_random(config: Any, directory: Path, dtype: torch.dtype) -> None:
@@ -50,12 +44,9 @@ def write_random(config: Any, directory: Path, dtype: torch.dtype) -> None:
         file = f"block-{name.removeprefix(prefix).split('.')[0]}" if name.startswith(prefix) else "outside"
         files.setdefault(f"{file}.safetensors", []).append((name, parameter.shape))
     for file, entries in files.items():
-        tensors = {
-            name: torch.ones(shape, dtype=dtype)
-            if len(shape) == 1
-            else torch.empty(shape, dtype=dtype).normal_(0, 0.02)
-            for name, shape in entries
-        }
+        tensors = {name: torch.ones(shape, dtype=dtype) for name, shape in entries}
+        for matrix in (tensor for tensor in tensors.values() if tensor.dim() > 1):
+            matrix.normal_(0, 0.02)
         save_file(tensors, directory / file, {"format": "pt"})
     index = {"weight_map": {name: file for file, entries in files.items() for name, _ in entries}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -116,39 +107,35 @@ def all_blocks(times: Mapping[str, float], done: int, whole: int) -> float:
     return times["once"] + (times["total"] - times["once"]) * whole / done
 
 
+def record(name: str, method: str, t: Mapping[str, float], done: int, whole: int) -> dict[str, str]:
+    """One method's row."""
+    seconds = {"seconds": t["total"], "of which once": t["once"], **{stage: t[stage] for stage in STAGES}}
+    everything = f"{all_blocks(t, done, whole):.0f}" + (" (extrapolated)" if done < whole else "")
+    return {"model": name, "blocks": f"{done} of {whole}", "method": method} | {k: f"{s:.1f}" for k, s in seconds.items()} | {
+        "all blocks, seconds": everything, "peak GB": f"{t['peak'] / 1e9:.1f}"}  # fmt: skip
+
+
 def main() -> None:
     """Write the model, run the methods, print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="directory with a config.json")
+    parser = flags(__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="directory with a config.json")
     parser.add_argument("--methods", nargs="+", default=["gptq", "quantease"])
     parser.add_argument("--blocks", type=int, help="only that many blocks (default: all)")
-    parser.add_argument("--wbits", type=int, default=3)
-    parser.add_argument("--sweeps", type=int, default=30)
-    parser.add_argument("--nsamples", type=int, default=128)
-    parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--calib-batch", type=int, default=4)
+    for name, default in {"wbits": 3, "sweeps": 30, "nsamples": 128, "seqlen": 2048, "calib-batch": 4}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--true-sequential", action="store_true")
     parser.add_argument("--activation-store", default="device", choices=("device", "cpu", "disk"))
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--directory", type=Path, help="where the random checkpoint is written (default: temporary)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         directory = Path(name)
-        config, _ = load_config(args.config, directory, with_weights=False)
+        config, _ = load_config(str(args.config), directory, with_weights=False)
         whole = config.num_hidden_layers
-        config.num_hidden_layers = min(whole, args.blocks or whole)
+        done = config.num_hidden_layers = min(whole, args.blocks or whole)
         write_random(config, directory, torch.float16)
-        show(*heading(HEADER))
-        for method in args.methods:
-            t = quantize(directory, method, args, whole)
-            done = config.num_hidden_layers
-            everything = f"{all_blocks(t, done, whole):.0f}" + (" (extrapolated)" if done < whole else "")
-            stages = " | ".join(f"{t[stage]:.1f}" for stage in STAGES)
-            show(
-                f"| {markdown_cell(Path(args.config).name)} | {done} of {whole} | {method} | {t['total']:.1f} | {t['once']:.1f} "
-                f"| {t['read']:.1f} | {stages} | {everything} | {t['peak'] / 1e9:.1f} |",
-            )
+        times = ((method, quantize(directory, method, args, whole)) for method in args.methods)
+        report([], (record(args.config.name, method, t, done, whole) for method, t in times), args.out)
 
 
 if __name__ == "__main__":

@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.measuring import write
+from benchmarks.measuring import about, report
 from data.demo import text
 from quant.blocks.fake_quant import ActSpec
 from quant.export.runtimes import loadability
 from quant.run.config import RunConfig
 from quant.run.convert import convert
 from quant.run.session import Session
+from tests.helpers import DEMO, in_float32, reference_logits
 
-ROOT = Path(__file__).parents[1]
+PEER = Path(__file__).with_name("peer.py")
 FAMILIES = ("llama", "opt", "bloom", "falcon", "mistral")
 SEQLEN, WINDOWS = 256, 32
 COMPARED = 8  # windows whose logits are compared
@@ -40,6 +41,15 @@ TOLERANCE = 1e-3  # of the perplexity
 # the edge between two of its 256 levels turns that into a step (2e-2 in all, measured).
 LOGITS = {"transformers": 5e-3, "dequantize": 5e-3, "gptqmodel": 2e-2}
 LOGITS_A8 = 1e-2
+BOUNDS = (
+    f"Perplexity of {WINDOWS} windows of {SEQLEN} tokens of the demo text; logits: relative distance to ours in float32. same: "
+    f"the perplexity within {TOLERANCE:.1%} and the logits within {', '.join(f'{how} {bound:g}' for how, bound in LOGITS.items())}, "
+    f"{LOGITS_A8:g} with quantized activations (of a copy of the model in float32). transformers computes in the checkpoint's "
+    "dtype, gptqmodel in bfloat16; dequantize: transformers with CompressedTensorsConfig(dequantize=True). transformers reads "
+    "GPTQ through optimum, which replaces plain `nn.Linear` only and leaves Falcon's own linear class with random weights "
+    "(hence `--target transformers --format gptq` refuses Falcon): gptqmodel reads those rows."
+)
+FIGURES = {"ours": ".4f", "theirs": ".4f", "logits": ".1e"}  # of a row, as they are written
 REFUSED = "refused by our rules"
 EXPECTED_REFUSED = {"opt": {"W8A8"}, "falcon": {"W8A8"}}  # by family: what transformers does not compute as it is
 
@@ -122,11 +132,10 @@ def prepare(family: str, case: Case, base: Path) -> tuple[Case, Path]:
     """The checkpoint of a case, and the case with the reader that takes it."""
     run = base / f"{family}-{case.name}"
     if not (run / "results.json").exists():
-        model = in_float32(family, base) if case.act.active else ROOT / "models/demo" / family
+        model = whole_model(family, base) if case.act.active else DEMO / family
         Session(config := request(model, run, case)).run(config)
     checkpoint = base / f"{family}-{case.name}-{case.format}"
     content = convert(run, case.format, checkpoint, overwrite=True)
-    print(f"made {checkpoint.name}", file=sys.stderr, flush=True)
     if case.how != "transformers":
         return case, checkpoint
     rows = {runtime: (takes, needs) for runtime, takes, needs, _ in loadability(case.format, content)}
@@ -136,16 +145,10 @@ def prepare(family: str, case: Case, base: Path) -> tuple[Case, Path]:
     return replace(case, how=how), checkpoint
 
 
-def in_float32(family: str, base: Path) -> Path:
-    """A demo model with its weights in float32."""
-    source, copy = ROOT / "models/demo" / family, base / f"{family}-float32"
-    if not copy.exists():
-        shutil.copytree(source, copy)
-        weights = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
-        save_file(weights, copy / "model.safetensors", {"format": "pt"})
-        config = json.loads((source / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    return copy
+def whole_model(family: str, base: Path) -> Path:
+    """A demo model with its weights in float32, made once."""
+    copy = base / f"{family}-float32"
+    return copy if copy.exists() else in_float32(family, copy)
 
 
 def ours(checkpoint: Path, base: Path) -> tuple[float, torch.Tensor, torch.Tensor]:
@@ -163,12 +166,12 @@ def ask(peer: str, jobs: Sequence[tuple[str, Path, Path]], ids: torch.Tensor, ba
     tokens, listed = base / "tokens.safetensors", base / "jobs.json"
     save_file({"ids": ids}, tokens)
     listed.write_text(json.dumps([[how, str(model), str(tokens), str(out)] for how, model, out in jobs]))
-    command = [peer, str(ROOT / "benchmarks/peer.py"), "load", str(listed)]
+    command = [peer, str(PEER), "load", str(listed)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=base, timeout=3600)
     return ([line for line in done.stderr.splitlines() if line.strip()] or ["no answer"])[-1] if done.returncode else ""
 
 
-def compare(answer: Path, perplexity: float, logits: torch.Tensor, bound: float, failure: str) -> dict[str, object]:
+def compare(answer: Path, perplexity: float, logits: torch.Tensor, bound: float, failure: str) -> dict[str, Any]:
     """What a reader computed beside what we computed."""
     if not answer.exists():
         return {"ours": perplexity, "said": (failure or "no answer")[:160]}
@@ -179,14 +182,14 @@ def compare(answer: Path, perplexity: float, logits: torch.Tensor, bound: float,
     return {"ours": perplexity, "theirs": theirs, "logits": distance, "said": "same" if same else "DIFFERENT"}
 
 
-def of_family(peer: str, family: str, cases: Sequence[Case], base: Path) -> list[tuple[Case, dict[str, object]]]:
+def of_family(peer: str, family: str, cases: Sequence[Case], base: Path) -> list[tuple[Case, dict[str, Any]]]:
     """Rows of the table. Readers of GPTQ and of compressed-tensors get a process each. What our rules refuse is a row too:
     ``refused`` where that is expected, else ``REFUSED``; and what should have been refused is ``NOT REFUSED``."""
     made = [prepare(family, case, base) for case in cases]
     asked = [(case, path) for case, path in made if case.how != REFUSED]
     expected = EXPECTED_REFUSED.get(family, set())
     answers = {path: ours(path, base) for path in dict.fromkeys(path for _, path in asked)}
-    rows: list[tuple[Case, dict[str, object]]] = []
+    rows: list[tuple[Case, dict[str, Any]]] = []
     for group in ("gptq", "compressed-tensors"):
         jobs = [(case, path, base / f"{path.name}-{case.how}.safetensors") for case, path in asked
                 if case.format.startswith(group)]  # fmt: skip
@@ -200,24 +203,11 @@ def of_family(peer: str, family: str, cases: Sequence[Case], base: Path) -> list
     return rows + [(case, {"said": "refused" if case.kind in expected else "REFUSED"}) for case in refused]
 
 
-def reference_logits(session: Session, ids: torch.Tensor) -> torch.Tensor:
-    """Our logits of some windows, in float32."""
-    from quant.blocks.stream import BlockStream
-
-    device = torch.device("cpu")
-    outside = session.model.outside_weights(device)
-    stream = BlockStream(session.model, ids, device=device, batch=4).capture(outside)
-    for index in range(len(session.model.blocks)):
-        stream.run(index, session.model.block_weights(index, device), advance=True, act=session.act)
-    with torch.inference_mode():
-        return stream.logits(slice(0, len(ids)), outside).float()
-
-
-def other_way(peer: str, base: Path) -> dict[str, object]:
+def other_way(peer: str, base: Path) -> dict[str, Any]:
     """A checkpoint that gptqmodel made, by gptqmodel and by our evaluator."""
     file, made, out = base / "calibration.txt", base / "made", base / "made.safetensors"
     file.write_text(text("train", 200))
-    command = [peer, str(ROOT / "benchmarks/peer.py"), "make", str(ROOT / "models/demo/llama"), str(file), str(made)]
+    command = [peer, str(PEER), "make", str(DEMO / "llama"), str(file), str(made)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=base, timeout=900)
     if done.returncode != 0:
         return {"said": done.stderr.splitlines()[-1][:160]}
@@ -226,11 +216,16 @@ def other_way(peer: str, base: Path) -> dict[str, object]:
     return compare(out, perplexity, logits, LOGITS["gptqmodel"], failure)
 
 
-def cells(row: dict[str, object]) -> str:
+def record(family: str, case: Case, row: Mapping[str, Any]) -> dict[str, str]:
+    """A row of the table."""
+    own = {"family": family, "bits": str(case.bits), "grid": case.grid, "format": case.format, "loaded by": case.how}
+    return own | outcome(row)
+
+
+def outcome(row: Mapping[str, Any]) -> dict[str, str]:
     """Perplexities, distance, verdict; of what was not loaded, the verdict."""
-    if "ours" not in row:
-        return f"- | - | - | {row['said']}"
-    return f"{row.get('ours', 0):.4f} | {row.get('theirs', 0):.4f} | {row.get('logits', 0):.1e} | {row['said']}"
+    figures = {name: f"{row[name]:{form}}" if name in row else "-" for name, form in FIGURES.items()}
+    return figures | {"": row["said"]}
 
 
 def main() -> None:
@@ -245,32 +240,33 @@ def main() -> None:
     packages = ("torch", "transformers", "gptqmodel", "optimum", "compressed-tensors")
     code = f"from importlib.metadata import version as v; print(', '.join(f'{{p}} {{v(p)}}' for p in {packages}))"
     versions = subprocess.run([peer, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    bounds = ", ".join(f"{how} {bound:g}" for how, bound in LOGITS.items())
-    lines = ["# Our checkpoints in other people's software", "",
-             f"Loaded by {versions}, on a CPU.", f"Perplexity of {WINDOWS} windows of {SEQLEN} tokens of the demo text;",
-             f"logits: relative distance to ours in float32. same: the perplexity within {TOLERANCE:.1%} and the logits",
-             f"within {bounds}, {LOGITS_A8:g} with quantized activations (of a copy of the model in float32). transformers computes in",
-             "the checkpoint's dtype,",
-             "gptqmodel in bfloat16; dequantize: transformers with CompressedTensorsConfig(dequantize=True). transformers reads GPTQ",
-             "through optimum, which replaces plain `nn.Linear` only and leaves Falcon's own linear class with random weights",
-             "(hence `--target transformers --format gptq` refuses Falcon): gptqmodel reads those rows.", "",
-             "| family | bits | grid | format | loaded by | ours | theirs | logits | |", "|-|-|-|-|-|-|-|-|-|"]  # fmt: skip
-    failed = 0
-    with tempfile.TemporaryDirectory() as directory:
+    said: list[str] = []
+
+    def records(base: Path) -> Iterator[dict[str, str]]:
         for family in args.families.split(","):
             cases = (*EVERY_FAMILY, *FIRST_FAMILY) if family == FAMILIES[0] else EVERY_FAMILY
-            for case, row in of_family(peer, family, cases, Path(directory)):
-                failed += row["said"] not in ("same", "refused")
-                lines.append(f"| {family} | {case.bits} | {case.grid} | {case.format} | {case.how} | {cells(row)} |")
-                print(lines[-1], flush=True)
-            write(lines, args.out)  # as far as it is measured
+            for case, row in of_family(peer, family, cases, base):
+                said.append(row["said"])
+                yield record(family, case, row)
+
+    with tempfile.TemporaryDirectory() as directory:
+        lines = report(
+            [
+                "# Our checkpoints in other people's software",
+                "",
+                about(__doc__),
+                "",
+                f"Loaded by {versions}, on a CPU. {BOUNDS}",
+                "",
+            ],
+            records(Path(directory)),
+            args.out,
+        )
         made = other_way(peer, Path(directory))
-    failed += made["said"] != "same"
-    lines += ["", "A checkpoint that gptqmodel made (llama, 4 bits, g32), read by us and by gptqmodel:", "",
-              "| ours | theirs | logits | |", "|-|-|-|-|", f"| {cells(made)} |"]  # fmt: skip
-    print(lines[-1])
-    write(lines, args.out)
-    sys.exit(1 if failed else 0)
+    said.append(made["said"])
+    lines += ["", "A checkpoint that gptqmodel made (llama, 4 bits, g32), read by us and by gptqmodel:", ""]
+    report(lines, [outcome(made)], args.out)
+    sys.exit(any(word not in ("same", "refused") for word in said))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the measurements share: a clock, the words about a machine, Markdown on the terminal and in a file."""
+"""What the measurements share: flags, a clock, the words about a machine, Markdown on the terminal and in a file."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,15 @@ import torch
 
 from quant.cli.console import console
 from quant.core import env
-from quant.core.text import markdown_cell
+from quant.core.text import markdown_table
+
+
+def flags(doc: str | None, device: str = "auto") -> argparse.ArgumentParser:
+    """A parser with what every measurement is told."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--out", type=Path, help="write the table here as well")
+    return parser
 
 
 def synchronize(device: torch.device) -> None:
@@ -56,16 +65,20 @@ def about(doc: str | None) -> str:
     return (doc or "").split("\n\n", 2)[2].strip().replace("\n", " ")
 
 
-def heading(head: str) -> list[str]:
-    """A table's first two lines."""
-    return [head, "|---" * (head.count("|") - 1) + "|"]
-
-
 def table(records: Iterable[Mapping[str, str]]) -> list[str]:
-    """Markdown lines of a table whose columns are the first record's names, with an empty line behind them."""
-    rows = list(records)
-    cells = [[markdown_cell(row.get(name, "")) for name in rows[0]] for row in rows]
-    return [*heading(f"| {' | '.join(rows[0])} |"), *(f"| {' | '.join(row)} |" for row in cells), ""]
+    """The lines of a whole table, with an empty line behind them."""
+    return [*markdown_table(records), ""]
+
+
+def report(head: Sequence[str], records: Iterable[Mapping[str, str]], out: Path | None) -> list[str]:
+    """Print every row of a table as soon as it is measured; write what there is of it, behind ``head``, to a file if one is
+    asked for. Returns all lines."""
+    lines = list(head)
+    for line in markdown_table(records):
+        show(line)
+        lines.append(line)
+        write(lines, out)
+    return lines
 
 
 def show(*lines: str) -> None:

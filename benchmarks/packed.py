@@ -12,16 +12,14 @@ has them (bfloat16 inputs, groups of 128; int8 a scale a row).
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import about, best_seconds, heading, machine_line, show, write
+from benchmarks.measuring import about, best_seconds, flags, machine_line, report, show
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import packed_linear
 from quant.core import env
@@ -125,26 +123,23 @@ def rows_of(weight: Tensor, device: torch.device) -> list[Callable[[], Row | Non
     return makers + [partial(packed_row, weight, *kind, device) for kind in kinds]
 
 
-def table(n_out: int, n_in: int, tokens: list[int], device: torch.device, copy: float) -> list[str]:
+def records_of(n_out: int, n_in: int, tokens: list[int], device: torch.device, copy: float) -> Iterator[dict[str, str]]:
     """One shape."""
     weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(0)) * 0.02
     inputs = {n: torch.randn(n, n_in, generator=torch.Generator().manual_seed(n)).to(device) for n in tokens}
-    lines, first = [], dict.fromkeys(tokens, 0.0)
+    first: dict[int, float] = {}
     for make in rows_of(weight, device):
         row = make()
         if row is None:
             continue
         took = {n: seconds(row, x, device) for n, x in inputs.items()}
-        first = took if not lines else first
+        first = first or took
         rate = row.nbytes / took[tokens[0]]
         cached = seconds(replace(row, calls=row.calls[:1]), inputs[tokens[0]], device)
-        cells = " | ".join(f"{took[n] * 1e3:.3f} ({first[n] / took[n]:.1f})" for n in tokens)
-        lines.append(
-            f"| {n_out} x {n_in}: {row.name} | {row.nbytes / 1e6:.1f} | {rate / 1e9:.1f} | {rate / copy:.0%} | "
-            f"{cached * 1e3:.3f} | {cells} |"
-        )
-        show(lines[-1])
-    return lines
+        yield {
+            "out x in: kernel": f"{n_out} x {n_in}: {row.name}", "MB": f"{row.nbytes / 1e6:.1f}", "GB/s": f"{rate / 1e9:.1f}",
+            "of copy": f"{rate / copy:.0%}", "ms, in cache": f"{cached * 1e3:.3f}",
+        } | {f"ms, {n} token{'s' * (n > 1)} (times)": f"{took[n] * 1e3:.3f} ({first[n] / took[n]:.1f})" for n in tokens}  # fmt: skip
 
 
 def packing(device: torch.device) -> str:
@@ -160,23 +155,19 @@ def packing(device: torch.device) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure, print and write."""
+    parser = flags(__doc__, device="cpu")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="out x in")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="write the table here as well")
     args = parser.parse_args()
     device = env.pick_device(args.device)
     copy = copy_rate(device)
-    heads = " | ".join(f"ms, {n} token{'s' if n > 1 else ''} (times)" for n in args.tokens)
-    header = heading(f"| out x in: kernel | MB | GB/s | of copy | ms, in cache | {heads} |")
-    show(*header)
-    rows = [line for shape in args.shapes for line in table(*map(int, shape.split("x")), args.tokens, device, copy)]
     said = f"Copy: {copy / 1e9:.1f} GB/s. {packing(device)}"
     show(said)
-    top = ["# Products with packed weights", "", f"{machine_line(env.describe(device), env.versions())}.", ""]
-    write([*top, about(__doc__), "", said, "", *header, *rows], args.out)
+    head = ["# Products with packed weights", "", f"{machine_line(env.describe(device), env.versions())}.", "",
+            about(__doc__), "", said, ""]  # fmt: skip
+    shapes = [map(int, shape.split("x")) for shape in args.shapes]
+    report(head, (record for shape in shapes for record in records_of(*shape, args.tokens, device, copy)), args.out)
 
 
 if __name__ == "__main__":

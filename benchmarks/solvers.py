@@ -14,15 +14,14 @@ the process (of the device on CUDA) while the row ran, what was in use before in
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import about, best_seconds, heading, machine_line, peak_of, show, write
+from benchmarks.measuring import about, best_seconds, flags, machine_line, peak_of, report
 from quant.core import env
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
@@ -34,7 +33,16 @@ from quant.solvers.gptq import gptq
 from quant.solvers.quantease import Descent, is_rounding_sweep, quantease
 
 BLOCK = 128
-HEADER = "| out x in | what | backend | seconds | floor, seconds | times the floor | column loop / ours | peak MB |"
+COLUMNS = (
+    "out x in",
+    "what",
+    "backend",
+    "seconds",
+    "floor, seconds",
+    "times the floor",
+    "column loop / ours",
+    "peak MB",
+)
 
 
 def column_loop(weight: Tensor, gram: Tensor, grid: Grid, rounding: list[bool]) -> Tensor:
@@ -82,9 +90,9 @@ def problem(n_out: int, n_in: int, device: str) -> tuple[Tensor, Tensor]:
     return torch.randn(n_out, n_in, generator=generator).to(device), x.to(device)
 
 
-def measure(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Kernels]) -> list[str]:
+def measure(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Kernels]) -> Iterator[dict[str, str]]:
     """The rows of one shape."""
-    device, sweeps, precision = torch.device(args.device), args.sweeps, args.precision
+    device, sweeps = torch.device(args.device), args.sweeps
     weight, x = problem(n_out, n_in, args.device)
     stats, spec = GramStats(n_in, device), QuantSpec(3)
     stats.update(x)
@@ -95,41 +103,47 @@ def measure(n_out: int, n_in: int, args: argparse.Namespace, backends: list[Kern
         "gptq": best_seconds(partial(gptq_floor, weight, gram), device),
         "quantease": sweeps * best_seconds(partial(sweep_floor, work, weight, gram), device),
     }
-    shape, rows, loop = f"{n_out} x {n_in}", [], 0.0
+    loop = 0.0
 
-    def row(what: str, backend: str, work: Callable[[], object], repeats: int = 3) -> None:
+    def record(*cells: str) -> dict[str, str]:
+        return dict(zip(COLUMNS, (f"{n_out} x {n_in}", *cells), strict=True))
+
+    def timed(what: str, backend: str, work: Callable[[], object], repeats: int = 3) -> dict[str, str]:
         nonlocal loop
         env.reset_peak(device)
         took = best_seconds(work, device, repeats)
         loop = loop or (took if what == "quantease" else 0.0)  # the column loop is the first of its rows
         against = f"{loop / took:.1f}" if what == "quantease" else "-"
-        ratio, memory = f"{floors[what]:.3f} | {took / floors[what]:.2f}", peak_of(device) / 1e6
-        rows.append(f"| {shape} | {what} | {backend} | {took:.3f} | {ratio} | {against} | {memory:.0f} |")
+        floor = floors[what]
+        return record(
+            what, backend, f"{took:.3f}", f"{floor:.3f}", f"{took / floor:.2f}", against, f"{peak_of(device) / 1e6:.0f}"
+        )
 
-    row("gram", "torch", lambda: GramStats(n_in, device).update(x))
+    yield timed("gram", "torch", lambda: GramStats(n_in, device).update(x))
     published: list[Tensor] = []
-    row("quantease", "column loop", lambda: published.append(column_loop(weight, gram, grid, schedule)), repeats=1)
+    yield timed(
+        "quantease", "column loop", lambda: published.append(column_loop(weight, gram, grid, schedule)), repeats=1
+    )
     ours = partial(quantease, weight, stats, spec, grid=grid, num_iter=sweeps)
     ends = {"column loop": relative_error(weight, published.pop(), gram)}
     for backend in backends:
         blocks._chosen[device.type] = backend
         quantease(weight[:64], stats, spec, num_iter=1), gptq(weight[:64], stats, spec)  # compile
-        row("gptq", backend.name, partial(gptq, weight, stats, spec))
-        row("quantease", backend.name, ours, repeats=2)
+        yield timed("gptq", backend.name, partial(gptq, weight, stats, spec))
+        yield timed("quantease", backend.name, ours, repeats=2)
         ends[backend.name] = relative_error(weight, ours().dequantize(), gram)
-    if precision != "highest":
+    if args.precision != "highest":
         blocks._chosen[device.type] = backends[0]
-        with products_in(precision):
-            lower = f"{backends[0].name}, products {precision}"
-            row("quantease", lower, ours, repeats=2)
+        with products_in(args.precision):
+            lower = f"{backends[0].name}, products {args.precision}"
+            yield timed("quantease", lower, ours, repeats=2)
             answer = ours().dequantize()
         ends[lower] = relative_error(weight, answer, gram)
     if args.float64:
         ends |= in_float64(weight, gram, grid, schedule)
     for name, end in ends.items():
         against = f"{end / ends['column loop'] - 1:+.1e} relative"
-        rows.append(f"| {shape} | objective after {sweeps} sweeps | {name} | {end:.7f} | | {against} | | |")
-    return rows
+        yield record(f"objective after {sweeps} sweeps", name, f"{end:.7f}", "", against, "", "")
 
 
 def in_float64(weight: Tensor, gram: Tensor, grid: Grid, schedule: list[bool]) -> dict[str, float]:
@@ -144,36 +158,30 @@ def in_float64(weight: Tensor, gram: Tensor, grid: Grid, schedule: list[bool]) -
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="+", default=["768x768", "3072x768", "768x3072", "2048x2048"], help="out x in"
-    )
+    """Measure, print and write."""
+    parser = flags(__doc__, device="cpu")
+    shapes = ["768x768", "3072x768", "768x3072", "2048x2048"]
+    parser.add_argument("--shapes", nargs="+", default=shapes, help="out x in")
     parser.add_argument("--sweeps", type=int, default=30)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--reference", action=argparse.BooleanOptionalAction, default=True, help="also time the plain torch loops"
-    )
-    parser.add_argument(
-        "--float64", action=argparse.BooleanOptionalAction, default=True, help="objectives in float64 too"
-    )
-    parser.add_argument(
-        "--precision", default="highest", choices=("highest", "high", "medium"), help="also measure this"
-    )
-    parser.add_argument("--out", type=Path, help="write the table here as well")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--reference", action=switch, default=True, help="also time the plain torch loops")
+    parser.add_argument("--float64", action=switch, default=True, help="objectives in float64 too")
+    precisions = ("highest", "high", "medium")
+    parser.add_argument("--precision", default="highest", choices=precisions, help="also measure this")
     args = parser.parse_args()
     fastest = kernels(torch.device(args.device))
     backends = [fastest, *([TorchKernels()] if args.reference and fastest.name != "torch" else [])]
     machine = machine_line(env.describe(torch.device(args.device)), env.versions())
-    lines = ["# Solvers against their floors", "", f"{machine}; 3 bits, {args.sweeps} sweeps, float32.", ""]
-    lines += [about(__doc__), "", *heading(HEADER)]
-    show(*lines[-2:])
-    for shape in args.shapes:
-        n_out, n_in = map(int, shape.split("x"))
-        rows = measure(n_out, n_in, args, backends)
-        show(*rows)
-        lines += rows
-    write(lines, args.out)
+    head = [
+        "# Solvers against their floors",
+        "",
+        f"{machine}; 3 bits, {args.sweeps} sweeps, float32.",
+        "",
+        about(__doc__),
+        "",
+    ]
+    shapes = [map(int, shape.split("x")) for shape in args.shapes]
+    report(head, (record for shape in shapes for record in measure(*shape, args, backends)), args.out)
 
 
 if __name__ == "__main__":

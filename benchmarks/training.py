@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.end_to_end import random_stream, write_random
-from benchmarks.measuring import best_seconds, heading, peak_of, show
+from benchmarks.measuring import about, best_seconds, flags, machine_line, peak_of, report, show
 from models.load import load_config
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrumented
@@ -46,13 +47,12 @@ SMALL = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8
 
 def main() -> None:
     """Write the block, time forward passes and steps, print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     parser.add_argument("--config", help="directory with a config.json (default: 512 wide, LLaMA-shaped)")
     parser.add_argument("--nsamples", type=int, default=8, help="windows timed; 128 are extrapolated")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=20, help="extrapolated")
     parser.add_argument("--attention", nargs="+", default=["eager", "sdpa"], choices=("eager", "sdpa"))
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     device = env.pick_device(args.device)
@@ -63,17 +63,23 @@ def main() -> None:
         config.update({"num_hidden_layers": 1} if args.config else SMALL)
         write_random(config, directory, torch.float16)
         shape = f"{config.hidden_size} x {config.intermediate_size}, {args.seqlen} tokens, {args.dtype}"
-        show(f"block {shape}; {env.describe(device)}; torch {torch.__version__}", "")
-        show(*heading("| method | attention | forward ms | step ms | step / 3 forward | peak GB | all blocks, hours |"))
-        for attention in args.attention:
-            stream = random_stream(directory, args, 1, "device", attention)
-            weights = stream.model.block_weights(0, device)
-            for label in VARIANTS:
-                show(row(label, attention, args, stream, weights, whole))
+        block = f"block {shape}; {machine_line(env.describe(device), env.versions())}"
+        show(block, "")
+        head = ["# Training steps of one block", "", about(__doc__), "", block, ""]
+        report(head, records_of(directory, args, whole), args.out)
 
 
-def row(label: str, attention: str, args: argparse.Namespace, stream: BlockStream, weights: dict, whole: int) -> str:
-    """One variant's markdown row. Its peak is its own: of the process since the row began."""
+def records_of(directory: Path, args: argparse.Namespace, whole: int) -> Iterator[dict[str, str]]:
+    """Every variant with every kind of attention."""
+    for attention in args.attention:
+        stream = random_stream(directory, args, 1, "device", attention)
+        weights = stream.model.block_weights(0, stream.device)
+        for label in VARIANTS:
+            yield {"method": label, "attention": attention} | measure(label, args, stream, weights, whole)
+
+
+def measure(label: str, args: argparse.Namespace, stream: BlockStream, weights: dict, whole: int) -> dict[str, str]:
+    """One variant's figures. Its peak is its own: of the process since the row began."""
     method, wbits, abits, transform = VARIANTS[label]
     asked = Learning(transform=TransformSpec(**transform), clip=True, epochs=1)
     learning = recipes()[method](asked, wbits, abits)
@@ -95,12 +101,10 @@ def row(label: str, attention: str, args: argparse.Namespace, stream: BlockStrea
     plain = best_seconds(forward, device, 2, warm_up=True) / args.nsamples
     epoch = partial(train_epoch, learner, loss, stream, optimizer, 1.0)
     step = best_seconds(epoch, device, 2, warm_up=True) / args.nsamples
-    peak = peak_of(device)
     hours = whole * args.epochs * 128 * (step + plain) / 3600  # the loss at the end of an epoch is a forward pass
-    return (
-        f"| {label} | {attention} | {plain * 1e3:.1f} | {step * 1e3:.1f} | {step / (3 * plain):.2f} "
-        f"| {peak / 1e9:.2f} | {hours:.2f} |"
-    )
+    figures = {"forward ms": plain * 1e3, "step ms": step * 1e3, "step / 3 forward": step / (3 * plain),
+               "peak GB": peak_of(device) / 1e9, "all blocks, hours": hours}  # fmt: skip
+    return {name: f"{figure:.{1 if name.endswith('ms') else 2}f}" for name, figure in figures.items()}
 
 
 if __name__ == "__main__":

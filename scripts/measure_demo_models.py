@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import demo
+from quant.core.text import markdown_table
 from scripts.train_demo_models import FAMILIES, OUT, perplexity
 
 CHANCE = {"demo_lastword": 0.07, "demo_continuation": 0.25, "demo_reference": 0.5, "demo_yesno": 0.5}
@@ -88,44 +88,30 @@ def share_followed(model: Any, tokenizer: Any, thread: str, n: int = 120) -> flo
 
 def main() -> None:
     """Measure every model that is there."""
-    threads = ["| family | " + " | ".join(THREADS.values()) + " |", "|---" * (1 + len(THREADS)) + "|"]
-    rows = [
-        "| family | parameters | bytes | training tokens | CPU minutes | perplexity | unigram | "
-        + " | ".join(f"{name.removeprefix('demo_')} (chance {chance:.2f})" for name, chance in CHANCE.items())
-        + " |",
-        "|---" * (7 + len(CHANCE)) + "|",
-    ]
-    text, minutes, log = demo.text("test"), 0.0, {}
+    rows: list[dict[str, str]] = []
+    threads: list[dict[str, str]] = []
+    text, minutes = demo.text("test"), 0.0
     for family in FAMILIES:
         path = OUT / family
         log = json.loads((path / "training_log.json").read_text())
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
         ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
-        size = sum(file.stat().st_size for file in Path(path).iterdir())
-        scores = accuracies(model, tokenizer)
-        minutes += log["cpu_minutes"]
-        rows.append(
-            f"| {family} | {log['parameters']:,} | {size:,} | {log['tokens']:,} | {log['cpu_minutes']} "
-            f"| {perplexity(model, ids):.3f} | {log['test unigram perplexity']:.1f} | "
-            + " | ".join(f"{scores[name]:.3f}" for name in CHANCE)
-            + " |"
-        )
-        threads.append(
-            f"| {family} | " + " | ".join(f"{share_followed(model, tokenizer, t):.2f}" for t in THREADS) + " |"
-        )
+        scores, minutes = accuracies(model, tokenizer), minutes + log["cpu_minutes"]
+        rows.append({
+            "family": family, "parameters": f"{log['parameters']:,}",
+            "bytes": f"{sum(file.stat().st_size for file in path.iterdir()):,}", "training tokens": f"{log['tokens']:,}",
+            "CPU minutes": str(log["cpu_minutes"]), "perplexity": f"{perplexity(model, ids):.3f}",
+            "unigram": f"{log['test unigram perplexity']:.1f}",
+        } | {f"{task.removeprefix('demo_')} (chance {chance:.2f})": f"{scores[task]:.3f}" for task, chance in CHANCE.items()})  # fmt: skip
+        shares = {words: f"{share_followed(model, tokenizer, t):.2f}" for t, words in THREADS.items()}
+        threads.append({"family": family} | shares)
     outliers = log["outliers"]
-    (OUT / "README.md").write_text(
-        TEXT.format(
-            table="\n".join(rows),
-            threads="\n".join(threads),
-            items=demo.TASK_ITEMS,
-            channels=outliers["channels"],
-            scale=outliers["scale"],
-            hidden=model.config.hidden_size,
-            minutes=minutes,
-        )
-    )
+    page = TEXT.format(
+        table="\n".join(markdown_table(rows)), threads="\n".join(markdown_table(threads)), items=demo.TASK_ITEMS,
+        channels=outliers["channels"], scale=outliers["scale"], hidden=model.config.hidden_size, minutes=minutes,
+    )  # fmt: skip
+    (OUT / "README.md").write_text(page)
 
 
 if __name__ == "__main__":

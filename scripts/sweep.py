@@ -32,7 +32,7 @@ from quant.cli.errors import explain  # noqa: E402
 from quant.core.errors import InputError, RunError, first_line  # noqa: E402
 from quant.core.files import check_owned, check_plain_file, locked, write_owned  # noqa: E402
 from quant.core.places import Place, check_places  # noqa: E402
-from quant.core.text import markdown_cell, printable  # noqa: E402
+from quant.core.text import markdown_cell, markdown_table, printable  # noqa: E402
 from quant.report.page import write_report  # noqa: E402
 from quant.report.runs import open_run  # noqa: E402
 from quant.run.config import RunConfig, places_read  # noqa: E402
@@ -431,8 +431,8 @@ def figures(cell: Cell) -> dict[str, float]:
     for name, scores in r["perplexity"].items():
         numbers[f"ppl {name}"] = scores["quantized"] if scores["quantized"] is not None else scores["fp"]
     numbers |= {f"KL {name}": f["kl_divergence"] for name, f in r["fidelity"].items()}
-    numbers |= {name: t["quantized"] for name, t in r["zero_shot"].items() if t["quantized"] is not None}
-    return numbers | {"error": r["mean_relative_error"]}
+    numbers |= {name: t["quantized"] for name, t in r["zero_shot"].items()} | {"error": r["mean_relative_error"]}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -444,35 +444,32 @@ def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for label, group in groups.items():
         done = [figures(cell) for cell in group if cell.status == DONE]
         names = [name for name in (done[0] if done else {}) if all(name in f for f in done)]
-        summary.append(
-            {
-                "row": label,
-                "seeds": len(done),
-                "failed": sum(cell.status == FAILED for cell in group),
-                "message": next((cell.message for cell in group if cell.message), ""),
-                "figures": {
-                    n: [mean(f[n] for f in done), stdev(f[n] for f in done) if len(done) > 1 else None] for n in names
-                },
-            }
-        )
+        spread = {n: stdev(f[n] for f in done) if len(done) > 1 else None for n in names}
+        summary.append({
+            "row": label, "seeds": len(done), "failed": sum(cell.status == FAILED for cell in group),
+            "message": next((cell.message for cell in group if cell.message), ""),
+            "figures": {n: [mean(f[n] for f in done), spread[n]] for n in names},
+        })  # fmt: skip
     return summary
 
 
 def markdown(summary: Sequence[dict[str, Any]], name: str) -> str:
     """The summary as a table."""
     columns = list(dict.fromkeys(n for line in summary for n in line["figures"]))
-    heads = " | ".join(map(markdown_cell, columns))
-    lines = [f"# {markdown_cell(name)}", "", f"| row | seeds | {heads} |", "|---" * (len(columns) + 2) + "|"]
-    for line in summary:
-        cells = []
-        for column in columns:
-            value = line["figures"].get(column)
-            cells.append(
-                "-" if value is None else f"{value[0]:.4g}" + ("" if value[1] is None else f" ± {value[1]:.2g}")
-            )
-        note = f" (failed: {line['message']})" if line["failed"] else ""
-        lines.append(f"| {markdown_cell(line['row'] + note)} | {line['seeds']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+    records = [
+        {"row": line["row"] + (f" (failed: {line['message']})" if line["failed"] else ""), "seeds": str(line["seeds"])}
+        | {column: mean_and_spread(line["figures"].get(column)) for column in columns}
+        for line in summary
+    ]
+    return "\n".join([f"# {markdown_cell(name)}", "", *markdown_table(records), ""])
+
+
+def mean_and_spread(figure: Sequence[float | None] | None) -> str:
+    """A mean, with the standard deviation over seeds where there are several."""
+    if figure is None:
+        return "-"
+    average, spread = figure
+    return f"{average:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
 
 
 SHOWN = 30  # rows of the live table
@@ -519,7 +516,7 @@ class Board:
         for cell in moving + waiting:
             f = figures(cell) if cell.status == DONE else {}
             perplexity = " ".join(f"{v:.3f}" for k, v in f.items() if k.startswith("ppl "))
-            error = f"{f['error']:.4f}" if f else cell.message
+            error = f"{f['error']:.4f}" if "error" in f else cell.message
             table.add_row(
                 cell.label, cell.flags.get("seed", "-"), cell.status, f"{f['bits']:.3f}" if f else "", perplexity, error
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 # C0, DEL, C1; marks and overrides of the writing direction; separators of lines and paragraphs; halves of
@@ -71,3 +72,14 @@ def _is_number(text: str) -> bool:
 def markdown_cell(text: str) -> str:
     """Text inside a Markdown table: no end of the cell or of the line, no HTML, no link."""
     return re.sub(r"[\\|\[\]`]", r"\\\g<0>", printable(text)).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def markdown_table(records: Iterable[Mapping[str, str]]) -> Iterator[str]:
+    """The lines of a table whose columns are the first record's names; a record's line comes with the record."""
+    names: list[str] = []
+    for record in records:
+        if not names:
+            names = list(record)
+            yield f"| {' | '.join(map(markdown_cell, names))} |"
+            yield "|---" * len(names) + "|"
+        yield f"| {' | '.join(markdown_cell(record.get(name, '')) for name in names)} |"

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from quant.core.errors import InputError, RunError, first_line
-from quant.core.text import LONG_LINE, brief, csv_cell, markdown_cell, one_line, printable
+from quant.core.text import LONG_LINE, brief, csv_cell, markdown_cell, markdown_table, one_line, printable
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,13 @@ def test_a_cell_of_a_markdown_table_stays_one():
     assert markdown_cell("<img src=x onerror=alert(1)>") == "&lt;img src=x onerror=alert(1)>"
     assert markdown_cell("[x](javascript:alert(1)) & `y`") == "\\[x\\](javascript:alert(1)) &amp; \\`y\\`"
     assert markdown_cell("W4A4 lwc+let_2, 0.5 ± 1") == "W4A4 lwc+let_2, 0.5 ± 1"
+
+
+def test_a_markdown_table_has_the_columns_of_its_first_record():
+    records = iter([{"a|b": "1", "c": "x\ny"}, {"c": "2", "d": "left out"}])
+    lines = markdown_table(records)
+    assert [next(lines) for _ in range(3)] == ["| a\\|b | c |", "|---|---|", "| 1 | x\\\\ny |"]
+    assert list(lines) == ["|  | 2 |"] and list(markdown_table([])) == []
 
 
 @pytest.mark.parametrize("kind", [InputError, RunError])
