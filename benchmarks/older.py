@@ -23,8 +23,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.loaders import SEQLEN, ask, cells, compare, ours
-from benchmarks.measuring import about, write
+from benchmarks.loaders import SEQLEN, ask, compare, ours, outcome
+from benchmarks.measuring import about, report
 from quant.run.config import RunConfig
 from quant.run.convert import convert
 from quant.run.session import Session
@@ -113,9 +113,9 @@ def saved(model: Path, base: Path) -> Path:
     return out
 
 
-def rows(peer: str, base: Path) -> list[tuple[str, dict[str, object], bool]]:
-    """Cells of the table, what was compared, and whether it is as it should be."""
-    asked: list[tuple[str, Path, bool]] = []
+def rows(peer: str, base: Path) -> list[tuple[dict[str, str], bool]]:
+    """The records of the table, and whether each is as it should be."""
+    asked: list[tuple[tuple[str, str, str], Path, bool]] = []
     hows: dict[Path, str] = {}
     for number, case in enumerate(CASES):
         for form in ("newer", "older"):
@@ -124,9 +124,9 @@ def rows(peer: str, base: Path) -> list[tuple[str, dict[str, object], bool]]:
             if form == "newer" or not (
                 case.model_type == "llama" and (case.scaling or {}).get("rope_type") == "longrope"
             ):
-                asked.append((f"{case.model_type} | {case.name} | {form}", saved(model, base), True))
+                asked.append(((case.model_type, case.name, form), saved(model, base), True))
             if form == "newer" and case.control:
-                asked.append((f"{case.model_type} | {case.name} | newer, as it is", model, False))
+                asked.append(((case.model_type, case.name, "newer, as it is"), model, False))
             hows |= {path: case.how for _, path, _ in asked if path not in hows}
     answers = {path: ours(path, base) for _, path, _ in asked}
     outs = {path: base / f"{path.name}.safetensors" for _, path, _ in asked}
@@ -134,7 +134,8 @@ def rows(peer: str, base: Path) -> list[tuple[str, dict[str, object], bool]]:
     done = []
     for words, path, same in sorted(asked, key=lambda row: not row[2]):
         row = compare(outs[path], *answers[path][:2], BOUND, failure)
-        done.append((words, row, row["said"] == ("same" if same else "DIFFERENT")))
+        record = dict(zip(("family", "what", "config.json of the source"), words, strict=True)) | outcome(row)
+        done.append((record, row["said"] == ("same" if same else "DIFFERENT")))
     return done
 
 
@@ -147,15 +148,12 @@ def main() -> None:
     peer = str(Path(args.peer).absolute())
     code = "import torch, transformers; print(f'transformers {transformers.__version__}, torch {torch.__version__}')"
     versions = subprocess.run([peer, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    lines = ["# Our checkpoints in transformers 4", "", f"Read by {versions}, on a CPU. {about(__doc__)}",
-             f"same: logits within {BOUND:g} of ours, relative.", "",
-             "| family | what | config.json of the source | ours | theirs | logits | |", "|-|-|-|-|-|-|-|"]  # fmt: skip
+    head = ["# Our checkpoints in transformers 4", "", f"Read by {versions}, on a CPU. {about(__doc__)}",
+            f"same: logits within {BOUND:g} of ours, relative.", ""]  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         table = rows(peer, Path(directory))
-    lines += [f"| {words} | {cells(row)} |" for words, row, _ in table]
-    print("\n".join(lines))
-    write(lines, args.out)
-    sys.exit(0 if all(right for _, _, right in table) else 1)
+    report(head, (record for record, _ in table), args.out)
+    sys.exit(0 if all(right for _, right in table) else 1)
 
 
 if __name__ == "__main__":
