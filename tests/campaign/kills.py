@@ -15,7 +15,7 @@ from random import Random
 from tests.campaign import lines
 from tests.campaign.inputs import Answer
 from tests.campaign.processes import Outcome, Trouble, call, finish, start
-from tests.campaign.stock import MAKES, Stock
+from tests.campaign.stock import WRITERS, Stock
 from tests.campaign.verdicts import contents, end_of, faults_of, other_end
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -23,7 +23,7 @@ REFUSALS = (errno.ENOSPC, errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO)
 
 
 def expected(stock: Stock, name: str) -> dict[str, str]:
-    """What a run of MAKES leaves where nothing happens."""
+    """What one of WRITERS leaves where nothing happens."""
     return end_of(stock / f"made/{name}/out")
 
 
@@ -36,12 +36,12 @@ def ended(stock: Stock, name: str, folder: Path, outcome: Outcome) -> list[str]:
 def kills(rng: Random, stock: Stock, folder: Path, number: int) -> Answer:
     """Signals at random moments, half of them (and all of the first round's) at chosen changes of the file system; then the
     same command to its end."""
-    name = sorted(MAKES)[number % len(MAKES)]
+    name = WRITERS[number % len(WRITERS)]
     events, seconds = json.loads((stock / "events.json").read_text())[name]
-    words, faults, about = stock.run_words(name, folder), [], []
+    words, faults, about = stock.words_of(name, folder), [], []
     for _ in range(rng.randrange(1, 4)):
         sent, at, after = rng.choice(SIGNALS), rng.randrange(events), rng.random() * seconds
-        by_event = number < len(MAKES) or rng.random() < 0.5
+        by_event = number < len(WRITERS) or rng.random() < 0.5
         outcome = call(words, folder, Trouble(kill=sent, at=at) if by_event else Trouble(kill=sent, after=after))
         codes = (0, 130) if sent == signal.SIGINT else (0, -sent)
         faults += [f"{sent.name}: {fault}" for fault in faults_of(outcome, codes)]
@@ -52,9 +52,9 @@ def kills(rng: Random, stock: Stock, folder: Path, number: int) -> Answer:
 
 def two(rng: Random, stock: Stock, folder: Path, number: int) -> Answer:
     """Two processes on one run directory: both end well, or one is told that the other is at work."""
-    name = sorted(MAKES)[number % len(MAKES)]
+    name = WRITERS[number % len(WRITERS)]
     seconds = json.loads((stock / "events.json").read_text())[name][1]
-    words, delay = stock.run_words(name, folder), rng.random() * seconds * rng.choice([0, 0.3, 1])
+    words, delay = stock.words_of(name, folder), rng.random() * seconds * rng.choice([0, 0.3, 1])
     first = start(words, folder, number=0)
     time.sleep(delay)
     outcomes = (
@@ -76,9 +76,9 @@ def _both(first, words, folder: Path) -> list[Outcome]:
 
 def disk(rng: Random, stock: Stock, folder: Path, number: int) -> Answer:
     """Disk full or read-only: at a chosen change of the file system, by the size of a file, or on a small file system."""
-    name = sorted(MAKES)[number % len(MAKES)]
-    kind = ("event", "event", "size", "small disk")[number // len(MAKES) % 4]
-    words, out = stock.run_words(name, folder), folder / "out"
+    name = WRITERS[number % len(WRITERS)]
+    kind = ("event", "event", "size", "small disk")[number // len(WRITERS) % 4]
+    words, out = stock.words_of(name, folder), folder / "out"
     out.mkdir()
     events, _ = json.loads((stock / "events.json").read_text())[name]
     size, refuse, at = int(2 ** rng.uniform(7, 18)), rng.choice(REFUSALS), rng.randrange(events)
@@ -113,8 +113,8 @@ def _mount(path: Path, size: int) -> bool:
 
 def memory(rng: Random, stock: Stock, folder: Path, number: int) -> Answer:
     """Little memory: so many bytes of addresses above those that the process begins with."""
-    name = sorted(MAKES)[number % len(MAKES)]
-    words, size = stock.run_words(name, folder), int(2 ** rng.uniform(20, 29))
+    name = WRITERS[number % len(WRITERS)]
+    words, size = stock.words_of(name, folder), int(2 ** rng.uniform(20, 29))
     outcome = call(words, folder, Trouble(memory=size))
     faults = faults_of(outcome)
     again = call(words, folder)

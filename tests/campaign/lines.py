@@ -223,12 +223,14 @@ def one_flag(rng: Random, stock: Stock, folder: Path) -> Line:
         words += [flag, value]
         refused = refused and not value.startswith("--")
     refused = refused and action.dest not in HARMLESS
-    return Line(words, f"{flag or action.dest}: {about}", (2,) if refused else (0, 2))
+    return Line(
+        words, f"{flag or action.dest}: {about}", (2,) if refused else (0, 2), most=2
+    )  # it may need another flag
 
 
 def several_flags(rng: Random, stock: Stock, folder: Path) -> Line:
     """A right command line with two to five more flags at once, most of them with values that are right alone."""
-    command = rng.choice(["model_quantizer.py", "model_quantizer.py", "main.py", "main.py", *COMMANDS])
+    command = rng.choice(["model_quantizer.py", "main.py", "main.py", *(name for name in COMMANDS if name != "report")])
     words, names = stock.right(command, folder), []
     known = [
         a for a in actions(command) if a.option_strings and a.dest not in ("log_level", "executor", "address", *OUTPUTS)

@@ -208,7 +208,7 @@ def tensor_of(rng: Random, path: Path) -> str:
         tensors = {}
     elif kind == "all dtypes":
         tensors = {n: t.to(dtype) for n, t in (tensors | {name: tensor}).items()}
-    save_file(tensors, path, metadata)
+    save_file({n: t.clone() for n, t in tensors.items()}, path, metadata)
     return f"{path.name}: {kind} of {name} {dtype if 'dtype' in kind else ''}"
 
 

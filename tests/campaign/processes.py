@@ -27,7 +27,8 @@ COMMANDS = {  # by first word: the module whose main it is
     **{name: f"quant.cli.{name}" for name in ("evaluate", "generate", "report", "repeat", "convert")},
 }
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 60.0  # seconds, hundreds of times what a case takes
+TIMEOUT = 60.0  # seconds of work, hundreds of times what a case takes
+WAITING = 45.0  # seconds in which a process does nothing: it waits for ever
 MEMORY = 6 << 30  # bytes of addresses above those of this process, so that no case takes the machine's memory
 CRASHED = 70  # the exit code of a process that ended with an exception
 CHANGES = {  # by audited event: where in its arguments the paths are that change, and the directories they are in
@@ -132,23 +133,30 @@ def start(words: Sequence[object], folder: Path, trouble: Trouble | None = None,
     for name in ("cwd", "out", "tmp"):
         (folder / name).mkdir(exist_ok=True)
     running = Running(given, 0, folder, number, time.monotonic(), trouble or Trouble())
+    for name in ("out", "err", "events"):
+        _file(running, name).write_bytes(b"")
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the command begins
     running.pid = os.fork()
     if not running.pid:
         _run(running)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return running
 
 
 def finish(running: Running, timeout: float = TIMEOUT) -> Outcome:
-    """Wait for a command; kill it where it takes too long."""
+    """Wait for a command; kill it where it works too long, or does nothing for long."""
     kill_at = running.started + running.trouble.after if running.trouble.after >= 0 else math.inf
     ended, status, timed_out = 0, 0, False
+    worked, since = 0.0, running.started
     while not ended:
+        before, now = worked, time.monotonic()
+        worked = _work_of(running.pid)
+        since = since if worked == before else now
         ended, status = os.waitpid(running.pid, os.WNOHANG)
-        now = time.monotonic()
         if not ended and now > kill_at:
             os.kill(running.pid, running.trouble.kill)
             kill_at = math.inf
-        elif not ended and now - running.started > timeout:
+        elif not ended and (worked > timeout or now - since > WAITING):
             timed_out = True
             os.kill(running.pid, signal.SIGKILL)
         time.sleep(0 if ended else 0.002)
@@ -158,6 +166,12 @@ def finish(running: Running, timeout: float = TIMEOUT) -> Outcome:
         running.words, os.waitstatus_to_exitcode(status), out, err, time.monotonic() - running.started, timed_out,
         tuple(dict.fromkeys(line[6:] for line in lines if line.startswith("stray "))), lines.count("event"),
     )  # fmt: skip
+
+
+def _work_of(pid: int) -> float:
+    """Seconds that a child of this process has worked."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def call(words: Sequence[object], folder: Path, trouble: Trouble | None = None, timeout: float = TIMEOUT) -> Outcome:
@@ -186,7 +200,13 @@ def _run(running: Running) -> None:
         sys.addaudithook(_watch(running.folder, log, running.trouble))
         from quant.cli.errors import exit_code_of
 
-        code = exit_code_of(importlib.import_module(COMMANDS[command]).main)
+        main = importlib.import_module(COMMANDS[command]).main
+
+        def begin() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            main()
+
+        code = exit_code_of(begin)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BaseException:  # noqa: BLE001 (a verdict is about it)

@@ -30,6 +30,7 @@ MAKES = {  # runs by name: what is asked for besides the model and the data
     "static": [LEARNER, "--wbits", 4, "--abits", 8, "--a_dynamic_method", "static", "--epochs", 0, "--eval_ppl",
                "--activation-store", "disk", "--format", "bitplane"],
 }  # fmt: skip
+WRITERS = (*MAKES, "convert", "sweep", SCALES, "evaluate", "report", "repeat")  # commands that must survive anything
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Stock:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    def words_of(self, name: str, folder: Path) -> list[object]:
+        """The command of one of WRITERS."""
+        return self.run_words(name, folder) if name in MAKES else self.right(name, folder)
 
     def run_words(self, name: str, folder: Path, save: bool = True) -> list[object]:
         """The command of a run of MAKES, writing below ``folder``."""
@@ -69,7 +74,7 @@ class Stock:
             "repeat": ["repeat", at["run"], "--allow-paths", "--into", folder / "out/again", *cache],
             "convert": ["convert", at["run"], "--to", "bitplane", "--out", folder / "out/converted", *cache],
             "sweep": ["sweep", at["table"], "--out", folder / "out/sweep", "--allow-paths",
-                      f"--flags=--cache-dir {folder / 'out/cache'}"],
+                      "--flags=--cache-dir ../out/cache"],
             "compare": ["report", "compare", self / "runs/gptq", at["run"]],
             "generate run": ["generate", "--model", at["run"], "--prompt", "abc", "--max-new-tokens", 2, *cache],
             "generate saved": ["generate", "--model", at["saved"], "--prompt", "abc", "--max-new-tokens", 2, *cache],
@@ -110,16 +115,16 @@ def make(stock: Stock) -> None:
 
 
 def run_all(stock: Stock) -> None:
-    """The runs and checkpoints of MAKES, by name; how many changes of the file system each made stands beside."""
+    """What WRITERS leave, with how many changes of the file system it took, and how long; MAKES' is stock for others."""
     events = {}
-    for name in MAKES:
+    for name in WRITERS:
         folder = stock / f"made/{name}"
         folder.mkdir(parents=True)
-        outcome = call(stock.run_words(name, folder), folder)
+        outcome = call(stock.words_of(name, folder), folder)
         if outcome.code:
             raise RuntimeError(f"{name}: {outcome.words}: {outcome.code} {outcome.err}")
         events[name] = [outcome.events, outcome.seconds]
-        for kind, at in (("runs", "run"), ("saved", "saved")):
+        for kind, at in (("runs", "run"), ("saved", "saved")) if name in MAKES else ():
             (stock / kind).mkdir(exist_ok=True)
             shutil.copytree(folder / "out" / at, stock / kind / name)
     (stock / "events.json").write_text(json.dumps(events))

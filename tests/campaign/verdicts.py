@@ -7,7 +7,6 @@ import json
 import re
 import stat
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,21 +14,9 @@ from safetensors.torch import load_file
 
 from tests.campaign.processes import CRASHED, Outcome
 
+UNFORESEEN = ("shows how it came to that", "a library failed")  # one line, but of what nobody has thought of
 LONGEST = 1500  # letters of a line of a mistake; a path alone may have 255 in each of its names
 OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One case. faults: nothing where it held. skipped: why it could not be tried here."""
-
-    part: str
-    number: int
-    about: str
-    command: str
-    faults: tuple[str, ...] = ()
-    seconds: float = 0.0
-    skipped: str = ""
 
 
 def faults_of(outcome: Outcome, codes: Collection[int] = (0, 1, 2), most: int = 1) -> list[str]:
@@ -43,6 +30,8 @@ def faults_of(outcome: Outcome, codes: Collection[int] = (0, 1, 2), most: int = 
     faults = [] if outcome.code in codes else [f"exit code {outcome.code}{said or ': ' + outcome.err[-200:]}"]
     if outcome.code in (1, 2, 130) and not 1 <= len(lines) <= most:
         faults.append(f"exit code {outcome.code} with {len(lines)} error lines{said}")
+    if lines and any(text in lines[-1] for text in UNFORESEEN):
+        faults.append(f"nobody foresaw{said}")
     if outcome.code == 0 and lines:
         faults.append(f"exit code 0 with an error line{said}")
     if long := [line for line in lines if len(line) > LONGEST]:
@@ -103,6 +92,8 @@ def _bits(path: Path) -> str:
     if path.name == "journal.jsonl":
         records = map(json.loads, path.read_text().splitlines())
         return json.dumps([(r["block"], r["name"], r.get("relative_error")) for r in records])
+    if path.name == "sweep.json":
+        return json.dumps([row["status"] for row in json.loads(path.read_text())["rows"]])
     return _content(path) if path.name == "config.json" else "there"
 
 
