@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.unsupported import is_mlx
 from quant.core.errors import InputError
 from quant.core.files import check_plain_file, is_plain_name, read_json
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIG = "config.json"
+CONFIG, GPTQ_CONFIG = "config.json", "quantize_config.json"
 SHARD_BYTES = 5_000_000_000
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -117,8 +118,8 @@ class SafetensorsReader:
         return tensor
 
     def metadata(self) -> dict[str, Any]:
-        """The fields of config.json."""
-        return read_json(self.path / CONFIG)
+        """The fields of config.json (see `metadata_of`)."""
+        return metadata_of(self.path)
 
 
 class SafetensorsWriter:
@@ -151,7 +152,7 @@ class SafetensorsWriter:
             write_described(self.directory / INDEX, index)
         quantization = metadata.get("quantization_config", {})
         if quantization.get("quant_method") == "gptq":
-            write_described(self.directory / "quantize_config.json", quantization)
+            write_described(self.directory / GPTQ_CONFIG, quantization)
         write_described(self.directory / CONFIG, metadata)
 
     def _flush(self) -> None:
@@ -168,11 +169,24 @@ def _strangers(path: Path, shards: Sequence[Path]) -> list[str]:
     return sorted(name for name in names if not name.startswith("consolidated"))
 
 
+def metadata_of(path: Path) -> dict[str, Any]:
+    """What a model's directory says of the model: config.json, its ``quantization_config`` also where software keeps it
+    elsewhere (auto-gptq of 2023 in quantize_config.json alone, MLX under ``quantization``)."""
+    declared, alone = read_json(path / CONFIG), path / GPTQ_CONFIG
+    if is_mlx(declared):
+        return declared | {"quantization_config": {"quant_method": "mlx"}}
+    if not declared.get("quantization_config") and alone.exists():
+        return declared | {"quantization_config": {"quant_method": "gptq"} | read_json(alone)}
+    return declared
+
+
 def shards(path: Path, single: str, index: str) -> list[str]:
     """File names of a checkpoint's shards. Raises InputError for an index that names anything but files beside it: it
     comes with the checkpoint, and must not say where else to read or write."""
     if (path / single).exists():
         return [single]
+    if not (path / index).exists() and (named := of_auto_gptq(path)):
+        return [named]
     weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path / index} is not a checkpoint index: it has no weight_map; download it again")
@@ -183,6 +197,12 @@ def shards(path: Path, single: str, index: str) -> list[str]:
                 "download the checkpoint again"
             )
     return sorted(set(weight_map.values()))
+
+
+def of_auto_gptq(path: Path) -> str | None:
+    """The weights of a directory where auto-gptq named them after bits and groups; None where there are none, or several."""
+    names = [file.name for file in path.glob("gptq_model*.safetensors")]
+    return names[0] if len(names) == 1 and (path / GPTQ_CONFIG).exists() else None
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from models import family_of
 from models.checkpoint import Checkpoint, resolve
+from models.container import CONFIG, GPTQ_CONFIG, metadata_of
 from models.family import ModelFamily
 from models.unread import carried_over, own_head, saved_buffers, spellings
+from models.unsupported import METHODS
 from quant.core.errors import InputError
 from quant.core.files import read_json
 from quant.core.text import brief
@@ -37,7 +39,7 @@ NEEDED = SIZES[:3]
 MOST_BLOCKS, LARGEST_SIZE = 2000, 1 << 24  # where no checkpoint says it: ten times what any published model has
 ATTENTION = (None, "eager", "sdpa")
 Weights = dict[str, Tensor]
-Opener = Callable[[Path, Mapping[str, Any]], Checkpoint]
+Opener = Callable[[Path], Checkpoint]
 
 
 @dataclass
@@ -204,13 +206,23 @@ def load_config(
     """The configuration of a model and its local directory. Raises InputError for unknown families, and for quantized
     models where only full precision will do."""
     path = resolve(model, cache_dir, with_weights)
-    declared = read_json(path / "config.json")
+    declared = metadata_of(path)
     family_of(declared.get("model_type", "none"))
     with foreign(f"{path / 'config.json'} is not a usable model configuration"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if declared.get("quantization_config") and not quantized:
-        raise InputError(f"{model} is quantized already; give the full-precision checkpoint")
+        raise InputError(f"{model} is quantized already{_by(path, declared)}")
     return config, path
+
+
+def _by(path: Path, declared: Mapping[str, Any]) -> str:
+    """By what a model is quantized, as far as it is known, and what to do."""
+    quantization = declared["quantization_config"]
+    method = str(quantization.get("quant_method", "")) if isinstance(quantization, dict) else ""
+    alone = "quantization_config" not in read_json(path / CONFIG) and (path / GPTQ_CONFIG).exists()
+    known = f", {METHODS[method]}" if method in METHODS else ""
+    by = f" (by {method}{known})" if method else ""
+    return f"{by}; give the full-precision checkpoint" + (f", or remove {GPTQ_CONFIG} if this is it" if alone else "")
 
 
 @contextmanager
@@ -288,7 +300,7 @@ def load_model(
         config._attn_implementation = attn_implementation
     if (path / "adapter_config.json").exists():
         raise InputError(f"{path} holds an adapter (adapter_config.json): merge it into the model first")
-    checkpoint = opener(path, config.to_dict()) if opener else Checkpoint(path)
+    checkpoint = opener(path) if opener else Checkpoint(path)
     storage = blocks_dtype(checkpoint)
     compute = dtype or storage
     check_sizes(config, path / "config.json", *sizes_of(checkpoint))

@@ -36,16 +36,17 @@ DIRECTORIES = (
     ("*.onnx", "ONNX files", "give the model's safetensors"),
     ("*.safetensors", "safetensors under another name", "name the file model.safetensors, or give its index"),
 )  # fmt: skip
-# quant_method of config.json, in words where the name does not tell
+# quant_method of config.json, where the name does not tell what it is
 METHODS = {
-    "awq": "awq (activation-aware codes of AutoAWQ)",
-    "bitsandbytes": "bitsandbytes (NF4 or LLM.int8)",
-    "fp8": "fp8 (8-bit floating point)",
-    "fbgemm_fp8": "fbgemm_fp8 (8-bit floating point)",
-    "modelopt": "modelopt (NVIDIA's 8- or 4-bit floating point)",
-    "mxfp4": "mxfp4 (4-bit floating point)",
-    "exl2": "exl2 (of ExLlamaV2)",
-    "exl3": "exl3 (of ExLlamaV3)",
+    "awq": "AutoAWQ's activation-aware codes",
+    "bitsandbytes": "NF4 or LLM.int8",
+    "fp8": "8-bit floating point",
+    "fbgemm_fp8": "8-bit floating point",
+    "modelopt": "NVIDIA's 8- or 4-bit floating point",
+    "mxfp4": "4-bit floating point",
+    "mlx": "codes of Apple's MLX",
+    "exl2": "codes of ExLlamaV2",
+    "exl3": "codes of ExLlamaV3",
 }
 
 
@@ -71,7 +72,7 @@ def of_directory(path: Path, lacks: str) -> str:
     return f"{path} holds no {lacks}: {DIRECTORY}"
 
 
-def of_mlx(declared: Mapping[str, Any]) -> bool:
+def is_mlx(declared: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a model that MLX quantized: it says so in an entry of its own."""
     quantization, usual = declared.get("quantization"), declared.get("quantization_config")
     own = isinstance(quantization, Mapping) and {"group_size", "bits"} <= quantization.keys()

@@ -23,6 +23,7 @@ from typing import Any
 from quant.core.errors import InputError
 
 JSON_BYTES = 1 << 28  # a configuration, an index, a journal line: far below; what is above is no such file
+LONGEST_NAME = 255  # bytes of a file's name, by every usual file system
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")  # the names that `temporary_name` gives
 
 
@@ -87,8 +88,11 @@ def _kind(mode: int) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether an entry of somebody's index is the name of a file beside it: no path, no parent, nothing hidden in it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\x00-\x1f\x7f]", name)
+    """Whether an entry of somebody's index is the name of a file beside it: no path, no parent, nothing hidden in it, and
+    no more than a file system takes."""
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name):
+        return False
+    return len(os.fsencode(name)) <= LONGEST_NAME
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from models.unsupported import METHODS, WHOLE
 from quant.core.errors import InputError
 from quant.core.names import DEQUANTIZED, FORMATS
 from quant.export.bitplane import Bitplane
@@ -51,4 +52,7 @@ def format_of(config: dict) -> Format:
         method = f"compressed-tensors ({kind})"
     elif method in PACKED:
         return PACKED[method]
-    raise InputError(f"quantized by {method}, which is not read; known: {', '.join(PACKED)} and plain checkpoints")
+    what = f" ({method} is {METHODS[method]})" if method in METHODS else ""
+    raise InputError(
+        f"quantized by {method}, which is not read; known: {', '.join(PACKED)} and plain checkpoints{what}: {WHOLE}"
+    )

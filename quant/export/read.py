@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
+from models.container import metadata_of
 from models.load import LazyModel
 from quant.blocks.weights import is_input_range, is_online
 from quant.core.errors import InputError
@@ -41,7 +42,10 @@ class QuantizedCheckpoint(Checkpoint):
         self.quantization: dict[str, Any] = self.declared["quantization_config"]
         if not isinstance(self.quantization, dict):
             raise InputError(f"{path / 'config.json'}: quantization_config is no JSON object")
-        self.format = format_of(self.quantization)
+        try:
+            self.format = format_of(self.quantization)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         name = self.declared.get("dtype") or self.declared.get("torch_dtype") or "float16"
         dtype = getattr(torch, str(name), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -49,7 +53,7 @@ class QuantizedCheckpoint(Checkpoint):
         self.dtype: torch.dtype = dtype
         self.linears = self.format.linears(self.reader.names(), self.quantization)
         if not self.linears:
-            raise InputError(f"{path}: config.json says {self.format.name}, but no tensor is quantized")
+            raise InputError(f"{path}: its configuration says {self.format.name}, but no tensor is quantized")
         try:
             self.act = self.format.act(self.quantization)
         except UNFIT as error:
@@ -160,6 +164,6 @@ def _said(error: Exception) -> str:
     return f"no {lines[0]}" if isinstance(error, KeyError) else (lines or [type(error).__name__])[0]
 
 
-def open_checkpoint(path: Path, declared: Mapping[str, Any]) -> Checkpoint:
-    """A plain or a quantized checkpoint, as its config.json says."""
-    return QuantizedCheckpoint(path) if declared.get("quantization_config") else Checkpoint(path)
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A plain or a quantized checkpoint, as it says."""
+    return QuantizedCheckpoint(path) if metadata_of(path).get("quantization_config") else Checkpoint(path)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.checkpoint import RESULTS
+from models.container import metadata_of
 from models.load import LazyModel, load_model, load_tokenizer
 from models.side_files import check_own
 from quant.core.errors import InputError
@@ -105,7 +106,7 @@ def _of_run(run: FinishedRun, kind: str) -> Conversion:
 
 
 def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: Path) -> Conversion:
-    declared = read_json(source / "config.json")
+    declared = metadata_of(source)
     digest = {"config": json_sha256(declared), "to": kind}
     if not declared.pop("quantization_config", None):
         raise InputError(f"{source} is a plain checkpoint: there are no codes to convert; quantize it")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.load import load_model
+from models.load import load_config, load_model
 from quant.core.errors import InputError
 from quant.export import PACKED
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
-from quant.run.convert import same_codes
+from quant.run.convert import convert, same_codes
 from tests.damage import (
     both,
     broken,
@@ -44,6 +44,13 @@ DAMAGE = {
     "gptq, bits": (GPTQ, edit_config(bits=8), "does not fit 8 bits"),
     "gptq, words": (GPTQ, edit_config(pack_dtype="int64"), "only codes packed in words of int32"),
     "gptq, group 0": (GPTQ, edit_config(group_size=0), "says group_size 0"),
+    "gptq, bits 0": (GPTQ, edit_config(bits=0), "does not fit config.json"),
+    "gptq, bits -1": (GPTQ, edit_config(bits=-1), "does not fit"),
+    "gptq, bits huge": (GPTQ, edit_config(bits=10**30), "does not fit"),
+    "gptq, bits inf": (GPTQ, edit_config(bits=float("inf")), "does not fit config.json"),
+    "gptq, bits list": (GPTQ, edit_config(bits=[4]), "does not fit config.json"),
+    "gptq, dynamic list": (GPTQ, edit_config(dynamic=[1]), "does not fit config.json"),
+    "gptq, group huge": (GPTQ, edit_config(group_size=10**30), "does not fit|groups of"),
     "gptq, bits null": (GPTQ, edit_config(bits=None), "does not fit config.json"),
     "gptq, group null": (GPTQ, edit_config(group_size=None), "does not fit config.json"),
     "gptq, unknown": (GPTQ, edit_config(quant_method="awq"), "quantized by awq, which is not read; known: gptq"),
@@ -64,6 +71,10 @@ DAMAGE = {
     "ct, group null": (CT, edit_config(weights={"group_size": None, "strategy": "channel"}), "says group_size None"),
     "ct, groups": (CT, edit_config(weights={"group_size": 64}), "says group_size 64"),
     "ct, bits": (CT, edit_config(weights={"num_bits": 8}), "does not fit 8 bits"),
+    "ct, bits 0": (CT, edit_config(weights={"num_bits": 0}), "does not fit|zero|0 bits"),
+    "ct, bits huge": (CT, edit_config(weights={"num_bits": 10**6}), "does not fit"),
+    "ct, targets": (CT, edit_group(targets=None), "does not fit config.json"),
+    "ct, groups list": (CT, edit_config(config_groups=[1]), "is not complete"),
     "ct, bits null": (CT, edit_config(weights={"num_bits": None}), "does not fit config.json"),
     "ct, groups missing": (CT, edit_config(config_groups=None), "is not complete"),
     "ct, format": (CT, edit_config(format="marlin-24"), "quantized by compressed-tensors .marlin-24., which is not read"),
@@ -77,6 +88,9 @@ DAMAGE = {
     "bitplane, config edited": (PLANES, edit_config(hashed=True, spec={"group_size": 64}), "quantization_config is not what"),
     "bitplane, groups": (PLANES, edit_config(spec={"group_size": 64}), "says group_size 64"),
     "bitplane, bits": (PLANES, edit_config(spec={"bits": 3}), "do not fit 3 bits"),
+    "bitplane, bits 0": (PLANES, edit_config(spec={"bits": 0}), "does not fit|do not fit"),
+    "bitplane, group 0": (PLANES, edit_config(spec={"group_size": 0}), "does not fit config.json"),
+    "bitplane, spec": (PLANES, edit_config(activations=None), "is not complete"),
     "bitplane, symmetric": (PLANES, edit_config(spec={"symmetric": True}), "and zero points, but config.json says .* symmetric"),
     "bitplane, version": (PLANES, edit_config(version=99), "bitplane of version 99 is not read, only version 1"),
     "bitplane, unknown entry": (PLANES, edit_config(spec={"colour": 1}), "does not fit config.json"),
@@ -164,6 +178,29 @@ def test_biases_of_zeros_belong_to_no_block_and_do_no_harm(value, exported, tmp_
             perplexity(path, tmp_path)
     else:
         assert perplexity(path, tmp_path)[0] == exported[1]["perplexity"]["text"]["quantized"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "gptq_model-4bit-32g.safetensors"])
+def test_gptq_with_quantize_config_alone_is_read(name, exported, tmp_path):
+    """As auto-gptq saved in 2023: no entry in config.json, weights under a name of their own."""
+    base, results = exported
+
+    def older(path):
+        config = json.loads((path / "config.json").read_text())
+        alone = config.pop("quantization_config")
+        (path / "config.json").write_text(json.dumps(config))
+        for key in ("quant_method", "format", "pack_dtype", "meta", "lm_head"):
+            alone.pop(key)
+        (path / "quantize_config.json").write_text(json.dumps(alone))
+        (path / "results.json").unlink()
+        (path / "model.safetensors").rename(path / name)
+
+    path = damaged(base, tmp_path, older)
+    assert perplexity(path, tmp_path)[0] == results["perplexity"]["text"]["quantized"]
+    convert(path, "bitplane", tmp_path / "planes")
+    assert perplexity(tmp_path / "planes", tmp_path)[0] == results["perplexity"]["text"]["quantized"]
+    with pytest.raises(InputError, match="is quantized already .by gptq"):
+        load_config(str(path), tmp_path / "cache", with_weights=False)
 
 
 def test_settings_of_single_linears(exported, tmp_path):
