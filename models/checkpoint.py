@@ -69,7 +69,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, reader: Reader | None = None) -> None:
         self.path = path
-        self.reader = SafetensorsReader(path) if reader is None else reader
+        self.reader: Reader = SafetensorsReader(path) if reader is None else reader
         self.files = self.reader.files
         results = path / RESULTS
         if results.exists() and (changed := unlike_written(path, read_json(results))):

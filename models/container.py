@@ -73,7 +73,7 @@ class SafetensorsReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files = [path / name for name in shards(path, SINGLE, INDEX)]
+        self.files: Sequence[Path] = [path / name for name in shards(path, SINGLE, INDEX)]
         self._where: dict[str, Any] = {}
         for file in self.files:
             check_plain_file(file)

@@ -122,3 +122,17 @@ def called(
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
+
+
+def same_codes(first: QuantizedWeight, second: QuantizedWeight) -> bool:
+    """Whether two answers hold the same codes, scales, zero points, groups and outliers on the same grid. How the range
+    of a grid was found is not told by a checkpoint, and not compared; a grid is its codes and groups, whatever named them.
+    """
+    grids = [(w.spec.bits, w.spec.levels, w.spec.group_size, w.spec.symmetric, w.grid.qmax) for w in (first, second)]
+    pairs = [(first.codes, second.codes), (first.grid.scale, second.grid.scale), (first.grid.zero, second.grid.zero),
+             (first.grid.g_idx, second.grid.g_idx)]  # fmt: skip
+    if grids[0] != grids[1] or (first.outliers is None) != (second.outliers is None):
+        return False
+    if first.outliers is not None and second.outliers is not None:
+        pairs += [(first.outliers.index, second.outliers.index), (first.outliers.value, second.outliers.value)]
+    return all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)

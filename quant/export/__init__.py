@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from models.unsupported import METHODS, WHOLE
 from quant.core.errors import InputError
 from quant.core.names import DEQUANTIZED, FORMATS
@@ -34,25 +38,21 @@ def first_holding(content: Content) -> str:
     raise InputError(str(PACKED[names[-1]].refuses(content)))
 
 
-def format_of(config: dict) -> Format:
-    """The format of a config.json's ``quantization_config``. Raises InputError for one that is not read."""
+def format_of(config: Mapping[str, Any], path: Path) -> Format:
+    """The format of a ``quantization_config``, of the checkpoint in ``path``. Raises InputError for one that is not read."""
     method, version = config.get("quant_method"), config.get("checkpoint_format") or config.get("format") or "gptq"
     if not isinstance(method, str) or not isinstance(version, str):
-        raise InputError(f"config.json: quant_method {method!r} with format {version!r} are no names")
+        raise InputError(f"{path}: config.json: quant_method {method!r} with format {version!r} are no names")
+    name = method
     if method == "gptq":
         if config.get("format", version) != version:
-            raise InputError(f"config.json says checkpoint_format {version!r} and format {config['format']!r}")
-        if version in PACKED:
-            return PACKED[version]
-        method = f"gptq ({version})"
-    elif method == "compressed-tensors":
-        kind = config.get("format")
-        if kind in ("pack-quantized", "int-quantized"):
-            return PACKED[method]
-        method = f"compressed-tensors ({kind})"
-    elif method in PACKED:
-        return PACKED[method]
+            raise InputError(f"{path}: config.json says checkpoint_format {version!r} and format {config['format']!r}")
+        name, method = version if version in ("gptq", "gptq_v2") else "", f"gptq ({version})"
+    elif method == "compressed-tensors" and (kind := config.get("format")) not in ("pack-quantized", "int-quantized"):
+        name = method = f"compressed-tensors ({kind})"
+    if name in PACKED:
+        return PACKED[name]
     what = f" ({method} is {METHODS[method]})" if method in METHODS else ""
     raise InputError(
-        f"quantized by {method}, which is not read; known: {', '.join(PACKED)} and plain checkpoints{what}: {WHOLE}"
+        f"{path}: quantized by {method}, which is not read; known: {', '.join(PACKED)} and plain checkpoints{what}: {WHOLE}"
     )

@@ -10,8 +10,8 @@ float16 or float32, or ``scale_codes``, ``scale_base`` and ``scale_step``; ``zer
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from quant.blocks.fake_quant import FULL_BITS, METHODS, ActSpec
 from quant.core.errors import InputError
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec, group_index
-from quant.export.formats import Content, Header, Layers, Read, check_grid, in_order, uneven_groups
+from quant.export.formats import Content, Layers, StoredLinear, check_grid, in_order, refuses_codes, uneven_groups
 from quant.export.packing import pack_planes, unpack_planes
 
 VERSION = 1
@@ -33,12 +33,13 @@ class Bitplane:
     """Holds every answer of every solver."""
 
     name = "bitplane"
+    parts: tuple[str, ...] = PARTS
 
     def refuses(self, content: Content) -> str | None:
         """What is not quantized at all, and groups of others that do not divide the inputs."""
-        if content.spec is None:
-            return f"{self.name} holds quantized weights, and these stay in full precision: use format dequantized"
-        return uneven_groups(content, self.name)
+        return refuses_codes(replace(content, outliers=False, online=False), self.name) or uneven_groups(
+            content, self.name
+        )
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Everything that `QuantizedWeight.storage_bits` counts, and nothing else."""
@@ -72,27 +73,18 @@ class Bitplane:
             "ignore": list(layers.untouched),
         }
 
-    def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-        """Those with planes."""
-        return [name.removesuffix(".planes") for name in names if name.endswith(".planes")]
-
-    def parts(self) -> tuple[str, ...]:
-        """All of them."""
-        return PARTS
-
-    def shape(
-        self, name: str, header: Header, read: Read, names: Container[str], config: Mapping[str, Any]
-    ) -> tuple[int, int]:
+    def shape(self, linear: StoredLinear) -> tuple[int, int]:
         """Of the planes, and the inputs where they fill no whole words."""
-        _, n_out, n_words = header(f"{name}.planes")
-        return n_out, int(read(f"{name}.in_features")) if f"{name}.in_features" in names else n_words * 32
+        _, n_out, n_words = linear.header("planes")
+        return n_out, int(linear["in_features"]) if "in_features" in linear else n_words * 32
 
-    def decode(self, name: str, read: Read, names: Container[str], config: Mapping[str, Any]) -> QuantizedWeight:
+    def decode(self, linear: StoredLinear) -> QuantizedWeight:
         """Raises InputError where config.json and tensors disagree, or another version wrote them."""
+        config, name = linear.config, linear.name
         if config.get("version") != VERSION:
             raise InputError(f"bitplane of version {config.get('version')} is not read, only version {VERSION}")
         spec = QuantSpec(**config["spec"])
-        part = {p: read(f"{name}.{p}") for p in PARTS if f"{name}.{p}" in names}
+        part = {part: linear[part] for part in PARTS if part in linear}
         n_out = part["planes"].shape[1]
         bilevel = None
         if "scale_codes" in part:

@@ -8,7 +8,7 @@ int-quantized: ``weight`` int8 [O, I], ``weight_scale`` [O, 1]. (compressed_tens
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,50 +19,47 @@ from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
 from quant.export.formats import (
     Content,
-    Header,
     Layers,
-    Read,
+    StoredLinear,
     check_encodable,
     half_scales,
-    in_order,
     matches,
+    refuses_codes,
     uneven_groups,
 )
 from quant.export.packing import pack, unpack
-
-PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-INTEGER = ("weight", "weight_scale", "weight_zero_point")
 
 
 class CompressedTensors:
     """Either of the two; which, the activations decide."""
 
     name = "compressed-tensors"
+    parts: tuple[str, ...] = (
+        "weight_scale",
+        "weight_packed",
+        "weight",
+        "weight_shape",
+        "weight_zero_point",
+        "weight_g_idx",
+    )
 
     def refuses(self, content: Content) -> str | None:
         """Sparse parts, act-order, activations other than W8A8."""
-        if content.spec is None:
-            return f"{self.name} holds quantized weights, and these stay in full precision: use format dequantized"
-        if content.outliers or content.online:
-            what = "sparse outliers" if content.outliers else "matrices behind norms"
-            return f"{self.name} cannot hold {what}: use format bitplane"
+        if against := refuses_codes(content, self.name):
+            return against
         if content.reordered:
             return f"{self.name} cannot hold groups in act-order: use format gptq, or --group-aware or --static-groups"
-        if uneven := uneven_groups(content, self.name):
-            return uneven
         if content.act.active and not _is_w8a8(content):
             return (
                 f"{self.name} holds activations of 8 bits per token with symmetric 8-bit weights per row only, and no "
                 "quantized queries, keys and values: use --kvbits 16, or format bitplane"
             )
-        return None
+        return uneven_groups(content, self.name)
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Scales in float16, as every reader casts them to the model's dtype."""
         bits, scale = content.bits, half_scales(weight, self.name)
         check_encodable(weight, content, self.name)
-        if not in_order(weight):
-            raise InputError(f"{self.name} cannot hold groups in act-order: use format bitplane")
         if content.act.active:
             return {"weight": (weight.codes.to(torch.int16) - 128).to(torch.int8), "weight_scale": scale}
         tensors = {
@@ -78,22 +75,11 @@ class CompressedTensors:
         """One group of settings for all linears; the others are named in ``ignore``."""
         assert content.spec is not None
         grouped = content.spec.group_size > 0
-        weights = {
-            "num_bits": content.bits,
-            "type": "int",
-            "symmetric": content.centered,
-            "strategy": "group" if grouped else "channel",
-            "group_size": content.spec.group_size if grouped else None,
-            "dynamic": False,
-            "actorder": None,
-        }
-        inputs = {
-            "num_bits": 8,
-            "type": "int",
-            "symmetric": content.act.symmetric,
-            "strategy": "token",
-            "dynamic": True,
-        }
+        weights = _integers(
+            content.bits, content.centered, "group" if grouped else "channel", dynamic=False,
+            group_size=content.spec.group_size if grouped else None, actorder=None,
+        )  # fmt: skip
+        inputs = _integers(8, content.act.symmetric, "token", dynamic=True)
         kind = "int-quantized" if content.act.active else "pack-quantized"
         return {
             "quant_method": "compressed-tensors",
@@ -113,55 +99,22 @@ class CompressedTensors:
             "global_compression_ratio": None,
         }
 
-    def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-        """Those with packed or integer weights (which have a scale)."""
-        return [name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")]
-
-    def parts(self) -> tuple[str, ...]:
-        """Of either format."""
-        return tuple(dict.fromkeys((*PACKED, *INTEGER)))
-
-    def shape(
-        self, name: str, header: Header, read: Read, names: Container[str], config: Mapping[str, Any]
-    ) -> tuple[int, int]:
+    def shape(self, linear: StoredLinear) -> tuple[int, int]:
         """As written beside packed weights, else of the integers."""
-        packed = f"{name}.weight_shape" in names
-        n_out, n_in = (int(n) for n in read(f"{name}.weight_shape")) if packed else header(f"{name}.weight")
+        n_out, n_in = map(int, linear["weight_shape"]) if "weight_shape" in linear else linear.header("weight")
         return n_out, n_in
 
-    def decode(self, name: str, read: Read, names: Container[str], config: Mapping[str, Any]) -> QuantizedWeight:
+    def decode(self, linear: StoredLinear) -> QuantizedWeight:
         """Raises InputError for settings that are no uniform integer grid, or that the tensors contradict."""
-        settings = _settings_of(name, config)
+        settings, name = _settings_of(linear), linear.name
         bits, symmetric = int(settings["num_bits"]), bool(settings.get("symmetric", True))
-        if settings.get("type", "int") != "int" or f"{name}.weight_g_idx" in names:
+        if settings.get("type", "int") != "int" or "weight_g_idx" in linear:
             raise InputError(f"{name}: only integer weights without act-order are read")
-        scale = read(f"{name}.weight_scale").float()
-        middle = 2 ** (bits - 1)
-        packed = f"{name}.weight_packed" in names
-        if packed:
-            n_out, n_in = (int(n) for n in read(f"{name}.weight_shape"))
-            words = read(f"{name}.weight_packed")
-            if words.dtype != torch.int32 or tuple(words.shape) != (n_out, -(-n_in * bits // 32)):
-                raise InputError(
-                    f"{name}.weight_packed is {tuple(words.shape)}, which does not fit {bits} bits of {n_out}x{n_in} (files of compressed-tensors before 0.18 pad 3, 5, 6 and 7 bits and are not read)"
-                )
-            codes = unpack(words, bits, n_in)
-        else:
-            integers = read(f"{name}.weight")
-            n_out, n_in = integers.shape
-            wide = integers.to(torch.int16) + middle
-            if integers.dtype != torch.int8 or int(wide.min()) < 0 or int(wide.max()) >= 2**bits:
-                raise InputError(f"{name}.weight is {integers.dtype}, or holds more than {bits} bits")
-            codes = wide.to(torch.uint8)
+        codes = _codes_of(linear, bits)
+        n_out, n_in = codes.shape
+        scale = linear["weight_scale"].float()
         scale = scale.view(-1, scale.shape[-1] if scale.dim() == 2 else 1).expand(n_out, -1).contiguous()
-        zero = torch.full(scale.shape, middle, dtype=torch.int32)
-        stored = read(f"{name}.weight_zero_point") if f"{name}.weight_zero_point" in names else None
-        if symmetric and stored is not None and (packed or bool(stored.any())):
-            raise InputError(f"{name}: config.json says symmetric, but a zero point is stored")
-        if not symmetric:
-            if stored is None:
-                raise InputError(f"{name}: config.json says asymmetric, but no zero point is stored")
-            zero = unpack(stored.t().contiguous(), bits, n_out).t().to(torch.int32) if packed else stored.int() + middle
+        zero = _zeros_of(linear, bits, symmetric, scale)
         if zero.shape != scale.shape or n_in % scale.shape[1]:
             raise InputError(
                 f"{name}: scales {tuple(scale.shape)} and zero points {tuple(zero.shape)} do not fit {n_out}x{n_in}"
@@ -172,8 +125,7 @@ class CompressedTensors:
                 f"{name} has {scale.shape[1]} groups of {n_in} inputs, but config.json says group_size {settings.get('group_size')}"
             )
         spec = QuantSpec(bits, group_size, symmetric and bits > 1)
-        grid = Grid(scale, zero.contiguous(), group_index(n_in, group_size), spec.qmax)
-        return QuantizedWeight(codes, grid, spec)
+        return QuantizedWeight(codes, Grid(scale, zero, group_index(n_in, group_size), spec.qmax), spec)
 
     def act(self, config: Mapping[str, Any]) -> ActSpec:
         """Of all groups. Raises InputError for activations that are not quantized per token, or not by all groups alike,
@@ -196,6 +148,44 @@ class CompressedTensors:
         return ActSpec(bits, symmetric=bool(first.get("symmetric", True)))
 
 
+def _integers(bits: int, symmetric: bool, strategy: str, **more: Any) -> dict[str, Any]:
+    """Settings of a grid."""
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, **more}
+
+
+def _codes_of(linear: StoredLinear, bits: int) -> Tensor:
+    """uint8 [out, in], from packed words or int8."""
+    if "weight_packed" not in linear:
+        integers = linear["weight"]
+        wide = integers.to(torch.int16) + 2 ** (bits - 1)
+        if integers.dtype != torch.int8 or int(wide.min()) < 0 or int(wide.max()) >= 2**bits:
+            raise InputError(f"{linear.name}.weight is {integers.dtype}, or holds more than {bits} bits")
+        return wide.to(torch.uint8)
+    (n_out, n_in), words = map(int, linear["weight_shape"]), linear["weight_packed"]
+    if words.dtype != torch.int32 or tuple(words.shape) != (n_out, -(-n_in * bits // 32)):
+        raise InputError(
+            f"{linear.name}.weight_packed is {tuple(words.shape)}, which does not fit {bits} bits of {n_out}x{n_in} (files of compressed-tensors before 0.18 pad 3, 5, 6 and 7 bits and are not read)"
+        )
+    return unpack(words, bits, n_in)
+
+
+def _zeros_of(linear: StoredLinear, bits: int, symmetric: bool, scale: Tensor) -> Tensor:
+    """Zero points of unsigned codes, int32: of symmetric grids of the scales' shape [out, G], of others as they are stored.
+    Raises InputError where there are some and none should be, or none and some should be."""
+    name, stored, packed = linear.name, "weight_zero_point" in linear, "weight_packed" in linear
+    if symmetric and stored and (packed or bool(linear["weight_zero_point"].any())):
+        raise InputError(f"{name}: config.json says symmetric, but a zero point is stored")
+    if not symmetric and not stored:
+        raise InputError(f"{name}: config.json says asymmetric, but no zero point is stored")
+    middle = 2 ** (bits - 1)
+    if symmetric:
+        return torch.full(scale.shape, middle, dtype=torch.int32)
+    zero = linear["weight_zero_point"]
+    if packed:
+        return unpack(zero.t().contiguous(), bits, scale.shape[0]).t().to(torch.int32).contiguous()
+    return zero.int() + middle
+
+
 def _refuse_what_is_not_read(config: Mapping[str, Any]) -> None:
     """Raise InputError that names a setting which changes the numbers and that no reader here follows."""
     sparsity = config.get("sparsity_config")
@@ -213,7 +203,7 @@ def _refuse_what_is_not_read(config: Mapping[str, Any]) -> None:
             )
 
 
-def _grid_of(inputs: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+def _grid_of(inputs: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """What of a group's input_activations decides numbers, apart from how its ranges were observed."""
     defaults = {
         "num_bits": None,
@@ -223,7 +213,7 @@ def _grid_of(inputs: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
         "dynamic": False,
         "group_size": None,
     }
-    return None if inputs is None else tuple(inputs.get(key, default) for key, default in defaults.items())
+    return None if inputs is None else {key: inputs.get(key, default) for key, default in defaults.items()}
 
 
 def _is_w8a8(content: Content) -> bool:
@@ -233,9 +223,9 @@ def _is_w8a8(content: Content) -> bool:
     return rows and (act.bits, act.kv_bits, act.method) == (8, 16, "per_token")
 
 
-def _settings_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _settings_of(linear: StoredLinear) -> Mapping[str, Any]:
     """Weight settings of a linear: of the group that names it, by a pattern or as a class."""
-    groups = config["config_groups"].values()
+    name, groups = linear.name, linear.config["config_groups"].values()
     for fits in (
         lambda target: target == name or name.endswith("." + target),
         lambda target: target.startswith("re:") and matches(target[3:], name),

@@ -6,19 +6,17 @@ Codes, scales and zero points go from the solver's answer into the tensors as th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from models.container import Reader
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import QuantizedWeight, QuantSpec, group_index
-
-Read = Callable[[str], Tensor]
-Header = Callable[[str], tuple[int, ...]]  # shape of a tensor by its full name, without reading it
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,31 @@ class Layers:
     n_blocks: int
 
 
-class Format(Protocol):
-    """One checkpoint format."""
+@dataclass(frozen=True)
+class StoredLinear:
+    """A quantized linear as a checkpoint has it: its tensors by the last part of their names, and ``quantization_config``."""
 
     name: str
+    tensors: Reader
+    config: Mapping[str, Any]
+
+    def __contains__(self, part: str) -> bool:
+        return f"{self.name}.{part}" in self.tensors
+
+    def __getitem__(self, part: str) -> Tensor:
+        return self.tensors.read(f"{self.name}.{part}")
+
+    def header(self, part: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self.tensors.shape(f"{self.name}.{part}")
+
+
+class Format(Protocol):
+    """One checkpoint format. parts: names of the tensors that may stand for a linear's weight; the first tells that it is
+    quantized."""
+
+    name: str
+    parts: tuple[str, ...]
 
     def refuses(self, content: Content) -> str | None:
         """Why it cannot hold this, with a format that can; None if it can."""
@@ -78,22 +97,24 @@ class Format(Protocol):
     def config(self, content: Content, layers: Layers) -> dict[str, Any]:
         """The ``quantization_config`` of config.json."""
 
-    def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-        """Full names of the quantized linears, from the names of a checkpoint's tensors."""
+    def shape(self, linear: StoredLinear) -> tuple[int, int]:
+        """(out, in), from headers and single numbers."""
 
-    def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that may stand for a linear's weight."""
-
-    def shape(
-        self, name: str, header: Header, read: Read, names: Container[str], config: Mapping[str, Any]
-    ) -> tuple[int, int]:
-        """(out, in) of one linear, from headers and single numbers."""
-
-    def decode(self, name: str, read: Read, names: Container[str], config: Mapping[str, Any]) -> QuantizedWeight:
+    def decode(self, linear: StoredLinear) -> QuantizedWeight:
         """One linear read back. Raises InputError where tensors and config.json disagree."""
 
     def act(self, config: Mapping[str, Any]) -> ActSpec:
         """How activations are quantized."""
+
+
+def refuses_codes(content: Content, name: str) -> str | None:
+    """Why a format of nothing but codes and scales cannot hold this; None if it can, as far as that goes."""
+    if content.spec is None:
+        return f"{name} holds quantized weights, and these stay in full precision: use format dequantized"
+    if content.outliers or content.online:
+        what = "sparse outliers" if content.outliers else "matrices behind norms"
+        return f"{name} cannot hold {what}: use format bitplane"
+    return None
 
 
 def uneven_groups(content: Content, name: str) -> str | None:
@@ -107,12 +128,14 @@ def uneven_groups(content: Content, name: str) -> str | None:
 
 
 def check_encodable(weight: QuantizedWeight, content: Content, name: str) -> None:
-    """Raise InputError where an answer holds more than a uniform grid of the content's bits: what the options of a
-    solver did not tell before work began.
+    """Raise InputError where an answer holds more than a uniform grid of the content's bits, or has its columns in an order
+    that was not announced: what the options of a solver did not tell before work began.
     """
     if weight.outliers is not None:
         raise InputError(f"{name} cannot hold sparse outliers: use format bitplane")
     check_grid(weight, content, name)
+    if not content.reordered and not in_order(weight):
+        raise InputError(f"{name} was to hold columns in order, and these are not: use format bitplane")
 
 
 def check_grid(weight: QuantizedWeight, content: Content, name: str) -> None:

@@ -8,7 +8,7 @@ int32 [G, O·bits/32] packed along the outputs, ``scales`` float16 [G, O], ``g_i
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,36 +17,26 @@ from torch import Tensor
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
-from quant.export.formats import (
-    Content,
-    Header,
-    Layers,
-    Read,
-    check_encodable,
-    half_scales,
-    in_order,
-    matches,
-)
+from quant.export.formats import Content, Layers, StoredLinear, check_encodable, half_scales, matches, refuses_codes
 from quant.export.packing import pack, unpack
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+PARTS = ("qweight", "scales", "qzeros", "g_idx")
 
 
 class Gptq:
     """Version 1 or 2."""
+
+    parts: tuple[str, ...] = PARTS
 
     def __init__(self, name: str, offset: int) -> None:
         self.name, self.offset = name, offset
 
     def refuses(self, content: Content) -> str | None:
         """Bits, shapes, sparse parts, activations."""
-        if content.spec is None:
-            return f"{self.name} holds quantized weights, and these stay in full precision: use format dequantized"
-        if content.outliers or content.online:
-            what = "sparse outliers" if content.outliers else "matrices behind norms"
-            return f"{self.name} cannot hold {what}: use format bitplane"
+        if against := refuses_codes(content, self.name):
+            return against
         if content.act.active:
             return f"{self.name} is weight-only and cannot hold activation quantization: use format bitplane"
         if content.bits not in BITS:
@@ -60,8 +50,6 @@ class Gptq:
         """Raises InputError for a zero point of 0 in version 1, which readers take for 2^bits or damage."""
         bits, zero = content.bits, weight.grid.zero
         check_encodable(weight, content, self.name)
-        if not content.reordered and not in_order(weight):
-            raise InputError(f"{self.name} was to hold columns in order, and these are not: use format bitplane")
         if self.offset and bool((zero < self.offset).any()):
             raise InputError("gptq stores zero points less one and cannot hold 0: use format gptq_v2")
         return {
@@ -74,7 +62,7 @@ class Gptq:
     def config(self, content: Content, layers: Layers) -> dict[str, Any]:
         """The fields that every reader knows; both spellings of the version."""
         assert content.spec is not None
-        entries: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": content.bits,
             "group_size": content.spec.group_size,
@@ -91,66 +79,34 @@ class Gptq:
             "model_file_base_name": "model",
             "meta": {"quantizer": ["llm-quantizer:0.1.0"]},
         }
-        if (
-            not content.whole
-        ):  # GPTQModel and vLLM read the first, optimum (which compares the ends of names) the second
-            entries["dynamic"] = {pattern: {} for pattern in _skipping(layers)}
+        if not content.whole:
+            # GPTQModel and vLLM read the first, optimum (which compares the ends of names) the second
+            settings["dynamic"] = {pattern: {} for pattern in _skipping(layers)}
             inside = f"{layers.blocks}."
-            entries["modules_in_block_to_quantize"] = [[name for name in layers.quantized if name.startswith(inside)]]
-        return entries
+            settings["modules_in_block_to_quantize"] = [[name for name in layers.quantized if name.startswith(inside)]]
+        return settings
 
-    def linears(self, names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-        """Those with a qweight."""
-        return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
-
-    def parts(self) -> tuple[str, ...]:
-        """Four tensors."""
-        return PARTS
-
-    def shape(
-        self, name: str, header: Header, read: Read, names: Container[str], config: Mapping[str, Any]
-    ) -> tuple[int, int]:
+    def shape(self, linear: StoredLinear) -> tuple[int, int]:
         """The inputs from ``g_idx``, else from the words."""
-        rows, n_out = header(f"{name}.qweight")
-        if f"{name}.g_idx" in names:
-            return n_out, header(f"{name}.g_idx")[0]
-        return n_out, rows * 32 // int(_settings_of(name, config)["bits"])
+        rows, n_out = linear.header("qweight")
+        if "g_idx" in linear:
+            return n_out, linear.header("g_idx")[0]
+        return n_out, rows * 32 // int(_settings_of(linear)["bits"])
 
-    def decode(self, name: str, read: Read, names: Container[str], config: Mapping[str, Any]) -> QuantizedWeight:
+    def decode(self, linear: StoredLinear) -> QuantizedWeight:
         """Raises InputError where config.json says other bits, groups, versions or symmetry than the tensors hold."""
-        settings = _settings_of(name, config)
-        words, scales, zeros = (read(f"{name}.{part}") for part in ("qweight", "scales", "qzeros"))
+        settings, name = _settings_of(linear), linear.name
         group_size, bits, symmetric = int(settings["group_size"]), int(settings["bits"]), bool(settings.get("sym"))
-        if group_size < 1 and group_size != -1:
-            raise InputError(f"{name}: config.json says group_size {group_size}")
-        if config.get("pack_dtype", "int32") != "int32" or words.dtype != torch.int32 or zeros.dtype != torch.int32:
-            raise InputError(f"{name}: only codes packed in words of int32 are read")
-        if settings.get("desc_act") and f"{name}.g_idx" not in names:
-            raise InputError(f"{name}: config.json says desc_act, but there is no g_idx that gives the order")
-        n_in = words.shape[0] * 32 // bits
-        g_idx = read(f"{name}.g_idx").long() if f"{name}.g_idx" in names else group_index(n_in, group_size)
+        words, scales, zeros, g_idx = _tensors_of(linear, bits, group_size)
         n_in = g_idx.numel()
-        n_out, n_groups = words.shape[1], scales.shape[0]
-        asked = {
-            "qweight": (n_in * bits // 32, n_out),
-            "scales": (n_groups, n_out),
-            "qzeros": (n_groups, n_out * bits // 32),
-        }
-        for part, shape in (("qweight", words.shape), ("scales", scales.shape), ("qzeros", zeros.shape)):
-            if tuple(shape) != asked[part] or bits not in BITS:
-                raise InputError(
-                    f"{name}.{part} is {tuple(shape)}, which does not fit {bits} bits, {n_in} inputs, {n_out} outputs"
-                )
-        if n_groups != (-(-n_in // group_size) if group_size > 0 else 1):
-            raise InputError(
-                f"{name} has {n_groups} groups of {n_in} inputs, but config.json says group_size {group_size}"
-            )
+        if settings.get("desc_act") and "g_idx" not in linear:
+            raise InputError(f"{name}: config.json says desc_act, but there is no g_idx that gives the order")
         if not settings.get("desc_act") and not torch.equal(g_idx, group_index(n_in, group_size)):
             raise InputError(
                 f"{name}: config.json says desc_act false, but g_idx is not in order, which readers would ignore: "
                 "set desc_act to true if the software that made it ordered by activations"
             )
-        zero = unpack(zeros, bits, n_out).t().to(torch.int32) + self.offset
+        zero = unpack(zeros, bits, words.shape[1]).t().to(torch.int32) + self.offset
         if symmetric and bool((zero != 2 ** (bits - 1)).any()):
             raise InputError(
                 f"{name}: config.json says sym and {self.name}, but the zero points are not {2 ** (bits - 1)}"
@@ -180,9 +136,31 @@ def _skipping(layers: Layers) -> list[str]:
     return whole + [f"-:{re.escape(name)}$" for name in singly]
 
 
-def _settings_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _settings_of(linear: StoredLinear) -> Mapping[str, Any]:
     """Settings of a linear: the config's, or those that ``dynamic`` gives it (``+:`` or no sign before the pattern)."""
-    for pattern, more in (config.get("dynamic") or {}).items():
-        if not pattern.startswith("-:") and matches(pattern.removeprefix("+:"), name):
-            return {**config, **more}
-    return config
+    for pattern, more in (linear.config.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and matches(pattern.removeprefix("+:"), linear.name):
+            return {**linear.config, **more}
+    return linear.config
+
+
+def _tensors_of(linear: StoredLinear, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``qweight``, ``scales``, ``qzeros`` and ``g_idx`` (int64 [in]). Raises InputError where their shapes and dtypes do not
+    fit the bits and groups of config.json, or each other."""
+    name, (words, scales, zeros) = linear.name, (linear[part] for part in ("qweight", "scales", "qzeros"))
+    if group_size < 1 and group_size != -1:
+        raise InputError(f"{name}: config.json says group_size {group_size}")
+    if linear.config.get("pack_dtype", "int32") != "int32" or words.dtype != torch.int32 or zeros.dtype != torch.int32:
+        raise InputError(f"{name}: only codes packed in words of int32 are read")
+    n_in = words.shape[0] * 32 // bits
+    g_idx = linear["g_idx"].long() if "g_idx" in linear else group_index(n_in, group_size)
+    n_in, n_out, n_groups = g_idx.numel(), words.shape[1], scales.shape[0]
+    fitting = ((n_in * bits // 32, n_out), (n_groups, n_out), (n_groups, n_out * bits // 32))
+    for part, tensor, shape in zip(PARTS, (words, scales, zeros), fitting, strict=False):
+        if tuple(tensor.shape) != shape or bits not in BITS:
+            raise InputError(
+                f"{name}.{part} is {tuple(tensor.shape)}, which does not fit {bits} bits, {n_in} inputs, {n_out} outputs"
+            )
+    if n_groups != (-(-n_in // group_size) if group_size > 0 else 1):
+        raise InputError(f"{name} has {n_groups} groups of {n_in} inputs, but config.json says group_size {group_size}")
+    return words, scales, zeros, g_idx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,10 @@ from quant.blocks.weights import is_input_range, is_online
 from quant.core.errors import InputError
 from quant.core.types import QuantizedWeight
 from quant.export import format_of
-from quant.export.formats import Content, in_order
+from quant.export.formats import Content, StoredLinear, in_order
 from quant.export.write import Entry
 
 SPARSE = "outlier_values"
-UNFIT = (
-    ValueError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    ArithmeticError,
-)  # what a wrong config.json leads to
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -42,23 +34,19 @@ class QuantizedCheckpoint(Checkpoint):
         self.quantization: dict[str, Any] = self.declared["quantization_config"]
         if not isinstance(self.quantization, dict):
             raise InputError(f"{path / 'config.json'}: quantization_config is no JSON object")
-        try:
-            self.format = format_of(self.quantization)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+        self.format = format_of(self.quantization, path)
         name = self.declared.get("dtype") or self.declared.get("torch_dtype") or "float16"
         dtype = getattr(torch, str(name), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise InputError(f"{path / 'config.json'}: dtype {name!r} is no type of floating-point numbers")
         self.dtype: torch.dtype = dtype
-        self.linears = self.format.linears(self.reader.names(), self.quantization)
+        mark = f".{self.format.parts[0]}"
+        self.linears = [name.removesuffix(mark) for name in self.reader.names() if name.endswith(mark)]
         if not self.linears:
             raise InputError(f"{path}: its configuration says {self.format.name}, but no tensor is quantized")
-        try:
+        with self._naming("quantization_config of config.json is not complete"):
             self.act = self.format.act(self.quantization)
-        except UNFIT as error:
-            raise InputError(f"{path}: quantization_config of config.json is not complete ({error})") from error
-        parts = {f"{linear}.{part}" for linear in self.linears for part in self.format.parts()}
+        parts = {f"{linear}.{part}" for linear in self.linears for part in self.format.parts}
         self._plain = [name for name in self.reader.names() if name not in parts]
         self._check_orphans()
         self.extra = [name for name in self._plain if is_online(name) or is_input_range(name)]
@@ -66,12 +54,24 @@ class QuantizedCheckpoint(Checkpoint):
 
     def _check_orphans(self) -> None:
         """Raise InputError for a part of a quantized linear without the others."""
-        endings = tuple(f".{part}" for part in self.format.parts() if part != "weight")
+        endings = tuple(f".{part}" for part in self.format.parts if part != "weight")
         for name in self._plain:
             if name.endswith(endings):
                 raise InputError(f"{self.path}: {name} is part of a linear whose other tensors are missing")
             if name.endswith(".weight") and not self.reader.dtype_of(name).is_floating_point:
                 raise InputError(f"{self.path}: {name} holds integers, but no scale belongs to them")
+
+    @contextmanager
+    def _naming(self, what: str) -> Iterator[None]:
+        """Whatever a wrong config.json leads to, as one line that says ``what`` is wrong; but for memory."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            said = f"no {lines[0]}" if isinstance(error, KeyError) else lines[0]
+            raise InputError(f"{self.path}: {what} ({said})") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights or name in self.reader
@@ -85,10 +85,8 @@ class QuantizedCheckpoint(Checkpoint):
         if name not in self._weights:
             return super().shape(name)
         linear = self._weights[name]
-        try:
-            return self.format.shape(linear, self.reader.shape, self.reader.read, self.reader, self.quantization)
-        except UNFIT as error:
-            raise InputError(f"{self.path}: {linear} does not fit config.json ({_said(error)})") from error
+        with self._naming(f"{linear} does not fit config.json"):
+            return self.format.shape(StoredLinear(linear, self.reader, self.quantization))
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Dtype of a tensor; of a quantized one that of config.json, in which a plain checkpoint keeps it."""
@@ -112,10 +110,8 @@ class QuantizedCheckpoint(Checkpoint):
     def quantized(self, name: str) -> QuantizedWeight:
         """Codes and grid of a weight. Raises InputError where they are not legal."""
         linear = self._weights[name]
-        try:
-            return self.format.decode(linear, self.reader.read, self.reader, self.quantization).check()
-        except UNFIT as error:
-            raise InputError(f"{self.path}: {linear} does not fit config.json ({_said(error)})") from error
+        with self._naming(f"{linear} does not fit config.json"):
+            return self.format.decode(StoredLinear(linear, self.reader, self.quantization)).check()
 
     def entries(self) -> Iterator[Entry]:
         """Everything in it, for another format."""
@@ -156,12 +152,6 @@ class QuantizedCheckpoint(Checkpoint):
             true_sequential=bool(self.quantization.get("true_sequential")),  # GPTQ's config tells, the others' do not
             static_groups=bool(self.quantization.get("static_groups")),
         )
-
-
-def _said(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"no {lines[0]}" if isinstance(error, KeyError) else (lines or [type(error).__name__])[0]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -1,7 +1,7 @@
 """Which software takes a checkpoint: rules as data, asked before work begins.
 
-``tried``: the bits for which tests or benchmarks/results/loaders.md have run a rule; the rest was read in the software's
-source or its pull requests.
+``tried``: the bits for which tests or benchmarks/results/loaders.md have run a rule, for models of ``models_tried`` (None: all); the rest
+was read in the software's source or its pull requests.
 """
 
 from __future__ import annotations
@@ -15,13 +15,26 @@ from quant.core.types import QuantSpec
 from quant.export import DEQUANTIZED, FORMATS, PACKED, refusal
 from quant.export.formats import Content
 
-GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
-MARLIN_GROUPS = (-1, 32, 64, 128)
+GPTQMODEL: dict[str, Any] = {
+    "groups": (-1, 16, 32, 64, 128, 256, 512, 1024),
+    "row_by_size": True,
+    "inputs": 32,
+    "outputs": 32,
+}
+MARLIN: dict[str, Any] = {"groups": (-1, 32, 64, 128), "inputs": 128, "outputs": 64}
 ALL_BITS = tuple(range(1, 9))
 # Model types that a runtime knows, of those that this toolkit quantizes (auto_gptq/modeling/_const.py of 0.7.1; the
 # converters of llama.cpp, conversion/)
 AUTO_GPTQ_MODELS = ("bloom", "falcon", "llama", "mistral", "opt", "qwen2")
 LLAMA_CPP_MODELS = ("bloom", "falcon", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+# Of which benchmarks/results/loaders.md has run checkpoints
+TRIED_MODELS = ("bloom", "falcon", "llama", "mistral", "opt")
+# What a runtime needs for models of a type, besides what its rule says (llama.cpp's conversion/gemma.py; of transformers,
+# benchmarks/results/older.md)
+MODELS_NEED = {
+    ("llama.cpp", "gemma2"): "tokenizer.model beside the weights, as the model has it: tokenizer.json is not read",
+    ("transformers", "gemma2"): 'attn_implementation="eager" in transformers 4, whose default leaves out the soft cap',
+}
 NONE, ONLY, ANY = "none", "only", "any"  # what a rule says of quantized activations
 
 
@@ -48,6 +61,7 @@ class Rule:
     families: tuple[str, ...] = ()
     needs: str = ""
     tried: tuple[int, ...] = ()
+    models_tried: tuple[str, ...] | None = TRIED_MODELS
 
     def objections(self, content: Content) -> Iterator[str]:
         """What it does not take, in words."""
@@ -87,8 +101,8 @@ class Rule:
 
 
 RULES = (
-    Rule("transformers", DEQUANTIZED, tried=ALL_BITS),
-    *(Rule("transformers", name, (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, row_by_size=True, inputs=32, outputs=32,
+    Rule("transformers", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
+    *(Rule("transformers", name, (2, 3, 4, 8), **GPTQMODEL,
            families=("falcon",), needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
     Rule("transformers", "compressed-tensors", symmetric=True, families=("falcon",), tried=(2, 3, 4, 8),
          needs="compressed-tensors>=0.18"),
@@ -97,16 +111,14 @@ RULES = (
     # OPT flattens tokens before its fully connected part, and then one scale serves all of them
     Rule("transformers", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          families=("falcon", "opt"), tried=(8,), needs="compressed-tensors>=0.18"),
-    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, groups=GPTQMODEL_GROUPS, row_by_size=True, inputs=32,
-         outputs=32, tried=(3, 4)),
-    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), groups=GPTQMODEL_GROUPS, row_by_size=True, inputs=32, outputs=32,
-         tried=(3, 4)),
+    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, **GPTQMODEL, tried=(3, 4)),
+    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), **GPTQMODEL, tried=(3, 4)),
     Rule("vllm", DEQUANTIZED),
-    Rule("vllm", "gptq", (4, 8), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64),
-    Rule("vllm", "compressed-tensors", (4, 8), groups=MARLIN_GROUPS, inputs=128, outputs=64),
-    Rule("vllm", "compressed-tensors", (2, 3, 5, 6, 7), symmetric=True, groups=MARLIN_GROUPS, inputs=128, outputs=64,
+    Rule("vllm", "gptq", (4, 8), symmetric=True, **MARLIN),
+    Rule("vllm", "compressed-tensors", (4, 8), **MARLIN),
+    Rule("vllm", "compressed-tensors", (2, 3, 5, 6, 7), symmetric=True, **MARLIN,
          needs="a version with the Humming kernels (2026)"),
-    Rule("vllm", "compressed-tensors", (2, 3, 5, 6, 7), groups=MARLIN_GROUPS, inputs=128, outputs=64,
+    Rule("vllm", "compressed-tensors", (2, 3, 5, 6, 7), **MARLIN,
          needs="a version with asymmetric grids of these bits (its pull request 46528)"),
     Rule("vllm", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          needs="a GPU before Blackwell"),
@@ -114,11 +126,10 @@ RULES = (
     Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_MODELS),
     Rule("llama.cpp", "gptq_v2", (2, 4, 8), models=LLAMA_CPP_MODELS),
     Rule("llama.cpp", "compressed-tensors", (2, 4, 8), grouped=True, models=LLAMA_CPP_MODELS),
-    Rule("auto-gptq", "gptq", (2, 3, 4), outputs=32, inputs=32, reordered=False, partial=False, models=AUTO_GPTQ_MODELS),
-    Rule("auto-gptq", "gptq", (8,), outputs=32, inputs=32, reordered=False, partial=False, models=AUTO_GPTQ_MODELS,
-         needs="its torch kernels: those in CUDA cut the zero points of 8 bits"),
-    Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS),
-    *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS) for name in PACKED),
+    *(Rule("auto-gptq", "gptq", bits, outputs=32, inputs=32, reordered=False, partial=False, models=AUTO_GPTQ_MODELS, needs=needs)
+      for bits, needs in (((2, 3, 4), ""), ((8,), "its torch kernels: those in CUDA cut the zero points of 8 bits"))),
+    Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
+    *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS, models_tried=None) for name in PACKED),
 )  # fmt: skip
 RUNTIMES = tuple(dict.fromkeys(rule.runtime for rule in RULES))
 
@@ -201,5 +212,7 @@ def loadability(kind: str, content: Content) -> list[tuple[str, bool, str, str]]
             continue
         rule = _rule(runtime, kind, content)
         ran = content.spec is None or content.spec.code_bits in rule.tried
-        rows.append((runtime, True, rule.needs, "ran" if ran and rule.tried else "read in its source"))
+        ran = ran and (rule.models_tried is None or content.model_type in ("", *rule.models_tried))
+        needs = "; ".join(filter(None, (rule.needs, MODELS_NEED.get((runtime, content.model_type)))))
+        rows.append((runtime, True, needs, "ran" if ran and rule.tried else "read in its source"))
     return rows

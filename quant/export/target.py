@@ -208,7 +208,11 @@ def _beside(target: Path, part: str) -> Path:
 
 
 def _write_mark(mark: Path, target: Path) -> None:
-    mark.write_text(json.dumps({"schema": 1, "target": target.name}))
+    mark.write_text(json.dumps(_mark_of(target)))
+
+
+def _mark_of(target: Path) -> dict[str, object]:
+    return {"schema": 1, "target": target.name}
 
 
 def _is_marked(directory: Path, mark: str, target: Path) -> bool:
@@ -216,10 +220,7 @@ def _is_marked(directory: Path, mark: str, target: Path) -> bool:
     file = directory / mark
     if directory.is_symlink() or not file.is_file() or file.is_symlink():
         return False
-    return file.stat().st_size == 0 or read_json(file) == {
-        "schema": 1,
-        "target": target.name,
-    }  # 0: killed as it was made
+    return file.stat().st_size == 0 or read_json(file) == _mark_of(target)  # 0: killed as it was made
 
 
 def _remove_unfinished(directory: Path) -> None:

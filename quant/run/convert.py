@@ -17,7 +17,6 @@ from models.side_files import check_own
 from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, read_json
 from quant.core.places import Place, check_places
-from quant.core.types import QuantizedWeight
 from quant.export import PACKED, refusal
 from quant.export.carried import carried_config, side_file_writer
 from quant.export.formats import Content, Layers
@@ -144,17 +143,3 @@ def _layers_in(model: LazyModel, checkpoint: QuantizedCheckpoint) -> Layers:
         raise InputError(f"{checkpoint.path}: {min(strange)} is quantized, but is no linear of the model")
     done, rest = ([name for name in linears if bool(spelt[name]) == held] for held in (True, False))
     return Layers(done, rest, model.family.blocks, len(model.blocks))
-
-
-def same_codes(first: QuantizedWeight, second: QuantizedWeight) -> bool:
-    """Whether two answers hold the same codes, scales, zero points, groups and outliers on the same grid. How the range
-    of a grid was found is not told by a checkpoint, and not compared; a grid is its codes and groups, whatever named them.
-    """
-    grids = [(w.spec.bits, w.spec.levels, w.spec.group_size, w.spec.symmetric, w.grid.qmax) for w in (first, second)]
-    pairs = [(first.codes, second.codes), (first.grid.scale, second.grid.scale), (first.grid.zero, second.grid.zero),
-             (first.grid.g_idx, second.grid.g_idx)]  # fmt: skip
-    if grids[0] != grids[1] or (first.outliers is None) != (second.outliers is None):
-        return False
-    if first.outliers is not None and second.outliers is not None:
-        pairs += [(first.outliers.index, second.outliers.index), (first.outliers.value, second.outliers.value)]
-    return all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)

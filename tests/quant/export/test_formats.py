@@ -14,13 +14,12 @@ from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec, group_index
 from quant.export import FORMATS, PACKED, refusal, write
-from quant.export.formats import Content, Layers
+from quant.export.formats import Content, Layers, StoredLinear
 from quant.export.packing import pack, pack_planes, unpack, unpack_planes
-from quant.run.convert import same_codes
 from quant.solvers.gptq import gptq
 from quant.solvers.quantease import quantease
 from quant.solvers.spqr import spqr
-from tests.helpers import random_weight
+from tests.helpers import random_weight, same_codes
 
 LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
 
@@ -48,13 +47,25 @@ def content_for(weight, **more):
                    outliers=weight.outliers is not None or weight.grid.bilevel is not None, **more)  # fmt: skip
 
 
+class Tensors(dict):
+    """A container of tensors in memory."""
+
+    def read(self, name):
+        return self[name]
+
+    def shape(self, name):
+        return tuple(self[name].shape)
+
+
 def round_trip(kind, weight, **more):
     content = content_for(weight, **more)
     assert PACKED[kind].refuses(content) is None
     tensors = {f"layer.{part}": t for part, t in PACKED[kind].encode(weight, content).items()}
     config = json.loads(json.dumps(PACKED[kind].config(content, LAYERS)))
-    assert PACKED[kind].linears(tensors, config) == ["layer"]
-    return PACKED[kind].decode("layer", tensors.__getitem__, tensors, config).check(), tensors
+    assert f"layer.{PACKED[kind].parts[0]}" in tensors
+    linear = StoredLinear("layer", Tensors(tensors), config)
+    assert PACKED[kind].shape(linear) == tuple(weight.codes.shape)
+    return PACKED[kind].decode(linear).check(), tensors
 
 
 @pytest.mark.parametrize("group", [-1, 32, 64])
@@ -294,7 +305,7 @@ def test_groups_that_do_not_divide_are_those_of_their_size():
     tensors = {f"layer.{part}": t for part, t in PACKED["gptq_v2"].encode(weight, content).items()}
     del tensors["layer.g_idx"]
     config = PACKED["gptq_v2"].config(content, LAYERS)
-    assert same_codes(weight, PACKED["gptq_v2"].decode("layer", tensors.__getitem__, tensors, config))
+    assert same_codes(weight, PACKED["gptq_v2"].decode(StoredLinear("layer", Tensors(tensors), config)))
 
 
 def test_rows_without_outliers():

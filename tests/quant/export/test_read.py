@@ -10,7 +10,7 @@ from models.load import load_config, load_model
 from quant.core.errors import InputError
 from quant.export import PACKED
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
-from quant.run.convert import convert, same_codes
+from quant.run.convert import convert
 from tests.damage import (
     both,
     broken,
@@ -23,7 +23,7 @@ from tests.damage import (
     second_group,
     set_dtype,
 )
-from tests.helpers import perplexity
+from tests.helpers import perplexity, same_codes
 
 GPTQ, CT, PLANES = "gptq_v2", "compressed-tensors", "bitplane"
 
@@ -55,6 +55,7 @@ DAMAGE = {
     "gptq, group null": (GPTQ, edit_config(group_size=None), "does not fit config.json"),
     "gptq, unknown": (GPTQ, edit_config(quant_method="awq"), "quantized by awq, which is not read; known: gptq"),
     "gptq, planar": (GPTQ, edit_config(**both("gptq_p")), "quantized by gptq .gptq_p., which is not read"),
+    "gptq, version of others": (GPTQ, edit_config(**both("bitplane")), "quantized by gptq .bitplane., which is not read"),
     "gptq, other": (GPTQ, edit_config(quant_method="bitplane"), "says bitplane, but no tensor is quantized"),
     "gptq, results": (GPTQ, broken("results.json"), "results.json is truncated or not JSON"),
     "gptq, list": (GPTQ, broken("results.json", "[]"), "results.json holds no JSON object"),

@@ -81,6 +81,25 @@ def test_rules_of_vllm():
     assert known["vllm"] == "read in its source" and known["transformers"] == "ran" and known["auto-gptq"] == ""
 
 
+@pytest.mark.parametrize(
+    ("runtime", "kind", "model_type", "known", "needs"),
+    [
+        ("transformers", "gptq", "llama", "ran", "optimum and gptqmodel"),
+        ("transformers", "gptq", "qwen2", "read in its source", "optimum and gptqmodel"),
+        ("transformers", "dequantized", "qwen2", "ran", ""),
+        ("transformers", "dequantized", "gemma2", "ran", 'attn_implementation="eager" in transformers 4'),
+        ("gptqmodel", "gptq", "qwen3", "read in its source", ""),
+        ("llama.cpp", "gptq", "gemma2", "read in its source", "tokenizer.model beside the weights"),
+        ("llama.cpp", "gptq", "llama", "read in its source", ""),
+        ("this toolkit", "gptq", "gemma2", "ran", ""),
+    ],
+)
+def test_what_was_run_was_run_for_that_family(runtime, kind, model_type, known, needs):
+    content = Content(QuantSpec(4, 32, True), {"a": (256, 256)}, model_type=model_type)
+    ((_, takes, words, how),) = [row for row in loadability(kind, content) if row[0] == runtime]
+    assert takes and how == known and (words.startswith(needs) if needs else words == "")
+
+
 # FORMATS §3 (who accepts what) row by row, as (runtime, format, what of W4 sym g128 256x256 llama is otherwise, accepted).
 V1, V2, CT, PLAIN = "gptq", "gptq_v2", "compressed-tensors", "dequantized"
 
