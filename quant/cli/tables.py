@@ -228,7 +228,7 @@ def difference_table(title: str, names: Sequence[str], rows: Sequence[Sequence[A
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for name, *values in rows:
-        table.add_row(name, *(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
+        table.add_row(name, *("-" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
     return table
 
 

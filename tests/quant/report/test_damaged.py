@@ -114,6 +114,8 @@ def check_commands(finished: Path, damage: tuple[str, tuple, str], call, out: Pa
                 assert len(err.splitlines()) == 1 or words[0] == run and module is repeat_command, (damage, words, err)
             elif module is report_command and words[0] == run:
                 check_page(out / "page")
+            elif module is report_command:
+                assert not re.search(r"  None\b(?!\])", shown), (damage, shown)
             shutil.rmtree(out, ignore_errors=True)
         assert tree(finished) == before, damage
 
