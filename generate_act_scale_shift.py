@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from quant.cli.arguments import (
     build_parser,
     flag_mistakes,
     in_words_of,
+    parse,
     place_mistakes,
     source_mistakes,
     values_of,
 )
-from quant.cli.errors import exit_code_of, set_logging
+from quant.cli.errors import exit_code_of
 from quant.cli.flags import SCALES
 from quant.core.errors import InputError
 
@@ -40,11 +42,11 @@ def parser() -> argparse.ArgumentParser:
     return build_parser(SCALES, __doc__, EXAMPLES)
 
 
-def measure(session: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(session: Any, run: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Largest |x| and shift of every linear's input channels, float32 [in] by full module path."""
     from quant.learn.parametrization import InputRange
 
-    model, stream = session.model, session.calibration_stream()
+    model, stream = session.model, session.calibration_stream(run)
     scales, shifts = {}, {}
     for index in range(len(model.blocks)):
         weights = model.block_weights(index, session.device)
@@ -60,8 +62,7 @@ def measure(session: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]
 
 def main() -> None:
     """Parse, check, measure, write."""
-    args = parser().parse_args()
-    set_logging(args.log_level)
+    args = parse(parser())
     if lines := flag_mistakes(args, SCALES) + source_mistakes((), args.calib_dataset) + place_mistakes(args):
         raise InputError(*lines)
     measure_and_write(args)
@@ -75,24 +76,25 @@ def measure_and_write(args: argparse.Namespace) -> None:
     from quant.cli.console import console as make_console
     from quant.core.files import check_owned, write_owned
     from quant.core.places import Place, check_places
-    from quant.run.config import RunConfig, cache_place, places_read
+    from quant.run.request import Request, cache_place, places_read
     from quant.run.session import Session
 
-    # anything below 16 bits: the calibration tokens are wanted
-    config = RunConfig(**values_of(args, SCALES), wbits=8, eval_datasets=())
+    request = Request.of(**values_of(args, SCALES), eval_datasets=())
+    opened = replace(request.session, evaluates=False)  # calibration data are read, and the model is in full precision
     name = Path(args.model).resolve().name
     outputs = [Place("--scales-output-path", args.scales_output_path / f"{name}.safetensors"),
                Place("--shifts-output-path", args.shifts_output_path / f"{name}.safetensors")]  # fmt: skip
-    check_places(places_read(config), [*outputs, cache_place(args.cache_dir)])
+    check_places(places_read(opened, [request.run]), [*outputs, cache_place(args.cache_dir)])
     for output in outputs:
         check_owned(output.path)
     try:
-        session, console = Session(config), make_console()
+        session, console = Session(opened), make_console()
+        calibration = session.calibration(request.run)
     except InputError as error:
         raise InputError(*(in_words_of(SCALES, line) for line in error.args)) from error
     with ProgressBars(console) as bars:
-        scales, shifts = measure(session, bars.for_method("activations"))
-    metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": session.calibration(config).sha256}
+        scales, shifts = measure(session, request.run, bars.for_method("activations"))
+    metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": calibration.sha256}
     for output, vectors in zip(outputs, (scales, shifts), strict=True):
         write_owned(output.path.parent, {output.path.name: save(vectors, metadata)})
         console.print(f"{output.path}: {len(vectors)} linears", highlight=False, soft_wrap=True)

@@ -26,9 +26,9 @@ from benchmarks.measuring import about, report
 from data.demo import text
 from quant.blocks.fake_quant import ActSpec
 from quant.export.runtimes import loadability
-from quant.run.config import RunConfig
 from quant.run.convert import convert
-from quant.run.session import Session
+from quant.run.request import Request
+from quant.run.session import open_session
 from tests.helpers import DEMO, in_float32, reference_logits
 
 PEER = Path(__file__).with_name("peer.py")
@@ -116,15 +116,15 @@ FIRST_FAMILY = (
 )
 
 
-def request(model: str | Path, run_dir: Path, case: Case | None, windows: int = WINDOWS) -> RunConfig:
+def request(model: str | Path, run_dir: Path, case: Case | None, windows: int = WINDOWS) -> Request:
     """A run of one case, or the evaluation of a checkpoint."""
-    config = RunConfig(
-        model=str(model), dataset="demo", nsamples=4, seqlen=SEQLEN, method="rtn",
+    asked = Request.of(
+        model=str(model), dataset="demo", nsamples=4, seqlen=SEQLEN, solver="rtn",
         eval_datasets=("demo",) if case is None else (), limit=windows, run_dir=run_dir,
     )  # fmt: skip
     if case is None:
-        return config
-    return replace(config, wbits=case.bits, group_size=case.group, symmetric=case.symmetric, act=case.act,
+        return asked
+    return asked.but(wbits=case.bits, group_size=case.group, symmetric=case.symmetric, act=case.act,
                    num_layers=case.blocks)  # fmt: skip
 
 
@@ -133,7 +133,8 @@ def prepare(family: str, case: Case, base: Path) -> tuple[Case, Path]:
     run = base / f"{family}-{case.name}"
     if not (run / "results.json").exists():
         model = whole_model(family, base) if case.act.active else DEMO / family
-        Session(config := request(model, run, case)).run(config)
+        asked = request(model, run, case)
+        open_session(asked).run(asked.run, asked.output)
     checkpoint = base / f"{family}-{case.name}-{case.format}"
     content = convert(run, case.format, checkpoint, overwrite=True)
     if case.how != "transformers":
@@ -153,8 +154,9 @@ def whole_model(family: str, base: Path) -> Path:
 
 def ours(checkpoint: Path, base: Path) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Our perplexity and logits of a checkpoint, and the tokens."""
-    session = Session(request(checkpoint, base / f"{checkpoint.name}-eval", None))
-    perplexity = session.run(session.config)["perplexity"]["demo"]["fp"]
+    asked = request(checkpoint, base / f"{checkpoint.name}-eval", None)
+    session = open_session(asked)
+    perplexity = session.run(asked.run, asked.output)["perplexity"]["demo"]["fp"]
     ids = session.evaluation["demo"].ids
     return perplexity, reference_logits(session, ids[:COMPARED]), ids
 

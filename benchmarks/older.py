@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from benchmarks.loaders import SEQLEN, ask, compare, ours, outcome
 from benchmarks.measuring import about, report
-from quant.run.config import RunConfig
 from quant.run.convert import convert
-from quant.run.session import Session
+from quant.run.request import Request
+from quant.run.session import open_session
 
 BOUND = 1e-5  # of the logits' relative distance: both sides compute in float32
 SIZES = {"vocab_size": 843, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -106,9 +106,9 @@ def make(case: Case, path: Path, older: bool) -> Path:
 def saved(model: Path, base: Path) -> Path:
     """The model rounded to four bits, dequantized."""
     run, out = base / f"{model.name}-run", base / f"{model.name}-saved"
-    config = RunConfig(model=str(model), dataset="demo", nsamples=4, seqlen=SEQLEN, method="rtn", wbits=4, group_size=32,
+    asked = Request.of(model=str(model), dataset="demo", nsamples=4, seqlen=SEQLEN, solver="rtn", wbits=4, group_size=32,
                        eval_datasets=(), run_dir=run)  # fmt: skip
-    Session(config).run(config)
+    open_session(asked).run(asked.run, asked.output)
     convert(run, "dequantized", out)
     return out
 

@@ -30,7 +30,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,10 @@ import main as main_command
 import model_quantizer
 from data import demo
 from quant.core.errors import InputError
-from quant.export import FORMATS
-from quant.run.config import RunConfig
+from quant.core.names import FORMATS
+from quant.run.config import Output, SessionConfig
 from quant.run.convert import convert
+from quant.run.request import Request
 from quant.run.session import Session
 
 ROOT = Path(__file__).parents[1]
@@ -94,22 +95,22 @@ class Case:
         """As it stands in golden.json."""
         return f"{self.family}: {self.method}"
 
-    def config(self, place: Path, more: str = "") -> RunConfig:
+    def request(self, place: Path, more: str = "") -> Request:
         """As the command line makes it, with the texts of `place`. more: words behind the case's own."""
         train, test = (str(place / f"{split}.txt") for split in STORIES)
         model = str(ROOT / "models" / "demo" / self.family)
         words = ["--model", model, "--cache-dir", str(place / "cache"), "--eval-datasets", test, *shlex.split(COMMON)]
         if self.method in WEIGHTS:
             words += ["--dataset", train, *shlex.split(f"{WEIGHTS[self.method]} {more}")]
-            config = model_quantizer.config_from(words)
+            request = model_quantizer.request_from(words)
         else:
             words += [
                 "--calib_dataset",
                 train,
                 *shlex.split(f"--eval_ppl --epochs 2 --batch_size 4 {LEARNED[self.method]} {more}"),
             ]
-            config = main_command.config_from(words)
-        return replace(config, num_layers=config.num_layers if self.name == "llama: rtn" else BLOCKS)
+            request = main_command.request_from(words)
+        return request if self.name == "llama: rtn" else request.but(num_layers=BLOCKS)
 
 
 CASES = {
@@ -127,17 +128,15 @@ def replay(cases: Iterable[Case], more: str = "") -> dict[str, Record]:
         place = Path(directory)
         for split, count in STORIES.items():
             (place / f"{split}.txt").write_text(demo.text(split, count))
-        sessions: dict[Any, dict[str, RunConfig]] = {}
+        sessions: dict[SessionConfig, dict[str, Request]] = {}
         for number, case in enumerate(cases):
-            config = case.config(place, more)
-            config = replace(config, run_dir=place / f"run{number}", save=place / f"saved{number}", format=SAVED)
-            shifted = config.learning is not None and config.learning.transform.shift  # decides how a model is opened
-            opened = (case.family, case.method in WEIGHTS, shifted)
-            sessions.setdefault(opened, {})[case.name] = config
+            request = case.request(place, more)
+            request = request.but(run_dir=place / f"run{number}", save=place / f"saved{number}", format=SAVED)
+            sessions.setdefault(request.session, {})[case.name] = request
         records: dict[str, Record] = {}
-        for configs in sessions.values():
-            Session(next(iter(configs.values()))).run_all(list(configs.values()))
-            records |= {name: record_of(config) for name, config in configs.items()}
+        for session, requests in sessions.items():
+            Session(session).run_all([(request.run, request.output) for request in requests.values()])
+            records |= {name: record_of(request.output) for name, request in requests.items()}
         return records
 
 
@@ -152,9 +151,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def record_of(config: RunConfig) -> Record:
+def record_of(output: Output) -> Record:
     """What is kept of a finished run."""
-    run, saved = config.run_dir, config.save
+    run, saved = output.run_dir, output.save
     assert run is not None and saved is not None
     results, manifest = (json.loads((run / name).read_text()) for name in ("results.json", "manifest.json"))
     journal = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]

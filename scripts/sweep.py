@@ -28,15 +28,19 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the command lines are imported for their parsers
 
-from quant.cli.errors import explain  # noqa: E402
+from quant.cli.arguments import add_flags, bare_parser, flag_mistakes, parse  # noqa: E402
+from quant.cli.errors import exit_code_of, explain  # noqa: E402
+from quant.cli.flags import AT_LEAST_0, AT_LEAST_1, SWEEP, Flag  # noqa: E402
 from quant.core.errors import InputError, RunError, first_line  # noqa: E402
 from quant.core.files import check_owned, check_plain_file, locked, write_owned  # noqa: E402
 from quant.core.places import Place, check_places  # noqa: E402
-from quant.core.text import markdown_cell, markdown_table, printable  # noqa: E402
+from quant.core.text import brief, markdown_cell, markdown_table, printable  # noqa: E402
 from quant.report.page import write_report  # noqa: E402
 from quant.report.runs import open_run  # noqa: E402
-from quant.run.config import RunConfig, places_read  # noqa: E402
-from quant.run.session import FullPrecision, Session  # noqa: E402
+from quant.run.config import SessionConfig  # noqa: E402
+from quant.run.request import Request, places_read  # noqa: E402
+from quant.run.scoring import FullPrecision  # noqa: E402
+from quant.run.session import Session  # noqa: E402
 from quant.run.stored import NOTHING_ALLOWED, Allowed, ordered_places, taken  # noqa: E402
 
 EXAMPLES = """examples:
@@ -61,6 +65,7 @@ HUB = {
     "llama": "huggyllama/llama-{}",
     "llama-2": "meta-llama/Llama-2-{}-hf",
 }
+MOST_ROWS = 100_000  # of a grid
 log = logging.getLogger(__name__)
 FAILURES = (InputError, RunError, OSError, MemoryError, RuntimeError)  # of a row, which leave the others alone
 WAITING, QUANTIZED, DONE, FAILED = "waiting", "quantized", "done", "failed"
@@ -79,10 +84,10 @@ class Row:
 
 @dataclass
 class Cell:
-    """One row on its way. flags: as on the command line. config: what they mean. label: what tells it from others."""
+    """One row on its way. flags: as on the command line. request: what they mean. label: what tells it from others."""
 
     flags: dict[str, str]
-    config: RunConfig
+    request: Request
     label: str
     status: str = WAITING
     message: str = ""
@@ -209,68 +214,104 @@ def _row(entries: Flags, where: str) -> Row:
     return Row({"command": COMMANDS[0]} | flags, where, {name: place for name, (_, place) in entries.items()})
 
 
-def _read_yaml(path: Path, text: str) -> list[Row]:
-    """Rows of a .yaml. It is read as nodes and not as values, because nodes know their line and column."""
-    import yaml
+class _Nodes:
+    """A .yaml that is read as nodes and not as values, because nodes know their line and column. Raises InputError, with
+    its place, for what no table has."""
 
-    def at(node: Any) -> str:
-        return f"{path}, line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    def mapping(node: Any, name: str) -> dict[str, tuple[Any, str]]:
+    def at(self, node: Any) -> str:
+        """The place of a node."""
+        return f"{self.path}, line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+
+    def mapping(self, node: Any, name: str) -> dict[str, tuple[Any, str]]:
         """Nodes by key, with the places of the keys."""
         if node.id != "mapping":
-            raise InputError(f"{at(node)}: {name} is a set of names and values")
+            raise InputError(f"{self.at(node)}: {name} is a set of names and values")
         entries: dict[str, tuple[Any, str]] = {}
         for key, value in node.value:
             if key.id != "scalar" or key.value in entries:
-                raise InputError(f"{at(key)}: {'stands there twice' if key.id == 'scalar' else 'a name is one word'}")
-            entries[key.value] = (value, at(key))
+                what = "stands there twice" if key.id == "scalar" else "a name is one word"
+                raise InputError(f"{self.at(key)}: {what}")
+            entries[key.value] = (value, self.at(key))
         return entries
 
-    def scalar(node: Any, name: str) -> Any:
-        value = yaml.safe_load(yaml.serialize(node)) if node.id == "scalar" else None
-        if value is None:
-            raise InputError(f"{at(node)}: {name} needs one value")
-        return value
+    def scalar(self, node: Any, name: str) -> Any:
+        """One value: a text, a number, true or false. A date is a text."""
+        import yaml
 
-    def flags(node: Any, name: str) -> Flags:
-        return {flag: (scalar(value, flag), at(value)) for flag, (value, _) in mapping(node, name).items()}
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if node.id != "scalar" or kind == "null":
+            raise InputError(f"{self.at(node)}: {name} needs one value")
+        if kind in ("str", "timestamp"):
+            return node.value
+        try:
+            if kind in ("int", "float", "bool"):
+                return yaml.SafeLoader("").construct_object(node)
+        except (ValueError, LookupError):  # an explicit tag before what is none
+            pass
+        raise InputError(f"{self.at(node)}: {name} is no {kind} that a flag can have: {brief(node.value, 80)!r}")
 
-    def product(grid: Any) -> list[Flags]:
+    def flags(self, node: Any, name: str) -> Flags:
+        """Values by flag, with their places."""
+        entries = self.mapping(node, name).items()
+        return {flag: (self.scalar(value, flag), self.at(value)) for flag, (value, _) in entries}
+
+    def product(self, grid: Any) -> list[Flags]:
+        """The rows of a grid of lists."""
         rows: list[Flags] = [{}]
-        for name, (node, where) in mapping(grid, "grid").items():
+        for name, (node, where) in self.mapping(grid, "grid").items():
             values = node.value if node.id == "sequence" else [node]
             if not values:
                 raise InputError(f"{where}: the list of {name} is empty, so there are no rows")
-            choices = [flags(v, name) if v.id == "mapping" else {name: (scalar(v, name), at(v))} for v in values]
+            if len(rows) * len(values) > MOST_ROWS:
+                raise InputError(
+                    f"{where}: with {name} the grid has {len(rows) * len(values)} rows; use {MOST_ROWS} or fewer"
+                )
+            choices = [
+                self.flags(v, name) if v.id == "mapping" else {name: (self.scalar(v, name), self.at(v))} for v in values
+            ]
             rows = [row | choice for row in rows for choice in choices]
         return rows if rows != [{}] else []
 
+
+def _composed(path: Path, text: str) -> Any:
+    """The root node of a .yaml; None if it is empty. Raises InputError with line and column."""
+    import yaml
+
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InputError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from error
-    entries = mapping(root, "a table") if root is not None else {}
+    except RecursionError as error:
+        raise InputError(f"{path}: lists and sets are nested too deeply for a table") from error
+
+
+def _read_yaml(path: Path, text: str) -> list[Row]:
+    """Rows of a .yaml."""
+    nodes, root = _Nodes(path), _composed(path, text)
+    entries = nodes.mapping(root, "a table") if root is not None else {}
     for name, (_, where) in entries.items():
         if name not in ("command", "fixed", "grid", "rows"):
             raise InputError(f"{where}: expected the entries command, fixed, grid or rows, not {name!r}")
-    shared = flags(entries["fixed"][0], "fixed") if "fixed" in entries else {}
+    shared = nodes.flags(entries["fixed"][0], "fixed") if "fixed" in entries else {}
     if "command" in entries:
         node, where = entries["command"]
-        shared["command"] = (scalar(node, "command"), where)
+        shared["command"] = (nodes.scalar(node, "command"), where)
     listed: list[tuple[Flags, str]] = []
     if "grid" in entries:
         node = entries["grid"][0]
         several = node.id == "sequence" and all(grid.id == "mapping" for grid in node.value)
-        products = [row for grid in (node.value if several else [node]) for row in product(grid)]
+        products = [row for grid in (node.value if several else [node]) for row in nodes.product(grid)]
         listed = [(row, f"{path}, row {n} of the grid") for n, row in enumerate(products, 1)]
     if "rows" in entries:
         node = entries["rows"][0]
         if node.id != "sequence":
-            raise InputError(f"{at(node)}: rows is a list of sets of flags")
-        listed += [(flags(row, "a row"), at(row)) for row in node.value]
+            raise InputError(f"{nodes.at(node)}: rows is a list of sets of flags")
+        listed += [(nodes.flags(row, "a row"), nodes.at(row)) for row in node.value]
     if not listed:
         raise InputError(f"{path}: no rows; give a grid or rows")
     return [_row(shared | own, where) for own, where in listed]
@@ -330,7 +371,7 @@ def cells_of(rows: Sequence[Row], out: Path) -> list[Cell]:
     for row in rows:
         flags = row.flags
         try:
-            config = module_of(row).config_from(words_of(flags))
+            request = module_of(row).request_from(words_of(flags))
         except InputError as error:
             message = first_line(error)
             raise InputError(f"{_place_of(message, row)}: {message}") from error
@@ -343,7 +384,7 @@ def cells_of(rows: Sequence[Row], out: Path) -> list[Cell]:
         label = " ".join([row.name, *parts] if row.name else parts)
         slug = "".join(c if c.isalnum() or c in "._=" else "-" for c in label)[:80]
         place = out / "rows" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
-        cells.append(Cell(flags, replace(config, run_dir=place), label))
+        cells.append(Cell(flags, request.but(run_dir=place), label))
     return cells
 
 
@@ -363,22 +404,13 @@ def _place_of(message: str, row: Row) -> str:
     return next((spelt[name] for name in named if name in spelt), row.where)
 
 
-def session_key(config: RunConfig) -> str:
-    """What rows must share to be evaluated together: the model as opened, and what it is evaluated on."""
-    shifts = config.learning is not None and config.learning.transform.shift
-    parts = (config.model, config.seqlen, config.eval_datasets, config.limit, config.tasks, config.task_path, config.num_fewshot,
-             config.data_dir, config.cache_dir, config.trust_remote_code, config.dtype, config.device, config.deterministic,
-             config.attn_implementation, config.full_precision_eval, config.calib_batch, config.activation_store, shifts)  # fmt: skip
-    return repr(parts)
-
-
 def groups_of(cells: Sequence[Cell], rows_per_task: int | None) -> list[list[Cell]]:
     """Rows that share a session, split into tasks of at most ``rows_per_task``."""
-    by_key: dict[str, list[Cell]] = {}
+    by_session: dict[SessionConfig, list[Cell]] = {}
     for cell in cells:
-        by_key.setdefault(session_key(cell.config), []).append(cell)
+        by_session.setdefault(cell.request.session, []).append(cell)
     step = rows_per_task or len(cells)
-    return [group[i : i + step] for group in by_key.values() for i in range(0, len(group), step)]
+    return [group[i : i + step] for group in by_session.values() for i in range(0, len(group), step)]
 
 
 def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None] = lambda cell: None) -> float:
@@ -389,14 +421,14 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
     """
     started = time.perf_counter()
     try:
-        session = Session(cells[0].config)
+        session = Session(cells[0].request.session)
     except FAILURES as error:
         for cell in cells:
             _fail(cell, error, moved)
         return time.perf_counter() - started
     for cell in cells:
         try:
-            session.quantize(cell.config)
+            session.quantize(cell.request.run, cell.request.output)
         except FAILURES as error:
             _fail(cell, error, moved)
         else:
@@ -405,7 +437,8 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
     alive, kept = [cell for cell in cells if cell.status != FAILED], FullPrecision()
     for part in (alive[i : i + together] for i in range(0, len(alive), together)):
         try:
-            finished = session.run_all([replace(cell.config, overwrite=False) for cell in part], kept=kept)
+            again = [(cell.request.run, replace(cell.request.output, overwrite=False)) for cell in part]
+            finished = session.run_all(again, kept=kept)
         except FAILURES as error:
             for cell in part:
                 _fail(cell, error, moved)
@@ -569,116 +602,119 @@ def with_ray(groups: Sequence[Sequence[Cell]], args: argparse.Namespace, moved: 
     return seconds
 
 
-def main() -> None:
-    """Read, run, summarize."""
-    from quant.cli.console import console
-    from quant.cli.errors import set_logging
-    from quant.cli.parser import Parser
+FLAGS = (
+    Flag(None, {SWEEP: "--out"}, "default: runs/sweeps/<name of the table>", type=Path, metavar="DIR"),
+    Flag(None, {SWEEP: "--executor"}, None, None, "local", choices=("local", "ray", "slurm")),
+    Flag(None, {SWEEP: "--address"}, "of the Ray cluster (default: one on this machine)"),
+    Flag(None, {SWEEP: "--gpus"}, "that a task asks for (default: 0)", None, 0.0, float, AT_LEAST_0),
+    Flag(None, {SWEEP: "--cpus"}, "that a task asks for (default: 1)", None, 1.0, float, AT_LEAST_0),
+    Flag(None, {SWEEP: "--rows-per-task"},
+         "rows of one model that a task takes; full precision is then evaluated once a task (default: all)", None, None,
+         int, AT_LEAST_1, metavar="N"),
+    Flag(None, {SWEEP: "--together"}, "rows evaluated in one pass (default: 16)", None, 16, int, AT_LEAST_1,
+         metavar="N"),
+    Flag(None, {SWEEP: "--only-group"}, "run the I-th task alone, from 0 (a job array's)", type=int, metavar="I"),
+    *(Flag(None, {SWEEP: f"--{name}"}, f"of scripts/papers.tsv: rows of this {name}", metavar="PATTERN")
+      for name in CHOICES),
+    Flag(None, {SWEEP: "--models"}, "of scripts/papers.tsv: DIR/<family>-<size>, not the hub", type=Path,
+         metavar="DIR"),
+    Flag(None, {SWEEP: "--seeds"}, "every row once with each of these seeds", None, "", metavar="A,B"),
+    Flag(None, {SWEEP: "--flags"}, "more flags for every row, in one argument", None, "", metavar="WORDS"),
+    Flag(None, {SWEEP: "--dry-run"}, "print the commands; nothing is run", type=bool),
+    Flag(None, {SWEEP: "--allow-paths"}, "read the data and other files that the table names by path", type=bool),
+    Flag(None, {SWEEP: "--trust-remote-code"}, "let rows that ask for it run code that comes with their model",
+         type=bool),
+)  # fmt: skip
 
-    started = time.perf_counter()
-    parser: Any = Parser(
-        prog="scripts/sweep.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+
+def parsed() -> argparse.Namespace:
+    """The flags. Raises InputError for what is wrong with them."""
+    parser = bare_parser(SWEEP, __doc__, EXAMPLES)
     parser.add_argument("table", type=Path, help=".tsv or .yaml")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/sweeps/<name of the table>")
-    parser.add_argument("--executor", default="local", choices=("local", "ray", "slurm"))
-    parser.add_argument("--address", help="of the Ray cluster (default: one on this machine)")
-    parser.add_argument("--gpus", type=float, default=0, help="that a task asks for (default: 0)")
-    parser.add_argument("--cpus", type=float, default=1, help="that a task asks for (default: 1)")
-    parser.add_argument(
-        "--rows-per-task",
-        type=int,
-        metavar="N",
-        help="rows of one model that a task takes; full precision is then evaluated once a task (default: all)",
-    )
-    parser.add_argument(
-        "--together", type=int, default=16, metavar="N", help="rows evaluated in one pass (default: 16)"
-    )
-    parser.add_argument("--only-group", type=int, metavar="I", help="run the I-th task alone, from 0 (a job array's)")
-    for name in CHOICES:
-        parser.add_argument(f"--{name}", metavar="PATTERN", help=f"of scripts/papers.tsv: rows of this {name}")
-    parser.add_argument(
-        "--models", type=Path, metavar="DIR", help="of scripts/papers.tsv: DIR/<family>-<size>, not the hub"
-    )
-    parser.add_argument("--seeds", default="", metavar="A,B", help="every row once with each of these seeds")
-    parser.add_argument("--flags", default="", metavar="WORDS", help="more flags for every row, in one argument")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands; nothing is run")
-    parser.add_argument(
-        "--allow-paths", action="store_true", help="read the data and other files that the table names by path"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="let rows that ask for it run code that comes with their model"
-    )
-    args = parser.parse_args()
-    set_logging("error")
-    for name in ("together", "rows_per_task"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    add_flags(parser, SWEEP, FLAGS)
+    add_flags(parser, SWEEP)
+    args: argparse.Namespace = parse(parser)
+    if lines := flag_mistakes(args, SWEEP, FLAGS):
+        raise InputError(*lines)
     args.out = args.out or Path("runs") / "sweeps" / args.table.stem
+    args.name = "sweep" if args.only_group is None else f"sweep-task{args.only_group}"  # tasks end side by side
+    return args
+
+
+def planned(args: argparse.Namespace) -> list[list[Cell]]:
+    """The rows of the table, by task. Raises InputError for what is wrong with the table, its rows, or places."""
+    outputs = [Place("--out", args.out / f"{args.name}{ending}") for ending in (".json", ".md")]
+    check_places([Place("the table", args.table)], outputs)
+    for output in outputs:
+        check_owned(output.path)
     chosen = {name: getattr(args, name) for name in CHOICES if getattr(args, name)}
-    name = "sweep" if args.only_group is None else f"sweep-task{args.only_group}"  # tasks end side by side
-    check_places(
-        [Place("the table", args.table)], [Place("--out", args.out / f"{name}{ending}") for ending in (".json", ".md")]
-    )
-    for ending in (".json", ".md"):
-        check_owned(args.out / f"{name}{ending}")
     rows = read_table(args.table, chosen, args.models)
     check_orders(rows, Allowed(args.trust_remote_code, args.allow_paths))
-    cells = cells_of(
-        with_more(rows, [s for s in args.seeds.split(",") if s], flags_of(args.flags, "--flags")), args.out
-    )
-    reads = dict.fromkeys(place for cell in cells for place in places_read(cell.config))
+    more = with_more(rows, [s for s in args.seeds.split(",") if s], flags_of(args.flags, "--flags"))
+    cells = cells_of(more, args.out)
+    reads = dict.fromkeys(p for cell in cells for p in places_read(cell.request.session, [cell.request.run]))
     check_places(reads, [Place("--out", args.out, adds=True)])
-    groups, console = groups_of(cells, args.rows_per_task), console()
+    return groups_of(cells, args.rows_per_task)
+
+
+def shown(args: argparse.Namespace, groups: Sequence[Sequence[Cell]], console: Any) -> bool:
+    """Whether the commands or a job array were asked for instead of running them; they are printed then."""
     if args.dry_run:
         for number, cell in ((number, cell) for number, group in enumerate(groups) for cell in group):
             command = shlex.join(["python", cell.flags["command"], *words_of(cell.flags)])
             console.print(f"task {number}: {command}", soft_wrap=True)
-        return
-    if args.executor == "slurm":
+    elif args.executor == "slurm":
         script = slurm(groups, args)
         sys.stdout.write(printable(script, keep="\n") if sys.stdout.isatty() else script)
+    return args.dry_run or args.executor == "slurm"
+
+
+def summarize(ran: Sequence[Cell], args: argparse.Namespace, console: Any) -> None:
+    """Write and show what came of the rows, and their report."""
+    summary = over_seeds(ran)
+    ended = [
+        {"flags": c.flags, "status": c.status, "message": c.message, "run_dir": str(c.request.output.run_dir)}
+        for c in ran
+    ]
+    numbers = {"table": str(args.table), "rows": ended, "summary": summary}
+    text = markdown(summary, args.table.stem)
+    files = {f"{args.name}.json": (json.dumps(numbers, indent=2) + "\n").encode(), f"{args.name}.md": text.encode()}
+    write_owned(args.out, files)
+    for line in text.split("\n"):
+        console.print(line, soft_wrap=True)
+    done = [cell.request.output.run_dir for cell in ran if cell.status == DONE]
+    if done and args.only_group is None:
+        page = write_report([open_run(path) for path in done if path], args.out)
+        console.print(f"report: {page}", soft_wrap=True)
+
+
+def main() -> None:
+    """Read, run, summarize."""
+    from quant.cli.console import console as make_console
+
+    started, args = time.perf_counter(), parsed()
+    groups, console = planned(args), make_console()
+    if shown(args, groups, console):
         return
     if args.only_group is not None:
         if not 0 <= args.only_group < len(groups):
             raise InputError(f"--only-group {args.only_group}: there are {len(groups)} tasks, from 0")
         groups = [groups[args.only_group]]
     args.out.mkdir(parents=True, exist_ok=True)
-    with locked(args.out / f"{name}.lock", f"the sweep in {args.out}"), Board(cells, console) as board:
+    with locked(args.out / f"{args.name}.lock", f"the sweep in {args.out}"), Board(sum(groups, []), console) as board:
         if args.executor == "ray":
             work = with_ray(groups, args, board.moved)
         else:
             work = sum(run_group(group, args.together, board.moved) for group in groups)
     ran = [cell for group in groups for cell in group]
-    summary = over_seeds(ran)
-    ended = [
-        {"flags": c.flags, "status": c.status, "message": c.message, "run_dir": str(c.config.run_dir)} for c in ran
-    ]
-    numbers = {"table": str(args.table), "rows": ended, "summary": summary}
-    text = markdown(summary, args.table.stem)
-    write_owned(
-        args.out, {f"{name}.json": (json.dumps(numbers, indent=2) + "\n").encode(), f"{name}.md": text.encode()}
-    )
-    for line in text.split("\n"):
-        console.print(line, soft_wrap=True)
-    done = [cell.config.run_dir for cell in ran if cell.status == DONE and cell.config.run_dir]
-    if done and args.only_group is None:
-        console.print(
-            "report: " + str(write_report([open_run(path) for path in done], args.out)), highlight=False, soft_wrap=True
-        )
+    summarize(ran, args, console)
     total = time.perf_counter() - started
     failed = sum(cell.status == FAILED for cell in ran)
-    console.print(f"{len(ran)} rows, {failed} failed; {total:.1f} s, of which {max(0.0, total - work):.1f} s are the sweep's own; "
-                  f"{args.out / name}.json", highlight=False, soft_wrap=True)  # fmt: skip
+    own = f"{total:.1f} s, of which {max(0.0, total - work):.1f} s are the sweep's own"
+    console.print(f"{len(ran)} rows, {failed} failed; {own}; {args.out / args.name}.json", soft_wrap=True)
     if failed:
         raise RunError(f"{failed} of {len(ran)} rows failed, see above")
 
 
 if __name__ == "__main__":
-    from quant.cli.errors import exit_code_of
-
     sys.exit(exit_code_of(main))

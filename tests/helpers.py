@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from quant.core.grid import fit_grid
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.learn import recipes
 from quant.learn.config import Learning, TransformSpec
-from quant.run.config import RunConfig
-from quant.run.session import Session
+from quant.run.job import Progress, silent
+from quant.run.request import Request
+from quant.run.session import Session, open_session
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo"
@@ -28,7 +31,7 @@ CPU = torch.device("cpu")
 SEQLEN = 32
 
 
-def config_for(model: Path, text: Path, tmp_path: Path, **options) -> RunConfig:
+def config_for(model: Path, text: Path, tmp_path: Path, **options) -> Request:
     """A small run of a model on a text."""
     small = {
         "model": str(model),
@@ -42,22 +45,37 @@ def config_for(model: Path, text: Path, tmp_path: Path, **options) -> RunConfig:
         "wbits": 3,
         "options": {"num_iter": 4},
     }
-    return RunConfig(**(small | options))
+    return Request.of(**(small | options))
 
 
-def learned_config(model: Path, text: Path, tmp_path: Path, **options) -> RunConfig:
+def perform(request: Request, progress: Progress = silent) -> dict[str, Any]:
+    """What results.json holds of a request, carried out in a session of its own."""
+    return open_session(request).run(request.run, request.output, progress)
+
+
+def perform_all(requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """The same of several requests, in one session."""
+    return open_session(*requests).run_all([(request.run, request.output) for request in requests])
+
+
+def replace(value: Any, **changes: Any) -> Any:
+    """`dataclasses.replace`, which takes the fields of all parts of a request by name."""
+    return value.but(**changes) if isinstance(value, Request) else dataclasses.replace(value, **changes)
+
+
+def learned_config(model: Path, text: Path, tmp_path: Path, **options) -> Request:
     """A small run that learns clips and transforms, then rounds to nearest."""
-    learned = {"nsamples": 6, "limit": 6, "method": "omniquant", "solver": "rtn", "options": {}}
+    learned = {"nsamples": 6, "limit": 6, "learner": "omniquant", "solver": "rtn", "options": {}}
     learned["learning"] = asked(epochs=2, batch=2, lwc_lr=0.05)
     return config_for(model, text, tmp_path, **(learned | options))
 
 
-def demo_config(tmp_path: Path, model: Path, **more) -> RunConfig:
+def demo_config(tmp_path: Path, model: Path, **more) -> Request:
     """A small run of a demo model: rounding to four bits in groups of 32."""
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog again and again " * 400)
-    return RunConfig(
-        model=str(model), dataset=str(text), nsamples=2, seqlen=32, method="rtn", wbits=4, group_size=32,
+    return Request.of(
+        model=str(model), dataset=str(text), nsamples=2, seqlen=32, solver="rtn", wbits=4, group_size=32,
         eval_datasets=(str(text),), limit=4, cache_dir=tmp_path / "cache", run_dir=tmp_path / "run", **more,
     )  # fmt: skip
 
@@ -75,7 +93,7 @@ def in_float32(family: str, target: Path) -> Path:
 def perplexity(path: Path, tmp_path: Path) -> tuple[float, float]:
     """Perplexity of a checkpoint on the text of `demo_config`, and its bits per weight."""
     config = replace(demo_config(tmp_path, path), wbits=16, run_dir=tmp_path / f"eval-{Path(path).name}")
-    results = Session(config).run(config)
+    results = perform(config)
     return results["perplexity"]["text"]["fp"], results["bits_per_weight"]
 
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,8 @@ from quant.export.formats import Content
 from quant.export.runtimes import objections
 from quant.kernels import columns as blocks
 from quant.kernels.columns import TorchKernels
-from quant.run.session import Session
 from quant.solvers.quantease import is_rounding_sweep
-from tests.helpers import config_for
+from tests.helpers import config_for, perform_all, replace
 from tests.references import inputs, make_stats, naive_coordinate_descent, weights
 
 
@@ -55,15 +53,15 @@ def test_tables_of_a_sweep(model_dir, text, tmp_path):
     base = replace(config_for(model_dir("llama"), text, tmp_path), nsamples=4, limit=4)
     variants = [("rtn", 3, {}), ("gptq", 3, {}), ("gptq", 3, {"percdamp": 0.1}), ("rtn", 2, {})]
     configs = [
-        replace(base, method=method, wbits=bits, options=options, run_dir=tmp_path / f"{method}{bits}{len(options)}")
+        replace(base, solver=method, wbits=bits, options=options, run_dir=tmp_path / f"{method}{bits}{len(options)}")
         for method, bits, options in variants
     ]
-    Session(configs[0]).run_all(configs)
+    perform_all(configs)
     rows = []
     for c in configs:
-        flags = {"model": "m", "quantization-method": c.method, "wbits": str(c.wbits), "nsamples": "4"}
-        flags |= {name: str(value) for name, value in c.options.items()}
-        rows.append({"flags": flags, "status": "done", "run_dir": str(c.run_dir)})
+        flags = {"model": "m", "quantization-method": c.run.method, "wbits": str(c.run.wbits), "nsamples": "4"}
+        flags |= {name: str(value) for name, value in c.run.options.items()}
+        rows.append({"flags": flags, "status": "done", "run_dir": str(c.output.run_dir)})
     rows.append({"flags": {"model": "m"}, "status": "failed", "run_dir": "nowhere"})
     (tmp_path / "sweep.json").write_text(json.dumps({"table": "t.yaml", "rows": rows}))
     lines = tables.sweep_lines(tmp_path)

@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from quant.cli.commands import COMMANDS
 from quant.cli.errors import exit_code_of
 from quant.core.files import RECORD
 from quant.solvers import entries, get_solver, solver_options, solvers
-from tests.helpers import called
+from tests.helpers import called, replace
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,9 +113,14 @@ def test_table_of_flags_sets_what_there_is():
     """Fields are those of the classes that are made of them, set once a command line; defaults of solvers are theirs."""
     from quant.blocks.fake_quant import ActSpec
     from quant.learn.config import Learning, TransformSpec
-    from quant.run.config import RunConfig
+    from quant.run.config import Output, RunConfig, SessionConfig
 
-    parts = {"": RunConfig, "learning": Learning, "transform": TransformSpec, "act": ActSpec}
+    parts = {
+        "": (SessionConfig, RunConfig, Output),
+        "learning": (Learning,),
+        "transform": (TransformSpec,),
+        "act": (ActSpec,),
+    }
     for where in {name for flag in flags.TABLE for name in flag.names}:
         declared = arguments.flags_of(where)
         names = [name for flag in declared for name in flag.names[where].split()]
@@ -124,7 +128,7 @@ def test_table_of_flags_sets_what_there_is():
         assert len(names) == len(set(names)) and len(set_fields) == len(set(set_fields)), where
         for field in set_fields:
             part, _, name = field.rpartition(".")
-            assert name in parts[part].__dataclass_fields__, field
+            assert sum(name in kind.__dataclass_fields__ for kind in parts[part]) == 1, field
     defaults = {option: value for entry in entries().values() for option, value in entry.options.items()}
     options = [flag for flag in flags.TABLE if flag.field == flags.OPTIONS]
     for flag in options:
@@ -188,11 +192,13 @@ def test_help_and_mistakes_wait_for_no_library(words):
 def test_names_that_are_known_early_are_those_of_the_rooms():
     from quant.core import env, names
     from quant.export import PACKED
-    from quant.export.runtimes import RUNTIMES
+    from quant.export.runtimes import RULES
     from quant.learn import recipe_entries, recipes
 
-    assert (names.DEQUANTIZED, *PACKED) == names.FORMATS and names.RUNTIMES == RUNTIMES
-    assert tuple(env.DTYPES) == names.DTYPES
+    assert (names.DEQUANTIZED, *PACKED) == names.FORMATS and set(names.RUNTIMES) == {rule.runtime for rule in RULES}
+    assert [str(env.pick_dtype(name, env.pick_device("cpu"))) for name in names.DTYPES] == [
+        f"torch.{n}" for n in names.DTYPES
+    ]
     assert {name: solver_options(f) for name, f in solvers().items()} == {n: e.options for n, e in entries().items()}
     assert list(recipe_entries()) == list(recipes())
 
@@ -219,13 +225,13 @@ def test_dry_run_needs_a_configuration_only(name, command, tmp_path, monkeypatch
 def test_dry_run_sizes_are_right(tmp_path):
     """LLaMA-2-7B: one block has 202 million parameters; 32 blocks of codes at 3 bits are 2.43 GB."""
     from models.load import load_config
-    from quant.run.config import RunConfig
     from quant.run.plan import estimate, shapes_of
+    from quant.run.request import Request
 
     config, _ = load_config("benchmarks/configs/llama-2-7b", tmp_path, with_weights=False)
     shapes = shapes_of(config)
     assert shapes.block == 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 and shapes.n_blocks == 32
-    plan = estimate(RunConfig("x", wbits=3, num_layers=32), shapes, 2, (1e12, 1e12), (0.0, 1e-9))
+    plan = estimate(Request.of("x", wbits=3, num_layers=32), shapes, 2, (1e12, 1e12), (0.0, 1e-9))
     weights = 4 * 4096**2 + 3 * 4096 * 11008
     assert plan["device bytes: block"] == 2 * shapes.block
     assert plan["device bytes: statistics"] == 4 * (3 * 4096**2 + 11008**2)
@@ -245,10 +251,10 @@ def test_phases_of_a_solver_do_not_add_up():
 
     out, n_in = 14848, 59392
     a, g = 4 * out * n_in, 4 * n_in**2
-    gptq = RunConfig("x", method="gptq", wbits=3, options={"percdamp": 0.01, "act_order": False})
+    gptq = RunConfig(solver="gptq", wbits=3, options={"percdamp": 0.01, "act_order": False})
     assert solver_bytes(gptq, out, n_in) == a + 2 * g
     assert solver_bytes(gptq, n_in, out) == max(3.25 * a + 4 * out**2, a + 2 * 4 * out**2)
-    assert solver_bytes(RunConfig("x", wbits=3, options={"num_iter": 30}), out, n_in) == 5 * a
+    assert solver_bytes(RunConfig(wbits=3, options={"num_iter": 30}), out, n_in) == 5 * a
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "quantease", "gptq_quantease", "spqr"])
@@ -257,9 +263,9 @@ def test_memory_is_planned_for_the_solver_whatever_options_were_given(method):
     from quant.run.plan import solver_bytes
 
     words = ["--model", "x", "--wbits", "3", "--dataset", "demo", "--quantization-method", method]
-    config = model_quantizer.config_from(words)
+    config = model_quantizer.request_from(words).run
     whole = replace(config, options=solver_options(get_solver(method)))
-    bare = replace(config, options={}, method="omniquant+it", solver=method)
+    bare = replace(config, options={}, learner="omniquant", solver=method)
     assert solver_bytes(config, 512, 256) == solver_bytes(whole, 512, 256) == solver_bytes(bare, 512, 256)
 
 
@@ -291,7 +297,7 @@ def test_planned_memory_is_what_a_solver_takes(method, options, shape):
     answer = solver(weight, stats, QuantSpec(3), **options)
     took = env.peak_bytes(device)["host"] - before
     assert relative_error(weight, answer.dequantize(), stats.gram) < 0.1
-    planned = solver_bytes(RunConfig("x", method=method, wbits=3, options=options), *shape)
+    planned = solver_bytes(RunConfig(solver=method, wbits=3, options=options), *shape)
     assert took < 1.1 * planned + (40 << 20)
 
 
@@ -368,7 +374,10 @@ BAD_INPUT = {
     "empty directory": (lambda p: {"--model": p}, "holds no config.json"),
     "too short": (lambda p: {"--seqlen": 64, "--dataset": short(p)}, "a window of --seqlen 64 needs 65"),
     "too long": (lambda p: {"--seqlen": 65}, "takes at most 64 tokens"),
-    "group size": (lambda p: {"--groupsize": 24}, "group_size=24 does not divide in_features=32; use one of 32, -1"),
+    "group size": (
+        lambda p: {"--groupsize": 24},
+        "group_size=24 does not divide in_features=32; use one of 2, 4, 8, 16, 32, -1, which fit every linear, or auto",
+    ),
     "no cuda": (lambda p: {"--device": "cuda:7"}, "is not there"),
     "no device": (lambda p: {"--device": "gpu"}, "use auto, cpu, cuda or cuda:N"),
     "unreachable": (lambda p: {"--dataset": "c4"}, "--data-dir DIR"),

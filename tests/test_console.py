@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -229,10 +230,21 @@ def test_failures_of_the_tokenizers_library_are_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("x"), RuntimeError("shapes do not fit"), AssertionError()])
-def test_mistakes_in_the_code_stay_visible(error, capsys):
-    with pytest.raises(type(error)):
-        exit_code_of(failing(error))
-    assert capsys.readouterr().err == ""
+def test_what_nobody_foresaw_is_one_line_too(error, capsys, caplog):
+    """Whatever library raised it; the line names the place in the project, and debugging shows the way to it."""
+    assert exit_code_of(failing(error)) == 1
+    assert capsys.readouterr().err.startswith(f"error: {type(error).__name__} at tests/")
+    with caplog.at_level(logging.DEBUG):
+        assert exit_code_of(failing(error)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"error: {type(error).__name__} at tests/\S+:\d+: .*; --log-level debug shows .*", line)
+    assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP])
+def test_a_name_that_no_system_takes_is_bad_input(number, capsys):
+    assert exit_code_of(failing(OSError(number, os.strerror(number), "x"))) == 2
+    assert capsys.readouterr().err == f"error: {os.strerror(number)}: x: give another place\n"
 
 
 def test_debugging_shows_where_a_line_comes_from(caplog):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data import demo
-from quant.run.config import RunConfig
-from quant.run.session import Session
+from quant.run.request import Request
+from quant.run.session import Session, open_session
 from quant.solvers import get_solver, solver_options
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
@@ -50,7 +50,7 @@ def test_methods_differ_as_they_should(family, tmp_path):
     """At 3 bits: quantease below gptq below rtn in layer error; both lose less perplexity than rtn."""
     results = {}
     for method in ("rtn", "gptq", "quantease"):
-        config = RunConfig(
+        config = Request.of(
             model=str(DEMO / family),
             dataset="demo",
             eval_datasets=("demo",),
@@ -58,15 +58,15 @@ def test_methods_differ_as_they_should(family, tmp_path):
             nsamples=48,
             seqlen=256,
             wbits=3,
-            method=method,
+            solver=method,
             options=solver_options(get_solver(method)),
             true_sequential=True,
             calib_batch=16,
             run_dir=tmp_path / method,
             cache_dir=tmp_path / "cache",
         )
-        session = Session(config)
-        results[method] = session.run(config)
+        session = open_session(config)
+        results[method] = session.run(config.run, config.output)
     errors = {m: r["mean_relative_error"] for m, r in results.items()}
     assert errors["quantease"] < errors["gptq"] < errors["rtn"]
     after = {m: r["perplexity"]["demo"]["quantized"] for m, r in results.items()}

@@ -145,8 +145,8 @@ def test_statistics_from_a_file_are_those_measured(command, model_dir, text, tmp
 def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_path):
     """The first format that can hold it; the checkpoint measures what the run measured."""
     asked = flags if "--let" in flags else f"{flags} --epochs 0"
-    config = main_command.config_from([*map(str, small), *asked.split(), "--real_quant", "--save_dir", "out"])
-    assert config.format == expected
+    config = main_command.request_from([*map(str, small), *asked.split(), "--real_quant", "--save_dir", "out"])
+    assert config.output.format == expected
     if expected != "compressed-tensors":
         return
     code, out, _ = command(*small, *asked.split(), "--real_quant", "--save_dir", tmp_path / "out")
@@ -348,7 +348,7 @@ def flattened(record: dict, prefix: str = "") -> dict:
 @pytest.mark.parametrize("flags", WIRING)
 def test_every_flag_reaches_its_own_entry(flags):
     entry, value = WIRING[flags]
-    plain, given = (flattened(main_command.config_from([*BASE, *more]).to_json()) for more in ([], shlex.split(flags)))
+    plain, given = (flattened(main_command.request_from([*BASE, *more]).to_json()) for more in ([], shlex.split(flags)))
     changed = {key for key in plain.keys() | given.keys() if plain.get(key) != given.get(key)}
     follows = {"--solver gptq": {"method", "options.percdamp"}}.get(flags, set())
     assert entry in changed and changed - {entry} <= follows, changed
@@ -358,27 +358,31 @@ def test_every_flag_reaches_its_own_entry(flags):
 def test_parts_of_abq_are_left_out():
     words = [*BASE, "--method", "abq"]
     whole, without = (
-        main_command.config_from([*words, *more]) for more in ([], ["--without", "attention,distribution"])
+        main_command.request_from([*words, *more]) for more in ([], ["--without", "attention,distribution"])
     )
-    assert without.learning == replace(whole.learning, attention=False, distribution=False) != whole.learning
+    assert (
+        without.run.learning == replace(whole.run.learning, attention=False, distribution=False) != whole.run.learning
+    )
 
 
 @pytest.mark.parametrize("solver", sorted(solvers()))
 def test_a_flag_of_learning_is_no_option_of_a_solver(solver):
     """SmoothQuant's exponent and QuantEase's step are both called alpha; only flags that say so are the solver's."""
     words = [*BASE, "--solver", solver, "--alpha", "0", "--num-iter", "7", "--percdamp", "0.2"]
-    config = main_command.config_from(words)
+    config = main_command.request_from(words)
     declared = {"num_iter": 7, "percdamp": 0.2}
-    assert config.learning.transform.alpha == 0
-    assert config.options == {name: declared[name] for name in solver_options(get_solver(solver)) if name in declared}
+    assert config.run.learning.transform.alpha == 0
+    assert config.run.options == {
+        name: declared[name] for name in solver_options(get_solver(solver)) if name in declared
+    }
 
 
 def test_a_solver_option_of_a_flags_name_is_the_solvers():
-    config = main_command.config_from(
+    config = main_command.request_from(
         [*BASE, *shlex.split("--solver quantease --alpha 0.75 --solver-option alpha=1.5 --solver-option outlier=0.01")]
     )
-    assert config.learning.transform.alpha == 0.75
-    assert config.options == {"num_iter": 30, "alpha": 1.5, "outlier": 0.01}
+    assert config.run.learning.transform.alpha == 0.75
+    assert config.run.options == {"num_iter": 30, "alpha": 1.5, "outlier": 0.01}
 
 
 def test_all_flags_of_learning_at_once(tmp_path):
@@ -389,16 +393,21 @@ def test_all_flags_of_learning_at_once(tmp_path):
         "--use_ln_matrix --sf 0.25 --alpha 0.75 --let-seams vo,norm --let-rope untied --inverse-dtype float64 --epochs 7 "
         "--batch_size 3 --let_lr 0.011 --lwc_lr 0.012 --wd 0.013 --patience 2 --solver gptq --percdamp 0.2"
     ), "--act-scales", str(tmp_path / "s"), "--act-shifts", str(tmp_path / "z")]  # fmt: skip
-    config = main_command.config_from(words)
+    config = main_command.request_from(words)
     transform = TransformSpec(let=True, kinds=("vo", "norm"), matrix=True, norm_matrix=True, shift=True, alpha=0.75,
                               tied=False, stability=0.25, precise=True)  # fmt: skip
-    assert config.learning == Learning(
+    assert config.run.learning == Learning(
         transform, clip=True, compensation=True, epochs=7, let_lr=0.011, lwc_lr=0.012, weight_decay=0.013, batch=3,
         augmented=True, distribution=True, attention=True, patience=2,
     )  # fmt: skip
-    assert config.act == ActSpec(bits=7, kv_bits=5, method="per_tensor", symmetric=True)
-    assert (config.method, config.solver, config.levels, config.options["percdamp"]) == ("abq+gptq", "gptq", 5, 0.2)
-    assert (config.act_scales, config.act_shifts) == (tmp_path / "s", tmp_path / "z")
+    assert config.run.act == ActSpec(bits=7, kv_bits=5, method="per_tensor", symmetric=True)
+    assert (config.run.method, config.run.solver, config.run.levels, config.run.options["percdamp"]) == (
+        "abq+gptq",
+        "gptq",
+        5,
+        0.2,
+    )
+    assert (config.run.act_scales, config.run.act_shifts) == (tmp_path / "s", tmp_path / "z")
 
 
 @pytest.mark.parametrize(
@@ -408,8 +417,8 @@ def test_all_flags_of_learning_at_once(tmp_path):
      ("--wbits 2 --method omniquant --bit-balance on", 5)],
 )  # fmt: skip
 def test_who_gets_balanced_levels(flags, levels):
-    config = main_command.config_from(["--model", "x", "--method", "abq", "--lwc", *flags.split()])
-    assert config.levels == levels
+    config = main_command.request_from(["--model", "x", "--method", "abq", "--lwc", *flags.split()])
+    assert config.run.levels == levels
 
 
 def test_arithmetic_on_a_gpu(monkeypatch):
@@ -417,7 +426,7 @@ def test_arithmetic_on_a_gpu(monkeypatch):
     monkeypatch.setattr(env, "pick_device", lambda name: torch.device("cuda"))
     for flags, dtype in (([], "bfloat16"), (["--deactive_amp"], "float32"), (["--dtype", "float16"], "float16"),
                          (["--deactive_amp", "--dtype", "bfloat16"], "bfloat16")):  # fmt: skip
-        assert main_command.config_from([*BASE, *flags]).dtype == dtype
+        assert main_command.request_from([*BASE, *flags]).session.dtype == dtype
 
 
 def test_a_plan_refuses_what_the_run_refuses_and_nothing_else(command, small, tmp_path):
@@ -437,7 +446,7 @@ def test_planned_bits_are_the_bits_of_the_run(command, small, model_dir, wbits, 
     words = [*map(str, small), "--wbits", str(wbits), "--abits", "8", "--let", "--use_ln_matrix", "--epochs", "0"]
     assert command(*words)[0] == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    config = main_command.config_from(words)
+    config = main_command.request_from(words)
     shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
     plan = estimate(config, shapes, 4, (1e12, 1e12), (0.0, 0.0))
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
@@ -460,7 +469,7 @@ def test_planned_bits_count_the_outliers_of_the_solver(command, small, model_dir
     assert command(*words)[0] == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
-    plan = estimate(main_command.config_from(words), shapes, 4, (1e12, 1e12), (0.0, 0.0))
+    plan = estimate(main_command.request_from(words), shapes, 4, (1e12, 1e12), (0.0, 0.0))
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
     rows = 32 * sum(out + 1 for _, out, _ in shapes.linears)  # pointers of sparse rows: much where rows are this short
     assert plan["bits per weight"] + rows / weights == pytest.approx(results["bits_per_weight"], rel=0.005)
@@ -469,7 +478,7 @@ def test_planned_bits_count_the_outliers_of_the_solver(command, small, model_dir
 def test_weights_that_stay_have_no_outliers_in_the_plan(model_dir, tmp_path):
     words = [*shlex.split("--model x --wbits 16 --abits 8 --let --solver quantease --solver-option outlier=0.05")]
     shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
-    plan = estimate(main_command.config_from(words), shapes, 4, (1e12, 1e12), (0.0, 0.0))
+    plan = estimate(main_command.request_from(words), shapes, 4, (1e12, 1e12), (0.0, 0.0))
     assert plan["bits per weight"] == 16
 
 

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,18 +20,18 @@ from quant.evaluate.perplexity import ratio_interval
 from quant.kernels import columns as blocks
 from quant.kernels.columns import TorchKernels
 from quant.run.calibration import heldout_windows
-from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
-from quant.run.session import Session
+from quant.run.request import Request
+from quant.run.session import open_session
 from quant.run.stored import Allowed
 from quant.solvers.gptq import gptq
 from tests.conftest import CONFIGS
-from tests.helpers import SEQLEN, config_for, direct_perplexity
+from tests.helpers import SEQLEN, config_for, direct_perplexity, perform, perform_all, replace
 from tests.references import make_stats
 
 
-def run(config: RunConfig) -> dict:
-    return Session(config).run(config)
+def run(config: Request) -> dict:
+    return perform(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -50,7 +49,7 @@ def test_every_family_end_to_end(name, model_dir, text, tmp_path):
     assert low <= scores["quantized"] / scores["fp"] <= high
     # Every linear of every block is quantized, nothing else is touched.
     records = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").open()]
-    assert len(records) == 3 * len(Session(config).model.linear_shapes())
+    assert len(records) == 3 * len(open_session(config).model.linear_shapes())
     solved = {f"{r['block']}.{r['name']}" for r in records}
     for key, value in full.state_dict().items():
         quantized = any(key.endswith(f".{linear}.weight") for linear in solved)
@@ -88,7 +87,7 @@ def test_results_follow_the_contract(model_dir, text, tmp_path):
 def test_manifest_and_journal_name_the_kernels(chosen, model_dir, text, tmp_path, monkeypatch):
     if chosen is not None:
         monkeypatch.setitem(blocks._chosen, "cpu", chosen)
-    run(config_for(model_dir("llama"), text, tmp_path, method="gptq", options={}, num_layers=1))
+    run(config_for(model_dir("llama"), text, tmp_path, solver="gptq", options={}, num_layers=1))
     said = "numba" if chosen is None else "torch: Triton kernels are not usable (no ptxas)"
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["kernels"] == said
     records = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").open()]
@@ -97,7 +96,7 @@ def test_manifest_and_journal_name_the_kernels(chosen, model_dir, text, tmp_path
 
 def test_without_true_sequential_all_linears_see_the_same_pass(model_dir, text, tmp_path):
     """The first block's answers recomputed from transformers' own activations."""
-    config = config_for(model_dir("opt"), text, tmp_path, method="gptq", options={})
+    config = config_for(model_dir("opt"), text, tmp_path, solver="gptq", options={})
     run(config)
     solved = RunDirectory(tmp_path / "run").read_weights(0)
     tokenizer = AutoTokenizer.from_pretrained(model_dir("opt"))
@@ -117,8 +116,8 @@ def test_without_true_sequential_all_linears_see_the_same_pass(model_dir, text, 
 def test_later_blocks_and_stages_see_what_is_quantized(model_dir, text, tmp_path):
     plain = config_for(model_dir("llama"), text, tmp_path, run_dir=tmp_path / "plain", wbits=2)
     staged = replace(plain, run_dir=tmp_path / "staged", true_sequential=True)
-    session = Session(plain)
-    session.run(plain), session.run(staged)
+    session = open_session(plain)
+    session.run(plain.run, plain.output), session.run(staged.run, staged.output)
     for index, differ in ((0, ("self_attn.o_proj", "mlp.down_proj")), (1, ("self_attn.q_proj",))):
         a, b = (RunDirectory(tmp_path / d).read_weights(index) for d in ("plain", "staged"))
         assert all(not torch.equal(a[name].codes, b[name].codes) for name in differ)
@@ -129,13 +128,13 @@ def test_later_blocks_and_stages_see_what_is_quantized(model_dir, text, tmp_path
 def test_methods_together_equal_methods_alone(model_dir, text, tmp_path):
     base = config_for(model_dir("llama"), text, tmp_path)
     methods = {"rtn": {}, "gptq": {}, "quantease": {"num_iter": 3}}
-    configs = [replace(base, method=m, options=o, run_dir=tmp_path / "all" / m) for m, o in methods.items()]
-    together = Session(configs[0]).run_all(configs)
+    configs = [replace(base, solver=m, options=o, run_dir=tmp_path / "all" / m) for m, o in methods.items()]
+    together = perform_all(configs)
     for config, results in zip(configs, together, strict=True):
-        alone = run(replace(config, run_dir=tmp_path / "alone" / config.method))
-        assert results["codes_sha256"] == alone["codes_sha256"] and results["method"] == config.method
+        alone = run(replace(config, run_dir=tmp_path / "alone" / config.run.method))
+        assert results["codes_sha256"] == alone["codes_sha256"] and results["method"] == config.run.method
         assert results["perplexity"] == alone["perplexity"] and results["fidelity"] == alone["fidelity"]
-    again = Session(configs[0]).run_all(configs)
+    again = perform_all(configs)
     assert [r["codes_sha256"] for r in again] == [r["codes_sha256"] for r in together]
 
 
@@ -146,7 +145,7 @@ def test_methods_together_equal_methods_alone(model_dir, text, tmp_path):
 )  # fmt: skip
 def test_outliers_survive_the_disk_and_the_checkpoint(method, options, model_dir, text, tmp_path):
     config = config_for(
-        model_dir("llama"), text, tmp_path, method=method, options=options, group_size=16, save=tmp_path / "saved"
+        model_dir("llama"), text, tmp_path, solver=method, options=options, group_size=16, save=tmp_path / "saved"
     )
     results = run(config)
     weights = RunDirectory(tmp_path / "run").read_weights(0)
@@ -169,13 +168,13 @@ def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monk
     monkeypatch.setattr(recipe, "relative_errors", measure)
     config = replace(config_for(model_dir("llama"), text, tmp_path, solver_precision="high"), eval_datasets=())
     inside = []
-    session = Session(config)
-    solver = session.recipe(config).solver
+    session = open_session(config)
+    solver = session.recipe(config.run).solver
     monkeypatch.setattr(
         "quant.run.inputs.get_solver",
         lambda name: lambda *a, **k: inside.append(torch.get_float32_matmul_precision()) or solver(*a, **k),
     )
-    session.run(config)
+    session.run(config.run, config.output)
     assert set(inside) == {"high"} and set(seen) == {"highest"}
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["solver_precision"] == "high"
 
@@ -201,8 +200,10 @@ def test_only_the_first_blocks(model_dir, text, tmp_path):
 def test_activation_store_does_not_change_the_bits(store, model_dir, text, tmp_path):
     config = config_for(model_dir("mistral"), text, tmp_path)
     other = replace(config, run_dir=tmp_path / "other", activation_store=store)
-    session = Session(config)
-    assert session.run(config)["codes_sha256"] == session.run(other)["codes_sha256"]
+    session = open_session(config)
+    assert (
+        session.run(config.run, config.output)["codes_sha256"] == session.run(other.run, other.output)["codes_sha256"]
+    )
 
 
 def test_a_finished_run_is_not_repeated(model_dir, text, tmp_path):
@@ -228,22 +229,22 @@ def test_another_configuration_in_the_same_place_is_refused(model_dir, text, tmp
 def test_default_run_directories_differ_by_configuration(model_dir, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = config_for(model_dir("llama"), text, tmp_path, run_dir=None)
-    session = Session(config)
-    paths = {
-        session.run_path(replace(config, **change)) for change in ({}, {"wbits": 4}, {"seed": 2}, {"method": "rtn"})
-    }
+    session = open_session(config)
+    changes: tuple[dict, ...] = ({}, {"wbits": 4}, {"seed": 2}, {"solver": "rtn"})
+    paths = {session.run_path(replace(config.run, **change), config.output) for change in changes}
     assert len(paths) == 4 and all(path.parts[0] == "runs" for path in paths)
-    assert session.run_path(config) == session.run_path(replace(config, limit=3)), "evaluation does not move the codes"
+    other = open_session(replace(config, limit=3))
+    assert other.run_path(config.run, config.output) in paths, "evaluation does not move the codes"
 
 
-def _child(config: RunConfig, connection) -> None:
+def _child(config: Request, connection) -> None:
     """Run in a process of its own and tell the parent of every step."""
     torch.set_num_threads(1)
-    results = Session(config).run(config, lambda *event: connection.send(event))
+    results = perform(config, lambda *event: connection.send(event))
     connection.send(("end", results["codes_sha256"], results["perplexity"], ""))
 
 
-def _finish_or_kill(context, config: RunConfig, kill_at: int | None, delay: float) -> tuple | None:
+def _finish_or_kill(context, config: Request, kill_at: int | None, delay: float) -> tuple | None:
     """Start a run; SIGKILL it after its n-th step and a delay. Returns its last message if it ended by itself."""
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(config, sending))
@@ -344,11 +345,11 @@ def test_no_space_in_the_middle_leaves_nothing_half_written(model_dir, text, tmp
         real(descriptor)
 
     config = config_for(model_dir("llama"), text, tmp_path)
-    session = Session(config)
-    heldout_windows(session, config)  # the token cache is not what is tested
+    session = open_session(config)
+    heldout_windows(session, config.run)  # the token cache is not what is tested
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        session.run(config)
+        session.run(config.run, config.output)
     monkeypatch.setattr(os, "fsync", real)
     assert [p.name for p in (tmp_path / "run" / "blocks").iterdir()] == ["00000.safetensors"]
     assert run(config)["perplexity"]
@@ -364,7 +365,7 @@ def test_singular_gram_names_the_linear(model_dir, text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(linalg, "upper_factor", fails)
     with pytest.raises(RunError, match="block 0 self_attn.q_proj: the Gram matrix is singular"):
-        run(config_for(model_dir("llama"), text, tmp_path, method="gptq", options={}))
+        run(config_for(model_dir("llama"), text, tmp_path, solver="gptq", options={}))
 
 
 def test_overflow_in_half_precision_names_the_block(model_dir, text, tmp_path):
@@ -378,7 +379,7 @@ def test_overflow_in_half_precision_names_the_block(model_dir, text, tmp_path):
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1e20
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"block 1.*(not finite|NaN or infinite)"):
-        run(config_for(path, text, tmp_path, options={}, method="rtn"))
+        run(config_for(path, text, tmp_path, options={}, solver="rtn"))
 
 
 def test_tokenizer_of_another_model_is_refused(model_dir, text, tmp_path):
@@ -420,7 +421,7 @@ def other_epsilon(path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dequantized", "bitplane"])
 def test_a_damaged_checkpoint_is_not_taken_for_done(kind, name, harm, model_dir, text, tmp_path):
     config = config_for(
-        model_dir("llama"), text, tmp_path, save=tmp_path / "saved", format=kind, method="rtn", options={}
+        model_dir("llama"), text, tmp_path, save=tmp_path / "saved", format=kind, solver="rtn", options={}
     )
     run(config)
     written = (tmp_path / "saved" / name).read_bytes()
@@ -442,7 +443,7 @@ def test_a_damaged_checkpoint_is_not_taken_for_done(kind, name, harm, model_dir,
 
 
 def test_overwrite_saves_again(model_dir, text, tmp_path):
-    config = config_for(model_dir("llama"), text, tmp_path, save=tmp_path / "saved", method="rtn", options={})
+    config = config_for(model_dir("llama"), text, tmp_path, save=tmp_path / "saved", solver="rtn", options={})
     run(config)
     stamp = (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns
     run(replace(config, overwrite=True))
@@ -476,11 +477,11 @@ def test_a_late_refusal_loses_no_scores(model_dir, text, tmp_path):
     from quant.run.convert import convert
 
     model = with_a_tiny_row(model_dir("llama"), tmp_path / "model")
-    config = config_for(model, text, tmp_path, wbits=4, symmetric=True, method="rtn", options={}, format="gptq",
+    config = config_for(model, text, tmp_path, wbits=4, symmetric=True, solver="rtn", options={}, format="gptq",
                         save=tmp_path / "saved")  # fmt: skip
-    other = replace(config, method="gptq", run_dir=tmp_path / "other", save=tmp_path / "other-saved")
+    other = replace(config, solver="gptq", run_dir=tmp_path / "other", save=tmp_path / "other-saved")
     with pytest.raises(RunError, match=r"layers.1.mlp.up_proj: gptq .* cannot hold these exactly: use format bitplane"):
-        Session(config).run_all([config, other])
+        perform_all([config, other])
     assert not (tmp_path / "saved").exists() and not list(tmp_path.glob(".*"))
     for place in ("run", "other"):
         stored = json.loads((tmp_path / place / "results.json").read_text())
@@ -498,13 +499,13 @@ def test_a_format_that_was_chosen_falls_back(model_dir, text, tmp_path, caplog):
     from quant.run.choice import in_packed_format
 
     model = with_a_tiny_row(model_dir("llama"), tmp_path / "model")
-    config = config_for(model, text, tmp_path, wbits=4, symmetric=True, method="rtn", options={}, packed=True,
+    config = config_for(model, text, tmp_path, wbits=4, symmetric=True, solver="rtn", options={}, packed=True,
                         save=tmp_path / "saved")  # fmt: skip
     config = in_packed_format(config)
-    assert (config.format, config.fallback) == ("gptq", "bitplane")
-    assert in_packed_format(replace(config, target="gptqmodel")).fallback is None, "the target may not load that"
-    stored = RunConfig.from_json(config.to_json(), "the manifest", Allowed(paths=True))
-    written = {"run_dir": config.run_dir, "save": config.save, "cache_dir": config.cache_dir}
+    assert (config.output.format, config.output.fallback) == ("gptq", "bitplane")
+    assert in_packed_format(replace(config, target="gptqmodel")).output.fallback is None, "the target may not load that"
+    stored = Request.from_json(config.to_json(), "the manifest", Allowed(paths=True))
+    written = {"run_dir": config.output.run_dir, "save": config.output.save, "cache_dir": config.session.cache_dir}
     assert replace(stored, **written) == config, "all of it but where to write"
     run(config)
     assert "cannot hold these exactly: use format bitplane; saved as bitplane" in caplog.text
@@ -531,13 +532,13 @@ def in_float16(source: Path, target: Path) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "rtn", "options": {}, "wbits": 2},
-        {"method": "gptq", "options": {}, "wbits": 4, "symmetric": True},
-        {"method": "quantease", "options": {"num_iter": 4, "outlier": 0.02, "refit_grid": True}, "group_size": 16},
-        {"method": "spqr", "options": {"outlier": 0.3}, "group_size": 16},
-        {"method": "spqr", "options": {}, "symmetric": True},
+        {"solver": "rtn", "options": {}, "wbits": 2},
+        {"solver": "gptq", "options": {}, "wbits": 4, "symmetric": True},
+        {"solver": "quantease", "options": {"num_iter": 4, "outlier": 0.02, "refit_grid": True}, "group_size": 16},
+        {"solver": "spqr", "options": {"outlier": 0.3}, "group_size": 16},
+        {"solver": "spqr", "options": {}, "symmetric": True},
     ],
-    ids=lambda options: f"{options['method']} {options.get('symmetric', False)}",
+    ids=lambda options: f"{options['solver']} {options.get('symmetric', False)}",
 )
 def test_what_is_saved_in_float16_is_finite_and_what_was_evaluated(options, model_dir, text, tmp_path):
     from safetensors.torch import load_file
@@ -567,7 +568,7 @@ def test_values_that_the_checkpoint_cannot_hold_stop_the_run_at_their_block(mode
     monkeypatch.setitem(registry._declarations, "gptq", registry.Declaration())
     model = in_float16(model_dir("llama"), tmp_path / "model")
     with pytest.raises(RunError, match=r"block 2 mlp.down_proj.weight: not every value is finite in float16"):
-        run(config_for(model, text, tmp_path, method="gptq", options={}))
+        run(config_for(model, text, tmp_path, solver="gptq", options={}))
     assert len(list((tmp_path / "run" / "blocks").iterdir())) == 2
 
 
@@ -596,7 +597,7 @@ def test_blocks_are_what_was_solved(case, model_dir, text, tmp_path):
     from quant.run.packed_model import load_resident, open_run
 
     change, message = HARM[case]
-    config = config_for(model_dir("llama"), text, tmp_path, method="rtn", options={})
+    config = config_for(model_dir("llama"), text, tmp_path, solver="rtn", options={})
     run(config)
     file = tmp_path / "run" / "blocks" / "00001.safetensors"
     file.unlink() if change is None else edit_block(file, change)
@@ -614,7 +615,7 @@ def test_blocks_are_what_was_solved(case, model_dir, text, tmp_path):
 def test_illegal_codes_with_a_right_hash_are_refused(model_dir, text, tmp_path, monkeypatch):
     from quant.run import directory as journal
 
-    run(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}))
+    run(config_for(model_dir("llama"), text, tmp_path, solver="rtn", options={}))
     edit_block(tmp_path / "run" / "blocks" / "00001.safetensors", lambda t: t["mlp.up_proj.codes"].fill_(200))
     monkeypatch.setattr(journal.RunDirectory, "_verify", lambda *given: None)
     with pytest.raises(InputError, match=r"00001.safetensors is damaged .codes must be uint8 in 0..7"):
@@ -625,7 +626,7 @@ def test_illegal_codes_with_a_right_hash_are_refused(model_dir, text, tmp_path, 
 def test_a_manifest_of_nothing_is_one_line(content, model_dir, text, tmp_path):
     from quant.run.packed_model import open_run
 
-    config = config_for(model_dir("llama"), text, tmp_path, method="rtn", options={})
+    config = config_for(model_dir("llama"), text, tmp_path, solver="rtn", options={})
     run(config)
     (tmp_path / "run" / "manifest.json").write_text(content)
     for action in (lambda: open_run(tmp_path / "run", tmp_path), lambda: run(config)):

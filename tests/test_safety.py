@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,16 +31,17 @@ from quant.cli.errors import exit_code_of
 from quant.core import files
 from quant.core.errors import InputError
 from quant.core.files import RECORD, check_owned, locked, read_json, resolved, write_atomically, write_owned
+from quant.core.names import DEFAULT_CACHE
 from quant.core.places import Place, check_places
 from quant.export import target as target_module
 from quant.export.target import HIDDEN, OWN, replacing
-from quant.run.config import RunConfig, places_written
 from quant.run.convert import convert
 from quant.run.directory import LOCK, RunDirectory
-from quant.run.session import Session
+from quant.run.request import Request, places_written
+from quant.run.session import open_session
 from quant.run.stored import Allowed, ordered_places, taken
 from scripts import sweep
-from tests.helpers import called, config_for
+from tests.helpers import called, config_for, perform, replace
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,9 +117,9 @@ def test_a_model_does_not_choose_code_for_its_attention(model_dir, text, tmp_pat
     model = shutil.copytree(model_dir("llama"), tmp_path / "m")
     for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
         edit_json(model / "config.json", lambda c, name=name: c.update({name: "someone/kernel"}))
-    assert Session(config_for(model, text, tmp_path, method="rtn", options={})).model.config.vocab_size > 0
+    assert open_session(config_for(model, text, tmp_path, solver="rtn", options={})).model.config.vocab_size > 0
     with pytest.raises(InputError, match="attention 'someone/kernel': use eager or sdpa"):
-        Session(config_for(model, text, tmp_path, options={}, attn_implementation="someone/kernel"))
+        open_session(config_for(model, text, tmp_path, options={}, attn_implementation="someone/kernel"))
 
 
 REQUESTS = {  # a stored entry, and the flag that allows it
@@ -152,8 +152,8 @@ def test_places_of_a_stored_request_are_left_out():
     kept = {"dataset", "calib_dataset", "wbits", "eval_datasets", "task_path"}
     assert set(taken(stored, "a manifest", Allowed())) == kept
     assert set(ordered_places(stored)) == set(stored) - kept
-    config = RunConfig.from_json(RunConfig("m", save=Path("/s"), overwrite=True).to_json(), "m", Allowed())
-    assert config.save is None and not config.overwrite and config.cache_dir == RunConfig.cache_dir
+    config = Request.from_json(Request.of("m", save=Path("/s"), overwrite=True).to_json(), "m", Allowed())
+    assert config.output.save is None and not config.output.overwrite and config.session.cache_dir == DEFAULT_CACHE
 
 
 def test_a_run_is_repeated_from_named_files_only_on_demand(command, quick, model_dir, text, tmp_path):
@@ -603,7 +603,7 @@ def test_special_files_are_refused_before_they_are_opened(name, kind, model_dir,
     monkeypatch.chdir(model)  # the name of a socket is short
     make_special(Path(name), kind)
     with pytest.raises(InputError) as error:
-        Session(config_for(model, text, tmp_path, method="rtn", options={}))
+        open_session(config_for(model, text, tmp_path, solver="rtn", options={}))
     assert name in str(error.value) or str(model) in str(error.value)
     assert stat.S_ISFIFO(os.lstat(name).st_mode) == (kind == "pipe")
 
@@ -695,7 +695,7 @@ def test_edited_requests_are_one_line(command, source, tmp_path):
                 continue
             (run / "manifest.json").write_text(json.dumps(whole | {"request": request}))
             try:
-                RunConfig.from_json(request, "the manifest", Allowed(True, True))
+                Request.from_json(request, "the manifest", Allowed(True, True))
             except InputError as error:
                 assert "\n" not in str(error)
             tried += 1
@@ -760,9 +760,9 @@ def in_a_process(work: Callable[[], object], kill_at: int) -> tuple[int, int]:
 def source(model_dir, text, tmp_path_factory) -> Path:
     """A finished run."""
     base = tmp_path_factory.mktemp("convert")
-    config = config_for(model_dir("llama"), text, base, method="rtn", options={})
-    Session(config).run(config)
-    return config.run_dir
+    config = config_for(model_dir("llama"), text, base, solver="rtn", options={})
+    perform(config)
+    return config.output.run_dir
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
@@ -950,7 +950,6 @@ def test_everyday_places_are_taken(command, quick, model_dir, text, tmp_path, mo
     """The model's directory as the working directory, data beside runs, a cache anywhere."""
     model = shutil.copytree(model_dir("llama"), tmp_path / "m")
     at_default = quick[:-2]
-    monkeypatch.setattr(RunConfig, "cache_dir", tmp_path / "cache", raising=False)
 
     def here(directory: Path, *words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["x.py", *map(str, words)])
@@ -1028,10 +1027,10 @@ def test_a_lock_is_held_once_a_process_and_by_any_depth(tmp_path):
     assert victim.read_text() == "precious"
 
 
-def _run_both(config: RunConfig, waiting, answers) -> None:
+def _run_both(config: Request, waiting, answers) -> None:
     waiting.wait()
     try:
-        Session(config).run(config)
+        perform(config)
         answers.put("done")
     except InputError as error:
         answers.put(str(error))
@@ -1052,9 +1051,12 @@ def test_two_processes_on_one_run_directory(model_dir, text, tmp_path):
             process.join()
         # One after the other is right too: the second then finds everything done.
         assert "done" in said and all(s == "done" or "is in use by process" in s for s in said)
-        names = [(r["block"], r["name"]) for r in map(json.loads, (config.run_dir / "journal.jsonl").open())]
+        names = [(r["block"], r["name"]) for r in map(json.loads, (config.output.run_dir / "journal.jsonl").open())]
         assert len(names) == len(set(names)) == 21
-        assert len(RunDirectory(config.run_dir).finished_blocks()) == 3 and (config.save / "model.safetensors").exists()
+        assert (
+            len(RunDirectory(config.output.run_dir).finished_blocks()) == 3
+            and (config.output.save / "model.safetensors").exists()
+        )
 
 
 # Full disk
@@ -1081,14 +1083,14 @@ def test_the_store_on_disk_is_counted_before_work(model_dir, text, tmp_path, mon
     monkeypatch.setattr(job_module, "check_space", lambda place, size: asked.update({place.name: size}))
     sizes = {}
     for store in ("cpu", "disk"):
-        config = config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}, activation_store=store)
-        session = Session(config)
+        config = config_for(model_dir("llama"), text, tmp_path, solver="rtn", options={}, activation_store=store)
+        session = open_session(config)
         with ExitStack() as held:
-            job_module.open_jobs(session, [replace(config, run_dir=tmp_path / store)], held)
+            job_module.open_jobs(session, [(config.run, replace(config.output, run_dir=tmp_path / store))], held)
         sizes[store] = asked[store]
     hidden = 32 * 32 * 4  # bytes of a window: tokens, width, float32
     assert sizes["disk"] - sizes["cpu"] == hidden * max(12, 2 * 12)
-    assert [place.flag for place in places_written(config)] == ["--run-dir", "--cache-dir"]
+    assert [place.flag for place in places_written(config.output)] == ["--run-dir"]
 
 
 SMALL_DISK = """

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from quant.cli.errors import exit_code_of
 from quant.core.errors import InputError
 from quant.run import scoring
 from scripts import sweep
-from tests.helpers import config_for
+from tests.helpers import config_for, replace
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,11 +74,11 @@ def test_a_grid_expands_to_its_product(table):
     demo = sweep.read_table(ROOT / "scripts" / "sweeps" / "demo.yaml")
     assert len(demo) == 150
     cells = sweep.cells_of(demo, Path("x"))
-    assert len({sweep.session_key(cell.config) for cell in cells}) == 5, "one evaluation a model"
+    assert len({cell.request.session for cell in cells}) == 5, "one evaluation a model"
     assert len({cell.label for cell in cells}) == 75
-    assert len({cell.config.run_dir for cell in cells}) == 150
-    assert sum(cell.config.options.get("outlier", 0) == 0.01 for cell in cells) == 30
-    assert all(cell.config.true_sequential for cell in cells)
+    assert len({cell.request.output.run_dir for cell in cells}) == 150
+    assert sum(cell.request.run.options.get("outlier", 0) == 0.01 for cell in cells) == 30
+    assert all(cell.request.run.true_sequential for cell in cells)
 
 
 def test_a_grid_may_be_several(tmp_path):
@@ -97,7 +96,7 @@ def test_rows_of_the_results_parse(table, tmp_path, monkeypatch):
         (tmp_path / "text" / f"{name}.txt").touch()
     monkeypatch.chdir(tmp_path)
     cells = sweep.cells_of(sweep.read_table(table), tmp_path)
-    models = {cell.config.model for cell in cells}
+    models = {cell.request.session.model for cell in cells}
     assert len(sweep.groups_of(cells, None)) <= 2 * len(models) and len(models) in (2, 5)
 
 
@@ -111,10 +110,10 @@ def test_rows_of_the_papers_are_a_sweep():
     rows = sweep.read_table(papers, {"paper": "omniquant", "family": "llama*", "size": "7b", "setting": "W4A4"})
     rows = sweep.with_more(rows, ["0", "1"], sweep.flags_of("--nsamples 16 --limit -1", "--flags"))
     cells = sweep.cells_of(rows, Path("x"))
-    assert [(c.config.model, c.config.seed) for c in cells] == [
+    assert [(c.request.session.model, c.request.run.seed) for c in cells] == [
         ("huggyllama/llama-7b", 0), ("huggyllama/llama-7b", 1), ("meta-llama/Llama-2-7b-hf", 0), ("meta-llama/Llama-2-7b-hf", 1)
     ]  # fmt: skip
-    assert all(c.config.nsamples == 16 and (c.config.wbits, c.config.act.bits) == (4, 4) for c in cells)
+    assert all(c.request.run.nsamples == 16 and (c.request.run.wbits, c.request.run.act.bits) == (4, 4) for c in cells)
     assert [c.label for c in cells[::2]] == ["omniquant W4A4 llama-7b", "omniquant W4A4 Llama-2-7b-hf"]
     (row,) = sweep.read_table(
         papers, {"paper": "quantease", "family": "opt", "size": "13b", "setting": "W3"}, Path("/m")
@@ -131,13 +130,13 @@ def test_rows_of_one_session_share_what_it_opens(model_dir, text, tmp_path):
     others = {"task_path": Path("t"), "data_dir": Path("d"), "cache_dir": Path("c"), "trust_remote_code": True,
               "activation_store": "disk", "deterministic": True, "limit": 1}  # fmt: skip
     for name, value in others.items():
-        assert sweep.session_key(replace(config, **{name: value})) != sweep.session_key(config), name
-    for name, value in {"wbits": 2, "seed": 5, "method": "rtn"}.items():
-        assert sweep.session_key(replace(config, **{name: value})) == sweep.session_key(config), name
+        assert replace(config, **{name: value}).session != config.session, name
+    for name, value in {"wbits": 2, "seed": 5, "solver": "rtn"}.items():
+        assert replace(config, **{name: value}).session == config.session, name
 
 
 def test_full_precision_is_evaluated_once_however_many_rows_are_together(model_dir, text, tmp_path, monkeypatch):
-    config = replace(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
+    config = replace(config_for(model_dir("llama"), text, tmp_path, solver="rtn", options={}), nsamples=4, limit=4)
     passed, evaluating, changes = [], [], []
     run, evaluate = BlockStream.run, scoring.score_perplexity
 
@@ -170,7 +169,7 @@ def test_full_precision_is_evaluated_once_however_many_rows_are_together(model_d
 
 def test_tasks_of_full_precision_are_scored_once(model_dir, text, tmp_path, local_task, monkeypatch):  # noqa: F811
     config = config_for(
-        model_dir("llama"), text, tmp_path, method="rtn", options={}, tasks=("mine",), task_path=local_task
+        model_dir("llama"), text, tmp_path, solver="rtn", options={}, tasks=("mine",), task_path=local_task
     )
     config = replace(config, nsamples=4, limit=4, eval_datasets=())
     scored, run_tasks = [], scoring.run_tasks

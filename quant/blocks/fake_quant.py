@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.core.names import FULL_BITS
 from quant.core.rounding import FakeQuantize, NumberFormat
 from quant.kernels.matmul.weight import IntegerInputs
 
-FULL_BITS = 16
 METHODS = ("per_token", "per_tensor", "static")
 SMALLEST_STEP = 1e-5  # of a token whose entries are all equal
 

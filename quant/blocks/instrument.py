@@ -16,8 +16,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.blocks.fake_quant import FULL_BITS, ActSpec, integer_inputs, quantize_activations
+from quant.blocks.fake_quant import ActSpec, integer_inputs, quantize_activations
 from quant.blocks.weights import BlockWeights, Deployed
+from quant.core.names import FULL_BITS
 from quant.kernels.matmul.weight import PackedLinear, PackedWeight
 
 BYTE = 8  # bits up to which inputs are multiplied as integers, where weights are packed

@@ -9,14 +9,15 @@ from typing import Any
 
 from data.corpora import CALIBRATION, KNOWN, check_source
 from models.names import check_name
+from quant.cli.errors import set_logging
 from quant.cli.flags import OPTIONS, QUANTIZER, TABLE, Flag
 from quant.cli.parser import Parser
 from quant.core.errors import InputError
 
 
-def flags_of(command: str) -> list[Flag]:
-    """The flags that a command line has."""
-    return [flag for flag in TABLE if command in flag.names]
+def flags_of(command: str, table: Sequence[Flag] = TABLE) -> list[Flag]:
+    """The flags of a table that a command line has."""
+    return [flag for flag in table if command in flag.names]
 
 
 def build_parser(command: str, description: str | None, examples: str | None = None) -> Parser:
@@ -33,17 +34,17 @@ def bare_parser(command: str, description: str | None, examples: str | None = No
     )
 
 
-def add_flags(parser: Parser, command: str) -> None:
+def add_flags(parser: Parser, command: str, table: Sequence[Flag] = TABLE) -> None:
     """Add the flags of the table, in its order, in their groups. ``solver_flags`` of what is parsed names the options of
     solvers: only these reach one, any other flag may have the name of an option by chance."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for flag in flags_of(command):
+    for flag in flags_of(command, table):
         title = flag.of(command, "group")
         if title is not None and title not in groups:
             groups[title] = parser.add_argument_group(title)
         place = parser if title is None else groups[title]
         place.add_argument(*flag.names[command].split(), **_settings(flag, command))
-    options = tuple(flag.dest(command) for flag in flags_of(command) if flag.field == OPTIONS)
+    options = tuple(flag.dest(command) for flag in flags_of(command, table) if flag.field == OPTIONS)
     parser.set_defaults(**({"solver_flags": options} if options else {}))
 
 
@@ -58,16 +59,27 @@ def _settings(flag: Flag, command: str) -> dict[str, Any]:
     return settings | {"type": flag.type, "choices": flag.choices, "required": command in flag.required}
 
 
-def flag_mistakes(args: argparse.Namespace, command: str) -> list[str]:
+def parse(parser: Parser, words: Sequence[str] | None = None) -> Any:
+    """The flags of the command that was given, with logging as they ask for it; None after --list, which says its part."""
+    args = parser.parse_args(words)
+    set_logging(args.log_level)
+    if not getattr(args, "list", False):
+        return args
+    from quant.cli.listing import show_list
+
+    show_list()
+    return None
+
+
+def flag_mistakes(args: argparse.Namespace, command: str, table: Sequence[Flag] = TABLE) -> list[str]:
     """What is wrong with each flag by itself."""
     lines = []
-    for flag in flags_of(command):
-        value, valid = getattr(args, flag.dest(command)), flag.of(command, "valid")
+    for flag in flags_of(command, table):
+        value = getattr(args, flag.dest(command))
         if not value and (missing := flag.of(command, "missing")):
             lines.append(missing)
-        if value is not None and valid is not None and not valid.allows(value):
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            lines.append(f"{flag.name(command)} {shown}{valid.says}")
+        if wrong := flag.mistake(command, value):
+            lines.append(flag.name(command) + wrong)
     return lines
 
 
@@ -106,7 +118,7 @@ def check_device(name: str) -> None:
 
 
 def values_of(args: argparse.Namespace, command: str, part: str = "") -> dict[str, Any]:
-    """What the flags say of RunConfig's fields, or of those of a part of it: ``learning``, ``transform``, ``act``."""
+    """What the flags say of a request's fields, or of those of a part of a run: ``learning``, ``transform``, ``act``."""
     fields = [(flag, *_split(flag.field)) for flag in flags_of(command) if flag.field not in (None, OPTIONS)]
     return {name: flag.value(getattr(args, flag.dest(command))) for flag, where, name in fields if where == part}
 

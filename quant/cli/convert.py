@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quant.cli.arguments import add_flags, bare_parser
-from quant.cli.errors import set_logging
+from quant.cli.arguments import add_flags, bare_parser, parse
 from quant.cli.flags import CONVERT
 from quant.core.names import FORMATS
 
@@ -22,8 +21,7 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     add_flags(parser, CONVERT)
-    args = parser.parse_args()
-    set_logging("warning")
+    args = parse(parser)
     from quant.cli.console import console as make_console
     from quant.cli.tables import loadability_table
     from quant.export.runtimes import loadability

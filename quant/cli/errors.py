@@ -10,10 +10,11 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from quant.core.errors import InputError, RunError
+from quant.core.errors import InputError, RunError, first_line
 from quant.core.text import brief, one_line, printable
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -29,9 +30,9 @@ def fail(*lines: str) -> None:
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Run a command; turn the failures that a person can act on into one line and an exit code.
+    """Run a command; turn every failure into one line and an exit code, whatever library it came from.
 
-    Anything else is a mistake in this code and stays a traceback; so do all of them with ``--log-level debug``.
+    ``--log-level debug`` shows its traceback before.
     """
     _open_streams()
     try:
@@ -43,13 +44,10 @@ def exit_code_of(main: Callable[[], None]) -> int:
         fail("interrupted; the same command continues after the last finished block")
         return INTERRUPTED
     except Exception as error:
-        answer = explain(error)
-        if answer is None:
-            raise
         if isinstance(error, BrokenPipeError):
             _drop_output()
         log.debug("this failed:", exc_info=True)
-        code, lines = answer
+        code, lines = explain(error) or (FAILED, [_unexpected_line(error)])
         fail(*lines)
         return code
     return DONE
@@ -69,6 +67,8 @@ def explain(error: Exception) -> tuple[int, Sequence[str]] | None:
         if number is None:
             return FAILED, [f"a library failed: {error}. Finished blocks are kept."]
         error = OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return BAD_INPUT, [f"{_system_line(error)}: give another place"]
     if isinstance(error, OSError):
         return FAILED, [f"{_system_line(error)}. Finished blocks are kept."]
     return None
@@ -91,6 +91,18 @@ def _memory_line(error: Exception) -> str:
         f"not enough memory{why}: lower --calib-batch, --nsamples or --seqlen, or keep hidden states elsewhere with "
         "--activation-store. Finished blocks are kept."
     )
+
+
+def _unexpected_line(error: Exception) -> str:
+    """What nobody foresaw, and the last place of this project on its way."""
+    root = Path(__file__).parents[2]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(root) and "site-packages" not in frame.filename
+    ]
+    where = f" at {Path(frames[-1].filename).relative_to(root)}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}: {first_line(error)}; --log-level debug shows how it came to that"
 
 
 def _system_line(error: OSError) -> str:

@@ -8,8 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quant.cli.arguments import build_parser, flag_mistakes, source_mistakes, values_of
-from quant.cli.errors import set_logging
+from quant.cli.arguments import build_parser, flag_mistakes, parse, source_mistakes, values_of
 from quant.cli.flags import EVALUATE
 from quant.core.errors import InputError
 
@@ -18,8 +17,7 @@ def main() -> None:
     """Measure a checkpoint with the protocol of the runs."""
     parser = build_parser(EVALUATE, main.__doc__)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
-    args = parser.parse_args()
-    set_logging("warning")
+    args = parse(parser)
     values = values_of(args, EVALUATE) | {"full_precision_eval": True}
     if lines := flag_mistakes(args, EVALUATE) + source_mistakes(values["eval_datasets"], None):
         raise InputError(*lines)
@@ -33,17 +31,17 @@ def evaluate(args: argparse.Namespace, values: dict[str, Any]) -> None:
     from quant.cli.tables import results_table, tasks_table
     from quant.core.files import check_owned, write_owned
     from quant.core.places import Place, check_places
-    from quant.run.config import RunConfig, cache_place, places_read
-    from quant.run.session import Session
+    from quant.run.request import Request, cache_place, places_read
+    from quant.run.session import open_session
 
     with tempfile.TemporaryDirectory() as directory:
-        config = RunConfig(**values, run_dir=Path(directory) / "run")
+        request = Request.of(**values, run_dir=Path(directory) / "run")
         if args.out is not None:
-            check_places(places_read(config), [Place("--out", args.out), cache_place(args.cache_dir)])
+            check_places(places_read(request.session), [Place("--out", args.out), cache_place(args.cache_dir)])
             check_owned(args.out)
         console = make_console()
         with ProgressBars(console) as bars:
-            results = Session(config).run(config, bars.for_method("base"))
+            results = open_session(request).run(request.run, request.output, bars.for_method("base"))
     console.print(results_table([results], args.model))
     if results["zero_shot"]:
         console.print(tasks_table([results]))

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.core.names import DEQUANTIZED, DTYPES, FORMATS, RUNTIMES
+from quant.core.names import AUTO_GROUPS, DEFAULT_CACHE, DEQUANTIZED, DTYPES, FORMATS, RUNTIMES
 
 QUANTIZER, LEARNER, SCALES = "model_quantizer.py", "main.py", "generate_act_scale_shift.py"
-EVALUATE, REPEAT, GENERATE, CONVERT = (
-    f"python -m quant {name}" for name in ("evaluate", "repeat", "generate", "convert")
+SWEEP = "scripts/sweep.py"
+EVALUATE, REPEAT, GENERATE, CONVERT, REPORT = (
+    f"python -m quant {name}" for name in ("evaluate", "repeat", "generate", "convert", "report")
 )
 RUNS, MEASURES = (QUANTIZER, LEARNER), (QUANTIZER, LEARNER, EVALUATE)
 SESSIONS = (QUANTIZER, LEARNER, SCALES, EVALUATE)
+ALL = (*SESSIONS, REPEAT, GENERATE, CONVERT, REPORT, SWEEP)
 
-DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
 SOURCES = "wikitext2, ptb, c4, mix, pile, demo, or a .txt/.jsonl/.json.gz/.parquet file"
 SEAMS = ("norm", "vo", "qk", "mul")
 PARTS = ("compensation", "distribution", "attention")  # of abq: fields of Learning
+AUTO = "auto"
 OPTIONS = "the solver's"  # the field of flags that are options of solvers
 
 
@@ -32,15 +34,19 @@ class Valid:
     says: str
 
 
+MOST = 10**7  # of whatever is counted: windows, tokens, sweeps, epochs
+MOST_SEED = 2**63 - 1  # what generators of random numbers take
+
+
 @dataclass(frozen=True)
 class Flag:
     """A flag of some command lines.
 
-    field: what it sets: a field of RunConfig, or with a dot one of ``learning``, ``transform`` or ``act``; OPTIONS: an
+    field: what it sets: a field of a request, or with a dot one of ``learning``, ``transform`` or ``act``; OPTIONS: an
     option of solvers; None: nothing by itself. names: its spellings on every command line that has it, separated by
     blanks, the first of which names it in messages. default, valid, help, group, missing: for all of them, or a dict by
-    command line. type: bool is a switch, list a flag that may be repeated. value: from what was given to the field's
-    value. missing: what to say where it is left out and must not be.
+    command line. type: bool is a switch, list a flag that may be repeated. most: the largest number that is no slip of
+    the hand. value: from what was given to the field's value. missing: what to say where it is left out and must not be.
     """
 
     field: str | None
@@ -50,6 +56,7 @@ class Flag:
     default: Any = None
     type: Callable[[str], Any] = str
     valid: Valid | dict[str, Valid] | None = None
+    most: int = MOST
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
     missing: str | dict[str, str] | None = None
@@ -60,6 +67,17 @@ class Flag:
         """What the declaration says under ``what`` for a command line; None where it says nothing."""
         said = getattr(self, what)
         return said.get(command) if isinstance(said, dict) else said
+
+    def mistake(self, command: str, value: Any) -> str | None:
+        """What a message says behind the flag where the value is not allowed."""
+        valid, shown = self.of(command, "valid"), f"{value:g}" if isinstance(value, float) else str(value)
+        if value is not None and valid is not None and not valid.allows(value):
+            return f" {shown}{valid.says}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f" {shown}: use a number"
+        return (
+            f" {shown}: use at most {self.most}" if isinstance(value, int | float) and abs(value) > self.most else None
+        )
 
     def name(self, command: str) -> str:
         """The spelling in messages."""
@@ -75,11 +93,17 @@ def same_name(name: str, commands: tuple[str, ...] = RUNS) -> dict[str, str]:
     return dict.fromkeys(commands, name)
 
 
+def size(word: str) -> int | str:
+    """A group size as it is given: a number, or ``auto``."""
+    return word if word == AUTO else int(word)
+
+
 def split_words(given: str | None) -> tuple[str, ...]:
     """The words of a list with commas."""
     return tuple(word for word in (given or "").split(",") if word)
 
 
+AT_LEAST_0 = Valid(lambda n: n >= 0, ": use 0 or more")
 AT_LEAST_1 = Valid(lambda n: n >= 1, ": use 1 or more")
 AT_LEAST_2 = Valid(lambda n: n >= 2, ": use 2 or more")
 DIRECTORY = Valid(lambda path: path.is_dir(), " is not a directory")
@@ -129,12 +153,14 @@ QUANTIZED_FLAGS = (
          valid=ACT_BITS),
     Flag(
         "group_size", {QUANTIZER: "--groupsize --group-size", LEARNER: "--group_size"}, {
-            QUANTIZER: "columns that share a scale; -1: one scale a row (default: -1)",
-            LEARNER: "columns that share a scale (default: a scale a row)",
-        }, WHAT, {QUANTIZER: -1}, int, {
-            QUANTIZER: Valid(lambda n: n >= 1 or n == -1, ": use a positive number or -1"),
-            LEARNER: Valid(lambda n: n >= 1 or n == -1, ": use a positive number, or leave it out"),
-        }, metavar="N", value=lambda n: -1 if n is None else n,
+            QUANTIZER: "columns that share a scale; auto: the largest power of two up to 128 that divides the inputs of "
+                       "every linear; -1: one scale a row (default: -1)",
+            LEARNER: "columns that share a scale; auto: the largest power of two up to 128 that divides the inputs of "
+                     "every linear (default: a scale a row)",
+        }, WHAT, {QUANTIZER: -1}, size, {
+            QUANTIZER: Valid(lambda n: n == AUTO or n >= 1 or n == -1, ": use a positive number, auto or -1"),
+            LEARNER: Valid(lambda n: n == AUTO or n >= 1 or n == -1, ": use a positive number or auto, or leave it out"),
+        }, metavar="N", value=lambda n: -1 if n is None else AUTO_GROUPS if n == AUTO else n,
     ),
     Flag("symmetric", {QUANTIZER: "--sym", LEARNER: "--symmetric"},
          {QUANTIZER: "symmetric grid: zero point fixed at 2^(bits-1)", LEARNER: "symmetric weight grid"}, WHAT,
@@ -191,7 +217,7 @@ LEARNED_FLAGS = (
     Flag("act_shifts", {LEARNER: "--act-shifts"}, "of generate_act_scale_shift.py (default: measured)", LEARNED,
          type=Path, valid=FILE, metavar="FILE"),
     Flag("learning.epochs", {LEARNER: "--epochs"}, "0: only what --resume learned (default: 10)", LEARNING, 10, int,
-         Valid(lambda n: n >= 0, ": use 0 or more")),
+         AT_LEAST_0),
     Flag("learning.batch", {LEARNER: "--batch_size"}, "windows a step (default: 1)", LEARNING, 1, int, AT_LEAST_1),
     Flag("learning.let_lr", {LEARNER: "--let_lr"}, "rate of transforms (default: 5e-3)", LEARNING, 5e-3, float, RATE),
     Flag("learning.lwc_lr", {LEARNER: "--lwc_lr"}, "rate of clips (default: 1e-2)", LEARNING, 1e-2, float, RATE),
@@ -235,7 +261,7 @@ SOLVER_FLAGS = (
     Flag(OPTIONS, same_name("--percdamp"), {
         QUANTIZER: "gptq: damping, share of the mean Gram diagonal (default: 0.01)",
         LEARNER: "gptq: damping (default: 0.01)",
-    }, METHODS, 0.01, float, {QUANTIZER: SHARE}),
+    }, METHODS, 0.01, float, SHARE),
     Flag(OPTIONS, {QUANTIZER: "--auto-damp"}, "gptq: raise the damping stepwise where the Gram matrix is singular",
          METHODS, type=bool),
     Flag(OPTIONS, {QUANTIZER: "--outlier"},
@@ -265,7 +291,7 @@ DATA_FLAGS = (
     Flag("seed", same_name("--seed", SESSIONS), {
         **dict.fromkeys(MEASURES, "of the calibration sampling (default: %(default)s)"),
         SCALES: "of the sampling (default: 2)",
-    }, DATA, {QUANTIZER: 0, LEARNER: 2, SCALES: 2, EVALUATE: 0}, int),
+    }, DATA, {QUANTIZER: 0, LEARNER: 2, SCALES: 2, EVALUATE: 0}, int, most=MOST_SEED),
     Flag("eval_datasets", same_name("--eval-datasets", MEASURES),
          "names or files; '' for none (default: wikitext2,ptb,c4)", DATA, "wikitext2,ptb,c4", metavar="A,B",
          value=split_words),
@@ -281,7 +307,7 @@ DATA_FLAGS = (
     Flag("task_path", same_name("--task-path", MEASURES), "directory of more lm-eval tasks (YAML)", DATA, type=Path,
          valid=DIRECTORY, metavar="DIR"),
     Flag("num_fewshot", same_name("--num_fewshot", MEASURES),
-         "examples in front of a task's items (default: the task's)", DATA, {LEARNER: 0}, int, metavar="N"),
+         "examples in front of a task's items (default: the task's)", DATA, {LEARNER: 0}, int, AT_LEAST_0, metavar="N"),
     Flag("dataset", {QUANTIZER: "--dataset", **same_name("--calib_dataset --dataset", (LEARNER, SCALES))},
          f"{SOURCES} (default: %(default)s)", DATA, {QUANTIZER: "c4", LEARNER: "wikitext2", SCALES: "wikitext2"}),
     Flag(None, {LEARNER: "--eval_ppl"}, "evaluate perplexity on --eval-datasets", DATA, type=bool),
@@ -293,6 +319,15 @@ DATA_FLAGS = (
         **dict.fromkeys((QUANTIZER, EVALUATE), AT_LEAST_1),
         LEARNER: Valid(lambda n: n >= 1 or n == -1, ": use 1 or more, or -1 for all"),
     }, metavar="N", value=lambda n: None if n == -1 else n),
+)  # fmt: skip
+
+TALK_FLAGS = (
+    Flag(None, {GENERATE: "--model"}, "a run directory or any checkpoint", metavar="RUN|DIR|ID", required=(GENERATE,)),
+    Flag(None, {GENERATE: "--prompt"}, "text to continue", required=(GENERATE,)),
+    Flag(None, {GENERATE: "--max-new-tokens"}, "(default: 100)", None, 100, int, AT_LEAST_1, metavar="N"),
+    Flag(None, {GENERATE: "--temperature"}, "0: the most likely token (default: 0)", None, 0.0, float,
+         Valid(lambda t: 0 <= t < math.inf, ": use 0 or more, a finite number")),
+    Flag(None, {GENERATE: "--seed"}, "of --temperature above 0 (default: 0)", None, 0, int, AT_LEAST_0, most=MOST_SEED),
 )  # fmt: skip
 
 MACHINE_FLAGS = (
@@ -357,7 +392,8 @@ RESULT_FLAGS = (
     Flag(None, same_name("--no-report"), "do not write report.html, report.csv and its pictures", RESULTS, type=bool),
     Flag(None, same_name("--dry-run"), "plan, memory, time and size; nothing is run", RESULTS, type=bool),
     Flag(None, same_name("--list"), "methods with their options, families, formats, data sets", RESULTS, type=bool),
-    Flag(None, same_name("--log-level", (*RUNS, SCALES)), None, dict.fromkeys(RUNS, "results"), "warning",
+    Flag(None, same_name("--log-level", ALL), "debug: also the traceback of an error (default: %(default)s)",
+         dict.fromkeys(RUNS, "results"), {**dict.fromkeys(ALL, "warning"), REPORT: "error", SWEEP: "error"},
          choices=("debug", "info", "warning", "error")),
     Flag("runs", {LEARNER: "--output_dir"}, "where run directories are made (default: ../log/)", RESULTS,
          Path("../log/"), Path),
@@ -367,4 +403,4 @@ RESULT_FLAGS = (
          "only compare: every method solves every linear from one set of statistics; one table", RESULTS, type=bool),
 )  # fmt: skip
 
-TABLE = (*QUANTIZED_FLAGS, *LEARNED_FLAGS, *SOLVER_FLAGS, *DATA_FLAGS, *MACHINE_FLAGS, *RESULT_FLAGS)
+TABLE = (*QUANTIZED_FLAGS, *LEARNED_FLAGS, *SOLVER_FLAGS, *DATA_FLAGS, *TALK_FLAGS, *MACHINE_FLAGS, *RESULT_FLAGS)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 
-from quant.cli.arguments import add_flags, bare_parser, check_device
-from quant.cli.errors import set_logging
+from quant.cli.arguments import build_parser, check_device, flag_mistakes, parse
 from quant.cli.flags import GENERATE
 from quant.core.errors import InputError
-from quant.core.text import is_text
 
 EXAMPLES = """examples:
   python -m quant generate --model runs/llama-quantease-w3-1a2b3c4d --prompt "Once upon a time"
@@ -20,30 +17,9 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Parse, load, talk."""
-    parser = bare_parser(GENERATE, __doc__, EXAMPLES)
-    parser.add_argument("--model", required=True, metavar="RUN|DIR|ID", help="a run directory or any checkpoint")
-    parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: 100)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of --temperature above 0 (default: 0)")
-    add_flags(parser, GENERATE)
-    args = parser.parse_args()
-    set_logging("warning")
-    mistakes = [
-        message
-        for bad, message in (
-            (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: use 1 or more"),
-            (
-                not 0 <= args.temperature < math.inf,
-                f"--temperature {args.temperature:g}: use 0 or more, a finite number",
-            ),
-            (not 0 <= args.seed < 1 << 64, f"--seed {args.seed}: use 0 to {(1 << 64) - 1}"),
-            (not is_text(args.prompt), "--prompt: the bytes given are not UTF-8"),
-        )
-        if bad
-    ]
-    if mistakes:
-        raise InputError(*mistakes)
+    args = parse(build_parser(GENERATE, __doc__, EXAMPLES))
+    if lines := flag_mistakes(args, GENERATE):
+        raise InputError(*lines)
     check_device(args.device)
     talk(args)
 

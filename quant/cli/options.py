@@ -7,9 +7,12 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+from quant.cli.flags import OPTIONS, QUANTIZER, TABLE, Flag
 from quant.core.errors import InputError
 from quant.solvers import check_name as check_method
 from quant.solvers import entries
+
+OPTION_FLAGS = {flag.dest(QUANTIZER): flag for flag in TABLE if flag.field == OPTIONS}
 
 
 def method_mistakes(args: argparse.Namespace, methods: Sequence[str], flag: str = "") -> list[str]:
@@ -41,10 +44,13 @@ def options_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
             )
         try:
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # no literal, or one nested too deeply
             options[key] = value
         if accepted[key] is not None and not isinstance(options[key], type(accepted[key])):
             raise InputError(f"--solver-option {pair}: {key} is a {type(accepted[key]).__name__}")
+        flag = OPTION_FLAGS.get(key, Flag(OPTIONS, {QUANTIZER: f"--{key}"}))
+        if wrong := flag.mistake(QUANTIZER, options[key]):
+            raise InputError(f"--solver-option {key}{wrong}")
     return options
 
 

@@ -14,38 +14,40 @@ from quant.core import env
 from quant.core.places import check_places
 from quant.export.runtimes import loadability
 from quant.run.calibration import shortage
-from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig, places_read, places_written
+from quant.run.config import DEFAULT_MAX_SEQLEN
 from quant.run.plan import checked_contents, estimate, product_rates, shapes_of, solver_cost
+from quant.run.request import Request, cache_place, places_read, places_written
 
 
-def show_plan(configs: Sequence[RunConfig], console: Console) -> None:
+def show_plan(requests: Sequence[Request], console: Console) -> None:
     """Print the estimates of every method side by side. Raises InputError for what a run would refuse."""
-    first = configs[0]
-    places = dict.fromkeys(place for config in configs for place in places_written(config))
-    check_places(places_read(first), list(places))
+    first = requests[0].session
+    places = dict.fromkeys(place for request in requests for place in places_written(request.output))
+    check_places(places_read(first, [request.run for request in requests]), [*places, cache_place(first.cache_dir)])
     device = env.pick_device(first.device)
     model_config, path = load_config(first.model, first.cache_dir, first.trust_remote_code, with_weights=False)
     dtype = env.pick_dtype(first.dtype, device) or getattr(model_config, "dtype", None) or torch.float16
     shapes = shapes_of(model_config, first.trust_remote_code)
-    contents = checked_contents(configs, shapes, model_config)
+    contents = checked_contents(requests, shapes, model_config)
     rates = product_rates(device, dtype)
-    plans = [estimate(c, shapes, dtype.itemsize, rates, solver_cost(device, c)) for c in configs if c.quantizes]
+    quantizing = [request for request in requests if request.run.quantizes]
+    plans = [estimate(r, shapes, dtype.itemsize, rates, solver_cost(device, r.run)) for r in quantizing]
     parameters = (shapes.outside + shapes.block * shapes.n_blocks) / 1e9
     console.print(
         f"{first.model}: {model_config.model_type}, {parameters:.2f}B parameters, {shapes.n_blocks} blocks, "
-        f"{device} in {str(dtype).removeprefix('torch.')}; {first.nsamples} calibration windows; nothing is run",
+        f"{device} in {str(dtype).removeprefix('torch.')}; {requests[0].run.nsamples} calibration windows; nothing is run",
         highlight=False,
         soft_wrap=True,
     )
     table = Table("estimate", header_style="bold")
-    for config in configs:
-        table.add_column(f"{config.method} w{config.wbits}", justify="right")
+    for run in (request.run for request in requests):
+        table.add_column(f"{run.method} w{run.wbits}", justify="right")
     for key in plans[0] if plans else ():
         table.add_row(key.replace(" bytes", ""), *(_readable(key, plan[key]) for plan in plans))
     console.print(table)
     linears = {name: (out, n_in) for name, out, n_in in shapes.linears}
     length = first.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
-    for line in dict.fromkeys(shortage(config, linears, length) for config in configs if config.quantizes):
+    for line in dict.fromkeys(shortage(request.run, linears, length) for request in quantizing):
         if line is not None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     for kind, content in contents:

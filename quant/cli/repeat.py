@@ -5,8 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from quant.cli.arguments import add_flags, bare_parser
-from quant.cli.errors import set_logging
+from quant.cli.arguments import add_flags, bare_parser, parse
 from quant.cli.flags import REPEAT
 from quant.core.errors import InputError, RunError
 
@@ -29,8 +28,7 @@ def main() -> None:
         help="read the data, tasks and activation ranges that the manifest names by path: for runs of your own",
     )
     add_flags(parser, REPEAT)
-    args = parser.parse_args()
-    set_logging("warning")
+    args = parse(parser)
     if not args.run.is_dir():
         raise InputError(f"{args.run} is not a run directory")
     from quant.cli.console import console as make_console

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +10,24 @@ from typing import Any
 
 def main() -> None:
     """Parse, open, write or compare."""
-    from quant.cli.errors import set_logging
-    from quant.cli.parser import Parser
+    from quant.cli.arguments import add_flags, bare_parser, parse
+    from quant.cli.flags import REPORT
     from quant.core.errors import InputError
 
     words = sys.argv[1:]
     compare = words[:1] == ["compare"]
-    parser: Any = Parser(
-        prog="python -m quant report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bare_parser(REPORT, __doc__)
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run directories; first word compare: differences"
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the page goes (default: the run; runs/report for several)"
     )
-    args = parser.parse_args(words[1:] if compare else words)
-    set_logging("error")
+    add_flags(parser, REPORT)
+    args = parse(parser, words[1:] if compare else words)
     from quant.cli.console import console as make_console
-    from quant.report.page import open_run, write_report
+    from quant.report.page import write_report
+    from quant.report.runs import open_run
 
     runs, console = [open_run(path) for path in args.runs], make_console()
     if compare:
@@ -44,7 +42,7 @@ def main() -> None:
 def show_differences(runs: Sequence[Any], console: Any, most: int = 12) -> None:
     """Three tables on the terminal."""
     from quant.cli.tables import difference_table
-    from quant.report.page import differences
+    from quant.report.compare import differences
 
     names = [run.path.name for run in runs]
     for part, rows in differences(runs).items():

@@ -17,7 +17,6 @@ import torch
 
 from quant.core.errors import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy")
 
 
@@ -39,9 +38,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The arithmetic's dtype; None is the checkpoint's own. ``auto`` computes in float32 on a CPU."""
+    """The arithmetic's dtype, one of `names.DTYPES`; None is the checkpoint's own. ``auto`` computes in float32 on a CPU."""
     if name != "auto":
-        return DTYPES[name]
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     return torch.float32 if device.type == "cpu" else None
 
 

@@ -1,6 +1,11 @@
-"""Names that command lines offer: checkpoint formats and the software that loads them, told before either is imported."""
+"""Names and numbers that command lines offer, told before what they are of is imported."""
+
+from pathlib import Path
 
 DEQUANTIZED = "dequantized"
 FORMATS = (DEQUANTIZED, "gptq", "gptq_v2", "compressed-tensors", "bitplane")
 RUNTIMES = ("transformers", "gptqmodel", "vllm", "llama.cpp", "auto-gptq", "this toolkit")
+FULL_BITS = 16  # of weights and activations that are not quantized
+AUTO_GROUPS = 0  # a group size that the shapes of the model decide
+DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
 DTYPES = ("float32", "bfloat16", "float16")

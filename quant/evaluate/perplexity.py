@@ -20,9 +20,7 @@ from data.calibration import Tokens
 from models.load import LazyModel, Weights
 from quant.blocks.stream import BlockStream
 from quant.evaluate.bootstrap import paired_interval
-from quant.evaluate.passes import FULL as FULL  # quant.run.session takes both from here
-from quant.evaluate.passes import HEAD_ELEMENTS, UNCHANGED, pass_blocks
-from quant.evaluate.passes import Variant as Variant
+from quant.evaluate.passes import FULL, HEAD_ELEMENTS, UNCHANGED, Variant, pass_blocks
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import Any
 
 from models.unsupported import METHODS, WHOLE
 from quant.core.errors import InputError
-from quant.core.names import DEQUANTIZED, FORMATS
 from quant.export.bitplane import Bitplane
 from quant.export.compressed_tensors import CompressedTensors
 from quant.export.formats import Content, Format
 from quant.export.gptq import Gptq
 
-__all__ = ["DEQUANTIZED", "FORMATS", "PACKED", "first_holding", "format_of", "refusal"]
+__all__ = ["PACKED", "first_holding", "format_of", "refusal"]
 
 PACKED: dict[str, Format] = {f.name: f for f in (Gptq("gptq", 1), Gptq("gptq_v2", 0), CompressedTensors(), Bitplane())}
 

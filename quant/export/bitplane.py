@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.blocks.fake_quant import FULL_BITS, METHODS, ActSpec
+from quant.blocks.fake_quant import METHODS, ActSpec
 from quant.core.errors import InputError
+from quant.core.names import FULL_BITS
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec, group_index
 from quant.export.formats import Content, Layers, StoredLinear, check_grid, in_order, refuses_codes, uneven_groups
 from quant.export.packing import pack_planes, unpack_planes

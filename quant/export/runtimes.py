@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quant.blocks.fake_quant import ActSpec
+from quant.core.names import DEQUANTIZED, FORMATS, RUNTIMES
 from quant.core.types import QuantSpec
-from quant.export import DEQUANTIZED, FORMATS, PACKED, refusal
+from quant.export import PACKED, refusal
 from quant.export.formats import Content
 
 GPTQMODEL: dict[str, Any] = {
@@ -131,7 +132,6 @@ RULES = (
     Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
     *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS, models_tried=None) for name in PACKED),
 )  # fmt: skip
-RUNTIMES = tuple(dict.fromkeys(rule.runtime for rule in RULES))
 
 
 def objections(runtime: str, kind: str, content: Content) -> list[str]:

@@ -26,10 +26,8 @@ from urllib.parse import quote
 from quant.core.files import write_owned
 from quant.core.text import csv_cell, printable
 from quant.report import plots
-from quant.report.compare import differences as differences  # quant.cli.report takes both from here
 from quant.report.published import published
-from quant.report.runs import Run, score_of
-from quant.report.runs import open_run as open_run
+from quant.report.runs import Run, open_run, score_of
 from quant.run.finished import LinearRecord
 from quant.run.linear import LOOK_ABOVE
 

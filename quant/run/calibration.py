@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from quant.blocks.stream import BlockStream
-from quant.run.config import FULL_BITS, RunConfig
+from quant.core.names import FULL_BITS
+from quant.run.config import RunConfig
 from quant.run.inputs import Inputs
 
 HELDOUT, HELDOUT_SEED = 4, 1_000_003  # windows; their seed lies this far from that of calibration
@@ -20,41 +21,40 @@ SETTLED = 4  # tokens an input from which the error on other text hardly falls a
 log = logging.getLogger(__name__)
 
 
-def shortage(config: RunConfig, shapes: Mapping[str, tuple[int, int]], seqlen: int) -> str | None:
+def shortage(run: RunConfig, shapes: Mapping[str, tuple[int, int]], seqlen: int) -> str | None:
     """What to say where a linear has more inputs than there are calibration tokens, and what would be enough; None where
     all have fewer, or nothing is fitted to the tokens. shapes: (out, in) of a block's linears."""
-    tokens, widest = config.nsamples * seqlen, max(shapes, key=lambda name: shapes[name][1])
+    tokens, widest = run.nsamples * seqlen, max(shapes, key=lambda name: shapes[name][1])
     n_in = shapes[widest][1]
-    if tokens >= n_in or config.wbits == FULL_BITS or (config.solver or config.method) == "rtn":
+    if tokens >= n_in or run.wbits == FULL_BITS or run.solver == "rtn":
         return None
     short = sum(own > tokens for _, own in shapes.values())
     enough = -(-n_in // seqlen)
     return (
-        f"too little calibration: {tokens} tokens ({config.nsamples} x {seqlen}) for {short} of {len(shapes)} linears of a "
+        f"too little calibration: {tokens} tokens ({run.nsamples} x {seqlen}) for {short} of {len(shapes)} linears of a "
         f"block, which have up to {n_in} inputs ({widest}); the answers may be worse than rounding to nearest on other text. "
         f"--nsamples {enough} gives a token for every input, --nsamples {SETTLED * enough} is where errors settle"
     )
 
 
-def calibration_stream(inputs: Inputs, config: RunConfig, directory: Path) -> BlockStream:
+def calibration_stream(inputs: Inputs, run: RunConfig, directory: Path) -> BlockStream:
     """The calibration windows in front of the first block, and with them a few of the same text that are kept out of what
     is solved, to measure errors on."""
-    stream, ids = inputs.calibration_stream(config, directory), heldout_windows(inputs, config)
+    stream, ids = inputs.calibration_stream(run, directory), heldout_windows(inputs, run)
     if len(ids):
-        stream.attach(inputs.calibration_stream(config, directory, ids))
+        stream.attach(inputs.calibration_stream(run, directory, ids))
     else:
         log.warning(
             "%s has no room for windows beside those of calibration: the errors of the linears are those on calibration "
-            "itself, which are the smaller ones", config.dataset,
+            "itself, which are the smaller ones", run.dataset,
         )  # fmt: skip
     return stream
 
 
-def heldout_windows(inputs: Inputs, config: RunConfig) -> Tensor:
+def heldout_windows(inputs: Inputs, run: RunConfig) -> Tensor:
     """At most HELDOUT windows [n, seqlen] of the calibration text that do not overlap with those of calibration."""
-    calibration = inputs.calibration(config)
-    drawn = inputs.calibration(replace(config, nsamples=2 * HELDOUT, seed=config.seed + HELDOUT_SEED))
-    assert calibration is not None and drawn is not None
+    calibration = inputs.calibration(run)
+    drawn = inputs.calibration(replace(run, nsamples=2 * HELDOUT, seed=run.seed + HELDOUT_SEED))
     apart = windows_apart(drawn.ids, calibration.ids)
     return apart[:: max(1, len(apart) // HELDOUT)][:HELDOUT]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from models.load import LazyModel, load_model, load_tokenizer
 from models.side_files import check_own
 from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, read_json
+from quant.core.names import DEFAULT_CACHE
 from quant.core.places import Place, check_places
 from quant.export import PACKED, refusal
 from quant.export.carried import carried_config, side_file_writer
@@ -31,8 +32,10 @@ from quant.export.write import (
     save_checkpoint,
     size_of,
 )
-from quant.run.config import RunConfig, cache_place, check_format, content_of
+from quant.run.config import Output
+from quant.run.content import check_format, content_of
 from quant.run.packed_model import FinishedRun, is_run, open_run
+from quant.run.request import cache_place
 from quant.run.results import is_whole
 from quant.run.save import deployed_in
 
@@ -60,15 +63,15 @@ def convert(
     target: Path,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    cache_dir: Path = RunConfig.cache_dir,
+    cache_dir: Path = DEFAULT_CACHE,
 ) -> Content:
     """Write ``source`` in a format to ``target``; returns what it holds. What is there already, of this source in this
     format and whole, stays. Raises InputError where that cannot be."""
     check_places([Place("the source", source)], [Place("--out", target), cache_place(cache_dir)])
     if is_run(source):
         run = open_run(source, cache_dir, trust_remote_code=trust_remote_code)
-        if Path(run.config.model).is_dir():
-            check_places([Place("the model of the run", Path(run.config.model))], [Place("--out", target)])
+        if (origin := Path(run.request.session.model)).is_dir():
+            check_places([Place("the model of the run", origin)], [Place("--out", target)])
         conversion = _of_run(run, kind)
     elif (source / "config.json").exists():
         conversion = _of_checkpoint(source, kind, trust_remote_code, cache_dir)
@@ -86,10 +89,9 @@ def convert(
 
 def _of_run(run: FinishedRun, kind: str) -> Conversion:
     model, n_blocks = run.model, run.n_blocks
-    config = replace(run.config, format=kind, target=None)
-    content = content_of(config, model.linear_shapes(), len(model.blocks), model.config.model_type)
-    check_format(config, content)
-    tokenizer = load_tokenizer(model.checkpoint.path, config.trust_remote_code)
+    content = content_of(run.request.run, model.linear_shapes(), len(model.blocks), model.config.model_type)
+    check_format(Output(format=kind), content)
+    tokenizer = load_tokenizer(model.checkpoint.path, run.request.session.trust_remote_code)
     replaced = deployed_in(run.directory, n_blocks)
     return Conversion(
         content,

@@ -4,50 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from quant.core.files import json_sha256
-from quant.run.config import RunConfig
+from quant.run.config import BY_WHAT_IT_NAMES, DECIDES_CODES, Output, RunConfig
 from quant.run.directory import Record
 from quant.run.inputs import Inputs
 from quant.run.resume import check_source
 
 
-def configuration_of(inputs: Inputs, config: RunConfig) -> Record:
-    """What decides the codes: two runs with equal configurations on one machine give the same bits."""
-    tokens = inputs.calibration(config)
-    decided = {
+def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
+    """What decides the codes: two runs with equal configurations on one machine give the same bits.
+
+    Every field of the run and those of the session that say so, as they are; of fields that name something, what that is.
+    """
+    tokens = inputs.calibration(run) if run.quantizes else None
+    decided = {f.name: getattr(inputs.config, f.name) for f in fields(inputs.config) if f.metadata == DECIDES_CODES}
+    decided |= {f.name: getattr(run, f.name) for f in fields(run) if f.metadata != BY_WHAT_IT_NAMES}
+    decided |= {
         "model_sha256": inputs.model_sha256,
         "calibration": None if tokens is None else f"{tokens.name} ({tokens.protocol}) {tokens.sha256[:16]}",
-        "nsamples": config.nsamples,
         "seqlen": inputs.seqlen,
-        "seed": config.seed,
-        "method": config.method,
-        "options": dict(config.options),
-        "wbits": config.wbits,
-        "group_size": config.group_size,
-        "symmetric": config.symmetric,
-        "range": config.range,
-        "levels": config.levels,
-        "solver": config.solver or config.method,
-        "learning": config.learning.to_json() if config.learning else None,
-        "act": asdict(config.act),
+        "method": run.method,
+        "options": dict(run.options),
+        "learning": run.learning.to_json() if run.learning else None,
+        "act": asdict(run.act),
         "start": None,
-        "act_ranges": [_file_digest(path) for path in (config.act_scales, config.act_shifts)],
-        "attn_implementation": config.attn_implementation,
-        "true_sequential": config.true_sequential,
-        "blocks": inputs.n_blocks(config),
+        "act_ranges": [_file_digest(path) for path in (run.act_scales, run.act_shifts)],
+        "blocks": inputs.n_blocks(run),
         "dtype": str(inputs.model.dtype).removeprefix("torch."),
-        "solver_precision": config.solver_precision,
         "device": inputs.device.type,
-        "calib_batch": config.calib_batch,
     }
     if inputs.device.type == "cuda":
-        decided["deterministic"] = config.deterministic  # a CPU always is
+        decided["deterministic"] = inputs.config.deterministic  # a CPU always is
     configuration: Record = json.loads(json.dumps(decided))  # as it will be read back: tuples are lists
-    if config.resume is not None:
-        configuration["start"] = check_source(config.resume, configuration, inputs.model_sha256)
+    if run.resume is not None:
+        configuration["start"] = check_source(run.resume, configuration, inputs.model_sha256)
     return configuration
 
 
@@ -57,25 +50,27 @@ def _file_digest(path: Path | None) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def path_of(inputs: Inputs, config: RunConfig) -> Path:
+def path_of(inputs: Inputs, run: RunConfig, output: Output) -> Path:
     """``--run-dir``, or a name under ``runs`` that the configuration decides."""
-    if config.run_dir is not None:
-        return config.run_dir
-    digest = json_sha256(configuration_of(inputs, config))[:8]
-    bits = f"w{config.wbits}" + (f"a{config.act.bits}" if config.act.active else "")
-    bits += f"g{config.group_size}" if config.group_size > 0 else ""
-    name = Path(config.model).resolve().name if Path(config.model).exists() else config.model.replace("/", "--")
-    return config.runs / f"{name}-{config.method if config.quantizes else 'base'}-{bits}-{digest}"
+    if output.run_dir is not None:
+        return output.run_dir
+    digest = json_sha256(configuration_of(inputs, run))[:8]
+    bits = f"w{run.wbits}" + (f"a{run.act.bits}" if run.act.active else "")
+    bits += f"g{run.group_size}" if run.group_size > 0 else ""
+    model = inputs.config.model
+    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
+    return output.runs / f"{name}-{run.method if run.quantizes else 'base'}-{bits}-{digest}"
 
 
-def evaluation_of(inputs: Inputs, config: RunConfig) -> Record:
+def evaluation_of(inputs: Inputs, output: Output) -> Record:
     """What decides the numbers once the codes are there."""
+    session = inputs.config
     hashes = {name: tokens.sha256 for name, tokens in inputs.evaluation.items()}
-    tasks = {"names": list(config.tasks), "num_fewshot": config.num_fewshot, "limit": config.limit}
+    tasks = {"names": list(session.tasks), "num_fewshot": session.num_fewshot, "limit": session.limit}
     return {
         "token_sha256": hashes,
-        "limit": config.limit,
-        "full_precision": config.full_precision_eval,
-        "packed": config.packed,
+        "limit": session.limit,
+        "full_precision": session.full_precision_eval,
+        "packed": output.packed,
         "tasks": tasks if inputs.tasks else None,
     }

@@ -25,28 +25,22 @@ from quant.evaluate.tasks import Tasks, check_tasks, open_tasks
 from quant.export.formats import Content
 from quant.export.read import open_checkpoint
 from quant.learn.transforms import check_seams
-from quant.run.config import (
-    DEFAULT_MAX_SEQLEN,
-    RunConfig,
-    check_format,
-    content_of,
-    places_read,
-    places_written,
-    spec_of,
-)
+from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfig
+from quant.run.content import check_format, content_of, spec_of
 from quant.run.quantize import Recipe, check_options
+from quant.run.request import cache_place, places_read
 from quant.solvers import get_solver
 
 
 class Inputs:
-    """Model, tokenizer, tokens and tasks of a configuration, and what they make of other configurations on them.
+    """Model, tokenizer, tokens and tasks of a session, and what they make of the runs on them.
 
     Raises InputError for whatever is wrong with the configuration or the inputs, before any work.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: SessionConfig) -> None:
         started = time.perf_counter()
-        check_places(places_read(config), places_written(config))
+        check_places(places_read(config), [cache_place(config.cache_dir)])
         self.config = config
         if config.deterministic:
             env.be_deterministic()
@@ -66,7 +60,6 @@ class Inputs:
             "cache_dir": config.cache_dir / "tokens",
         }
         self._calibration: dict[tuple[str, int, int], Tokens] = {}
-        self.calibration(config)
         self.evaluation = self._open_evaluation()
         self.tasks: Tasks | None = None
         if config.tasks:
@@ -86,8 +79,8 @@ class Inputs:
             cache_dir=config.cache_dir,
             trust_remote_code=config.trust_remote_code,
             attn_implementation=config.attn_implementation,
-            biases=config.learning is not None and config.learning.transform.shift,
-            opener=None if config.quantizes else open_checkpoint,
+            biases=config.biases,
+            opener=open_checkpoint if config.evaluates else None,
         )
 
     def _open_evaluation(self) -> dict[str, Tokens]:
@@ -103,71 +96,72 @@ class Inputs:
             check_ids(tokens.ids, self.model.rows, tokens.name)
         return by_name
 
-    def calibration(self, config: RunConfig) -> Tokens | None:
-        """The calibration windows of a configuration (runs of one session may have several seeds), kept once read."""
-        if not config.quantizes:
-            return None
-        key = (config.dataset, config.nsamples, config.seed)
+    def calibration(self, run: RunConfig) -> Tokens:
+        """The calibration windows of a run (runs of one session may have several seeds), kept once read."""
+        key = (run.dataset, run.nsamples, run.seed)
         if key not in self._calibration:
+            started = time.perf_counter()
             tokens = calibration_tokens(
-                config.dataset, self.tokenizer, nsamples=config.nsamples, seed=config.seed, **self._sources
+                run.dataset, self.tokenizer, nsamples=run.nsamples, seed=run.seed, **self._sources
             )
             check_ids(tokens.ids, self.model.rows, tokens.name)
             self._calibration[key] = tokens
+            self.load_seconds += time.perf_counter() - started
         return self._calibration[key]
 
-    def recipe(self, config: RunConfig) -> Recipe:
-        """The recipe of a configuration, checked against the model's shapes."""
-        if config.learning is not None:
-            check_seams(self.model.family, self.model.config, config.learning.transform)
-        spec = spec_of(config, self.model.linear_shapes())
+    def recipe(self, run: RunConfig) -> Recipe:
+        """The recipe of a run, checked against what was opened and against the model's shapes."""
+        if self.config.evaluates or (run.shifts and not self.config.biases):
+            raise InputError(
+                f"{self.config.model} was opened for other runs, not for {run.method}: open it again for that"
+            )
+        if run.learning is not None:
+            check_seams(self.model.family, self.model.config, run.learning.transform)
+        spec = spec_of(run, self.model.linear_shapes())
         if spec is not None:  # what is written out, and what is evaluated
             names = [f"{name}.weight" for name in self.model.linear_shapes()]
-            dtypes = {self.model.storage_of(name, i) for i in range(self.n_blocks(config)) for name in names}
+            dtypes = {self.model.storage_of(name, i) for i in range(self.n_blocks(run)) for name in names}
             dtypes.add(self.model.dtype)
             spec = replace(spec, largest=min(LARGEST, *(torch.finfo(dtype).max for dtype in dtypes)))
         recipe = Recipe(
-            config.method,
-            get_solver(config.solver or config.method),
+            run.method,
+            get_solver(run.solver),
             spec,
-            config.options,
-            config.true_sequential,
-            config.solver_precision,
-            config.learning,
-            config.act,
+            run.options,
+            run.true_sequential,
+            run.solver_precision,
+            run.learning,
+            run.act,
         )
         if spec is not None:
             check_options(recipe, self.device)
         return recipe
 
-    def content(self, config: RunConfig) -> Content:
-        """What a checkpoint of this configuration has to hold."""
-        return content_of(config, self.model.linear_shapes(), len(self.model.blocks), self.model.config.model_type)
+    def content(self, run: RunConfig) -> Content:
+        """What a checkpoint of this run has to hold."""
+        return content_of(run, self.model.linear_shapes(), len(self.model.blocks), self.model.config.model_type)
 
-    def check_export(self, config: RunConfig) -> None:
-        """Raise InputError where the format cannot hold the configuration, or the target does not take it."""
-        if config.save is not None or config.target is not None:
+    def check_export(self, run: RunConfig, output: Output) -> None:
+        """Raise InputError where the format cannot hold the run, or the target does not take it."""
+        if output.save is not None or output.target is not None:
             online = any(map(is_online, self.model.checkpoint.extra))
-            content = self.content(config)
-            check_format(config, replace(content, online=content.online or online))
+            content = self.content(run)
+            check_format(output, replace(content, online=content.online or online))
 
-    def n_blocks(self, config: RunConfig) -> int:
-        """How many blocks a configuration quantizes."""
-        return min(config.num_layers, len(self.model.blocks)) if config.quantizes else 0
+    def n_blocks(self, run: RunConfig) -> int:
+        """How many blocks a run quantizes."""
+        return min(run.num_layers, len(self.model.blocks)) if run.quantizes else 0
 
     def calibration_stream(
-        self, config: RunConfig | None = None, directory: Path | None = None, ids: Tensor | None = None
+        self, run: RunConfig, directory: Path | None = None, ids: Tensor | None = None
     ) -> BlockStream:
-        """The calibration samples in front of the first block, as a configuration keeps them: the session's own unless
-        another is given. directory: for those that are kept on the disk. ids: windows in place of the calibration's."""
-        config = config or self.config
-        calibration = self.calibration(config)
-        assert calibration is not None
+        """The calibration samples of a run in front of the first block. directory: for those that are kept on the disk.
+        ids: windows in place of the calibration's."""
         return BlockStream(
             self.model,
-            calibration.ids if ids is None else ids,
+            self.calibration(run).ids if ids is None else ids,
             device=self.device,
-            batch=config.calib_batch,
-            store=config.activation_store,
+            batch=self.config.calib_batch,
+            store=self.config.activation_store,
             directory=directory or Path(tempfile.gettempdir()),
         ).capture(self.model.outside_weights(self.device))

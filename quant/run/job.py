@@ -16,12 +16,13 @@ from quant.core.files import check_space, json_sha256, write_json
 from quant.core.places import check_places
 from quant.export.target import check_target, settle
 from quant.export.write import model_side_files
-from quant.run.config import RunConfig, places_read, places_written, stores_of
+from quant.run.config import Output, RunConfig
 from quant.run.directory import BlockSummary, Record, RunDirectory
 from quant.run.finished import read_results
 from quant.run.identity import configuration_of, evaluation_of, path_of
 from quant.run.inputs import Inputs
 from quant.run.quantize import Recipe
+from quant.run.request import Request, cache_place, places_read, places_written
 from quant.run.results import is_saved, manifest_of
 from quant.run.resume import check_ranges
 
@@ -35,9 +36,10 @@ def silent(stage: str, done: int, total: int, note: str) -> None:
 
 @dataclass
 class Job:
-    """One configuration on its way: what was decided before work began, and what became of it."""
+    """One run on its way: what was decided before work began, and what became of it."""
 
-    config: RunConfig
+    run: RunConfig
+    output: Output
     recipe: Recipe | None
     target: RunDirectory
     digest: str
@@ -50,38 +52,41 @@ class Job:
 
     def is_saved(self) -> bool:
         """Whether its checkpoint is where it belongs, whole, and may stay."""
-        config = self.config
-        formats = (config.format,) if config.fallback is None else (config.format, config.fallback)
-        assert config.save is not None
-        return not config.overwrite and is_saved(config.save, self.digest, formats)
+        output = self.output
+        formats = (output.format,) if output.fallback is None else (output.format, output.fallback)
+        assert output.save is not None
+        return not output.overwrite and is_saved(output.save, self.digest, formats)
 
 
-def open_jobs(inputs: Inputs, configs: Sequence[RunConfig], held: ExitStack) -> list[Job]:
-    """Everything that can be wrong with configurations, before any work; their directories are opened, and no other
-    process's until ``held`` ends."""
-    written = (place for config in configs for place in places_written(config, path_of(inputs, config)))
-    check_places(places_read(inputs.config), list(dict.fromkeys(written)))
-    return [_open_job(inputs, config, held, len(configs)) for config in configs]
+def open_jobs(inputs: Inputs, runs: Sequence[tuple[RunConfig, Output]], held: ExitStack) -> list[Job]:
+    """Everything that can be wrong with runs, before any work; their directories are opened, and no other process's
+    until ``held`` ends."""
+    written = [place for run, output in runs for place in places_written(output, path_of(inputs, run, output))]
+    reads = places_read(inputs.config, [run for run, _ in runs])
+    check_places(reads, [*dict.fromkeys(written), cache_place(inputs.config.cache_dir)])
+    return [_open_job(inputs, run, output, held, len(runs)) for run, output in runs]
 
 
-def _open_job(inputs: Inputs, config: RunConfig, held: ExitStack, together: int) -> Job:
-    recipe = inputs.recipe(config) if config.quantizes else None
-    if config.learning is not None:
-        check_ranges(config, inputs.model, inputs.model_sha256)
-    configuration = configuration_of(inputs, config)
-    target = RunDirectory(path_of(inputs, config))
-    stored = None if config.overwrite else read_results(target)
-    same = stored is not None and stored["evaluation"] == evaluation_of(inputs, config)
+def _open_job(inputs: Inputs, run: RunConfig, output: Output, held: ExitStack, together: int) -> Job:
+    recipe = inputs.recipe(run) if run.quantizes else None
+    if run.learning is not None:
+        check_ranges(run, inputs.model, inputs.model_sha256)
+    configuration = configuration_of(inputs, run)
+    target = RunDirectory(path_of(inputs, run, output))
+    stored = None if output.overwrite else read_results(target)
+    same = stored is not None and stored["evaluation"] == evaluation_of(inputs, output)
     previous = dict(stored) if stored is not None and same else None
-    job = Job(config, recipe, target, json_sha256(configuration), configuration["blocks"], previous)
-    inputs.check_export(config)
+    job = Job(run, output, recipe, target, json_sha256(configuration), configuration["blocks"], previous)
+    inputs.check_export(run, output)
     stay = _check_save(inputs, job)
-    _check_space(inputs, config, target.path, together)
-    calibration, evaluated = inputs.calibration(config), inputs.evaluation.values()
-    manifest = manifest_of(config, configuration, inputs.model, inputs.device, calibration, evaluated)
+    calibration = inputs.calibration(run) if run.quantizes else None
+    _check_space(inputs, job, 0 if calibration is None else calibration.ids.numel(), together)
+    request = Request(inputs.config, run, output)
+    evaluated = inputs.evaluation.values()
+    manifest = manifest_of(request, configuration, inputs.model, inputs.device, calibration, evaluated)
     held.enter_context(target.held())
-    others = target.open(manifest, config.overwrite)
-    stay += others if config.overwrite else []
+    others = target.open(manifest, output.overwrite)
+    stay += others if output.overwrite else []
     if stay:
         log.warning("these are not of a run or checkpoint of this toolkit and stay: %s", ", ".join(map(str, stay)))
     return job
@@ -89,35 +94,28 @@ def _open_job(inputs: Inputs, config: RunConfig, held: ExitStack, together: int)
 
 def _check_save(inputs: Inputs, job: Job) -> list[Path]:
     """Raise InputError where the checkpoint cannot be written to its place; returns files of others that stay there."""
-    config = job.config
-    if config.save is None:
+    save = job.output.save
+    if save is None:
         return []
-    settle(config.save)
+    settle(save)
     if job.is_saved():
         return []
     model_side_files(inputs.model, inputs.tokenizer)  # raises for files that must not be copied
-    return check_target(config.save, config.overwrite)
+    return check_target(save, job.output.overwrite)
 
 
-def _check_space(inputs: Inputs, config: RunConfig, path: Path, together: int) -> None:
-    """Raise InputError where the blocks, and the checkpoint if asked for, cannot fit on the disk."""
-    per_block = sum(out * n_in for out, n_in in inputs.model.linear_shapes().values())
-    need = per_block * inputs.n_blocks(config)
-    need += _hidden_state_bytes(inputs, config, together) if config.activation_store == "disk" else 0
+def _check_space(inputs: Inputs, job: Job, tokens: int, together: int) -> None:
+    """Raise InputError where the blocks, and the checkpoint if asked for, cannot fit on the disk. tokens: of calibration;
+    together: how many runs are evaluated at a time."""
+    need = job.n_blocks * sum(out * n_in for out, n_in in inputs.model.linear_shapes().values())
+    if inputs.config.activation_store == "disk":  # those of calibration, then of full precision and the runs with it
+        evaluated = sum(corpus.ids.numel() for corpus in inputs.evaluation.values())
+        width = inputs.model.config.hidden_size * inputs.model.dtype.itemsize
+        need += width * max(tokens * job.run.hidden_states, evaluated * (1 + together))
     weights = sum(file.stat().st_size for file in inputs.model.checkpoint.files)
-    for place, size in ((path, need), (config.save, weights)):
+    for place, size in ((job.target.path, need), (job.output.save, weights)):
         if place is not None:
             check_space(place, size)
-
-
-def _hidden_state_bytes(inputs: Inputs, config: RunConfig, together: int) -> int:
-    """Bytes of hidden states that are on the disk at a time where they are kept there: of calibration, then of full
-    precision and the ``together`` runs that are evaluated with it."""
-    width = inputs.model.config.hidden_size * inputs.model.dtype.itemsize
-    calibration = inputs.calibration(config)
-    tokens = 0 if calibration is None else calibration.ids.numel()
-    evaluated = sum(corpus.ids.numel() for corpus in inputs.evaluation.values())
-    return width * max(tokens * stores_of(config), evaluated * (1 + together))
 
 
 @contextmanager

@@ -43,8 +43,8 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
         return summaries
     assert job.recipe is not None
     recipe, act = job.recipe, job.recipe.act
-    stream = calibration_stream(inputs, job.config, target.path)
-    if (short := shortage(job.config, inputs.model.linear_shapes(), inputs.seqlen)) is not None:
+    stream = calibration_stream(inputs, job.run, target.path)
+    if (short := shortage(job.run, inputs.model.linear_shapes(), inputs.seqlen)) is not None:
         log.warning("%s", short)
     pair = _Pair(inputs, stream, job, progress) if recipe.learning else None
     for index in range(n_blocks):
@@ -96,7 +96,7 @@ class _Pair:
         self.quantized, self.full = quantized, quantized.fork()
         outside = inputs.model.outside_weights(inputs.device)
         self.training = quantized.in_batches_of(self.learning.batch, outside)
-        self.start = None if job.config.resume is None else RunDirectory(job.config.resume)
+        self.start = None if job.run.resume is None else RunDirectory(job.run.resume)
 
     def learn(self, index: int, weights: Weights) -> LearnedBlock:
         """Learn block ``index`` from the usual start, or from the parameters of the run that is resumed."""
@@ -116,7 +116,7 @@ class _Pair:
             self.recipe.act,
             self.learning,
             exact=self._exact(index),
-            ranges=input_ranges(self.job.config, self.inputs.model, index),
+            ranges=input_ranges(self.job.run, self.inputs.model, index),
             start=None if self.start is None else self.start.read_learned(index),
             progress=progress,
         )
@@ -130,16 +130,16 @@ class _Pair:
         return model.block_weights(index, self.inputs.device, torch.float32)
 
 
-def compare_layers(inputs: Inputs, configs: Sequence[RunConfig], progress: Progress) -> list[Record]:
+def compare_layers(inputs: Inputs, runs: Sequence[RunConfig], progress: Progress) -> list[Record]:
     """Journal records of every method for every linear, all from the Gram matrices of the full-precision stream.
 
     Nothing is kept on disk; the blocks stay as they are, so that every method sees the same inputs.
     """
-    recipes = [inputs.recipe(config) for config in configs]
-    n_blocks = min(configs[0].num_layers, len(inputs.model.blocks))
+    recipes = [inputs.recipe(run) for run in runs]
+    n_blocks = min(runs[0].num_layers, len(inputs.model.blocks))
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as directory:
-        stream = calibration_stream(inputs, configs[0], Path(directory))
+        stream = calibration_stream(inputs, runs[0], Path(directory))
         for index in range(n_blocks):
             weights = inputs.model.block_weights(index, inputs.device)
             records += [record.to_json() for record in compare_block(stream, index, weights, recipes)]

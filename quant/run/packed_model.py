@@ -14,12 +14,13 @@ from models.load import LazyModel, Weights, load_model
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.weights import Deployed
 from quant.core.errors import InputError
+from quant.core.names import FULL_BITS
 from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.kernels.matmul.pack import pack_block
 from quant.kernels.matmul.weight import PackedWeight
-from quant.run.config import FULL_BITS, RunConfig
 from quant.run.directory import RunDirectory, check_manifest
+from quant.run.request import Request
 from quant.run.stored import Allowed
 
 
@@ -37,7 +38,7 @@ class Quantized:
 class FinishedRun:
     """A run directory with results, and its model."""
 
-    config: RunConfig
+    request: Request
     model: LazyModel
     directory: RunDirectory
     n_blocks: int
@@ -50,7 +51,7 @@ class FinishedRun:
             return lambda index: method(index) if index < self.n_blocks else {}
 
         directory = self.directory
-        return Quantized(self.model, read(directory.read_weights), read(directory.read_changed), self.config.act)
+        return Quantized(self.model, read(directory.read_weights), read(directory.read_changed), self.request.run.act)
 
 
 def open_run(
@@ -72,24 +73,24 @@ def open_run(
     try:
         # Nothing of what a request names but the model is read here.
         allowed = Allowed(trust_remote_code, paths=True)
-        config = RunConfig.from_json(manifest["request"], str(origin), allowed)
+        request = Request.from_json(manifest["request"], str(origin), allowed)
         expected, n_blocks = manifest["model"]["sha256"], int(manifest["configuration"]["blocks"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{origin} is no manifest of a run ({error}); run it again") from error
-    if config.wbits == FULL_BITS:
+    if request.run.wbits == FULL_BITS:
         raise InputError(f"{source}: no weight was quantized there")
-    biases = config.learning is not None and config.learning.transform.shift
-    if not Path(config.model).is_dir() and (config.model.startswith(("/", ".")) or config.model.count("/") > 1):
-        raise InputError(f"{source} was made of {config.model}, which is not here: run this where that run was made")
-    model = load_model(config.model, dtype=dtype, cache_dir=cache_dir, biases=biases,
-                       trust_remote_code=config.trust_remote_code)  # fmt: skip
+    name = request.session.model
+    if not Path(name).is_dir() and (name.startswith(("/", ".")) or name.count("/") > 1):
+        raise InputError(f"{source} was made of {name}, which is not here: run this where that run was made")
+    model = load_model(name, dtype=dtype, cache_dir=cache_dir, biases=request.session.biases,
+                       trust_remote_code=request.session.trust_remote_code)  # fmt: skip
     if model.checkpoint.sha256() != expected:
-        raise InputError(f"{config.model} is not the model of the run any more: its weights have another hash")
+        raise InputError(f"{name} is not the model of the run any more: its weights have another hash")
     if not 0 <= n_blocks <= len(model.blocks):
         raise InputError(f"{origin} is no manifest of a run (it has {n_blocks} blocks); run it again")
-    return FinishedRun(config, model, directory, n_blocks, results)
+    return FinishedRun(request, model, directory, n_blocks, results)
 
 
 def is_run(path: Path) -> bool:

@@ -41,19 +41,14 @@ from torch import Tensor, nn
 from models import family_of
 from models.load import build_meta
 from quant.core.gram import BLOCK, GramStats
+from quant.core.names import DEQUANTIZED, FULL_BITS
 from quant.core.types import QuantSpec
-from quant.export import DEQUANTIZED
 from quant.export.formats import Content
 from quant.learn.transforms import check_seams
-from quant.run.config import (
-    DEFAULT_MAX_SEQLEN,
-    FULL_BITS,
-    RunConfig,
-    check_format,
-    content_of,
-    stores_of,
-)
-from quant.solvers import declaration_of, get_solver, solver_options
+from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
+from quant.run.content import check_format, content_of
+from quant.run.request import Request
+from quant.solvers import declaration_of, get_solver, with_defaults
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
 SAMPLES = (512, 1024)  # inputs of the two layers that a solver is timed on
@@ -107,18 +102,18 @@ def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
     return 2 * size**3 / _seconds(lambda: half @ half, device), 2 * size**3 / _seconds(lambda: a @ a, device)
 
 
-def solver_cost(device: torch.device, config: RunConfig) -> tuple[float, float]:
+def solver_cost(device: torch.device, run: RunConfig) -> tuple[float, float]:
     """(a, b): the solver takes out·(a·in + b·in²) seconds on this machine."""
-    if config.wbits == FULL_BITS:
+    if run.wbits == FULL_BITS:
         return 0.0, 0.0
-    solver = get_solver(config.solver or config.method)
-    spec = QuantSpec(config.wbits, -1, config.symmetric, config.range, config.levels)
+    solver = get_solver(run.solver)
+    spec = QuantSpec(run.wbits, -1, run.symmetric, run.range, run.levels)
     seconds = []
     for n_in in SAMPLES:
         stats = GramStats(n_in, device)
         stats.update(torch.randn(2 * n_in, n_in, device=device))
         weight = torch.randn(SAMPLE_ROWS, n_in, device=device)
-        work = partial(solver, weight, stats, spec, **config.options)
+        work = partial(solver, weight, stats, spec, **run.options)
         seconds.append(_seconds(work, device, repeats=1))
     (p, r), (t, u) = SAMPLES, (x / SAMPLE_ROWS for x in seconds)
     b = max(0.0, (u / r - t / p) / (r - p))
@@ -140,37 +135,36 @@ def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) ->
 
 
 def estimate(
-    config: RunConfig, shapes: Shapes, itemsize: int, rates: tuple[float, float], cost: tuple[float, float]
+    request: Request, shapes: Shapes, itemsize: int, rates: tuple[float, float], cost: tuple[float, float]
 ) -> dict[str, float]:
     """Bytes and seconds of a run; see the module's text for the formulas."""
-    seqlen = config.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
-    n_blocks, tokens = min(config.num_layers, shapes.n_blocks), config.nsamples * seqlen
+    run, session = request.run, request.session
+    seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
+    n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.nsamples * seqlen
     grams = [4 * group[0][2] ** 2 for group in shapes.groups]
-    statistics = max(grams) if config.true_sequential else sum(grams)
-    workspace = max(solver_bytes(config, out, n_in) for _, out, n_in in shapes.linears)
+    statistics = max(grams) if run.true_sequential else sum(grams)
+    workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
-    batch = config.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
+    batch = session.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
     code_bits, side = 16, 0.0
-    if config.wbits != FULL_BITS:
-        spec = QuantSpec(config.wbits, config.group_size, config.symmetric, levels=config.levels)
+    if run.wbits != FULL_BITS:
+        spec = QuantSpec(run.wbits, run.group_size, run.symmetric, levels=run.levels)
         code_bits, group_bits = spec.code_bits, 16 + (0 if spec.symmetric else spec.code_bits)
         side = sum(out * spec.n_groups(n_in) * group_bits for _, out, n_in in shapes.linears)
-        if (config.solver or config.method) == "quantease":  # spqr's option of that name is a threshold, no share
-            each = 16 if config.options.get("structure_outlier") else 32
-            side += weights * config.options.get("outlier", 0.0) * each
-    if config.learning is not None and config.learning.transform.norm_matrix:
+        side += weights * declaration_of(run.solver).outlier_bits(with_defaults(run.solver, run.options))
+    if run.learning is not None and run.learning.transform.norm_matrix:
         side += 16 * shapes.norms * shapes.hidden**2
 
     sizes = [sum(out * n_in for _, out, n_in in group) for group in shapes.groups]
     before = [sum(sizes[:i]) / weights for i in range(len(sizes))]  # share of the block in front of each group
-    passes = 1 + (sum(before) if config.true_sequential else 1)
+    passes = 1 + (sum(before) if run.true_sequential else 1)
     forward = n_blocks * tokens * 2 * shapes.block * passes / rates[0]
     gram = n_blocks * tokens * sum(_gram_flops(group[0][2]) for group in shapes.groups) / rates[1]
     solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
-    learn, learning = _learning(config, shapes, tokens, seqlen, itemsize)
-    variants = 2 if config.full_precision_eval else 1
-    evaluated = EVAL_TOKENS * len(config.eval_datasets) * variants
+    learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
+    variants = 2 if session.full_precision_eval else 1
+    evaluated = EVAL_TOKENS * len(session.eval_datasets) * variants
     total_parameters = shapes.outside + shapes.block * shapes.n_blocks
     evaluate = evaluated * 2 * total_parameters / rates[0]
     return {
@@ -178,44 +172,45 @@ def estimate(
         "device bytes: statistics": statistics,
         "device bytes: solver": workspace,
         "device bytes: batch": batch,
-        **({"device bytes: learning": learning} if config.learning else {}),
+        **({"device bytes: learning": learning} if run.learning else {}),
         "device bytes: peak": max(
             shapes.block * itemsize + max(statistics + workspace, statistics + batch, learning),
             shapes.outside * itemsize + batch,
         ),
-        f"{'disk' if config.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
+        f"{'disk' if session.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
         * shapes.hidden
         * itemsize
-        * stores_of(config),
+        * run.hidden_states,
         "disk bytes: run directory": n_blocks * weights,
-        "disk bytes: checkpoint": total_parameters * 2 if config.save else 0,
+        "disk bytes: checkpoint": total_parameters * 2 if request.output.save else 0,
         "quantized bytes": n_blocks * (weights * code_bits + side) / 8,
         "bits per weight": code_bits + side / weights,
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,
-        **({"seconds: learn": learn / rates[0]} if config.learning else {}),
+        **({"seconds: learn": learn / rates[0]} if run.learning else {}),
         "seconds: evaluate": evaluate,
         "seconds: total": forward + gram + solve + evaluate + learn / rates[0],
     }
 
 
-def solver_bytes(config: RunConfig, n_out: int, n_in: int) -> float:
+def solver_bytes(run: RunConfig, n_out: int, n_in: int) -> float:
     """Bytes of the largest phase of solving one linear, without its Gram matrix; see the module's text."""
-    name = config.solver or config.method
-    options = solver_options(get_solver(name)) | dict(config.options)  # also those not given
-    measuring = (3.25 if config.group_size == -1 else 5.25) * 4.0 * n_out * n_in
-    return max(measuring, declaration_of(name).workspace(n_out, n_in, options, config.group_size))
+    measuring = (3.25 if run.group_size == -1 else 5.25) * 4.0 * n_out * n_in
+    return max(
+        measuring,
+        declaration_of(run.solver).workspace(n_out, n_in, with_defaults(run.solver, run.options), run.group_size),
+    )
 
 
-def _learning(config: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize: int) -> tuple[float, float]:
+def _learning(run: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize: int) -> tuple[float, float]:
     """flops of all blocks, and bytes on the device, that learning takes."""
-    learning = config.learning
+    learning = run.learning
     if learning is None:
         return 0.0, 0.0
     passes = 1 + learning.augmented + learning.epochs * (5 if learning.attention else 4)
     kept = learning.batch * seqlen * (17 * shapes.hidden + 2.5 * shapes.heads * seqlen) * itemsize
-    flops = min(config.num_layers, shapes.n_blocks) * tokens * 2.0 * shapes.block * passes
+    flops = min(run.num_layers, shapes.n_blocks) * tokens * 2.0 * shapes.block * passes
     return flops, 24 * shapes.block + kept
 
 
@@ -224,16 +219,16 @@ def _gram_flops(n_in: int) -> float:
     return n_in**2 * (1 + 1 / blocks)
 
 
-def checked_contents(configs: Sequence[RunConfig], shapes: Shapes, model_config: Any) -> list[tuple[str, Content]]:
-    """Format and content of a checkpoint of every configuration that quantizes. Raises InputError where `Session` would:
-    for seams that are not there, groups that do not divide, and formats that are to be written."""
+def checked_contents(requests: Sequence[Request], shapes: Shapes, model_config: Any) -> list[tuple[str, Content]]:
+    """Format and content of a checkpoint of every run that quantizes. Raises InputError where `Session` would: for seams
+    that are not there, groups that do not divide, and formats that are to be written."""
     named = {name: (out, n_in) for name, out, n_in in shapes.linears}
     contents = []
-    for config in (c for c in configs if c.quantizes):
-        if config.learning is not None:
-            check_seams(family_of(model_config.model_type), model_config, config.learning.transform)
-        content = content_of(config, named, shapes.n_blocks, model_config.model_type)
-        if config.save is not None or config.target is not None or config.format != DEQUANTIZED:
-            check_format(config, content)
-        contents.append((config.format, content))
+    for run, output in ((r.run, r.output) for r in requests if r.run.quantizes):
+        if run.learning is not None:
+            check_seams(family_of(model_config.model_type), model_config, run.learning.transform)
+        content = content_of(run, named, shapes.n_blocks, model_config.model_type)
+        if output.save is not None or output.target is not None or output.format != DEQUANTIZED:
+            check_format(output, content)
+        contents.append((output.format, content))
     return contents

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from models.load import LazyModel, Weights
-from quant.blocks.fake_quant import FULL_BITS, ActSpec
+from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import input_range_name
 from quant.core.env import peak_bytes
 from quant.core.errors import InputError, RunError
 from quant.core.gram import GramStats, InputSample
 from quant.core.linalg import SingularGramError, objective, output_energy, products_in, relative_errors
+from quant.core.names import FULL_BITS
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import describe as describe_kernels
 from quant.learn.config import Learning

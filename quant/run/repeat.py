@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quant.core.errors import InputError
+from quant.core.names import DEFAULT_CACHE
 from quant.core.places import Place, check_places
-from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
 from quant.run.finished import read_manifest, read_results
-from quant.run.session import Session
+from quant.run.request import Request
+from quant.run.session import open_session
 from quant.run.stored import NOTHING_ALLOWED, Allowed
 
 NUMBERS = ("codes_sha256", "bits_per_weight", "perplexity", "fidelity", "zero_shot", "mean_relative_error")
 
 
-def repeat(
-    run: Path, into: Path, allowed: Allowed = NOTHING_ALLOWED, cache_dir: Path = RunConfig.cache_dir
-) -> list[str]:
+def repeat(run: Path, into: Path, allowed: Allowed = NOTHING_ALLOWED, cache_dir: Path = DEFAULT_CACHE) -> list[str]:
     """Run the configuration of ``run`` again in ``into``; return a line for everything that differs.
 
     Raises InputError where the run is unfinished, or its model or data have changed, or where it asks for what
@@ -32,11 +30,11 @@ def repeat(
         raise InputError(f"{run} has no manifest that says what was asked for")
     if before is None:
         raise InputError(f"{run} was not finished; run its command again first")
-    config = RunConfig.from_json(manifest["request"], str(run / "manifest.json"), allowed)
-    config = replace(config, run_dir=into, cache_dir=cache_dir)
+    request = Request.from_json(manifest["request"], str(run / "manifest.json"), allowed)
+    request = request.but(run_dir=into, cache_dir=cache_dir)
     check_places([Place("the run", run)], [Place("--into", into)])
-    session = Session(config)
-    configuration = session.configuration(config)
+    session = open_session(request)
+    configuration = session.configuration(request.run)
     changed = [
         f"{key}: {manifest['configuration'].get(key)} -> {value}"
         for key, value in configuration.items()
@@ -44,7 +42,7 @@ def repeat(
     ]
     if changed:
         raise InputError(f"{run} cannot be repeated as it was: {'; '.join(changed)}")
-    after = session.run(config)
+    after = session.run(request.run, request.output)
     differences = [
         f"block {index}: other codes"
         for index in range(configuration["blocks"])

@@ -21,10 +21,11 @@ from quant.export.target import OWN, is_complete
 from quant.kernels.columns import describe as describe_kernels
 from quant.run.config import RunConfig
 from quant.run.directory import BlockSummary, Record
+from quant.run.request import Request
 
 
 def manifest_of(
-    config: RunConfig,
+    request: Request,
     configuration: Record,
     model: LazyModel,
     device: torch.device,
@@ -35,12 +36,12 @@ def manifest_of(
     return {
         "schema": 1,
         "command": sys.argv,
-        "request": config.to_json(),
+        "request": request.to_json(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "configuration": configuration,
-        "seed": config.seed,
+        "seed": request.run.seed,
         "model": {
-            "id": config.model,
+            "id": request.session.model,
             "sha256": configuration["model_sha256"],
             "model_type": model.config.model_type,
             "added_biases": len(model.added),
@@ -63,7 +64,7 @@ def _describe(tokens: Tokens) -> Record:
     }
 
 
-def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel) -> Record:
+def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel) -> Record:
     """The entries of results.json that come from the codes and the journal."""
     records = [record for block in blocks for record in block.records]
     bits, count = sum(r.storage_bits for r in records), sum(r.n_weights for r in records)
@@ -81,17 +82,17 @@ def results_of(config: RunConfig, blocks: Sequence[BlockSummary], model: LazyMod
     digest = hashlib.sha256("".join(block.codes_sha256 for block in blocks).encode()).hexdigest()
     return {
         "schema": 1,
-        "method": config.method if config.quantizes else "base",
-        "wbits": config.wbits,
-        "abits": config.act.bits,
-        "kv_bits": config.act.kv_bits,
-        "solver": config.solver or config.method,
-        "options": dict(config.options),
-        "group_size": config.group_size,
-        "symmetric": config.symmetric,
+        "method": run.method if run.quantizes else "base",
+        "wbits": run.wbits,
+        "abits": run.act.bits,
+        "kv_bits": run.act.kv_bits,
+        "solver": run.solver,
+        "options": dict(run.options),
+        "group_size": run.group_size,
+        "symmetric": run.symmetric,
         "bits_per_weight": bits / count if count else float(stored),
         "outlier_share": sum(r.outlier_share * r.n_weights for r in records) / count if records else 0.0,
-        "entropy_bits": math.log2(config.levels or 2**config.wbits) if records else None,
+        "entropy_bits": math.log2(run.levels or 2**run.wbits) if records else None,
         "quantized_bytes": (bits + 7) // 8,
         "checkpoint_bytes": 0,
         "codes_sha256": digest,

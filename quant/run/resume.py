@@ -18,10 +18,10 @@ from quant.run.config import RunConfig
 from quant.run.directory import Record, RunDirectory
 
 
-def check_ranges(config: RunConfig, model: LazyModel, model_sha256: str) -> None:
+def check_ranges(run: RunConfig, model: LazyModel, model_sha256: str) -> None:
     """Raise InputError where a file of ranges was measured on another model, lacks an entry of this one, or holds what
     cannot be a range: numbers that are not finite, or scales below 0."""
-    for flag, path in (("--act-scales", config.act_scales), ("--act-shifts", config.act_shifts)):
+    for flag, path in (("--act-scales", run.act_scales), ("--act-shifts", run.act_shifts)):
         if path is None:
             continue
         with _vectors(path) as file:
@@ -32,7 +32,7 @@ def check_ranges(config: RunConfig, model: LazyModel, model_sha256: str) -> None
                     f"this one's is {model_sha256[:12]}; run generate_act_scale_shift.py on this one"
                 )
             names = set(file.keys())
-            for index in range(min(config.num_layers, len(model.blocks))):
+            for index in range(min(run.num_layers, len(model.blocks))):
                 for name, (_, n_in) in model.linear_shapes().items():
                     key = f"{model.family.blocks}.{index}.{name}"
                     if key not in names or file.get_slice(key).get_shape() != [n_in]:
@@ -40,23 +40,23 @@ def check_ranges(config: RunConfig, model: LazyModel, model_sha256: str) -> None
                     vector = file.get_tensor(key)
                     if not bool(torch.isfinite(vector).all()):
                         raise InputError(f"{flag} {path}: {key} has entries that are not finite; make the file again")
-                    if path is config.act_scales and bool((vector < 0).any()):
+                    if path is run.act_scales and bool((vector < 0).any()):
                         raise InputError(
                             f"{flag} {path}: {key} has negative entries, which no largest |x| is; "
                             "are --act-scales and --act-shifts exchanged?"
                         )
 
 
-def input_ranges(config: RunConfig, model: LazyModel, index: int) -> dict[str, InputRange] | None:
+def input_ranges(run: RunConfig, model: LazyModel, index: int) -> dict[str, InputRange] | None:
     """Ranges of block ``index`` from the files given, which `check_ranges` found whole; None if there are none."""
-    if config.act_scales is None:
+    if run.act_scales is None:
         return None
     keys = {name: f"{model.family.blocks}.{index}.{name}" for name in model.linear_shapes()}
-    with _vectors(config.act_scales) as file:
+    with _vectors(run.act_scales) as file:
         scales = {name: file.get_tensor(key).float() for name, key in keys.items()}
     shifts = {name: torch.zeros_like(scale) for name, scale in scales.items()}
-    if config.act_shifts is not None:
-        with _vectors(config.act_shifts) as file:
+    if run.act_shifts is not None:
+        with _vectors(run.act_shifts) as file:
             shifts = {name: file.get_tensor(key).float() for name, key in keys.items()}
     return {name: InputRange(scales[name], shifts[name]) for name in keys}
 

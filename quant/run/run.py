@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from quant.run.config import RunConfig
+from quant.run.config import Output, RunConfig
 from quant.run.directory import Record
 from quant.run.inputs import Inputs
 from quant.run.job import Progress, open_jobs, write_results
@@ -15,23 +15,26 @@ from quant.run.scoring import FullPrecision, score
 
 
 def run_all(
-    inputs: Inputs, configs: Sequence[RunConfig], progress: Callable[[str], Progress], full: FullPrecision
+    inputs: Inputs,
+    runs: Sequence[tuple[RunConfig, Output]],
+    progress: Callable[[str], Progress],
+    full: FullPrecision,
 ) -> list[Record]:
-    """Run several configurations on the same inputs; see `Session.run_all`."""
+    """Several runs on the same inputs; see `Session.run_all`."""
     with ExitStack() as held:
-        jobs = open_jobs(inputs, configs, held)
+        jobs = open_jobs(inputs, runs, held)
         for job in jobs:
-            quantize(inputs, job, progress(job.config.method))
+            quantize(inputs, job, progress(job.run.method))
         waiting = [job for job in jobs if job.results is None]
-        score(inputs, waiting, progress(waiting[0].config.method if len(waiting) == 1 else "all"), full)
+        score(inputs, waiting, progress(waiting[0].run.method if len(waiting) == 1 else "all"), full)
         for job in waiting:
             write_results(inputs, job)  # before anything is saved: where that fails, no score is lost
         for job in jobs:
-            save(inputs, job, progress(job.config.method))
+            save(inputs, job, progress(job.run.method))
         return [(job.results or {}) | {"run_dir": str(job.target.path)} for job in jobs]
 
 
-def quantize_only(inputs: Inputs, config: RunConfig, progress: Progress) -> None:
-    """Every block is in the run directory afterwards; a run of the configuration then only evaluates."""
+def quantize_only(inputs: Inputs, run: RunConfig, output: Output, progress: Progress) -> None:
+    """Every block is in the run directory afterwards; the run then only evaluates."""
     with ExitStack() as held:
-        quantize(inputs, open_jobs(inputs, [config], held)[0], progress)
+        quantize(inputs, open_jobs(inputs, [(run, output)], held)[0], progress)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def save(inputs: Inputs, job: Job, progress: Progress) -> None:
     """Save the checkpoint if asked for, and say so in results.json."""
-    target, results = job.config.save, job.results
+    target, results = job.output.save, job.results
     assert results is not None
     if target is None:
         return
@@ -39,14 +39,14 @@ def save(inputs: Inputs, job: Job, progress: Progress) -> None:
 def _save_or_fall_back(inputs: Inputs, job: Job) -> None:
     """The checkpoint in the format asked for, or else in the one named for that case. Raises RunError where the format
     turns out not to hold the codes."""
-    config = job.config
+    output = job.output
     try:
-        _save_in(inputs, job, config.format)
+        _save_in(inputs, job, output.format)
     except InputError as error:
-        if config.fallback in (None, config.format):
+        if output.fallback in (None, output.format):
             raise RunError(f"{error} ({job.target.path} holds codes and scores)") from error
-        _save_in(inputs, job, str(config.fallback))
-        log.warning("%s; saved as %s", error, config.fallback)
+        _save_in(inputs, job, str(output.fallback))
+        log.warning("%s; saved as %s", error, output.fallback)
 
 
 def deployed_in(directory: RunDirectory, n_blocks: int) -> Callable[[int], Mapping[str, Tensor | QuantizedWeight]]:
@@ -63,7 +63,7 @@ def deployed_in(directory: RunDirectory, n_blocks: int) -> Callable[[int], Mappi
 
 def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     """The checkpoint in one format. Raises InputError where that does not hold the codes."""
-    model, content, target = inputs.model, inputs.content(job.config), job.config.save
+    model, content, target = inputs.model, inputs.content(job.run), job.output.save
     assert target is not None
     stream = packed_entries(
         entries(model, deployed_in(job.target, job.n_blocks)), format_name, content, model.storage_of
@@ -71,4 +71,4 @@ def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     described = model_config(model, format_name, content, job.n_blocks)
     results = dict(job.results or {}) | {"format": format_name}
     side_files = model_side_files(model, inputs.tokenizer)
-    save_checkpoint(stream, target, described, side_files, results, job.config.overwrite)
+    save_checkpoint(stream, target, described, side_files, results, job.output.overwrite)

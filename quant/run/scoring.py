@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from models.load import Weights
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import Deployed
+from quant.core.names import FULL_BITS
 from quant.core.types import QuantizedWeight
-from quant.evaluate.perplexity import FULL, Scores, Variant, evaluate
+from quant.evaluate.passes import FULL, Variant
+from quant.evaluate.perplexity import Scores, evaluate
 from quant.evaluate.perplexity import report as perplexity_entries
 from quant.evaluate.scorer import Scorer
 from quant.evaluate.tasks import TaskScore, run_tasks
 from quant.evaluate.tasks import report as task_entries
 from quant.export.read import QuantizedCheckpoint
 from quant.kernels.matmul.pack import pack_block
-from quant.run.config import FULL_BITS
 from quant.run.directory import Record
 from quant.run.identity import evaluation_of
 from quant.run.inputs import Inputs
@@ -46,10 +47,10 @@ def score(inputs: Inputs, jobs: Sequence[Job], progress: Progress, full: FullPre
     for job in jobs:
         variant = str(job.target.path) if job.recipe else FULL
         no_corpus: Record = {"perplexity": {}, "fidelity": {}}
-        results = results_of(job.config, job.blocks, inputs.model)
+        results = results_of(job.run, job.blocks, inputs.model)
         results |= perplexity_entries(inputs.evaluation, by_corpus, variant) if by_corpus else no_corpus
         results["zero_shot"] = task_entries(by_task, variant)
-        results |= {"configuration_sha256": job.digest, "evaluation": evaluation_of(inputs, job.config)}
+        results |= {"configuration_sha256": job.digest, "evaluation": evaluation_of(inputs, job.output)}
         results["seconds"] |= evaluating | answering
         results["packed_bytes"] = sum(job.packed_bytes.values())  # 0 where nothing was evaluated packed
         job.results = results
@@ -60,17 +61,16 @@ def score_perplexity(
 ) -> dict[str, dict[str, Scores]]:
     """Scores of every job (by its directory) and of full precision on every corpus, in one pass over the blocks."""
     variants = _variants(inputs, jobs)
-    full = any(job.config.full_precision_eval for job in jobs)
+    full = inputs.config.full_precision_eval
     if not jobs or not inputs.evaluation or not (variants or full):
         return {}
-    config = jobs[0].config
     return evaluate(
         inputs.model,
         inputs.evaluation,
         variants,
         device=inputs.device,
-        batch=config.calib_batch,
-        store=config.activation_store,
+        batch=inputs.config.calib_batch,
+        store=inputs.config.activation_store,
         directory=jobs[0].target.path,
         full=_full_variant(inputs, jobs[0]) if full else None,
         full_streams=full_streams,
@@ -84,15 +84,14 @@ def score_tasks(
     """Scores of every job and of full precision on every task. full_scores: full precision's, filled if empty."""
     if not jobs or inputs.tasks is None:
         return {}
-    config = jobs[0].config
-    wanted = config.full_precision_eval and not full_scores
+    wanted = inputs.config.full_precision_eval and not full_scores
     full = {FULL: _full_variant(inputs, jobs[0])} if wanted else {}
     scorer = Scorer(
         inputs.model,
         full | _variants(inputs, jobs),
         inputs.device,
         TASK_BATCH,
-        config.activation_store,
+        inputs.config.activation_store,
         jobs[0].target.path,
         lambda done, total: progress("tasks", done, total, ""),
     )
@@ -109,7 +108,7 @@ def _variants(inputs: Inputs, jobs: Sequence[Job]) -> dict[str, Variant]:
 
 def _variant(inputs: Inputs, job: Job) -> Variant:
     """The quantized form of a job: its codes are read back from the run directory, block by block."""
-    model, packed = inputs.model, job.config.packed and job.config.wbits != FULL_BITS
+    model, packed = inputs.model, job.output.packed and job.run.wbits != FULL_BITS
 
     def block(index: int, weights: Weights) -> Deployed:
         if index >= job.n_blocks:
@@ -119,13 +118,13 @@ def _variant(inputs: Inputs, job: Job) -> Variant:
         changed = deploy(weights, {}, model, index, job.target.read_changed(index))
         return _pack(inputs, job, index, changed, job.target.read_weights(index))
 
-    return Variant(block, job.config.act, packed and job.n_blocks == len(model.blocks))
+    return Variant(block, job.run.act, packed and job.n_blocks == len(model.blocks))
 
 
 def _full_variant(inputs: Inputs, job: Job) -> Variant:
     """The model itself; a quantized checkpoint may be asked to stay packed."""
     model, checkpoint = inputs.model, inputs.model.checkpoint
-    if not (job.config.packed and isinstance(checkpoint, QuantizedCheckpoint)):
+    if not (job.output.packed and isinstance(checkpoint, QuantizedCheckpoint)):
         return Variant(lambda _, weights: weights, inputs.act)
     whole = all(set(checkpoint.solved(model, i)) == set(model.linear_shapes()) for i in range(len(model.blocks)))
 

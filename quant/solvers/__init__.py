@@ -28,7 +28,7 @@ class Declaration(NamedTuple):
     its largest phase for (out, in, options, group size), the weight included, the Gram matrix not. rows_coupled: whether
     rows of the answer depend on each other. starts_at_nearest: whether (options, group size) make it begin with the grid
     that rounding to nearest has, so that it may be given that one. uses_cross: whether it asks for statistics with the
-    inputs of the original model (`GramStats.cross`).
+    inputs of the original model (`GramStats.cross`). outlier_bits: of a weight, for outliers, where known beforehand.
     """
 
     outliers: Callable[[Options], bool] = lambda options: False
@@ -36,6 +36,7 @@ class Declaration(NamedTuple):
     rows_coupled: bool = False
     starts_at_nearest: Callable[[Options, int], bool] = lambda options, group_size: False
     uses_cross: bool = False
+    outlier_bits: Callable[[Options], float] = lambda options: 0.0
 
 
 SUPPLIED = ("grid", "init")  # keyword arguments that a run gives, not a person
@@ -125,3 +126,8 @@ def solver_options(function: Solver) -> dict[str, Any]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name not in SUPPLIED
     }
+
+
+def with_defaults(name: str, options: Options) -> dict[str, Any]:
+    """All options of the solver of that name: those given, and the defaults of the others."""
+    return solver_options(get_solver(name)) | dict(options)

@@ -139,6 +139,11 @@ def keeps_outliers(options: Options) -> bool:
     return bool(options["outlier"] > 0)
 
 
+def outlier_bits(options: Options) -> float:
+    """Bits a weight for outliers: value and index of each, or the values of whole columns."""
+    return float(options["outlier"]) * (16 if options["structure_outlier"] else 32)
+
+
 def quantease_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
     """Descent: weight, target, residual, correlation, codes; a searched or refitted grid doubles that, outliers take more,
     and with them or a refitted grid go two Gram matrices. act_order: weight and Gram matrix while they are permuted."""
@@ -148,7 +153,13 @@ def quantease_bytes(n_out: int, n_in: int, options: Options, group_size: int) ->
     return max(weights * area + (2 * (outlier or refit) + ordered) * square, 2 * (area + square) * ordered)
 
 
-@solver("quantease", outliers=keeps_outliers, workspace=quantease_bytes, starts_at_nearest=starts_plainly)
+@solver(
+    "quantease",
+    outliers=keeps_outliers,
+    workspace=quantease_bytes,
+    starts_at_nearest=starts_plainly,
+    outlier_bits=outlier_bits,
+)
 def quantease(
     weight: Tensor,
     stats: GramStats,

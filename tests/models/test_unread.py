@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 from models.load import LazyModel, load_model
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
-from quant.run.session import Session
 from tests.conftest import build
-from tests.helpers import CPU, config_for
+from tests.helpers import CPU, config_for, perform
 
 IDS = torch.arange(2 * 12).view(2, 12) * 7 % 250
 Tensors = dict[str, torch.Tensor]
@@ -65,8 +64,8 @@ def test_a_head_of_its_own_is_not_tied(model_dir, tmp_path, text, caplog):
     ]
     torch.testing.assert_close(logits(model), other_logits(path))
     assert (logits(model) - logits(opened(model_dir(TIED)))).abs().max() > 1
-    config = config_for(path, text, tmp_path, save=tmp_path / "saved", method="rtn", options={}, wbits=8)
-    Session(config).run(config)
+    config = config_for(path, text, tmp_path, save=tmp_path / "saved", solver="rtn", options={}, wbits=8)
+    perform(config)
     assert json.loads((tmp_path / "saved/config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(load_file(tmp_path / "saved/model.safetensors")["lm_head.weight"], head)
 
@@ -143,8 +142,8 @@ def test_tensors_of_other_tasks_are_named_and_carried_over(model_dir, tmp_path, 
         name: torch.randn(3, 5) for name in ("score.weight", "v_head.bias", "vision.layers.0.weight", "x.layers.9.w")
     }
     path = edited(model_dir("llama"), tmp_path / "model", lambda t: t.update(more))
-    config = config_for(path, text, tmp_path, save=tmp_path / "saved", method="rtn", options={})
-    Session(config).run(config)
+    config = config_for(path, text, tmp_path, save=tmp_path / "saved", solver="rtn", options={})
+    perform(config)
     (said,) = [r.getMessage() for r in caplog.records if "no parameter" in r.getMessage()]
     assert said.endswith(
         "reads score.weight, v_head.bias, vision.layers.0.weight and 1 more; saved checkpoints keep them"
@@ -167,14 +166,14 @@ def test_every_weight_is_saved_in_its_own_dtype(model_dir, tmp_path, text):
     assert model.dtype == model.storage_dtype == torch.bfloat16
     assert model.storage_of("mlp.up_proj.weight", 1) == torch.float32
     assert model.storage_of("mlp.up_proj.bias", 1) == torch.float32, "a bias that is added has its weight's"
-    config = config_for(path, text, tmp_path, save=tmp_path / "saved", method="rtn", options={}, dtype="float32")
-    results = Session(config).run(config)
+    config = config_for(path, text, tmp_path, save=tmp_path / "saved", solver="rtn", options={}, dtype="float32")
+    results = perform(config)
     saved, source = load_file(tmp_path / "saved/model.safetensors"), load_file(path / "model.safetensors")
     assert {k: t.dtype for k, t in saved.items()} == {k: t.dtype for k, t in source.items()}
     up = saved["model.layers.1.mlp.up_proj.weight"]
     assert not torch.equal(up, up.bfloat16().float()), "nothing was rounded to what the others have"
     again = config_for(tmp_path / "saved", text, tmp_path, run_dir=tmp_path / "again", wbits=16, dtype="float32")
-    perplexity = Session(again).run(again)["perplexity"]["words"]["fp"]
+    perplexity = perform(again)["perplexity"]["words"]["fp"]
     assert perplexity == results["perplexity"]["words"]["quantized"], "what was measured is what was saved"
 
 

@@ -2,10 +2,9 @@
 
 import pytest
 
-from quant.export import FORMATS
+from quant.core.names import FORMATS
 from quant.run.convert import convert
-from quant.run.session import Session
-from tests.helpers import demo_config, in_float32
+from tests.helpers import demo_config, in_float32, perform
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +18,7 @@ def exported(tmp_path_factory, whole):
     """A run of the demo model, saved as gptq_v2."""
     base = tmp_path_factory.mktemp("exported")
     config = demo_config(base, whole, save=base / "saved", format="gptq_v2")
-    results = Session(config).run(config)
+    results = perform(config)
     for kind in FORMATS:
         convert(base / "run", kind, base / f"as-{kind}")
     return base, results

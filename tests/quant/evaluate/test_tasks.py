@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,10 +19,10 @@ from quant.evaluate.bootstrap import paired_interval
 from quant.evaluate.passes import FULL, Variant
 from quant.evaluate.scorer import Scorer
 from quant.evaluate.tasks import TaskScore, check_tasks, open_tasks, report
-from quant.run.config import RunConfig
-from quant.run.session import Session
+from quant.run.request import Request
+from quant.run.session import open_session
 from tests.conftest import VOCABULARY
-from tests.helpers import config_for
+from tests.helpers import config_for, perform, replace
 
 CPU = torch.device("cpu")
 
@@ -125,12 +124,12 @@ def test_ids_of_tasks_are_checked_before_any_work(model_dir, text, local_task, t
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens([*(f"<filler {i}>" for i in range(VOCABULARY - len(tokenizer))), "<|im_start|>"])
     tokenizer.save_pretrained(model)
-    config = config_for(model, text, tmp_path, tasks=("mine",), task_path=local_task, method="rtn", options={})
-    Session(config)  # the task is good, though the tokenizer has a token too many
+    config = config_for(model, text, tmp_path, tasks=("mine",), task_path=local_task, solver="rtn", options={})
+    open_session(config)  # the task is good, though the tokenizer has a token too many
     rewritten(local_task, doc_to_text='"<|im_start|> {{question}}"')
     with pytest.raises(InputError, match="--tasks mine: the tokenizer gives token 264, the model has 264"):
-        Session(config)
-    assert not config.run_dir.exists()
+        open_session(config)
+    assert not config.output.run_dir.exists()
 
 
 def test_an_answer_longer_than_the_model_is_one_line(local_task, model_dir, tmp_path):
@@ -154,21 +153,21 @@ def test_requests_are_encoded_once(local_task, tmp_path, monkeypatch):
 
 
 def test_a_run_reports_both_forms(model_dir, text, local_task, tmp_path):
-    config = RunConfig(
-        model=str(model_dir("llama")), dataset=str(text), eval_datasets=(), nsamples=4, seqlen=32, wbits=2, method="rtn",
+    config = Request.of(
+        model=str(model_dir("llama")), dataset=str(text), eval_datasets=(), nsamples=4, seqlen=32, wbits=2, solver="rtn",
         cache_dir=tmp_path / "cache", run_dir=tmp_path / "run", tasks=("mine",), task_path=local_task, act=ActSpec(4, 4),
     )  # fmt: skip
-    results = Session(config).run(config)
+    results = perform(config)
     entry = results["zero_shot"]["mine"]
     assert entry["items"] == 20 and entry["metric"] == "acc" and "acc_norm" in entry["others"]
     assert entry["difference"] == pytest.approx(entry["quantized"] - entry["fp"])
     low, high = entry["difference_ci95"]
     assert low <= entry["difference"] <= high and entry["stderr"] > 0
     fewer = replace(config, limit=5)
-    again = Session(fewer).run(fewer)
+    again = perform(fewer)
     assert again["zero_shot"]["mine"]["items"] == 5 and again["codes_sha256"] == results["codes_sha256"]
     base = replace(config, wbits=16, act=ActSpec(), run_dir=tmp_path / "base")
-    assert Session(base).run(base)["zero_shot"]["mine"]["fp"] == entry["fp"]
+    assert perform(base)["zero_shot"]["mine"]["fp"] == entry["fp"]
 
 
 def test_chance_is_said(tmp_path):

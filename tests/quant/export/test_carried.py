@@ -11,8 +11,7 @@ from transformers import AutoConfig
 from quant.core.errors import InputError
 from quant.export.carried import both_rotary_forms, carried_config, carried_files
 from quant.run.convert import convert
-from quant.run.session import Session
-from tests.helpers import DEMO, config_for, demo_config
+from tests.helpers import DEMO, config_for, demo_config, perform
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
          "intermediate_size": 64, "max_position_embeddings": 512, "vocab_size": 99}  # fmt: skip
@@ -209,7 +208,7 @@ def test_side_files_are_the_sources_byte_for_byte(tmp_path):
     del declared["rope_parameters"], declared["dtype"]
     (source / "config.json").write_text(json.dumps(declared))
     config = demo_config(tmp_path, source, save=tmp_path / "saved", format="gptq_v2")
-    Session(config).run(config)
+    perform(config)
     convert(tmp_path / "run", "dequantized", tmp_path / "plain")
     convert(tmp_path / "saved", "bitplane", tmp_path / "planes")
     carried = {*SIDES, "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -226,8 +225,8 @@ def test_side_files_are_the_sources_byte_for_byte(tmp_path):
 
 def test_a_head_of_ones_own_and_biases_are_in_the_config(model_dir, text, tmp_path):
     """What opening a model changes is written; what config.json leaves to the library's default stays unsaid."""
-    config = config_for(model_dir("llama gqa, tied"), text, tmp_path, method="rtn", options={}, save=tmp_path / "out")
-    Session(config).run(config)
+    config = config_for(model_dir("llama gqa, tied"), text, tmp_path, solver="rtn", options={}, save=tmp_path / "out")
+    perform(config)
     source = json.loads((model_dir("llama gqa, tied") / "config.json").read_text())
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["tie_word_embeddings"] is source["tie_word_embeddings"] is True
@@ -237,9 +236,9 @@ def test_a_head_of_ones_own_and_biases_are_in_the_config(model_dir, text, tmp_pa
     del plain["tie_word_embeddings"]
     (bare / "config.json").write_text(json.dumps(plain))
     config = config_for(
-        bare, text, tmp_path, method="rtn", options={}, save=tmp_path / "opt", run_dir=tmp_path / "run2"
+        bare, text, tmp_path, solver="rtn", options={}, save=tmp_path / "opt", run_dir=tmp_path / "run2"
     )
-    Session(config).run(config)
+    perform(config)
     assert "tie_word_embeddings" not in json.loads((tmp_path / "opt" / "config.json").read_text())
 
 
@@ -266,7 +265,7 @@ def test_a_readme_of_the_persons_stays(tmp_path):
     """The model's own is left out where a person has put one beside the checkpoint; a changed one of ours is refused."""
     source = with_side_files(tmp_path / "model")
     config = demo_config(tmp_path, source)
-    Session(config).run(config)
+    perform(config)
     out = tmp_path / "out"
     convert(tmp_path / "run", "bitplane", out)
     (out / "README.md").write_text("mine")

@@ -12,8 +12,9 @@ from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
+from quant.core.names import FORMATS
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec, group_index
-from quant.export import FORMATS, PACKED, refusal, write
+from quant.export import PACKED, refusal, write
 from quant.export.formats import Content, Layers, StoredLinear
 from quant.export.packing import pack, pack_planes, unpack, unpack_planes
 from quant.solvers.gptq import gptq

@@ -4,7 +4,6 @@ evaluator: the same perplexity and logits."""
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from quant.blocks.fake_quant import ActSpec
 from quant.export.runtimes import loadability
-from quant.run.config import RunConfig
 from quant.run.convert import convert
-from quant.run.session import Session
-from tests.helpers import DEMO, demo_config, in_float32, perplexity, reference_logits
+from quant.run.request import Request
+from quant.run.session import open_session
+from tests.helpers import DEMO, demo_config, in_float32, perform, perplexity, reference_logits, replace
 
 CT = "compressed-tensors"
 # Relative distance of the logits. SAME: measured 0. DEQUANTIZED: transformers rounds scales, measured 1.3e-4.
@@ -41,17 +40,17 @@ def test_transformers_computes_what_we_compute(name, tmp_path):
     levels of their grid turn that into a step (relative distance of the logits then 2e-2 with W8A8).
     """
     family, options = CASES[name]
-    config = RunConfig(
+    config = Request.of(
         model=str(in_float32(family, tmp_path / "whole")), dataset="demo", eval_datasets=(), nsamples=4, seqlen=256,
-        method="rtn", run_dir=tmp_path / "run", **({"group_size": 32} | options),
+        solver="rtn", run_dir=tmp_path / "run", **({"group_size": 32} | options),
     )  # fmt: skip
-    Session(config).run(config)
+    perform(config)
     content = convert(tmp_path / "run", CT, tmp_path / "checkpoint")
     (needs,) = (row[2] for row in loadability(CT, content) if row[0] == "transformers")
-    evaluation = RunConfig(model=str(tmp_path / "checkpoint"), dataset="demo", eval_datasets=("demo",), nsamples=4,
-                           seqlen=256, method="rtn", limit=4, run_dir=tmp_path / "eval")  # fmt: skip
-    session = Session(evaluation)
-    perplexity = session.run(evaluation)["perplexity"]["demo"]["fp"]
+    evaluation = Request.of(model=str(tmp_path / "checkpoint"), dataset="demo", eval_datasets=("demo",), nsamples=4,
+                           seqlen=256, solver="rtn", limit=4, run_dir=tmp_path / "eval")  # fmt: skip
+    session = open_session(evaluation)
+    perplexity = session.run(evaluation.run, evaluation.output)["perplexity"]["demo"]["fp"]
     ids = session.evaluation["demo"].ids
     more = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "dequantize" in needs else {}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32, **more)
@@ -60,7 +59,9 @@ def test_transformers_computes_what_we_compute(name, tmp_path):
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     ours = reference_logits(session, ids)
     distance = float((logits - ours).norm() / ours.norm())
-    bound = ASYMMETRIC_INPUTS if config.act.active and not config.act.symmetric else DEQUANTIZED if more else SAME
+    bound = (
+        ASYMMETRIC_INPUTS if config.run.act.active and not config.run.act.symmetric else DEQUANTIZED if more else SAME
+    )
     assert distance < bound, distance
     assert float(losses.double().mean().exp()) == pytest.approx(perplexity, rel=1e-4)
 
@@ -150,7 +151,7 @@ def test_checkpoints_in_the_layout_of_llm_compressor_are_read(case, tmp_path):
     expected = perplexity(tmp_path / "plain", tmp_path)[0]
     assert perplexity(tmp_path / "foreign", tmp_path)[0] == expected
     config = replace(demo_config(tmp_path, tmp_path / "foreign"), wbits=16, packed=True, run_dir=tmp_path / "packed")
-    assert Session(config).run(config)["perplexity"]["text"]["fp"] == pytest.approx(expected, rel=1e-5)
+    assert perform(config)["perplexity"]["text"]["fp"] == pytest.approx(expected, rel=1e-5)
     if case != "mixed":
         convert(tmp_path / "foreign", "bitplane", tmp_path / "planes")
         assert perplexity(tmp_path / "planes", tmp_path)[0] == expected

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from quant.blocks.fake_quant import ActSpec
+from quant.core.names import FORMATS, RUNTIMES
 from quant.core.types import QuantSpec
-from quant.export import FORMATS, first_holding
+from quant.export import first_holding
 from quant.export.formats import Content, Layers
-from quant.export.runtimes import RUNTIMES, loadability, nearest, objections
+from quant.export.runtimes import loadability, nearest, objections
 
 LAYERS = Layers(["layer"], ["lm_head"], "model.layers", 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -29,10 +28,10 @@ from quant.learn.omniquant import WeightClip
 from quant.learn.parametrization import Block, InputRange, Parametrization
 from quant.run.directory import RunDirectory
 from quant.run.quantize import Recipe, deploy, quantize_block
-from quant.run.session import Session
+from quant.run.session import open_session
 from quant.solvers import get_solver
 from tests.conftest import VOCABULARY
-from tests.helpers import CPU, asked, learned_config
+from tests.helpers import CPU, asked, learned_config, perform, replace
 
 FULL = ActSpec()
 
@@ -314,8 +313,8 @@ def test_a_loss_term_of_ones_own_in_one_file(registries, model_dir, text, tmp_pa
     assert learned.log["loss_start"] > 1.05 * other.log["loss_start"], "it counts"
     assert learned.log["loss_end"] < 0.95 * learned.log["loss_start"], "it is trained"
     assert any(not torch.equal(learned.parameters[k], p) for k, p in other.parameters.items()), "its gradient arrives"
-    config = learned_config(model_dir("llama"), text, tmp_path, learning=replace(more, epochs=1), method="mine")
-    configuration = Session(config).configuration(config)["learning"]
+    config = learned_config(model_dir("llama"), text, tmp_path, learning=replace(more, epochs=1), learner="mine")
+    configuration = open_session(config).configuration(config)["learning"]
     assert configuration["extra_terms"] == ["largest", "logits"]
     assert Learning(**configuration | {"transform": more.transform}) == replace(more, epochs=1)
     with pytest.raises(InputError, match="nothing to learn is called 'smallest'; known: .*largest"):
@@ -359,14 +358,14 @@ def test_a_parameter_of_every_weight_of_ones_own_in_one_file(registries, model_d
         by = learned.parameters[f"nudge.{name}.by"]
         assert 0 < float(by.abs().max()) <= float(torch.tensor(0.01))
         torch.testing.assert_close(learned.targets[name], bench.weights[f"{name}.weight"] + by, rtol=0, atol=0)
-    config = learned_config(model_dir("llama"), text, tmp_path, learning=replace(learning, epochs=1), method="mine")
-    trained = Session(config).run(config)
-    again = replace(config, learning=learning, resume=config.run_dir, run_dir=tmp_path / "again")
+    config = learned_config(model_dir("llama"), text, tmp_path, learning=replace(learning, epochs=1), learner="mine")
+    trained = perform(config)
+    again = replace(config, learning=learning, resume=config.output.run_dir, run_dir=tmp_path / "again")
     again = replace(again, learning=replace(learning, epochs=0))
-    assert Session(again).run(again)["codes_sha256"] == trained["codes_sha256"]
+    assert perform(again)["codes_sha256"] == trained["codes_sha256"]
     other = replace(again, learning=asked(let=False, epochs=0), run_dir=tmp_path / "other")
     with pytest.raises(InputError, match="learned for another configuration .extra_ingredients"):
-        Session(other).run(other)
+        perform(other)
 
 
 def test_what_configurations_hold_of_learning():

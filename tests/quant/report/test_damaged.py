@@ -15,9 +15,8 @@ from quant.cli import repeat as repeat_command
 from quant.cli import report as report_command
 from quant.core.errors import InputError
 from quant.report.runs import open_run
-from quant.run.session import Session
 from tests.damage import BAD, entry_paths, with_entry
-from tests.helpers import asked, called, config_for
+from tests.helpers import asked, called, config_for, perform
 
 FILES = ("manifest.json", "results.json", "journal.jsonl")
 QUIZ = {"metric": "acc", "items": 20, "fp": 0.8, "quantized": 0.5, "stderr": 0.1, "difference": -0.3,
@@ -28,9 +27,9 @@ QUIZ = {"metric": "acc", "items": 20, "fp": 0.8, "quantized": 0.5, "stderr": 0.1
 def finished(tmp_path_factory, model_dir, text) -> Path:
     """A learned run with the score of a task, and the same run again."""
     base = tmp_path_factory.mktemp("finished")
-    config = config_for(model_dir("llama"), text, base, method="omniquant", solver="rtn", options={}, nsamples=4, limit=4,
+    config = config_for(model_dir("llama"), text, base, learner="omniquant", solver="rtn", options={}, nsamples=4, limit=4,
                         learning=asked(epochs=1, batch=4))  # fmt: skip
-    Session(config).run(config)
+    perform(config)
     results = json.loads((base / "run" / "results.json").read_text())
     (base / "run" / "results.json").write_text(json.dumps(results | {"zero_shot": {"quiz": QUIZ}}))
     shutil.copytree(base / "run", base / "same")
@@ -125,18 +124,18 @@ def call(finished, monkeypatch, capsys):
     """Run a command; a repetition gives at once what the run gave."""
 
     class Repeated:
-        def __init__(self, config) -> None:
+        def __init__(self, request) -> None:
             self.results = contents(finished / "same" / "results.json")
             self.wanted = contents(finished / "same" / "manifest.json")["configuration"]
 
-        def configuration(self, config):
+        def configuration(self, run):
             return self.wanted
 
-        def run(self, config):
-            shutil.copytree(finished / "same", config.run_dir)
+        def run(self, run, output):
+            shutil.copytree(finished / "same", output.run_dir)
             return self.results
 
-    monkeypatch.setattr("quant.run.repeat.Session", Repeated)
+    monkeypatch.setattr("quant.run.repeat.open_session", Repeated)
     return lambda module, *words: called(module, monkeypatch, capsys, *words)
 
 

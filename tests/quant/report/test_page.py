@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,9 +30,8 @@ from quant.report import page as report
 from quant.report import plots
 from quant.report.compare import differences
 from quant.report.runs import Run, open_run
-from quant.run.config import RunConfig
-from quant.run.session import Session
-from tests.helpers import asked, config_for
+from quant.run.request import Request
+from tests.helpers import asked, config_for, perform, replace
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "use", "rect", "circle", "line"}
 
@@ -104,13 +102,13 @@ def finished(tmp_path_factory, model_dir, text) -> dict[str, Path]:
     plain = replace(config_for(model_dir("llama"), text, base), run_dir=base / "plain")
     configs = {
         "plain": plain,
-        "gptq": replace(plain, method="gptq", options={}, wbits=2, run_dir=base / "gptq"),
-        "learned": replace(plain, method="omniquant", solver="rtn", options={}, learning=asked(epochs=2, batch=6), run_dir=base / "learned"),
+        "gptq": replace(plain, solver="gptq", options={}, wbits=2, run_dir=base / "gptq"),
+        "learned": replace(plain, learner="omniquant", solver="rtn", options={}, learning=asked(epochs=2, batch=6), run_dir=base / "learned"),
         "other": replace(plain, model=str(model_dir("opt")), run_dir=base / "other"),
     }  # fmt: skip
     for config in configs.values():
-        Session(config).run(config)
-    return {name: config.run_dir for name, config in configs.items()}
+        perform(config)
+    return {name: config.output.run_dir for name, config in configs.items()}
 
 
 def test_numbers_are_those_of_the_run(finished, tmp_path):
@@ -195,8 +193,8 @@ def test_tasks_are_timed_apart_from_perplexity(model_dir, text, tmp_path, monkey
         return {}
 
     monkeypatch.setattr("quant.run.scoring.score_tasks", slow)
-    config = replace(config_for(model_dir("llama"), text, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
-    seconds = Session(config).run(config)["seconds"]
+    config = replace(config_for(model_dir("llama"), text, tmp_path, solver="rtn", options={}), nsamples=4, limit=4)
+    seconds = perform(config)["seconds"]
     assert 0.4 <= seconds["tasks"] <= seconds["total"] - seconds["evaluate"] - seconds["load"]
     assert "tasks" in plots.STAGES and "tasks" in STAGES
 
@@ -354,11 +352,11 @@ def test_a_data_file_whose_name_is_an_element(model_dir, text, tmp_path):
     """The whole way: a run's own names of files end as text in the pages of one run and of two."""
     data = tmp_path / 'x"><svg onload=alert(1)>.txt'
     shutil.copy(text, data)
-    base = replace(config_for(model_dir("llama"), data, tmp_path, method="rtn", options={}), nsamples=4, limit=4)
+    base = replace(config_for(model_dir("llama"), data, tmp_path, solver="rtn", options={}), nsamples=4, limit=4)
     configs = [replace(base, wbits=bits, run_dir=tmp_path / str(bits)) for bits in (3, 4)]
     for config in configs:
-        Session(config).run(config)
-    path = report.write_pages([config.run_dir for config in configs], tmp_path / "both")
+        perform(config)
+    path = report.write_pages([config.output.run_dir for config in configs], tmp_path / "both")
     for page in (path, tmp_path / "3" / "report.html"):
         assert Strict(page.read_text()).check() and data.stem in unescape(page.read_text())
     assert 'aria-label="Perplexity on x&quot;&gt;&lt;svg onload' in path.read_text()
@@ -421,9 +419,9 @@ def test_mistakes(finished, tmp_path, monkeypatch, capsys, model_dir, text):
         if stage == "quantize" and done == 2:
             raise KeyboardInterrupt
 
-    config: RunConfig = replace(config_for(model_dir("llama"), text, tmp_path), run_dir=tmp_path / "half")
+    config: Request = replace(config_for(model_dir("llama"), text, tmp_path), run_dir=tmp_path / "half")
     with pytest.raises(KeyboardInterrupt):
-        Session(config).run(config, stop)
+        perform(config, stop)
     code, err = command(tmp_path / "half")
     assert code == 2 and "is not finished: 2 of 3 blocks are there" in err
     shutil.copytree(finished["plain"], tmp_path / "damaged")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +15,10 @@ from quant.run.calibration import HELDOUT, heldout_windows, shortage, windows_ap
 from quant.run.directory import RunDirectory
 from quant.run.linear import LinearRecord, verdict
 from quant.run.quantize import Recipe, quantize_block
-from quant.run.session import Session
+from quant.run.session import open_session
 from quant.solvers import get_solver
 from quant.solvers.rtn import rtn
-from tests.helpers import CPU, SEQLEN, config_for
+from tests.helpers import CPU, SEQLEN, config_for, perform, replace
 
 SHAPES = {"q": (64, 32), "down": (32, 100)}
 
@@ -34,22 +33,22 @@ def test_windows_that_overlap_are_seen():
 
 
 def test_what_is_enough_is_said(tmp_path):
-    config = config_for(tmp_path, tmp_path, tmp_path, nsamples=3, method="gptq", options={})
-    assert shortage(config, SHAPES, 34) is None
-    said = shortage(config, SHAPES, 33)
+    config = config_for(tmp_path, tmp_path, tmp_path, nsamples=3, solver="gptq", options={})
+    assert shortage(config.run, SHAPES, 34) is None
+    said = shortage(config.run, SHAPES, 33)
     assert "99 tokens (3 x 33) for 1 of 2 linears of a block, which have up to 100 inputs (down)" in said
     assert "--nsamples 4 gives" in said and "--nsamples 16 is where" in said
-    for more in ({"method": "rtn"}, {"method": "omniquant", "solver": "rtn"}, {"wbits": 16}):
-        assert shortage(replace(config, **more), SHAPES, 1) is None, "nothing is fitted to them"
+    for more in ({"solver": "rtn"}, {"learner": "omniquant", "solver": "rtn"}, {"wbits": 16}):
+        assert shortage(replace(config.run, **more), SHAPES, 1) is None, "nothing is fitted to them"
 
 
 def test_held_out_windows_are_of_the_text_and_apart(model_dir, text, tmp_path):
     config = config_for(model_dir("llama"), text, tmp_path)
-    session = Session(config)
-    windows, calibration = heldout_windows(session, config), session.calibration(config).ids
+    session = open_session(config)
+    windows, calibration = heldout_windows(session, config.run), session.calibration(config.run).ids
     assert windows.shape == (HELDOUT, SEQLEN) and len(windows_apart(windows, calibration)) == HELDOUT
-    assert torch.equal(windows, heldout_windows(session, config))
-    assert not torch.equal(windows, heldout_windows(session, replace(config, seed=1)))
+    assert torch.equal(windows, heldout_windows(session, config.run))
+    assert not torch.equal(windows, heldout_windows(session, replace(config.run, seed=1)))
 
 
 def test_errors_on_held_out_windows_are_those_on_their_inputs(model_dir, tmp_path):
@@ -86,9 +85,9 @@ def test_errors_on_held_out_windows_are_those_on_their_inputs(model_dir, tmp_pat
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "quantease"])
 def test_too_few_tokens_are_said_once_and_looked_at(method, model_dir, text, tmp_path, caplog):
-    config = config_for(model_dir("llama"), text, tmp_path, method=method, options={}, nsamples=1, eval_datasets=())
+    config = config_for(model_dir("llama"), text, tmp_path, solver=method, options={}, nsamples=1, eval_datasets=())
     with caplog.at_level(logging.WARNING):
-        results = Session(config).run(config)
+        results = perform(config)
     said = [r.getMessage() for r in caplog.records if "too little calibration" in r.getMessage()]
     records = RunDirectory(tmp_path / "run").read_summary(0).records
     short = [r for r in records if r.n_tokens < r.shape[1]]
@@ -105,7 +104,7 @@ def test_a_text_without_room_is_said(model_dir, tmp_path, caplog):
     text = tmp_path / "short.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 40)
     config = config_for(model_dir("llama"), text, tmp_path, eval_datasets=())
-    results = Session(config).run(config)
+    results = perform(config)
     assert "has no room for windows beside those of calibration" in caplog.text
     assert results["mean_relative_error_heldout"] is None
     assert all(r.relative_error_heldout is None for r in RunDirectory(tmp_path / "run").read_summary(0).records)
@@ -113,7 +112,7 @@ def test_a_text_without_room_is_said(model_dir, tmp_path, caplog):
 
 def test_a_line_of_the_journal_and_back(model_dir, text, tmp_path):
     config = config_for(model_dir("llama"), text, tmp_path, eval_datasets=())
-    Session(config).run(config)
+    perform(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
     assert len(lines) == 21
     for line in lines:

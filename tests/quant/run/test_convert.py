@@ -14,14 +14,13 @@ from quant.blocks.weights import INPUT_RANGE, ONLINE
 from quant.core.errors import InputError
 from quant.export.read import QuantizedCheckpoint
 from quant.run.convert import convert
-from quant.run.session import Session
 from tests.damage import (
     add_to_blocks,
     broken,
     damaged,
     edit_config,
 )
-from tests.helpers import ROOT, demo_config, perplexity
+from tests.helpers import ROOT, demo_config, perform, perplexity
 
 CT = "compressed-tensors"
 
@@ -138,7 +137,7 @@ def test_what_a_plain_checkpoint_cannot_hold_is_not_dropped(exported, tmp_path):
 def test_part_of_a_model(tmp_path, whole):
     """Which linears are left alone is known after any chain of conversions."""
     config = demo_config(tmp_path, whole, num_layers=2, save=tmp_path / "part", format="gptq_v2")
-    expected = Session(config).run(config)["perplexity"]["text"]["quantized"]
+    expected = perform(config)["perplexity"]["text"]["quantized"]
     assert perplexity(tmp_path / "part", tmp_path)[0] == expected
 
     def quantization(name):

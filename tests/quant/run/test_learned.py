@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.run.directory import RunDirectory
 from quant.run.resume import check_ranges
-from quant.run.session import Session
-from tests.helpers import CPU, DEMO, asked, direct_perplexity, learned_config
+from quant.run.session import open_session
+from tests.helpers import CPU, DEMO, asked, direct_perplexity, learned_config, perform, replace
 
 
 @pytest.mark.parametrize("name", ["opt", "bloom", "falcon 7b", "falcon 40b", "llama gqa, tied", "qwen3", "gemma2"])
@@ -29,7 +28,7 @@ def test_a_saved_learned_model_is_an_ordinary_checkpoint(name, model_dir, text, 
         asked("abq", abits=4, matrix=True, stability=0.3), epochs=3, attention=False, let_lr=0.005, lwc_lr=0.1
     )
     config = learned_config(model_dir(name), text, tmp_path, learning=learning, save=tmp_path / "saved")
-    results = Session(config).run(config)
+    results = perform(config)
     assert len(results["learning"]) == 3
     assert all(log["loss_end"] < 0.95 * log["loss_start"] for log in results["learning"])
     tokens = evaluation_tokens(str(text), AutoTokenizer.from_pretrained(model_dir(name)), seqlen=32, limit=6)
@@ -48,7 +47,7 @@ def test_activations_alone_and_fixed_ranges(model_dir, text, tmp_path):
     for method in ("per_token", "per_tensor", "static"):
         config = learned_config(model_dir("opt"), text, tmp_path, wbits=16, act=ActSpec(8, 8, method), learning=learning,
                             run_dir=tmp_path / method)  # fmt: skip
-        results = Session(config).run(config)
+        results = perform(config)
         errors[method] = results["fidelity"]["words"]["kl_divergence"]
         assert all(len(log["shifted"]) == 3 for log in results["learning"])
         changed = RunDirectory(tmp_path / method).read_changed(2)
@@ -60,9 +59,9 @@ def test_activations_alone_and_fixed_ranges(model_dir, text, tmp_path):
 
 def test_kv_cache_alone(model_dir, text, tmp_path):
     config = learned_config(model_dir("llama"), text, tmp_path, wbits=16, learning=None, act=ActSpec(16, 4))
-    coarse = Session(config).run(config)["fidelity"]["words"]["kl_divergence"]
+    coarse = perform(config)["fidelity"]["words"]["kl_divergence"]
     config = replace(config, act=ActSpec(16, 8), run_dir=tmp_path / "eight")
-    assert 0 < Session(config).run(config)["fidelity"]["words"]["kl_divergence"] < coarse / 4
+    assert 0 < perform(config)["fidelity"]["words"]["kl_divergence"] < coarse / 4
 
 
 def tensors_of(path: Path) -> list[dict[str, torch.Tensor]]:
@@ -75,7 +74,7 @@ def test_killed_in_the_middle_of_training_and_continued(model_dir, text, tmp_pat
     whole = learned_config(
         model_dir("llama"), text, tmp_path, learning=learning, act=ActSpec(4, 4), run_dir=tmp_path / "whole"
     )
-    Session(whole).run(whole)
+    perform(whole)
     for stop in (1, 4, 5, 9):
         config = replace(whole, run_dir=tmp_path / f"stopped-{stop}")
 
@@ -84,10 +83,10 @@ def test_killed_in_the_middle_of_training_and_continued(model_dir, text, tmp_pat
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            Session(config).run(config, interrupt)
-        assert len(tensors_of(config.run_dir)) == (stop - 1) // 3
-        Session(config).run(config)
-        for a, b in zip(tensors_of(config.run_dir), tensors_of(whole.run_dir), strict=True):
+            perform(config, interrupt)
+        assert len(tensors_of(config.output.run_dir)) == (stop - 1) // 3
+        perform(config)
+        for a, b in zip(tensors_of(config.output.run_dir), tensors_of(whole.output.run_dir), strict=True):
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         assert any(k.startswith("learned/") for k in a) and any(k.startswith("changed/") for k in a)
 
@@ -96,15 +95,17 @@ def test_learned_parameters_are_evaluated_again(model_dir, text, tmp_path):
     """--epochs 0 --resume: the same model; with epochs it goes on from there."""
     learning = asked("affinequant", matrix=True, norm_matrix=True, stability=0.2, epochs=2, batch=2, abits=4)
     first = learned_config(
-        model_dir("llama"), text, tmp_path, learning=learning, act=ActSpec(4, 4), method="affinequant"
+        model_dir("llama"), text, tmp_path, learning=learning, act=ActSpec(4, 4), learner="affinequant"
     )
-    trained = Session(first).run(first)
-    again = replace(first, learning=replace(learning, epochs=0), resume=first.run_dir, run_dir=tmp_path / "again")
-    repeated = Session(again).run(again)
+    trained = perform(first)
+    again = replace(
+        first, learning=replace(learning, epochs=0), resume=first.output.run_dir, run_dir=tmp_path / "again"
+    )
+    repeated = perform(again)
     assert repeated["codes_sha256"] == trained["codes_sha256"]
     assert repeated["perplexity"] == trained["perplexity"]
-    more = replace(first, resume=first.run_dir, run_dir=tmp_path / "more")
-    continued = Session(more).run(more)
+    more = replace(first, resume=first.output.run_dir, run_dir=tmp_path / "more")
+    continued = perform(more)
     for log, before in zip(continued["learning"][:1], trained["learning"], strict=False):
         assert log["loss_start"] == pytest.approx(before["loss_end"], rel=1e-5) and log["loss_end"] < log["loss_start"]
     assert trained["learning"][0]["online_parameters"] == 2 * 32 * 32
@@ -114,18 +115,24 @@ def test_a_start_of_another_configuration_is_refused(model_dir, text, tmp_path):
     """The first difference is named; what decides only the training, or the rounding, may differ; no block may lack."""
     learning = asked("affinequant", matrix=True, norm_matrix=True, stability=0.2, epochs=1, batch=6, abits=4)
     first = learned_config(
-        model_dir("llama"), text, tmp_path, learning=learning, act=ActSpec(4, 4), eval_datasets=(), method="affinequant"
+        model_dir("llama"),
+        text,
+        tmp_path,
+        learning=learning,
+        act=ActSpec(4, 4),
+        eval_datasets=(),
+        learner="affinequant",
     )
-    Session(first).run(first)
-    again = replace(first, resume=first.run_dir, run_dir=tmp_path / "again")
-    session = Session(again)
+    perform(first)
+    again = replace(first, resume=first.output.run_dir, run_dir=tmp_path / "again")
+    session = open_session(again)
     for other, says in (
         (replace(again, wbits=2), "wbits: 3, here 2"),
         (replace(again, group_size=16), "group_size: -1, here 16"),
         (replace(again, symmetric=True), "symmetric: False, here True"),
         (replace(again, levels=5), "levels: None, here 5"),
         (replace(again, act=ActSpec(8, 4)), "activations, bits: 4, here 8"),
-        (replace(again, method="omniquant"), "method: affinequant, here omniquant"),
+        (replace(again, learner="omniquant"), "method: affinequant, here omniquant"),
         (replace(again, learning=replace(learning, clip=False)), "clip: True, here False"),
         (
             replace(again, learning=asked("affinequant", matrix=True, abits=4)),
@@ -133,32 +140,32 @@ def test_a_start_of_another_configuration_is_refused(model_dir, text, tmp_path):
         ),
     ):
         with pytest.raises(InputError, match=f"learned for another configuration \\({says}\\)"):
-            session.run(other)
+            session.run(other.run, other.output)
     trained = replace(learning, epochs=0, let_lr=1.0, transform=replace(learning.transform, stability=0.5, alpha=0.7))
-    allowed = replace(again, learning=trained, solver="gptq", method="affinequant+gptq", run_dir=tmp_path / "allowed")
-    session.run(allowed)
-    file = RunDirectory(first.run_dir).block_file(2)
+    allowed = replace(again, learning=trained, solver="gptq", learner="affinequant", run_dir=tmp_path / "allowed")
+    session.run(allowed.run, allowed.output)
+    file = RunDirectory(first.output.run_dir).block_file(2)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match="00002.safetensors is damaged"):
-        session.run(again)
+        session.run(again.run, again.output)
     file.unlink()
     with pytest.raises(InputError, match="block 2 was not finished there"):
-        session.run(again)
-    assert not again.run_dir.exists()
+        session.run(again.run, again.output)
+    assert not again.output.run_dir.exists()
 
 
 def test_a_solver_rounds_on_the_learned_grid(model_dir, text, tmp_path):
     config = learned_config(model_dir("llama"), text, tmp_path)
-    Session(config).run(config)
+    perform(config)
     errors = {}
     for solver in ("rtn", "gptq", "quantease", "gptq_quantease"):
-        one = replace(config, solver=solver, options={}, resume=config.run_dir, run_dir=tmp_path / solver,
-                      learning=replace(config.learning, epochs=0))  # fmt: skip
-        session = Session(one)
-        errors[solver] = session.run(one)["mean_relative_error"]
+        one = replace(config, solver=solver, options={}, resume=config.output.run_dir, run_dir=tmp_path / solver,
+                      learning=replace(config.run.learning, epochs=0))  # fmt: skip
+        session = open_session(one)
+        errors[solver] = session.run(one.run, one.output)["mean_relative_error"]
         for index in range(3):
             for name, weight in RunDirectory(tmp_path / solver).read_weights(index).items():
-                learned = RunDirectory(config.run_dir).read_weights(index)[name]
+                learned = RunDirectory(config.output.run_dir).read_weights(index)[name]
                 assert torch.equal(weight.grid.scale, learned.grid.scale), (solver, name)
     assert errors["quantease"] < errors["gptq"] < errors["rtn"] and errors["gptq_quantease"] < errors["gptq"]
 
@@ -166,15 +173,15 @@ def test_a_solver_rounds_on_the_learned_grid(model_dir, text, tmp_path):
 def test_ranges_from_a_file(model_dir, text, tmp_path):
     """Ones measured elsewhere are used; another model's are refused."""
     config = learned_config(model_dir("llama"), text, tmp_path, learning=asked(lwc=False, epochs=0))
-    session = Session(config)
+    session = open_session(config)
     names = [f"model.layers.{i}.{name}" for i in range(3) for name in session.model.linear_shapes()]
     sizes = {name: session.model.linear_shapes()[name.split(".", 3)[3]][1] for name in names}
     save_file({name: torch.full((n,), 4.0) for name, n in sizes.items()}, tmp_path / "scales.safetensors")
     given = replace(config, act_scales=tmp_path / "scales.safetensors", run_dir=tmp_path / "given")
-    Session(given).run(given)
+    perform(given)
     weight = session.model.block_weights(1, CPU)["mlp.gate_proj.weight"].abs().amax(0)
     both = torch.maximum(weight, session.model.block_weights(1, CPU)["mlp.up_proj.weight"].abs().amax(0))
-    scale = RunDirectory(given.run_dir).read_learned(1)["norm.post_attention_layernorm.scale"]
+    scale = RunDirectory(given.output.run_dir).read_learned(1)["norm.post_attention_layernorm.scale"]
     torch.testing.assert_close(scale[0], (4.0 / both).sqrt())
     other = tmp_path / "other.safetensors"
     refused = replace(given, act_scales=other, run_dir=tmp_path / "x")
@@ -184,27 +191,28 @@ def test_ranges_from_a_file(model_dir, text, tmp_path):
     for wrong in ({"model.layers.0.fc1": torch.ones(3)}, whole | {last: torch.ones(3)}, short):
         save_file(wrong, other)
         with pytest.raises(InputError, match="other.safetensors was not made from this model: it has no"):
-            session.run(refused)
+            session.run(refused.run, refused.output)
     negative = whole | {last: torch.linspace(-1, 1, sizes[last])}
     for wrong in (negative, whole | {last: torch.full((sizes[last],), math.nan)}):
         save_file(wrong, other)
         with pytest.raises(InputError, match=f"--act-scales .*other.safetensors: {last} has"):
-            session.run(refused)
+            session.run(refused.run, refused.output)
     save_file(negative, tmp_path / "shifts.safetensors")  # shifts may be negative
     save_file(whole, other)
     shifted = replace(refused, act_shifts=tmp_path / "shifts.safetensors")
-    check_ranges(shifted, session.model, session.model_sha256)
+    check_ranges(shifted.run, session.model, session.model_sha256)
     with pytest.raises(InputError, match="--act-scales and --act-shifts exchanged"):
-        session.run(replace(refused, act_scales=tmp_path / "shifts.safetensors", act_shifts=other))
+        exchanged = replace(refused.run, act_scales=tmp_path / "shifts.safetensors", act_shifts=other)
+        session.run(exchanged, refused.output)
     save_file(whole | {last: torch.full((sizes[last],), -math.inf)}, tmp_path / "shifts.safetensors")
     with pytest.raises(InputError, match=f"--act-shifts .*: {last} has entries that are not finite"):
-        session.run(shifted)
+        session.run(shifted.run, shifted.output)
     save_file(whole, other, {"model_sha256": "0" * 64})
     with pytest.raises(InputError, match="not made from this model but from one of hash 000000000000"):
-        session.run(refused)
+        session.run(refused.run, refused.output)
     save_file(whole, other, {"model_sha256": session.model_sha256})
-    check_ranges(refused, session.model, session.model_sha256)
-    assert not refused.run_dir.exists()
+    check_ranges(refused.run, session.model, session.model_sha256)
+    assert not refused.output.run_dir.exists()
 
 
 @pytest.mark.slow
@@ -216,11 +224,11 @@ def test_loss_falls_on_every_block_of_the_demo_models(family, tmp_path):
         ("abq", 4, 4, {}),
     ):
         config = learned_config(
-            DEMO / family, "demo", tmp_path, seqlen=128, nsamples=12, eval_datasets=(), wbits=wbits, method=method,
+            DEMO / family, "demo", tmp_path, seqlen=128, nsamples=12, eval_datasets=(), wbits=wbits, learner=method,
             act=ActSpec(abits, abits), run_dir=tmp_path / method,
             learning=asked(method, wbits, abits, epochs=3, lwc_lr=0.05, **matrices),
         )  # fmt: skip
-        results = Session(config).run(config)
+        results = perform(config)
         for block, log in enumerate(results["learning"]):
             assert log["loss_end"] < 0.995 * log["loss_start"], (family, method, block)
 
@@ -251,10 +259,10 @@ def test_planted_outliers_are_learned_away(tmp_path):
         for learning in (None, asked(wbits=4, abits=4, epochs=3, lwc_lr=0.05, let_lr=0.01)):
             config = learned_config(
                 path, "demo", tmp_path, seqlen=128, nsamples=16, limit=12, eval_datasets=("demo",), wbits=4,
-                act=ActSpec(4, 4), learning=learning, method="omniquant" if learning else "rtn",
+                act=ActSpec(4, 4), learning=learning, learner="omniquant" if learning else None,
                 run_dir=tmp_path / f"{name}-{learning is not None}",
             )  # fmt: skip
-            measured = Session(config).run(config)["perplexity"]["demo"]
+            measured = perform(config)["perplexity"]["demo"]
             scores[name, learning is not None] = measured["quantized"]
     assert measured["fp"] == pytest.approx(
         json.loads((tmp_path / "plain-True/results.json").read_text())["perplexity"]["demo"]["fp"], rel=1e-3
@@ -272,8 +280,8 @@ def test_half_precision_of_another_kind_loses_nothing(model_dir, text, tmp_path)
     config = learned_config(
         tmp_path / "half", text, tmp_path, dtype="bfloat16", wbits=8, learning=asked(let=False, epochs=0)
     )
-    Session(config).run(config)
-    kept = RunDirectory(config.run_dir).read_weights(1)["mlp.up_proj"]
+    perform(config)
+    kept = RunDirectory(config.output.run_dir).read_weights(1)["mlp.up_proj"]
     weight = model.state_dict()["model.layers.1.mlp.up_proj.weight"].float()
     assert torch.equal(kept.codes, kept.grid.quantize(weight))
     assert not torch.equal(kept.codes, kept.grid.quantize(weight.bfloat16().float())), "bfloat16 would show"
@@ -284,5 +292,5 @@ def test_a_matrix_behind_a_norm_cannot_be_saved(model_dir, text, tmp_path):
         model_dir("llama"), text, tmp_path, learning=asked("affinequant", norm_matrix=True), save=tmp_path / "saved"
     )
     with pytest.raises(InputError, match="matrices behind norms.*bitplane"):
-        Session(config).run(config)
+        perform(config)
     assert not (tmp_path / "run").exists()

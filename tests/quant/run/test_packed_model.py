@@ -14,21 +14,20 @@ from quant.cli import generate as command
 from quant.core.errors import InputError
 from quant.export.read import QuantizedCheckpoint
 from quant.kernels.matmul.weight import PackedLinear
-from quant.run.config import RunConfig
 from quant.run.convert import convert
 from quant.run.directory import RunDirectory
 from quant.run.generate import generate
 from quant.run.packed_model import load_resident, open_quantized, open_run
-from quant.run.session import Session
-from tests.helpers import CPU, DEMO, called
+from quant.run.request import Request
+from tests.helpers import CPU, DEMO, called, perform
 
 
 def run_of(path, text, tmp_path, name="run", **changes):
-    config = RunConfig(
-        model=str(path), nsamples=4, limit=6, method="rtn", cache_dir=tmp_path / "cache", run_dir=tmp_path / name,
+    config = Request.of(
+        model=str(path), nsamples=4, limit=6, solver="rtn", cache_dir=tmp_path / "cache", run_dir=tmp_path / name,
         **({"wbits": 4, "dataset": str(text), "eval_datasets": (str(text),), "seqlen": 32} | changes),
     )  # fmt: skip
-    return config, Session(config).run(config)
+    return config, perform(config)
 
 
 FORMS = {
@@ -54,9 +53,9 @@ def test_packed_weights_give_the_perplexity_of_the_written_out_ones(family, mode
 
 def test_a_packed_checkpoint_is_evaluated_packed(model_dir, text, tmp_path):
     config, results = run_of(model_dir("llama"), text, tmp_path, save=tmp_path / "saved", format="bitplane")
-    base = RunConfig(model=str(config.save), eval_datasets=(str(text),), seqlen=32, limit=6, packed=True,
+    base = Request.of(model=str(config.output.save), eval_datasets=(str(text),), seqlen=32, limit=6, packed=True,
                      cache_dir=tmp_path / "cache", run_dir=tmp_path / "base")  # fmt: skip
-    evaluated = Session(base).run(base)
+    evaluated = perform(base)
     (name,) = results["perplexity"]
     assert evaluated["perplexity"][name]["fp"] == pytest.approx(results["perplexity"][name]["quantized"], rel=2e-5)
     assert evaluated["packed_bytes"] > 0
@@ -84,12 +83,12 @@ def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
     _, packed = run_of(model, text, tmp_path, "packed", packed=True, **asked)
     formats = ("gptq", "compressed-tensors", "bitplane")
     for kind in formats:
-        convert(config.run_dir, kind, tmp_path / kind)
+        convert(config.output.run_dir, kind, tmp_path / kind)
     scores = {}
     for kind, keep in [("saved", False), *((kind, keep) for kind in formats for keep in (False, True))]:
-        base = RunConfig(model=str(tmp_path / kind), eval_datasets=("demo",), seqlen=64, limit=6, packed=keep,
+        base = Request.of(model=str(tmp_path / kind), eval_datasets=("demo",), seqlen=64, limit=6, packed=keep,
                          cache_dir=tmp_path / "cache", run_dir=tmp_path / f"eval-{kind}-{keep}")  # fmt: skip
-        scores[kind, keep] = Session(base).run(base)["perplexity"]["demo"]["fp"]
+        scores[kind, keep] = perform(base)["perplexity"]["demo"]["fp"]
     written_out, exact = (r["perplexity"]["demo"]["quantized"] for r in (plain, packed))
     assert scores["saved", False] == written_out
     assert {scores[kind, False] for kind in formats} == {scores["gptq", False]}, "one set of codes, one number"
@@ -98,9 +97,9 @@ def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
     model_again = QuantizedCheckpoint(tmp_path / "bitplane")
     name = next(n for n in model_again.names() if n.endswith("up_proj.weight"))
     assert model_again.read(name).dtype == torch.float32 and str(model_again.stored(name).dtype) == f"torch.{dtype}"
-    base = RunConfig(model=str(tmp_path / "bitplane"), eval_datasets=(), seqlen=64, run_dir=tmp_path / "again",
+    base = Request.of(model=str(tmp_path / "bitplane"), eval_datasets=(), seqlen=64, run_dir=tmp_path / "again",
                      cache_dir=tmp_path / "cache", save=tmp_path / "plain-again")  # fmt: skip
-    Session(base).run(base)
+    perform(base)
     first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("saved", "plain-again"))
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first), "in its dtype again"
 
@@ -109,13 +108,13 @@ def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
 def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tmp_path):
     asked = {k: v for k, v in FORMS[family].items() if k != "act"}
     config, _ = run_of(model_dir(family), text, tmp_path, save=tmp_path / "saved", **asked)
-    resident = load_resident(open_run(config.run_dir, tmp_path, torch.float32).quantized(), CPU)
-    reference = AutoModelForCausalLM.from_pretrained(config.save, dtype=torch.float32).eval()
+    resident = load_resident(open_run(config.output.run_dir, tmp_path, torch.float32).quantized(), CPU)
+    reference = AutoModelForCausalLM.from_pretrained(config.output.save, dtype=torch.float32).eval()
     ids = torch.randint(1, 60, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), instrumented(resident.blocks, resident.weights, resident.act):
         packed = [m for m in resident.module.modules() if isinstance(m, PackedLinear)]
-        assert len(packed) == len(RunDirectory(config.run_dir).read_weights(0)) * len(
-            [i for i in range(len(resident.blocks)) if i < config.num_layers]
+        assert len(packed) == len(RunDirectory(config.output.run_dir).read_weights(0)) * len(
+            [i for i in range(len(resident.blocks)) if i < config.run.num_layers]
         )
         logits = resident.module(ids, use_cache=False).logits
     expected = reference(ids).logits
@@ -129,7 +128,7 @@ def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tm
 def test_memory_of_a_model_is_what_is_counted(text, tmp_path):
     path = DEMO / "mistral"
     config, results = run_of(path, text, tmp_path, group_size=64, packed=True)
-    resident = load_resident(open_run(config.run_dir, tmp_path, torch.float32).quantized(), CPU)
+    resident = load_resident(open_run(config.output.run_dir, tmp_path, torch.float32).quantized(), CPU)
     assert resident.packed_bytes == results["packed_bytes"]
     assert resident.stored_bytes == results["quantized_bytes"]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -145,7 +144,7 @@ def test_text_streams(text, tmp_path, monkeypatch, capsys):
     path = DEMO / "llama"
     config, _ = run_of(path, text, tmp_path, save=tmp_path / "saved", format="bitplane", wbits=8)
     said = []
-    for model in (config.run_dir, config.save, path):  # a run, a packed checkpoint, a plain one
+    for model in (config.output.run_dir, config.output.save, path):  # a run, a packed checkpoint, a plain one
         code, out, _ = called(
             command, monkeypatch, capsys, "--model", model, "--prompt", "Anna went", "--max-new-tokens", 12
         )
@@ -186,11 +185,11 @@ def test_runs_that_cannot_be_opened(model_dir, text, tmp_path):
     save_file(
         {n: t.contiguous() + 1 for n, t in model.state_dict().items()}, copy / "model.safetensors", {"format": "pt"}
     )
-    manifest = json.loads((config.run_dir / "manifest.json").read_text())
+    manifest = json.loads((config.output.run_dir / "manifest.json").read_text())
     manifest["request"]["model"] = str(copy)
-    (config.run_dir / "manifest.json").write_text(json.dumps(manifest))
+    (config.output.run_dir / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="not the model of the run any more"):
-        open_quantized(str(config.run_dir), tmp_path / "cache")
-    (config.run_dir / "results.json").unlink()
+        open_quantized(str(config.output.run_dir), tmp_path / "cache")
+    (config.output.run_dir / "results.json").unlink()
     with pytest.raises(InputError, match="not finished"):
-        open_quantized(str(config.run_dir), tmp_path / "cache")
+        open_quantized(str(config.output.run_dir), tmp_path / "cache")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +12,12 @@ import model_quantizer
 from models import container
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
-from quant.export import FORMATS
+from quant.core.names import FORMATS, RUNTIMES
 from quant.export.read import QuantizedCheckpoint
-from quant.export.runtimes import RUNTIMES
-from quant.run.config import RunConfig
 from quant.run.convert import convert
-from quant.run.session import Session
-from tests.helpers import DEMO, called, demo_config, perplexity
+from quant.run.request import Request
+from quant.run.session import open_session
+from tests.helpers import DEMO, called, demo_config, perform, perplexity, replace
 
 
 def test_every_format_measures_what_the_run_measured(exported, whole):
@@ -57,14 +55,14 @@ def test_shards(exported, tmp_path, monkeypatch):
 
 def test_a_quantized_model_is_not_quantized_again(exported, tmp_path):
     with pytest.raises(InputError, match="is quantized already"):
-        Session(demo_config(tmp_path, exported[0] / "saved"))
+        open_session(demo_config(tmp_path, exported[0] / "saved"))
 
 
 def test_a_target_that_cannot_load_is_refused_before_work(tmp_path):
     config = demo_config(tmp_path, DEMO / "llama", save=tmp_path / "out", format="gptq", target="vllm")
-    session = Session(config)
+    session = open_session(config)
     with pytest.raises(InputError, match="--target vllm: with --format gptq, it takes symmetric grids only"):
-        session.run(config)
+        session.run(config.run, config.output)
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
@@ -73,7 +71,7 @@ def test_activation_quantizers_come_back(tmp_path, whole):
         demo_config(tmp_path, whole, save=tmp_path / "w8a8", format="compressed-tensors"),
         wbits=8, group_size=-1, symmetric=True, act=ActSpec(8),
     )  # fmt: skip
-    expected = Session(config).run(config)["perplexity"]["text"]["quantized"]
+    expected = perform(config)["perplexity"]["text"]["quantized"]
     assert perplexity(tmp_path / "w8a8", tmp_path)[0] == expected
     checkpoint = QuantizedCheckpoint(tmp_path / "w8a8")
     assert checkpoint.act == ActSpec(8) and checkpoint.quantization["format"] == "int-quantized"
@@ -96,7 +94,7 @@ def test_classes_that_a_model_brings_come_along(tmp_path, monkeypatch):
     for name, code in CODE.items():
         (source / name).write_text(code)
     asked = demo_config(tmp_path, source, trust_remote_code=True, save=tmp_path / "saved", format="gptq_v2")
-    Session(asked).run(asked)
+    perform(asked)
     for start, kind in (("run", "dequantized"), ("saved", "bitplane")):
         convert(tmp_path / start, kind, tmp_path / f"{start}-{kind}", trust_remote_code=True)
     for place in ("saved", "run-dequantized", "saved-bitplane"):
@@ -104,9 +102,9 @@ def test_classes_that_a_model_brings_come_along(tmp_path, monkeypatch):
         assert {name: (tmp_path / place / name).read_text() for name in CODE} == CODE
     evaluated = replace(asked, model=str(tmp_path / "saved"), wbits=16, save=None, format="dequantized",
                         run_dir=tmp_path / "again")  # fmt: skip
-    session = Session(evaluated)
+    session = open_session(evaluated)
     assert type(session.model.module).__name__ == "OwnModel"
-    assert session.run(evaluated)["perplexity"]["text"]["fp"] > 1
+    assert session.run(evaluated.run, evaluated.output)["perplexity"]["text"]["fp"] > 1
 
 
 QUICK = ["--eval-datasets", "demo", "--seqlen", 64, "--nsamples", 2, "--limit", 2, "--no-report"]
@@ -139,8 +137,8 @@ def test_real_quant_saves_packed(flags, expected, monkeypatch, capsys, tmp_path)
     code, _, err = called(model_quantizer, monkeypatch, capsys, *words)
     assert code == 0, err
     assert QuantizedCheckpoint(tmp_path / "out").format.name == expected
-    assert model_quantizer.config_from([*map(str, words), "--format", "dequantized"]).format == "dequantized"
-    assert model_quantizer.config_from([*map(str, words), "--wbits", "16"]).format == "dequantized"
+    assert model_quantizer.request_from([*map(str, words), "--format", "dequantized"]).output.format == "dequantized"
+    assert model_quantizer.request_from([*map(str, words), "--wbits", "16"]).output.format == "dequantized"
 
 
 @pytest.mark.parametrize(
@@ -162,9 +160,9 @@ def test_real_quant_of_learned_methods_saves_packed(flags, expected, model_dir, 
 
 
 def read_back(path, text, tmp_path, **more):
-    config = RunConfig(model=str(path), eval_datasets=(str(text),), seqlen=32, limit=4, cache_dir=tmp_path / "cache",
+    config = Request.of(model=str(path), eval_datasets=(str(text),), seqlen=32, limit=4, cache_dir=tmp_path / "cache",
                        run_dir=tmp_path / f"eval-{path.name}", **more)  # fmt: skip
-    return Session(config).run(config)["perplexity"]["words"]["fp"]
+    return perform(config)["perplexity"]["words"]["fp"]
 
 
 LEARNED = {
@@ -183,8 +181,8 @@ def test_learned_models_are_what_was_measured_in_every_format(case, model_dir, t
     words = ["--model", model_dir("llama"), "--calib_dataset", text, "--eval_ppl", "--eval-datasets", text, "--seqlen", 32,
              "--nsamples", 4, "--limit", 4, "--epochs", 2, *flags.split(), "--cache-dir", tmp_path / "cache",
              "--run-dir", tmp_path / "run"]  # fmt: skip
-    config = main_command.config_from(list(map(str, words)))
-    results = Session(config).run(config)["perplexity"]["words"]
+    config = main_command.request_from(list(map(str, words)))
+    results = perform(config)["perplexity"]["words"]
     assert results["quantized"] != results["fp"]
     for kind in kinds:
         convert(tmp_path / "run", kind, tmp_path / kind)
@@ -199,8 +197,8 @@ def test_learned_models_are_what_was_measured_in_every_format(case, model_dir, t
 def test_gptqs_config_tells_what_the_run_did(sequential, static, tmp_path):
     config = demo_config(tmp_path, DEMO / "llama", true_sequential=sequential, options={"static_groups": static, "act_order": static},
                          num_layers=1, save=tmp_path / "out", format="gptq_v2")  # fmt: skip
-    config = replace(config, method="gptq", eval_datasets=())
-    Session(config).run(config)
+    config = replace(config, solver="gptq", eval_datasets=())
+    perform(config)
     convert(tmp_path / "out", "gptq", tmp_path / "converted")
     for name in ("out", "converted"):
         written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]

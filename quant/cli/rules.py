@@ -1,0 +1,117 @@
+"""What flags ask of each other, as (whether it is broken, what to say)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from quant.cli.flags import PARTS, SEAMS
+from quant.core.names import FULL_BITS
+
+Rules = Iterator[tuple[bool, str]]
+WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
+
+
+def quantizer_rules(args: argparse.Namespace) -> Rules:
+    """Those of model_quantizer.py."""
+    yield from solver_rules(args)
+    yield from run_rules(args)
+
+
+def learner_rules(args: argparse.Namespace) -> Rules:
+    """Those of main.py."""
+    yield from grid_rules(args)
+    yield from learning_rules(args)
+    yield from file_rules(args)
+
+
+def solver_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of the methods."""
+    methods = set(args.methods)
+    yield (
+        args.wbits == 1 and args.sym,
+        "--wbits 1 --sym: a symmetric grid of one bit has no positive level; drop --sym",
+    )
+    yield (
+        args.outlier > 0 and {"quantease", "spqr"} <= methods,
+        "--outlier is a share of the weights for quantease and a threshold for spqr: run them one by one",
+    )
+    yield args.outlier > 0 and not {"quantease", "spqr"} & methods, "--outlier works with quantease and spqr only"
+    yield (
+        args.outlier >= 1 and "quantease" in methods,
+        f"--outlier {args.outlier:g}: a share of the weights, below 1",
+    )
+    yield args.structure_outlier and args.outlier <= 0, "--structure-outlier needs --outlier, the share of the columns"
+    yield args.act_order and args.group_aware, "--act-order and --group-aware are two orders: give one of them"
+    yield bool(args.preset) and "quantease" not in methods, f"--preset {args.preset} is for quantease"
+    yield not methods, "--quantization-method names no method: quantease, gptq, ... (--list)"
+    for method in args.methods:
+        yield args.methods.count(method) > 1, f"--quantization-method: {method} is named twice"
+
+
+def run_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of the run."""
+    yield args.compare_layers and args.wbits == FULL_BITS, "--compare-layers needs --wbits 1 to 8"
+    yield (
+        args.compare_layers and args.true_sequential,
+        "--compare-layers solves all linears of a block from one pass of full precision: drop --true-sequential",
+    )
+    yield args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save"
+    yield (
+        args.format is not None and args.save is None and not args.dry_run,
+        f"--format {args.format} is of a checkpoint: give --save DIR too",
+    )
+
+
+def grid_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of weights and activations."""
+    yield args.a_symmetric and args.abits == FULL_BITS, "--a_symmetric is of activations: give --abits below 16"
+    yield (
+        args.real_quant and 8 < args.abits < FULL_BITS,
+        f"--real_quant: no kernel takes activations of {args.abits} bits",
+    )
+    yield args.real_quant and args.wbits == FULL_BITS, "--real_quant packs quantized weights: give --wbits 1 to 8"
+    yield (
+        args.bit_balance == "on" and args.wbits > WIDEST_BALANCED,
+        f"--bit-balance on: give --wbits 1 to {WIDEST_BALANCED} (2^bits + 1 levels have to fit in a byte)",
+    )
+    yield args.lwc and args.wbits == FULL_BITS, "--lwc clips quantized weights: give --wbits 1 to 8, or drop --lwc"
+    yield (
+        args.let and min(args.wbits, args.abits, args.kvbits) == FULL_BITS,
+        "--let makes weights and activations easy to quantize: give one of --wbits, --abits, --kvbits below 16",
+    )
+
+
+def learning_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of learning."""
+    yield (
+        args.epochs > 0 and not (args.lwc or args.let),
+        f"--epochs {args.epochs} with nothing to learn: give --lwc, --let or both, or --epochs 0",
+    )
+    yield (
+        args.resume is not None and not (args.lwc or args.let),
+        "--resume needs the --lwc and --let flags of the run that learned the parameters",
+    )
+    yield (args.use_matrix or args.use_ln_matrix) and not args.let, "--use_matrix and --use_ln_matrix need --let"
+    yield args.let_seams is not None and not args.let, "--let-seams needs --let"
+    yield args.without is not None and args.method != "abq", "--without leaves out parts of abq: give --method abq"
+    for part in args.left_out:
+        yield part not in PARTS, f"--without {part}: use {', '.join(PARTS)}"
+    for seam in args.seams:
+        yield seam not in SEAMS, f"--let-seams {seam}: use {', '.join(SEAMS)}"
+    yield args.act_scales is not None and not args.let, "--act-scales only matters with --let"
+    yield args.act_shifts is not None and args.act_scales is None, "--act-shifts needs --act-scales"
+
+
+def file_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of what is written."""
+    held = args.format == "bitplane" or (args.real_quant and args.format is None)
+    yield (
+        args.use_ln_matrix and args.save_dir is not None and not held,
+        f"--use_ln_matrix leaves a matrix behind every norm, which a {args.format or 'dequantized'} checkpoint cannot "
+        "hold: use --format bitplane, or drop --save_dir (the run directory keeps everything)",
+    )
+    yield (
+        args.format is not None and args.save_dir is None and not args.dry_run,
+        f"--format {args.format} is of a checkpoint: give --save_dir",
+    )

@@ -1,0 +1,66 @@
+"""The grid of a run, what a checkpoint of it has to hold, and whether a format can."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from quant.core.errors import InputError
+from quant.core.names import FULL_BITS
+from quant.core.types import QuantSpec
+from quant.export import refusal
+from quant.export.formats import Content
+from quant.export.runtimes import nearest, objections
+from quant.run.config import Output, RunConfig
+from quant.solvers import declaration_of, with_defaults
+
+
+def spec_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec | None:
+    """The grid asked for; None where weights stay. Raises InputError for none that there is, or that does not fit a linear."""
+    if run.wbits == FULL_BITS:
+        return None
+    for name, (_, n_in) in shapes.items():
+        if run.group_size > 0 and n_in % run.group_size:
+            sizes = group_sizes([inputs for _, inputs in shapes.values()])
+            raise InputError(
+                f"{name}: group_size={run.group_size} does not divide in_features={n_in}; "
+                f"use one of {', '.join(map(str, [*sizes, -1]))}, which fit every linear, or auto"
+            )
+    try:
+        return QuantSpec(run.wbits, run.group_size, run.symmetric, run.range, run.levels)
+    except ValueError as error:
+        raise InputError(f"the grid: {error}") from error
+
+
+def group_sizes(inputs: Iterable[int]) -> list[int]:
+    """Every size of groups, above 1, that divides all of these numbers of inputs."""
+    common = math.gcd(*inputs)
+    return [size for size in range(2, common + 1) if common % size == 0]
+
+
+def content_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int, model_type: str) -> Content:
+    """What a checkpoint of a run has to hold, before work begins. Raises InputError where `spec_of` does."""
+    options = run.options
+    ordered = options.get("static_groups") or options.get("group_aware") or run.group_size == -1
+    return Content(
+        spec_of(run, shapes),
+        shapes,
+        run.act,
+        reordered=bool(options.get("act_order")) and not ordered,
+        outliers=declaration_of(run.solver).outliers(with_defaults(run.solver, options)),
+        online=run.learning is not None and run.learning.transform.norm_matrix,
+        whole=run.num_layers >= n_blocks,
+        model_type=model_type,
+        true_sequential=run.true_sequential,
+        static_groups=bool(options.get("static_groups")),
+    )
+
+
+def check_format(output: Output, content: Content) -> None:
+    """Raise InputError where the format cannot hold the content, or the target does not take it in that format."""
+    if against := refusal(output.format, content):
+        raise InputError(f"format {output.format}: {against}")
+    if output.target is not None and (reasons := objections(output.target, output.format, content)):
+        near = nearest(output.target, output.format, content)
+        hint = f"; it takes {near}" if near else ""
+        raise InputError(f"--target {output.target}: with --format {output.format}, it {'; '.join(reasons)}{hint}")

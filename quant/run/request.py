@@ -1,0 +1,122 @@
+"""One run as it was asked for: by flags, or as a manifest keeps it; and the places that it reads and writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from data.corpora import is_file
+from quant.blocks.fake_quant import ActSpec
+from quant.core.errors import InputError, first_line
+from quant.core.files import resolved
+from quant.core.places import AROUND, INSIDE, Place
+from quant.learn.config import Learning, TransformSpec
+from quant.run.config import Output, RunConfig, SessionConfig
+from quant.run.directory import Record
+from quant.run.resume import method_that_learned
+from quant.run.stored import Allowed, taken
+
+PARTS = {"session": SessionConfig, "run": RunConfig, "output": Output}
+DERIVED = ("biases", "evaluates", "learner")  # fields that are not kept: they follow from others
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is opened for a run, what decides its codes, and where its results go."""
+
+    session: SessionConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    output: Output = field(default_factory=Output)
+
+    @classmethod
+    def of(cls, model: str, **values: Any) -> Request:
+        """A request of the fields of all three parts, by name. What the run asks of the session follows from the run.
+        Raises TypeError for a name that is no field."""
+        return cls(SessionConfig(model)).but(**values)
+
+    def but(self, **changes: Any) -> Request:
+        """The request with other values of fields of its parts."""
+        parts = {}
+        for part, kind in PARTS.items():
+            own = {f.name: changes.pop(f.name) for f in fields(kind) if f.name in changes}
+            parts[part] = replace(getattr(self, part), **own)
+        if changes:
+            raise TypeError(f"no field of a request: {', '.join(changes)}")
+        run = parts["run"]
+        return Request(replace(parts["session"], biases=run.shifts, evaluates=not run.quantizes), run, parts["output"])
+
+    def to_json(self) -> Record:
+        """The request as JSON can hold it, one flat object; `from_json` takes it back."""
+        entries = {name: value for part in PARTS for name, value in asdict(getattr(self, part)).items()}
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in entries.items() if k not in DERIVED}
+        as_json: Record = json.loads(json.dumps(plain | {"method": self.run.method}))
+        return as_json
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any], origin: str, allowed: Allowed) -> Request:
+        """A request that was kept by `to_json`, as far as it may count: see `taken`; places to write are this version's
+        defaults. Raises InputError where an entry is unknown."""
+        entries = taken(stored, origin, allowed)
+        kinds = {f.name: str(f.type) for kind in PARTS.values() for f in fields(kind) if f.name not in DERIVED}
+        unknown = sorted(set(entries) - set(kinds) - {"method"})
+        if unknown:
+            raise InputError(f"the run was made by another version: unknown entry {unknown[0]!r}")
+        try:
+            method = entries.pop("method", None)
+            solver = entries.get("solver") or method or RunConfig.solver  # earlier versions kept none for its own name
+            entries["solver"] = solver
+            values = {name: _as_field(kinds[name], name, value) for name, value in entries.items()}
+            learns = values.get("learning") is not None
+            learner = method_that_learned({"method": _as_field("str", "method", method), "solver": solver})
+            return cls.of(**values, learner=learner if learns else None)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{origin} is not a request of this version ({first_line(error)})") from error
+
+
+def _as_field(kind: str, name: str, value: Any) -> Any:
+    """A stored value as a field has it. Raises TypeError or KeyError for one of another type."""
+    if name == "act":
+        return ActSpec(**value)
+    if name == "learning" and value is not None:
+        transform = value["transform"]
+        return Learning(**{**value, "transform": TransformSpec(**{**transform, "kinds": tuple(transform["kinds"])})})
+    if value is None and kind.endswith("None"):
+        return None
+    plain: dict[str, type] = {"str": str, "int": int, "bool": bool, "tuple": list, "Path": str, "Mapping": dict}
+    wanted = next(own for start, own in plain.items() if kind.startswith(start)) if name != "learning" else dict
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise TypeError(f"{name} is {value!r}")
+    given: Any = value
+    return tuple(given) if wanted is list else Path(given) if kind.startswith("Path") else given
+
+
+def places_read(session: SessionConfig, runs: Iterable[RunConfig] = ()) -> list[Place]:
+    """The paths that a session and its runs read: what the hub or the project holds under a name has none."""
+    model, runs = Path(session.model), tuple(runs)
+    places = [Place("--model", model)] if model.is_dir() else []
+    links = [file for file in model.iterdir() if file.is_symlink()] if model.is_dir() else []
+    places += [Place("a file of --model,", target) for target in map(resolved, links)]
+    data = (*(run.dataset for run in runs if not session.evaluates), *session.eval_datasets)
+    places += [Place("the data file", Path(source)) for source in data if is_file(source)]
+    named = [(("--act-scales", r.act_scales), ("--act-shifts", r.act_shifts), ("--resume", r.resume)) for r in runs]
+    places += [Place(flag, path) for one in named for flag, path in one if path is not None]
+    roots = (("--data-dir", session.data_dir), ("--task-path", session.task_path))
+    places += [Place(flag, path, root=True) for flag, path in roots if path is not None]
+    return list(dict.fromkeys(places))
+
+
+def places_written(output: Output, run_dir: Path | None = None) -> list[Place]:
+    """The paths that a run writes to, besides the cache. run_dir: the run directory where no flag names it; it may lie
+    inside what is read."""
+    places = [Place("--run-dir", output.run_dir, adds=True)] if output.run_dir is not None else []
+    if output.run_dir is None and run_dir is not None:
+        places.append(Place("the run directory", run_dir, frozenset((INSIDE,)), adds=True))
+    return places + ([Place("--save", output.save)] if output.save is not None else [])
+
+
+def cache_place(path: Path) -> Place:
+    """The cache as a place that is written: its files have names of their own, so that it may lie almost anywhere."""
+    return Place("--cache-dir", path, frozenset((INSIDE, AROUND)), adds=True)
