@@ -113,7 +113,7 @@ def evaluation_tokens(
         documents, protocol = hub_documents("c4", "validation", data_dir), "c4/validation"
         make = lambda: _drawn(source, documents, tokenizer, C4_WINDOWS, seqlen, 0)  # noqa: E731
     elif source == "c4-new":
-        documents, protocol = hub_documents("c4", "validation", data_dir)[:C4_NEW_DOCUMENTS], "c4-new/validation"
+        documents, protocol = hub_documents("c4", "validation", data_dir, C4_NEW_DOCUMENTS), "c4-new/validation"
         if len(documents) < C4_NEW_DOCUMENTS:
             log.warning("%s: %d of the protocol's %d documents are there", source, len(documents), C4_NEW_DOCUMENTS)
         make = lambda: _in_order(source, _encode(source, tokenizer, " ".join(documents)), seqlen)[:C4_WINDOWS]  # noqa: E731
@@ -135,7 +135,7 @@ def _joined(source: str, use: str, data_dir: Path | None) -> tuple[Sequence[str]
         split = "train" if use == "calibration" else "test"
         return [demo.text(split)], "\n\n", f"demo/{split}"
     if source == "pile":
-        return hub_documents(source, "validation", data_dir)[:PILE_DOCUMENTS], "\n\n", "pile/validation"
+        return hub_documents(source, "validation", data_dir, PILE_DOCUMENTS), "\n\n", "pile/validation"
     if source in JOINED:
         corpus, train, test, separator = JOINED[source]
         split = train if use == "calibration" else test

@@ -1,24 +1,18 @@
-"""Where text comes from: WikiText-2, PTB and C4 from the hub or a local copy of it, or a file.
-
-One code path: `_load` calls `datasets.load_dataset` for the hub, for a file under `--data-dir` and for a file given.
-"""
+"""Where text comes from: WikiText-2, PTB and C4 from the hub (through `datasets`) or a local copy of it, or a file."""
 
 from __future__ import annotations
 
 import difflib
-import glob
 import hashlib
 import logging
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from data.rows import EXTENSIONS, read_rows, read_text
 from quant.core.errors import InputError
+from quant.core.files import resolved
 
-EXTENSIONS = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet")
-TEXT_FIELDS = ("text", "sentence", "content")
 KNOWN = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "demo")
 CALIBRATION = (*KNOWN, "mix", "pile")
 
@@ -66,6 +60,7 @@ def is_file(source: str) -> bool:
 def check_file(source: str) -> Path:
     """The path of a local text file. Raises InputError if it is not there or of an unknown kind."""
     path = Path(source)
+    resolved(path)  # a loop of links, or a name that is too long
     if not path.is_file():
         raise InputError(f"no such file: {source}")
     if not path.name.lower().endswith(EXTENSIONS):
@@ -95,27 +90,28 @@ def check_source(source: str, known: Sequence[str] = KNOWN) -> None:
         check_name(source, known)
 
 
-def hub_documents(name: str, split: str, data_dir: Path | None) -> Sequence[str]:
-    """Documents of a corpus, from data_dir if given (laid out as on the hub), else from the hub.
+def hub_documents(name: str, split: str, data_dir: Path | None, most: int | None = None) -> Sequence[str]:
+    """Documents of a corpus (the first ``most``), from data_dir if given (laid out as on the hub), else from the hub.
 
     Raises InputError, with the way to supply the text locally, where it cannot be reached.
     """
     corpus = CORPORA[name]
     if data_dir is None:
-        return _from_hub(corpus, split)
+        column = _from_hub(corpus, split)
+        return column if most is None else column[:most]
     for root in (data_dir / corpus.repository, data_dir / corpus.repository.split("/")[1], data_dir):
         if (root / corpus.files[split]).is_file():
-            return _from_file(root / corpus.files[split], corpus.field)
+            return read_rows(root / corpus.files[split], corpus.field, most)
         if corpus.plain and (root / corpus.plain[split]).is_file():
-            return [line.strip() for line in _read_text(root / corpus.plain[split]).splitlines()]
+            return [line.strip() for line in read_text(root / corpus.plain[split]).splitlines()]
     raise InputError(
         f"--data-dir {data_dir} holds no {name} {split} split: expected {_layout(corpus, split, data_dir)}"
     )
 
 
 def file_documents(path: Path) -> Sequence[str]:
-    """Documents of a local file: a .txt is one document, byte for byte but for line ends."""
-    return [_read_text(path)] if path.name.lower().endswith(".txt") else _from_file(path, None)
+    """Documents of a local file: a .txt is one document."""
+    return [read_text(path)] if path.name.lower().endswith(".txt") else read_rows(path)
 
 
 def _layout(corpus: Corpus, split: str, root: Path | str) -> str:
@@ -124,85 +120,31 @@ def _layout(corpus: Corpus, split: str, root: Path | str) -> str:
     return f"{root}/{corpus.repository}/{corpus.files[split]}{plain}"
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {_first_line(error)}") from error
-
-
 def _from_hub(corpus: Corpus, split: str) -> Sequence[str]:
+    """The text column of a split; quiet, since errors become one line of ours."""
+    import datasets
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # a transfer that breaks off
 
-    try:
-        loaded = _load(corpus.repository, {split: corpus.files[split]}, revision=corpus.revision)
-    except (OSError, HTTPError, DatasetsError) as error:  # OSError: ConnectionError, FileNotFoundError, hub errors
-        raise InputError(
-            f"{corpus.repository} cannot be reached on the hub ({_first_line(error)}): give a local copy with "
-            f"--data-dir DIR as {_layout(corpus, split, 'DIR')}, or pass a text file instead of the name"
-        ) from error
-    return _column(loaded, corpus.files[split], corpus.field)
-
-
-def _from_file(path: Path, field: str | None) -> Sequence[str]:
-    """The text column of a json or parquet file. field None: the first of TEXT_FIELDS that is there.
-
-    `datasets` takes a local file as unchanged when its path and mtime are, so its cache is kept apart by content.
-    """
-    import zstandard
-    from datasets import config
-    from datasets.exceptions import DatasetsError
-
-    try:
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        kind = "parquet" if path.name.lower().endswith(".parquet") else "json"
-        cache = Path(config.HF_DATASETS_CACHE) / "by-content" / content[:32]
-        # a name is no pattern: "a[1].jsonl" must not read a1.jsonl
-        loaded = _load(kind, {"train": glob.escape(str(path.absolute()))}, cache_dir=str(cache))
-    except StopIteration as error:
-        raise InputError(f"{path} has no rows") from error
-    except (OSError, EOFError, zlib.error, ValueError, DatasetsError, zstandard.ZstdError) as error:
-        raise InputError(f"{path} cannot be read: {_first_line(error.__cause__ or error)}") from error
-    return _column(loaded, str(path), field)
-
-
-def _load(source: str, files: dict[str, str], **options: str | None) -> Any:
-    """The one call of `datasets`, for a single split; quiet, since errors become one line of ours."""
-    import datasets
-
-    (split,) = files
     logger = logging.getLogger("datasets")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
+    files = {split: corpus.files[split]}
     try:
-        return datasets.load_dataset(source, data_files=files, split=split, **options)
+        loaded = datasets.load_dataset(corpus.repository, data_files=files, split=split, revision=corpus.revision)
+    except (OSError, HTTPError, DatasetsError) as error:  # OSError: ConnectionError, FileNotFoundError, hub errors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"{corpus.repository} cannot be reached on the hub ({reason}): give a local copy with "
+            f"--data-dir DIR as {_layout(corpus, split, 'DIR')}, or pass a text file instead of the name"
+        ) from error
     finally:
         logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
-
-
-def _column(loaded: Any, origin: str, field: str | None) -> Sequence[str]:
-    """The text of every row. Raises InputError if there is none, or if rows lack it."""
-    names = [name for name in ([field] if field else TEXT_FIELDS) if name in loaded.column_names]
-    if not names:
-        raise InputError(
-            f"{origin} has no text: its fields are {', '.join(loaded.column_names)}; "
-            f"expected {field or ' or '.join(TEXT_FIELDS)}"
-        )
-    kind = getattr(loaded.features[names[0]], "dtype", "nested")
-    if kind not in ("string", "large_string"):
-        raise InputError(f"{origin}: the field {names[0]} holds {kind}, not text")
-    if missing := loaded.data.column(names[0]).null_count:
-        raise InputError(f"{origin}: {missing} of {len(loaded)} rows have no {names[0]}")
-    column: Sequence[str] = loaded[names[0]]
+    column: Sequence[str] = loaded[corpus.field]
     return column
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def sha256_of(documents: Sequence[str]) -> str:

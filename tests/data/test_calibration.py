@@ -27,13 +27,6 @@ def tokenizer(tmp_path_factory):
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
-@pytest.fixture(autouse=True)
-def _datasets_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-
-
 def sentences(seed: int, n: int, longest: int = 60) -> list[str]:
     rng = random.Random(seed)
     return ["".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, longest))) for _ in range(n)]
