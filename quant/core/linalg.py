@@ -107,6 +107,21 @@ def relative_errors(weight: Tensor, approximations: Iterable[Tensor], energy: Ca
     return errors
 
 
+def corrected_target(weight: Tensor, gram: Tensor, cross: Tensor, percdamp: float = 0.0) -> Tensor:
+    """W C (Ĥ + λI)⁻¹ for weight [out, in], with λ = percdamp · mean(diag Ĥ): what to solve for instead of W where the inputs
+    X̂ are not those X of the original model.
+
+    With Ĥ = X̂X̂ᵀ and C = XX̂ᵀ it minimizes ‖WX - W'X̂‖² (for λ > 0, that plus λ‖W'‖²), and ‖WX - ŴX̂‖² is ‖(W' - Ŵ)X̂‖² and a
+    number that no Ŵ changes. In the dtype of its arguments. Raises SingularGramError where the damped Ĥ is singular.
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(percdamp * gram.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        raise SingularGramError(f"the Gram matrix is singular at percdamp={percdamp:g}: use a larger one")
+    return torch.cholesky_solve((weight @ cross).T, factor).T
+
+
 def largest_eigenvalue(gram: Tensor, steps: int = 60) -> float:
     """Largest eigenvalue of a positive semidefinite matrix, from below, by power iteration.
 
