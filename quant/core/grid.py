@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quant.core.types import FINEST, LARGEST, Grid, QuantSpec, group_index
+from quant.core.types import FINEST, LARGEST, Grid, QuantizedWeight, QuantSpec, group_index
 
 SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released code: 1.00, 0.99, ... 0.21
 ENDS = [1.0 + 0.05 * i for i in range(-10, 11) if i]  # then either end of the range by itself
 POWER = 2.0  # of the error
 FEW_LEVELS, FEW_LEVELS_POWER = 5, 2.4  # on few levels that of GPTQ's released code
+SMALLEST_HALF, SMALLEST_NORMAL = 2.0**-24, 2.0**-14  # of float16
 CHUNK = 1 << 24  # weights searched at a time: bounds the memory of the search on very large layers
 
 
@@ -134,6 +136,32 @@ def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, 
     parts = [fit_scale_zero(rows, spec, weights_of_error) for rows in grouped.split(max(1, CHUNK // n_in))]
     scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Grid(scale, zero, group, spec.qmax)
+
+
+def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
+    """The answer for weight [out, in] with every scale a float16 number, as most checkpoints store them: of a row or group
+    that is almost zero the nearest one, at least float16's smallest, with its values rounded again to the new grid.
+
+    The answer itself where all are that already, where scales are stored in two levels, and where the layer as a whole is
+    out of float16's range: then its scales are needed as they are.
+    """
+    grid = answer.grid
+    if grid.bilevel is not None or grid.scale_bits == 16 or not fits_float16(weight):
+        return answer
+    scale = grid.scale.clamp(min=SMALLEST_HALF).half().float()
+    if not bool(torch.isfinite(scale).all()):
+        return answer
+    stored = replace(grid, scale=scale)
+    moved = (scale != grid.scale)[:, grid.g_idx]
+    codes = torch.where(moved, stored.quantize(grid.dequantize(answer.codes)), answer.codes)
+    return replace(answer, codes=codes, grid=stored)
+
+
+def fits_float16(weight: Tensor) -> bool:
+    """Whether a layer's largest |weight| is a normal number of float16, so that what its scales lose there is little; also
+    for a layer of zeros, whose scales are 1."""
+    low, high = weight.detach().aminmax()
+    return not 0 < max(-float(low), float(high)) < SMALLEST_NORMAL
 
 
 def refit_scale_zero(

@@ -26,7 +26,7 @@ class Content:
     spec: None where weights stay in full precision. shapes: (out, in) of the linears. reordered: columns change their
     group (act-order without static groups). outliers, online: sparse parts, matrices behind norms. whole: whether
     every block is quantized. model_type: of config.json. true_sequential, static_groups: what GPTQ's config tells of
-    how the codes came about.
+    how the codes came about. faint: a linear whose scales float16 cannot hold.
     """
 
     spec: QuantSpec | None
@@ -39,6 +39,7 @@ class Content:
     model_type: str = ""
     true_sequential: bool = False
     static_groups: bool = False
+    faint: str | None = None
 
     @property
     def bits(self) -> int:
@@ -127,6 +128,13 @@ def uneven_groups(content: Content, name: str) -> str | None:
     return None
 
 
+def faint_linear(content: Content, name: str) -> str | None:
+    """Why a format whose scales are float16 cannot hold this; None if it can."""
+    if content.faint is None:
+        return None
+    return f"{name} stores scales in float16, and all weights of {content.faint} are too small for that: use format bitplane"
+
+
 def check_encodable(weight: QuantizedWeight, content: Content, name: str) -> None:
     """Raise InputError where an answer holds more than a uniform grid of the content's bits, or has its columns in an order
     that was not announced: what the options of a solver did not tell before work began.
@@ -171,7 +179,8 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def half_scales(weight: QuantizedWeight, name: str) -> Tensor:
-    """The scales in float16. Raises InputError where that would round them."""
+    """The scales in float16. Raises InputError where that would round them: runs round those of a row that is almost zero
+    before they measure anything, so that these are of a linear whose weights are all that small."""
     if weight.grid.scale_bits != 16:
         raise InputError(f"{name} stores scales in float16 and cannot hold these exactly: use format bitplane")
     return weight.grid.scale.half()

@@ -17,7 +17,16 @@ from torch import Tensor
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
-from quant.export.formats import Content, Layers, StoredLinear, check_encodable, half_scales, matches, refuses_codes
+from quant.export.formats import (
+    Content,
+    Layers,
+    StoredLinear,
+    check_encodable,
+    faint_linear,
+    half_scales,
+    matches,
+    refuses_codes,
+)
 from quant.export.packing import pack, unpack
 
 BITS = (2, 3, 4, 8)
@@ -44,7 +53,7 @@ class Gptq:
         for name, shape in content.shapes.items():
             if any(n % MULTIPLE for n in shape):
                 return f"{self.name} needs inputs and outputs in multiples of {MULTIPLE}, {name} is {shape[0]}x{shape[1]}: use format compressed-tensors"
-        return None
+        return faint_linear(content, self.name)
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Raises InputError for a zero point of 0 in version 1, which readers take for 2^bits or damage."""

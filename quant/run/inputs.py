@@ -19,9 +19,11 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import is_online
 from quant.core import env
 from quant.core.errors import InputError
+from quant.core.grid import fits_float16
 from quant.core.places import check_places
 from quant.core.types import LARGEST
 from quant.evaluate.tasks import Tasks, check_tasks, open_tasks
+from quant.export import refusal
 from quant.export.formats import Content
 from quant.export.read import open_checkpoint
 from quant.learn.transforms import check_seams
@@ -146,7 +148,20 @@ class Inputs:
         if output.save is not None or output.target is not None:
             online = any(map(is_online, self.model.checkpoint.extra))
             content = self.content(run)
-            check_format(output, replace(content, online=content.online or online))
+            content = replace(content, online=content.online or online)
+            check_format(output, content)
+            stores_float16 = refusal(output.format, replace(content, faint="a linear")) is not None
+            if output.save is not None and output.fallback is None and stores_float16:
+                check_format(output, replace(content, faint=self._faint_linear(run)))
+
+    def _faint_linear(self, run: RunConfig) -> str | None:
+        """The first linear of those to be quantized whose weights are all too small for scales in float16; reads them all."""
+        model = self.model
+        for index in range(self.n_blocks(run)):
+            for name in model.linear_shapes():
+                if not fits_float16(model.checkpoint.read(model.key(f"{model.family.blocks}.{index}.{name}.weight"))):
+                    return f"block {index} {name}"
+        return None
 
     def n_blocks(self, run: RunConfig) -> int:
         """How many blocks a run quantizes."""

@@ -20,6 +20,7 @@ from quant.blocks.weights import input_range_name
 from quant.core.env import peak_bytes
 from quant.core.errors import InputError, RunError
 from quant.core.gram import GramStats, InputSample
+from quant.core.grid import in_float16
 from quant.core.linalg import SingularGramError, objective, output_energy, products_in, relative_errors
 from quant.core.names import FULL_BITS
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
@@ -227,6 +228,17 @@ def solve(
     return answer, nearest, time.perf_counter() - started
 
 
+def store_in_float16(answer: QuantizedWeight, weight: Tensor, gram: Tensor) -> QuantizedWeight:
+    """The answer as checkpoints can hold it (see `in_float16`); what that costs the layer is in its ``info``."""
+    stored = in_float16(answer, weight)
+    if stored is answer:
+        return answer
+    values = (one.dequantize() for one in (answer, stored))
+    before, after = relative_errors(weight, values, partial(objective, gram=gram))
+    count = int((stored.grid.scale != answer.grid.scale).sum())
+    return replace(stored, info={**answer.info, "rounded_scales": count, "rounded_scales_cost": after - before}).check()
+
+
 def solve_linear(
     block: int, name: str, weight: Tensor, stats: InputStats, recipe: Recipe, grid: Grid | None = None
 ) -> tuple[QuantizedWeight, LinearRecord]:
@@ -236,6 +248,7 @@ def solve_linear(
     weight, calibration = weight.float(), stats.calibration.check(where)
     with name_errors(where):
         quantized, nearest, seconds = solve(weight, calibration, recipe, grid)
+    quantized = store_in_float16(quantized, weight, calibration.gram)
     damping = quantized.info.get("percdamp")
     if damping is not None and damping != recipe.options.get("percdamp", damping):
         log.warning("%s: the Gram matrix was singular, damping raised to %g", where, damping)

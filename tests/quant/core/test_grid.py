@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant.core.grid import fit_grid, fit_scale_zero, range_to_grid
+from quant.core.grid import SMALLEST_HALF, fit_grid, fit_scale_zero, fits_float16, in_float16, range_to_grid
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.learn.fake_quant import fake_quantize, grid_of, group_range
 from quant.learn.omniquant import WeightClip
@@ -284,3 +284,36 @@ def test_check_refuses_levels_that_float32_cannot_hold() -> None:
     with pytest.raises(ValueError, match="ends of the grid are infinite"):
         QuantizedWeight(grid.quantize(weight), huge, spec).check()
     QuantizedWeight(grid.quantize(weight), replace(huge, scale=huge.scale / 2), spec).check()
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(8, 16), QuantSpec(4, 16, symmetric=True)], ids=str)
+def test_rows_that_are_almost_zero_get_the_nearest_float16_scale(spec):
+    weight = weights(6, 48)
+    for row, factor in ((1, 1e-4), (2, 1e-6), (3, 1e-9), (4, 1e-30)):
+        weight[row] *= factor
+    grid = fit_grid(weight, spec)
+    answer = QuantizedWeight(grid.quantize(weight), grid, spec)
+    stored = in_float16(answer, weight).check()
+    scale, before = stored.grid.scale, answer.grid.scale
+    assert answer.grid.scale_bits == 32 and stored.grid.scale_bits == 16
+    nearest = before.double().clamp(min=SMALLEST_HALF)
+    assert bool(((scale.double() - nearest).abs() <= torch.maximum(nearest * 2.0**-11, torch.tensor(2.0**-25))).all())
+    assert bool((scale >= SMALLEST_HALF).all())
+    same = (scale == before)[:, grid.g_idx]
+    assert torch.equal(stored.codes[same], answer.codes[same]) and bool(same[0].all()) and not bool(same[4].any())
+    wide = stored.grid.scale.double()[:, grid.g_idx]
+    error = (stored.dequantize().double() - answer.dequantize().double()).abs()
+    assert bool((error <= wide * 1.01).all()), "rounded again to the grid as it is stored"
+    assert in_float16(stored, weight) is stored
+
+
+def test_a_layer_out_of_float16s_range_keeps_its_scales():
+    weight, spec = weights(6, 48), QuantSpec(4)
+    for factor, fits in ((1.0, True), (1e-6, False), (1e-30, False), (0.0, True)):
+        grid = fit_grid(weight * factor, spec)
+        answer = QuantizedWeight(grid.quantize(weight * factor), grid, spec)
+        assert in_float16(answer, weight * factor) is answer and fits_float16(weight * factor) == fits
+    assert fits_float16(torch.tensor([[0.0, -(2.0**-14)]])) and not fits_float16(torch.tensor([[0.0, -(2.0**-14.1)]]))
+    grid = fit_grid(weight * 1e9, spec)  # above float16's largest number
+    answer = QuantizedWeight(grid.quantize(weight * 1e9), grid, spec)
+    assert in_float16(answer, weight * 1e9) is answer

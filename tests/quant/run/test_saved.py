@@ -207,3 +207,42 @@ def test_gptqs_config_tells_what_the_run_did(sequential, static, tmp_path):
             static,
             False,
         )
+
+
+def with_weight(source, target, name, change):
+    """A copy of a model with one of its weights changed."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors[name] = change(tensors[name].clone())
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("kind", ["gptq_v2", "compressed-tensors"])
+def test_a_row_that_is_almost_zero_is_no_veto(kind, whole, tmp_path):
+    """Its scale is the smallest that the format holds, before anything is measured; the journal has what that costs."""
+
+    def dead(weight):
+        weight[5] *= 1e-7
+        return weight
+
+    source = with_weight(whole, tmp_path / "model", "model.layers.1.mlp.up_proj.weight", dead)
+    config = demo_config(tmp_path, source, save=tmp_path / "saved", format=kind)
+    results = perform(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    rounded = {(line["block"], line["name"]): line["info"] for line in lines if "info" in line}
+    assert rounded.keys() == {(1, "mlp.up_proj")}
+    (info,) = rounded.values()
+    assert info["rounded_scales"] == 4 and abs(info["rounded_scales_cost"]) < 1e-9
+    assert perplexity(tmp_path / "saved", tmp_path)[0] == results["perplexity"]["text"]["quantized"]
+
+
+def test_a_linear_that_float16_cannot_hold_is_refused_before_work(whole, tmp_path):
+    source = with_weight(whole, tmp_path / "model", "model.layers.2.mlp.up_proj.weight", lambda weight: weight * 1e-7)
+    config = demo_config(tmp_path, source, save=tmp_path / "saved", format="gptq_v2")
+    with pytest.raises(InputError, match=r"all weights of block 2 mlp.up_proj are too small .*: use format bitplane"):
+        perform(config)
+    assert not (tmp_path / "run").exists()
+    config = replace(config, format="bitplane")
+    results = perform(config)
+    assert perplexity(tmp_path / "saved", tmp_path)[0] == results["perplexity"]["text"]["quantized"]
