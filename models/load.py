@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from models import family_of
@@ -23,7 +24,7 @@ from models.container import CONFIG, GPTQ_CONFIG, metadata_of
 from models.family import ModelFamily
 from models.unread import carried_over, own_head, saved_buffers, spellings
 from models.unsupported import METHODS
-from quant.core.errors import InputError
+from quant.core.errors import InputError, foreign
 from quant.core.files import read_json
 from quant.core.text import brief
 
@@ -37,6 +38,7 @@ SIZES = (
 )  # fmt: skip
 NEEDED = SIZES[:3]
 MOST_BLOCKS, LARGEST_SIZE = 2000, 1 << 24  # where no checkpoint says it: ten times what any published model has
+LONGEST_WINDOW = 1 << 31
 ATTENTION = (None, "eager", "sdpa")
 Weights = dict[str, Tensor]
 Opener = Callable[[Path], Checkpoint]
@@ -225,19 +227,6 @@ def _by(path: Path, declared: Mapping[str, Any]) -> str:
     return f"{by}; give the full-precision checkpoint" + (f", or remove {GPTQ_CONFIG} if this is it" if alone else "")
 
 
-@contextmanager
-def foreign(what: str) -> Iterator[None]:
-    """Whatever a library raises from somebody's file, as one line that says ``what`` is wrong; but for memory, which is
-    nobody's mistake."""
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"{what} ({brief(': '.join(lines[:2]) or type(error).__name__, 200)})") from error
-
-
 def check_sizes(config: Any, where: Path, most_blocks: int, largest: int) -> None:
     """Raise InputError for sizes that no such model has, before anything is built in them.
 
@@ -250,6 +239,9 @@ def check_sizes(config: Any, where: Path, most_blocks: int, largest: int) -> Non
         value = getattr(config, name, None)
         if (name in NEEDED or value is not None) and not is_count(value, largest):
             raise InputError(f"{where}: {name} is {brief(repr(value), 40)}, where 1 to {largest} can be")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not is_count(window, LONGEST_WINDOW):
+        raise InputError(f"{where}: sliding_window is {brief(repr(window), 40)}, where null or 1 and more can be")
 
 
 def is_count(value: object, most: int) -> bool:
@@ -264,12 +256,23 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool = False)
     check_sizes(config, where, MOST_BLOCKS, LARGEST_SIZE)
     hint = "; use --attn_implementation eager" if config._attn_implementation == "sdpa" else ""
     with foreign(f"{where} describes no model that can be built{hint}"):
-        with init_empty_weights():
+        with init_empty_weights(), _EmptyOnMeta():
             module: nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         module.tie_weights()  # type: ignore[operator]  # not above: parameters are made anew there
     return module.eval().requires_grad_(False)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Memory that a parameter would be initialized in is not taken: without this, `init_empty_weights` drops parameters
+    only after they were made and filled."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if function is torch.empty and options.get("device") is None:
+            options["device"] = "meta"
+        return function(*args, **options)
 
 
 def load_model(

@@ -149,3 +149,26 @@ def with_entry(value, path, entry):
     else:
         inner[path[-1]] = entry
     return value
+
+
+NUMBERS = {"one": 1, "three": 3, "more than a part": 1.5, "large": 10**12}  # that a size or a share could be
+
+
+def odd_objects(declared):
+    """(name, JSON object): a JSON object with one entry that is missing or odd."""
+    for path in entry_paths(declared):
+        for name, entry in (BAD | NUMBERS).items():
+            yield f"{'.'.join(map(str, path))} {name}", with_entry(declared, path, entry)
+
+
+def odd_files(declared):
+    """(name, bytes): a JSON file that is damaged as a whole."""
+    text = json.dumps(declared).encode()
+    deep = b'{"a": ' * 100_000 + b"1" + b"}" * 100_000
+    yield from {
+        "empty": b"", "nothing but spaces": b" \n", "a list": b"[1, 2]", "null": b"null", "a number": b"1e999", "a string": b'"x"',
+        "cut": text[: len(text) // 2], "twice": text + text, "not UTF-8": b"\xff\xfe" + text, "UTF-16": text.decode().encode("utf-16"),
+        "invalid in a string": text.replace(b"model_type", b"model\xff_type"), "zeros": bytes(4096), "deep": deep,
+        "deep inside": text[:-1] + b', "x": ' + deep + b"}", "half a surrogate": text[:-1] + b', "\\ud800": "\\ud800"}',
+        "long number": text[:-1] + b', "x": ' + b"9" * 5000 + b"}",
+    }.items()  # fmt: skip

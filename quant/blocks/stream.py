@@ -20,17 +20,17 @@ from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrumented
 from quant.blocks.weights import Deployed
-from quant.core.errors import InputError
+from quant.core.errors import InputError, foreign
 from quant.core.files import reserve, temporary_name
 
 STORE = "activations"  # name of the file of hidden states on the disk
 
 
-class _Captured(Exception):  # noqa: N818  (control flow, not an error)
+class _Captured(BaseException):  # noqa: N818  (control flow, not an error)
     """Raised by the last recorder: everything the blocks need has been seen."""
 
 
-class _Observed(Exception):  # noqa: N818
+class _Observed(BaseException):  # noqa: N818
     """Raised once every observed linear has seen its input."""
 
 
@@ -156,7 +156,7 @@ class BlockStream:
         with self.model.replaced_blocks(list(recorders)):
             try:
                 ids = self.tokens[rows].to(self.device)
-                functional_call(self.model.module, outside, (ids,), {"use_cache": False})
+                self._call_outside(outside, ids)
             except _Captured:
                 pass
         seen = [recorder.seen for recorder in recorders]
@@ -205,7 +205,10 @@ class BlockStream:
     ) -> Tensor:
         """Outputs of block ``index`` with these weights (its own parameters and buffers) for the samples of a batch."""
         args, kwargs = arguments[index]
-        output = functional_call(self.model.blocks[index], weights, (self.hidden[rows], *args), kwargs)
+        with foreign(
+            f"block {index} does not run: {self.model.checkpoint.path / 'config.json'} describes it otherwise"
+        ):
+            output = functional_call(self.model.blocks[index], weights, (self.hidden[rows], *args), kwargs)
         self.as_tuple = isinstance(output, tuple)
         hidden: Tensor = output[0] if self.as_tuple else output
         return hidden
@@ -278,8 +281,13 @@ class BlockStream:
         replay.hidden = self.hidden[rows]
         with self.model.replaced_blocks([replay]):
             ids = self.tokens[rows].to(self.device)
-            output: Tensor = functional_call(self.model.module, outside, (ids,), {"use_cache": False}).logits
+            output: Tensor = self._call_outside(outside, ids).logits
         return output.float()
+
+    def _call_outside(self, outside: Weights, ids: Tensor) -> Any:
+        """The whole model's answer, with something else where its blocks are."""
+        with foreign(f"{self.model.checkpoint.path / 'config.json'} describes a model that does not run"):
+            return functional_call(self.model.module, outside, (ids,), {"use_cache": False})
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from quant.core.errors import InputError, RunError, first_line
+from quant.core.errors import InputError, RunError, first_line, is_memory
 from quant.core.text import brief, one_line, printable
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -60,7 +60,7 @@ def explain(error: Exception) -> tuple[int, Sequence[str]] | None:
     if isinstance(error, RunError):
         *lines, last = error.args
         return FAILED, [*lines, f"{last}. Finished blocks are kept: the same command continues."]
-    if _is_memory(error):
+    if is_memory(error):
         return FAILED, [_memory_line(error)]
     if type(error) is Exception:  # the tokenizers library raises no other
         number = re.search(r"os error (\d+)", str(error))
@@ -72,16 +72,6 @@ def explain(error: Exception) -> tuple[int, Sequence[str]] | None:
     if isinstance(error, OSError):
         return FAILED, [f"{_system_line(error)}. Finished blocks are kept."]
     return None
-
-
-def _is_memory(error: Exception) -> bool:
-    """Whether memory ran out: Python's, torch's on a device, or torch's on the host, which is known by its text alone."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    texts = "can't allocate memory|cannot allocate memory|not enough memory|out of memory"
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(texts, str(error), re.IGNORECASE) is not None
-    )
 
 
 def _memory_line(error: Exception) -> str:

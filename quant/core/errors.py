@@ -1,4 +1,13 @@
-"""The two kinds of failure that a person can act on."""
+"""The two kinds of failure that a person can act on, and what libraries raise."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from quant.core.text import brief
 
 
 class _LinesError(Exception):
@@ -23,3 +32,28 @@ def first_line(error: BaseException) -> str:
     """The first mistake that an error names, for a place with room for one; its type where it says nothing."""
     lines = error.args if isinstance(error, _LinesError) else ()
     return str(lines[0] if lines else error) or type(error).__name__
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, torch's on a device, or torch's on the host, which is known by its text alone."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    texts = "can't allocate memory|cannot allocate memory|not enough memory|out of memory"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(texts, str(error), re.IGNORECASE) is not None
+    )
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Whatever a library raises from somebody's file becomes an InputError of one line: ``what`` is wrong, and why.
+
+    Memory that runs out is nobody's mistake and passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, _LinesError) or is_memory(error):
+            raise
+        lines = [line.strip().rstrip(":") for line in str(error).splitlines() if line.strip()]
+        raise InputError(f"{what} ({brief(': '.join(lines[:2]) or type(error).__name__, 200)})") from error

@@ -31,7 +31,7 @@ def watches_attention(learning: Learning) -> bool:
     return any(name in attention_term.entries() for name in learning.loss_terms)
 
 
-class _Logits(Exception):  # noqa: N818  (control flow, not an error)
+class _Logits(BaseException):  # noqa: N818  (control flow, not an error)
     """Carries attention logits out of a call that need not go on."""
 
 
