@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import model_quantizer
-from quant.cli import arguments, evaluate, flags
+from quant.cli import arguments, evaluate, flags, generate
 from quant.cli import console as terminal
 from quant.cli.commands import COMMANDS
 from quant.cli.errors import exit_code_of
@@ -346,6 +347,61 @@ BAD = {
     "misspelt flag": (["--grupsize", 3], "did you mean --groupsize?"),
     "no number": (["--wbits", "three"], "invalid int value"),
 }
+
+
+LARGE = "1" + "0" * 20
+ABSURD = {
+    **{f"{flag} {LARGE}": (f"model_quantizer.py --model x --wbits 3 {flag} {LARGE}", f"{flag} {LARGE}: use at most 10000000")
+       for flag in ("--nsamples", "--num-iter", "--seqlen", "--groupsize", "--num-layers-to-quantize", "--calib-batch",
+                    "--limit", "--num_fewshot")},
+    **{f"main.py {flag}": (f"main.py --model x --lwc {flag} {LARGE}", f"{flag} {LARGE}: use at most 10000000")
+       for flag in ("--epochs", "--patience", "--batch_size", "--group_size")},
+    **{f"percdamp {value}": (f"main.py --model x --solver gptq --epochs 0 --percdamp {value}", ": use a number above 0, at most 1")
+       for value in ("nan", "inf", "-1", "0", "1e308")},
+    **{f"rate {value}": (f"main.py --model x --lwc --lwc_lr {value}", ": use a positive rate") for value in ("nan", "inf", "0", "-1")},
+    "seed": (f"model_quantizer.py --model x --seed {LARGE}", f"--seed {LARGE}: use at most 9223372036854775807"),
+    "seed below": (f"main.py --model x --epochs 0 --seed -{LARGE}", f"--seed -{LARGE}: use at most 9223372036854775807"),
+    "fewshot": ("model_quantizer.py --model x --num_fewshot -5", "--num_fewshot -5: use 0 or more"),
+    "option": (f"model_quantizer.py --model x --wbits 3 --solver-option num_iter={LARGE}", "--solver-option num_iter"),
+    "option, inf": ("main.py --model x --epochs 0 --solver gptq --solver-option percdamp=1e400", "--solver-option percdamp inf: use a number above 0"),
+    "option, nested": (f"main.py --model x --epochs 0 --solver gptq --solver-option percdamp={'[' * 3000}", "percdamp is a float"),
+    "option, no flag": (f"main.py --model x --epochs 0 --solver gptq --solver-option block_size={LARGE}", "block_size 1"),
+    "temperature": ("quant.cli.generate --model x --prompt y --temperature nan", "--temperature nan: use 0 or more, a finite number"),
+    "tokens": (f"quant.cli.generate --model x --prompt y --max-new-tokens {LARGE}", "use at most 10000000"),
+    "generate's seed": (f"quant.cli.generate --model x --prompt y --seed {LARGE}", "use at most 18446744073709551615"),
+    "prompt": ("quant.cli.generate --model x --prompt a\udcff", "'a\\udcff' is not UTF-8 text"),
+    "a place": ("main.py --model x --run-dir a\udcff", "'a\\udcff' is not UTF-8 text"),
+    "cpus": ("scripts.sweep t.yaml --executor slurm --cpus inf", "--cpus inf: use a number"),
+    "gpus": ("scripts.sweep t.yaml --executor slurm --gpus nan", "--gpus nan: use 0 or more"),
+    "together": (f"scripts.sweep t.yaml --together {LARGE}", f"--together {LARGE}: use at most 10000000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_numbers_and_words_that_no_command_takes_are_refused_before_work(case, monkeypatch, capsys):
+    line, message = ABSURD[case]
+    name, *words = line.split()
+    module = importlib.import_module(name.removesuffix(".py"))
+    code, out, err = called(module, monkeypatch, capsys, *words)
+    assert code == 2 and message in err and out == ""
+    assert len(err.splitlines()) == 1 and len(err) < 600
+
+
+def test_the_smallest_temperature_divides(monkeypatch, capsys, tmp_path):
+    words = ["--model", "models/demo/llama", "--prompt", "the", "--max-new-tokens", 3, "--cache-dir", tmp_path]
+    answers = [called(generate, monkeypatch, capsys, *words, "--temperature", t) for t in ("0", "1e-45", "1e-320")]
+    assert [code for code, *_ in answers] == [0, 0, 0]
+    texts = {out.splitlines()[0] for _, out, _ in answers}
+    assert len(texts) == 1, "the most likely token, as with 0"
+
+
+def test_groups_that_the_shapes_decide(command, small):
+    code, out, _ = command(*small, "--quantization-method", "rtn", "--groupsize", "auto", "--limit", 2)
+    assert code == 0 and "groups of 32" in out
+    code, _, err = command(*small, "--groupsize", "7", "--wbits", 3)
+    assert code == 2 and "use one of 2, 4, 8, 16, 32, -1, which fit every linear, or auto" in err
+    code, _, err = command(*small, "--groupsize", "wide")
+    assert code == 2 and "invalid size value: 'wide'" in err
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -327,7 +327,7 @@ TALK_FLAGS = (
     Flag(None, {GENERATE: "--max-new-tokens"}, "(default: 100)", None, 100, int, AT_LEAST_1, metavar="N"),
     Flag(None, {GENERATE: "--temperature"}, "0: the most likely token (default: 0)", None, 0.0, float,
          Valid(lambda t: 0 <= t < math.inf, ": use 0 or more, a finite number")),
-    Flag(None, {GENERATE: "--seed"}, "of --temperature above 0 (default: 0)", None, 0, int, AT_LEAST_0, most=MOST_SEED),
+    Flag(None, {GENERATE: "--seed"}, "of --temperature above 0 (default: 0)", None, 0, int, AT_LEAST_0, most=2**64 - 1),
 )  # fmt: skip
 
 MACHINE_FLAGS = (
