@@ -97,7 +97,7 @@ def measure_and_write(args: argparse.Namespace) -> None:
     metadata = {"format": "pt", "model_sha256": session.model_sha256, "calibration": calibration.sha256}
     for output, vectors in zip(outputs, (scales, shifts), strict=True):
         write_owned(output.path.parent, {output.path.name: save(vectors, metadata)})
-        console.print(f"{output.path}: {len(vectors)} linears", highlight=False, soft_wrap=True)
+        console.print(f"{output.path}: {len(vectors)} linears", soft_wrap=True)
 
 
 if __name__ == "__main__":

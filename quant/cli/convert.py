@@ -31,4 +31,4 @@ def main() -> None:
     content = convert(args.source, args.to, args.out, args.overwrite, args.trust_remote_code, args.cache_dir)
     console = make_console()
     console.print(loadability_table(args.to, loadability(args.to, content)))
-    console.print(f"{args.out}: {size_on_disk(args.out) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+    console.print(f"{args.out}: {size_on_disk(args.out) / 1e6:.1f} MB", soft_wrap=True)

@@ -60,4 +60,4 @@ def talk(args: argparse.Namespace) -> None:
         sys.stdout.write(printable(piece, keep="\n\t"))
         sys.stdout.flush()
     sys.stdout.write("\n")
-    console().print(summary(resident, clock, len(prompt)), highlight=False, soft_wrap=True)
+    console().print(summary(resident, clock, len(prompt)), soft_wrap=True)

@@ -36,7 +36,6 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
     console.print(
         f"{first.model}: {model_config.model_type}, {parameters:.2f}B parameters, {shapes.n_blocks} blocks, "
         f"{device} in {str(dtype).removeprefix('torch.')}; {requests[0].run.nsamples} calibration windows; nothing is run",
-        highlight=False,
         soft_wrap=True,
     )
     table = Table("estimate", header_style="bold")
@@ -49,10 +48,10 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
     length = first.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     for line in dict.fromkeys(shortage(request.run, linears, length) for request in quantizing):
         if line is not None:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     for kind, content in contents:
         console.print(loadability_table(kind, loadability(kind, content)))
-    console.print(f"configuration: {path}; formulas: quant/run/plan.py", highlight=False, soft_wrap=True)
+    console.print(f"configuration: {path}; formulas: quant/run/plan.py", soft_wrap=True)
 
 
 def _readable(key: str, value: float) -> str:

@@ -42,7 +42,7 @@ def main() -> None:
         others = versions_that_differ(args.run, into)
     console = make_console()
     for line in others:
-        console.print(f"note: {line}", highlight=False)
+        console.print(f"note: {line}")
     if differences:
         raise RunError(*(f"different: {line}" for line in differences))
-    console.print(f"identical: codes and numbers of {args.run}", highlight=False, soft_wrap=True)
+    console.print(f"identical: codes and numbers of {args.run}", soft_wrap=True)

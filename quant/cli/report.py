@@ -36,7 +36,7 @@ def main() -> None:
         show_differences(runs, console)
         return
     out = args.out or (runs[0].path if len(runs) == 1 else Path("runs") / "report")
-    console.print(str(write_report(runs, out)), highlight=False, soft_wrap=True)
+    console.print(str(write_report(runs, out)), soft_wrap=True)
 
 
 def show_differences(runs: Sequence[Any], console: Any, most: int = 12) -> None:

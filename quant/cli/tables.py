@@ -94,7 +94,7 @@ def show_finished(
     if not args.no_report:
         show_report(finished, together, console)
     if save:
-        console.print(f"checkpoint: {save}", highlight=False, soft_wrap=True)
+        console.print(f"checkpoint: {save}", soft_wrap=True)
 
 
 def show_report(finished: Sequence[dict[str, Any]], together: Path | None, console: Console) -> None:
