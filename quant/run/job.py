@@ -75,7 +75,7 @@ def _open_job(inputs: Inputs, run: RunConfig, output: Output, held: ExitStack, t
     target = RunDirectory(path_of(inputs, run, output))
     stored = None if output.overwrite else read_results(target)
     same = stored is not None and stored["evaluation"] == evaluation_of(inputs, output)
-    previous = dict(stored) if stored is not None and same else None
+    previous = target.read("results.json") if same else None  # as it stands there, without entries that it lacks
     job = Job(run, output, recipe, target, json_sha256(configuration), configuration["blocks"], previous)
     inputs.check_export(run, output)
     stay = _check_save(inputs, job)
