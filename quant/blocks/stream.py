@@ -7,7 +7,7 @@ and all, so no family code rebuilds masks or position embeddings. A block runs a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.func import functional_call
 from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrumented
+from quant.blocks.linears import LinearRef, See
 from quant.blocks.weights import Deployed
 from quant.core.errors import InputError, foreign
 from quant.core.files import reserve, temporary_name
@@ -219,27 +220,27 @@ class BlockStream:
         index: int,
         weights: Deployed,
         *,
-        observe: Mapping[str, Callable[[Tensor], None]] | None = None,
+        observe: Mapping[str, See] | Mapping[LinearRef, See] | None = None,
         advance: bool = False,
         act: ActSpec | None = None,
     ) -> None:
         """Run block ``index`` on every batch.
 
-        observe: for linears of the block, by name, what to do with their inputs; without ``advance`` a batch
+        observe: for linears of the block, by name or reference, what to do with their inputs; without ``advance`` a batch
         stops as soon as all have seen theirs. advance: the outputs become the next block's inputs, here and of held-out windows,
         which observers do not see. act: how
         activations are quantized; observers see them quantized. Weights may hold what `instrumented` takes.
         Raises InputError where an output is not finite.
         """
-        block, waiting = self.model.blocks[index], set(observe or {})
-        started, observed = time.perf_counter(), self.seconds["observe"]
+        observed = {LinearRef.of_module(k) if isinstance(k, str) else k: see for k, see in (observe or {}).items()}
+        block, waiting = self.model.blocks[index], set(observed)
+        started, before = time.perf_counter(), self.seconds["observe"]
         with ExitStack() as stack:
             own = stack.enter_context(instrumented(block, weights, act))
-            for name, see in (observe or {}).items():
-                hook = self._observer(name, see, waiting, not advance)
-                stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
+            for linear, see in observed.items():
+                stack.enter_context(linear.observe(block, own, self._observer(linear, see, waiting, not advance)))
             for rows, arguments in zip(self.rows, self.arguments, strict=True):
-                waiting.update(observe or {})
+                waiting.update(observed)
                 try:
                     output = self.call(index, own, rows, arguments)
                 except _Observed:
@@ -252,22 +253,22 @@ class BlockStream:
                         )
                     self.hidden[rows] = output
         self._synchronize()
-        self.seconds["forward"] += time.perf_counter() - started - (self.seconds["observe"] - observed)
+        self.seconds["forward"] += time.perf_counter() - started - (self.seconds["observe"] - before)
         if advance and self.heldout is not None:
             self.heldout.run(index, weights, advance=True, act=act)
 
-    def _observer(self, name: str, act: Callable[[Tensor], None], waiting: set[str], stop: bool) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
+    def _observer(self, linear: LinearRef, act: See, waiting: set[LinearRef], stop: bool) -> See:
+        def see(x: Tensor) -> None:
             self._synchronize()
             started = time.perf_counter()
-            act(args[0])
-            waiting.discard(name)
+            act(x)
+            waiting.discard(linear)
             self._synchronize()
             self.seconds["observe"] += time.perf_counter() - started
             if stop and not waiting:
                 raise _Observed
 
-        return hook
+        return see
 
     def _synchronize(self) -> None:
         """Wait for the device, so that the clock measures work and not its launch."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
+from quant.blocks.linears import LinearRef
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import input_range_name
 from quant.core.env import peak_bytes
@@ -69,18 +70,17 @@ def deploy(
     Raises RunError, with the tensor's name, where the dtype of the checkpoint or of the run cannot hold a number.
     """
     device = next(iter(weights.values())).device
-    others = {name: tensor.to(device=device, dtype=model.dtype) for name, tensor in (changed or {}).items()}
-    new = {}
-    for linear, quantized in solved.items():
-        name = f"{linear}.weight"
-        new[name] = quantized.to(device).dequantize().to(model.storage_of(name, index)).to(model.dtype)
-    for name, tensor in {**others, **new}.items():
+    deployed = weights | {name: tensor.to(device=device, dtype=model.dtype) for name, tensor in (changed or {}).items()}
+    for linear, quantized in ((LinearRef.of_module(name), answer) for name, answer in solved.items()):
+        stored = quantized.to(device).dequantize().to(model.storage_of(linear.parameter, index))
+        deployed = linear.replace(deployed, stored.to(model.dtype))
+    for name, tensor in ((name, tensor) for name, tensor in deployed.items() if tensor is not weights.get(name)):
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # no mask of the whole tensor
             kept, used = (str(dtype).removeprefix("torch.") for dtype in (model.storage_of(name, index), model.dtype))
             raise RunError(
                 f"block {index} {name}: not every value is finite in {kept}, as it is saved, and {used}, as it is run"
             )
-    return {**weights, **others, **new}
+    return deployed
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,15 @@ def observe(
     act: ActSpec | None = None,
 ) -> dict[str, InputStats]:
     """Inputs of block ``index`` by the first linear of each group; the stream stays in front of it."""
-    stats = {group[0]: GramStats(weights[f"{group[0]}.weight"].shape[1], stream.device) for group in groups}
-    stream.run(index, weights, observe={name: one.update for name, one in stats.items()}, act=act)
+    linears = [LinearRef.of_module(group[0]) for group in groups]
+    stats = {linear.name: GramStats(linear.weight(weights).shape[1], stream.device) for linear in linears}
+    stream.run(index, weights, observe={linear: stats[linear.name].update for linear in linears}, act=act)
     heldout = stream.heldout
     if heldout is None:
         return {name: InputStats(one) for name, one in stats.items()}
     every = -(-heldout.tokens.numel() // HELDOUT_TOKENS)
     samples = {name: InputSample(every) for name in stats}
-    heldout.run(index, weights, observe={name: one.update for name, one in samples.items()}, act=act)
+    heldout.run(index, weights, observe={linear: samples[linear.name].update for linear in linears}, act=act)
     return {name: InputStats(one, samples[name]) for name, one in stats.items()}
 
 
@@ -144,7 +145,7 @@ def quantize_block(
     for stage in stages:
         stats = observe(stream, index, weights, stage, recipe.act)
         for name, inputs in ((name, stats[group[0]]) for group in stage for name in group):
-            weight, grid = weights[f"{name}.weight"], None
+            weight, grid = LinearRef.of_module(name).weight(weights), None
             if learned is not None:
                 weight, grid = learned.targets[name], learned.grids[name]
             solved[name], record = solve_linear(index, name, weight, inputs, recipe, grid)
@@ -180,7 +181,7 @@ def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Se
     groups = stream.model.groups
     stats = observe(stream, index, weights, groups)
     return [
-        solve_linear(index, name, weights[f"{name}.weight"], stats[group[0]], recipe)[1]
+        solve_linear(index, name, LinearRef.of_module(name).weight(weights), stats[group[0]], recipe)[1]
         for group in groups
         for name in group
         for recipe in recipes
