@@ -23,7 +23,7 @@ from benchmarks.end_to_end import random_stream, write_random
 from benchmarks.measuring import about, best_seconds, flags, machine_line, peak_of, report, show
 from models.load import load_config
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.instrument import instrumented
+from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
 from quant.core import env
 from quant.core.types import QuantSpec
@@ -93,7 +93,7 @@ def measure(label: str, args: argparse.Namespace, stream: BlockStream, weights: 
 
     @torch.no_grad()
     def forward() -> None:
-        with instrumented(model.blocks[0], weights) as own:
+        with instrument(model.blocks[0], weights) as own:
             for rows, arguments in zip(stream.rows, stream.arguments, strict=True):
                 stream.call(0, own, rows, arguments)
 

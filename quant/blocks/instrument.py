@@ -114,7 +114,7 @@ class _InputQuantizer:
 
 
 @contextmanager
-def instrumented(
+def instrument(
     block: nn.Module,
     weights: Deployed,
     spec: ActSpec | None = None,

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.instrument import instrumented
+from quant.blocks.instrument import instrument
 from quant.blocks.linears import LinearRef, See
 from quant.blocks.weights import Deployed
 from quant.core.errors import InputError, foreign
@@ -229,14 +229,14 @@ class BlockStream:
         observe: for linears of the block, by name or reference, what to do with their inputs; without ``advance`` a batch
         stops as soon as all have seen theirs. advance: the outputs become the next block's inputs, here and of held-out windows,
         which observers do not see. act: how
-        activations are quantized; observers see them quantized. Weights may hold what `instrumented` takes.
+        activations are quantized; observers see them quantized. Weights may hold what `instrument` takes.
         Raises InputError where an output is not finite.
         """
         observed = {LinearRef.of_module(k) if isinstance(k, str) else k: see for k, see in (observe or {}).items()}
         block, waiting = self.model.blocks[index], set(observed)
         started, before = time.perf_counter(), self.seconds["observe"]
         with ExitStack() as stack:
-            own = stack.enter_context(instrumented(block, weights, act))
+            own = stack.enter_context(instrument(block, weights, act))
             for linear, see in observed.items():
                 stack.enter_context(linear.observe(block, own, self._observer(linear, see, waiting, not advance)))
             for rows, arguments in zip(self.rows, self.arguments, strict=True):

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from models.load import Weights
-from quant.blocks.instrument import instrumented
+from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
 from quant.learn import attention_term, loss_term
 from quant.learn.config import Learning
@@ -56,7 +56,7 @@ class BlockLoss:
         logits: list[Tensor] = []
         block = learner.model.blocks[learner.index]
         watch = logits.append if self.attention_terms else None
-        with instrumented(block, weights, learner.act, watch) as own:
+        with instrument(block, weights, learner.act, watch) as own:
             out = stream.call(learner.index, own, rows, arguments).float()  # [n, T, hidden]
         loss = torch.zeros((), device=out.device)
         for store in self.targets:
@@ -79,7 +79,7 @@ class BlockLoss:
             raise _Logits(logits)
 
         try:
-            with instrumented(block, self.original, None, stop) as own:
+            with instrument(block, self.original, None, stop) as own:
                 self.teacher.call(self.learner.index, own, rows, arguments)
         except _Logits as carrier:
             logits: Tensor = carrier.args[0]

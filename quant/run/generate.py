@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.blocks.instrument import instrumented
+from quant.blocks.instrument import instrument
 from quant.core.errors import InputError
 from quant.run.packed_model import Resident
 
@@ -45,7 +45,7 @@ def generate(
     argument = "cache" if "cache" in takes else "past_key_values"  # transformers before 5.24
     kept: dict[str, Any] = {}
     given = ids
-    with instrumented(resident.blocks, resident.weights, resident.act):
+    with instrument(resident.blocks, resident.weights, resident.act):
         for _ in range(n):
             started = time.perf_counter()
             output = resident.module(given, use_cache=True, **kept)

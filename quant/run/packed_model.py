@@ -119,7 +119,7 @@ def of_checkpoint(model: LazyModel) -> Quantized:
 
 @dataclass(frozen=True)
 class Resident:
-    """A model in memory. weights: of its blocks as `instrumented` takes them, by block.linear names, packed ones packed.
+    """A model in memory. weights: of its blocks as `instrument` takes them, by block.linear names, packed ones packed.
 
     packed_bytes: of the packed linears; stored_bytes: what they would take in storage; other_bytes: everything else.
     """

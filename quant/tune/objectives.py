@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.instrument import instrumented
+from quant.blocks.instrument import instrument
 from quant.blocks.stream import Activations, BlockStream
 from quant.tune.block import TunedBlock
 from quant.tune.codes import Parameters
@@ -47,7 +47,7 @@ def block_objective(
     rows, index = training.rows, block.index
 
     def loss(parameters: Parameters, batch: int) -> Tensor:
-        with instrumented(training.model.blocks[index], block.deployed(parameters), act) as own:
+        with instrument(training.model.blocks[index], block.deployed(parameters), act) as own:
             out = training.call(index, own, rows[batch], training.arguments[batch])
         return trimmed_squared_error(out, targets[rows[batch]], tuning.drop)
 
@@ -89,7 +89,7 @@ def deployed(blocks: Sequence[TunedBlock], parameters: Mapping[str, Tensor]) -> 
 def logits_of(model: LazyModel, weights: Weights, outside: Weights, ids: Tensor, act: ActSpec | None) -> Tensor:
     """Logits float32 [batch, T, vocabulary] of the whole model. weights: of its blocks, by ``<index>.<name>``."""
     device = next(iter(outside.values())).device
-    with instrumented(model.blocks, weights, act) as own:
+    with instrument(model.blocks, weights, act) as own:
         named = {f"{model.family.blocks}.{name}": tensor for name, tensor in own.items()}
         out: Tensor = functional_call(
             model.module, {**outside, **named}, (ids.to(device),), {"use_cache": False}

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from models.load import load_model
 from quant.blocks.fake_quant import ActSpec, quantize_activations
-from quant.blocks.instrument import AttentionProducts, instrumented
+from quant.blocks.instrument import AttentionProducts, instrument
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import INPUT_RANGE
 from quant.core.errors import InputError
@@ -72,7 +72,7 @@ class Watched:
         self.weights = self.model.block_weights(0, CPU)
 
     def __call__(self, spec=None, watch=None, weights=None):
-        with instrumented(self.model.blocks[0], weights or self.weights, spec, watch) as own, torch.no_grad():
+        with instrument(self.model.blocks[0], weights or self.weights, spec, watch) as own, torch.no_grad():
             return self.stream.call(0, own, slice(0, 2), self.stream.arguments[0])
 
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.load import load_model
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.instrument import instrumented
+from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import ONLINE
 from quant.core import grid as grid_module
@@ -206,7 +206,7 @@ def test_every_term_of_the_loss_by_hand(term, augmented, model_dir, tmp_path):
     def passed(stream, weights, act=None):
         """Outputs and attention probabilities of the block, float64, for all samples at once."""
         logits: list[torch.Tensor] = []
-        with instrumented(bench.model.blocks[0], weights, act, logits.append) as own, torch.no_grad():
+        with instrument(bench.model.blocks[0], weights, act, logits.append) as own, torch.no_grad():
             out = stream.call(0, own, slice(0, 6), stream.arguments[0])
         return out.double(), logits[0].double().softmax(-1)
 

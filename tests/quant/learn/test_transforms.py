@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.load import load_model
-from quant.blocks.instrument import instrumented
+from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
 from quant.learn.affine import Affine, apply_seam
@@ -43,7 +43,7 @@ class Bench:
         self.expected = self(self.weights)
 
     def __call__(self, weights):
-        with instrumented(self.model.blocks[1], weights) as own, torch.no_grad():
+        with instrument(self.model.blocks[1], weights) as own, torch.no_grad():
             return self.stream.call(1, own, slice(0, 2), self.stream.arguments[0])
 
     def difference(self, weights):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.instrument import instrumented
+from quant.blocks.instrument import instrument
 from quant.cli import generate as command
 from quant.core.errors import InputError
 from quant.export.read import QuantizedCheckpoint
@@ -111,7 +111,7 @@ def test_a_model_in_memory_answers_as_its_checkpoint(family, model_dir, text, tm
     resident = load_resident(open_run(config.output.run_dir, tmp_path, torch.float32).quantized(), CPU)
     reference = AutoModelForCausalLM.from_pretrained(config.output.save, dtype=torch.float32).eval()
     ids = torch.randint(1, 60, (1, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), instrumented(resident.blocks, resident.weights, resident.act):
+    with torch.no_grad(), instrument(resident.blocks, resident.weights, resident.act):
         packed = [m for m in resident.module.modules() if isinstance(m, PackedLinear)]
         assert len(packed) == len(RunDirectory(config.output.run_dir).read_weights(0)) * len(
             [i for i in range(len(resident.blocks)) if i < config.run.num_layers]
