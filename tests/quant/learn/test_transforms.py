@@ -88,7 +88,8 @@ def test_the_block_computes_the_same(name, form, model_dir, tmp_path):
         assert again.keys() == whole.keys()
         for key, tensor in whole.items():
             # Matrices of values and shifts of norms meet in the same biases, in another order: equal but for rounding.
-            size, last = float(tensor.abs().max()), 1e-10 if dtype == torch.float64 else 1e-3
+            # Measured 7e-16 in float64, 4e-7 in float32
+            size, last = float(tensor.abs().max()), 1e-10 if dtype == torch.float64 else 1e-5
             torch.testing.assert_close(again[key], tensor, rtol=0, atol=last * size, msg=lambda m, k=key: f"{k}: {m}")
         errors["all, in reverse", dtype] = bench.difference(again)
     limit = HALF_IN_FLOAT32.get(name, 1e-12)
@@ -97,7 +98,7 @@ def test_the_block_computes_the_same(name, form, model_dir, tmp_path):
             assert error < limit, (which, error)
             assert error < 1e-2 * errors[which, torch.float32] or name in HALF_IN_FLOAT32, which
         else:
-            assert error < 1e-4, (which, error)
+            assert error < 1e-5, (which, error)  # measured 6e-8 to 5e-7
 
 
 def test_every_seam_of_every_family_is_there(model_dir, tmp_path):
@@ -126,10 +127,10 @@ def test_untied_scales_are_no_equivalence_with_rope(name, matrix, model_dir, tmp
     for tied in (True, False):
         (transform,) = bench.transforms(TransformSpec(True, ("qk",), matrix=matrix, tied=tied))
         error = bench.difference(transform.apply(bench.weights, bench.parameters(transform)))
-        assert (error < 1e-12) == tied, error
+        assert (error < 1e-12) == tied, error  # measured 1e-16 tied, 2e-3 and more otherwise
     free = Bench(model_dir("opt"), tmp_path)
     (transform,) = free.transforms(TransformSpec(True, ("qk",), matrix=matrix, tied=False))
-    assert free.difference(transform.apply(free.weights, free.parameters(transform))) < 1e-12
+    assert free.difference(transform.apply(free.weights, free.parameters(transform))) < 1e-12  # measured 3e-16
 
 
 def test_wrong_algebra_is_seen(model_dir, tmp_path, monkeypatch):
@@ -139,13 +140,13 @@ def test_wrong_algebra_is_seen(model_dir, tmp_path, monkeypatch):
     parameters = bench.parameters(norm)
     affine = norm.affine(parameters)
     new = apply_seam(bench.weights, norm.seam, norm.layout, affine)
-    assert bench.difference(new) < 1e-12
+    assert bench.difference(new) < 1e-12  # measured 4e-16
     reader = norm.seam.consumers[0]
-    assert bench.difference(new | {f"{reader}.bias": bench.weights[f"{reader}.bias"]}) > 1e-3
+    assert bench.difference(new | {f"{reader}.bias": bench.weights[f"{reader}.bias"]}) > 1e-2  # measured 0.07
     late = {
         f"{norm.seam.producer}.bias": bench.weights[f"{norm.seam.producer}.bias"] / affine.inverse[0] - affine.shift[0]
     }
-    assert bench.difference(new | late) > 1e-3
+    assert bench.difference(new | late) > 1e-1  # measured 1.6
     inverted = replace(affine, inverse=1 / affine.inverse)
     assert (
         bench.difference(
@@ -156,7 +157,7 @@ def test_wrong_algebra_is_seen(model_dir, tmp_path, monkeypatch):
     )
     values = next(t for t in bench.transforms(FORMS["head matrices"]) if t.seam.kind == "vo")
     monkeypatch.setattr(Affine, "matrix", lambda self: torch.linalg.inv(self.inverse).transpose(-1, -2))
-    assert bench.difference(values.apply(bench.weights, bench.parameters(values))) > 1e-3
+    assert bench.difference(values.apply(bench.weights, bench.parameters(values))) > 1e-2  # measured 0.05
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.75, 0.3])
@@ -170,7 +171,7 @@ def test_scales_start_from_absolute_maxima(alpha, model_dir, tmp_path):
     x = bench.ranges["mlp.gate_proj"].absmax
     both = torch.cat([bench.weights[f"mlp.{n}_proj.weight"] for n in ("gate", "up")])
     torch.testing.assert_close(scale[0], x**alpha / both.abs().amax(0).float() ** (1 - alpha))
-    assert float(scale[0, 3]) < 0.6 * float(scale[0].median())
+    assert float(scale[0, 3]) < 0.6 * float(scale[0].median())  # measured 0.02 to 0.19 of it
 
 
 def test_ranges_are_those_of_the_inputs():
@@ -222,7 +223,7 @@ def test_tied_matrices_near_zero_change_nothing(model_dir, tmp_path):
     parameters = bench.parameters(transform)
     for part in ("real", "imaginary"):
         parameters[part][:, 0] = 0.0
-    assert bench.difference(transform.apply(bench.weights, parameters)) < 1e-12
+    assert bench.difference(transform.apply(bench.weights, parameters)) < 1e-12  # measured 2e-16
 
 
 def test_a_singular_matrix_is_no_error_but_not_finite():

@@ -93,7 +93,7 @@ def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
     assert scores["saved", False] == written_out
     assert {scores[kind, False] for kind in formats} == {scores["gptq", False]}, "one set of codes, one number"
     assert all(value == pytest.approx(exact, rel=2e-6) for (kind, _), value in scores.items() if kind != "saved")
-    assert abs(written_out / exact - 1) > 2e-6
+    assert abs(written_out / exact - 1) > 2e-6  # measured 4e-5 and 1e-3
     model_again = QuantizedCheckpoint(tmp_path / "bitplane")
     name = next(n for n in model_again.names() if n.endswith("up_proj.weight"))
     assert model_again.read(name).dtype == torch.float32 and str(model_again.stored(name).dtype) == f"torch.{dtype}"
