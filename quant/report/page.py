@@ -28,13 +28,13 @@ from quant.core.text import csv_cell, printable
 from quant.report import plots
 from quant.report.published import published
 from quant.report.runs import Run, open_run, score_of
-from quant.run.finished import LinearRecord
+from quant.run.finished import JournalLine
 from quant.run.linear import LOOK_ABOVE
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
-def reason(record: LinearRecord) -> str:
+def reason(record: JournalLine) -> str:
     """Why a linear has its verdict, in words: by its errors on held-out windows, where there were any."""
     error, nearest = record["relative_error"], record["relative_error_rtn"]
     if (heldout := record["relative_error_heldout"]) is not None:
@@ -52,7 +52,7 @@ def reason(record: LinearRecord) -> str:
     return f"relative error above {LOOK_ABOVE:g}"
 
 
-def heat(records: Sequence[LinearRecord]) -> dict[str, Any] | None:
+def heat(records: Sequence[JournalLine]) -> dict[str, Any] | None:
     """Relative errors as a table blocks x linears with a colour strength in 0..1 on a logarithmic scale."""
     if not records:
         return None

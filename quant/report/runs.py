@@ -9,7 +9,7 @@ from pathlib import Path
 from quant.core.errors import InputError
 from quant.report.published import method_of
 from quant.run.directory import RunDirectory
-from quant.run.finished import LinearRecord, Manifest, Results, Score, read_journal, read_manifest, read_results
+from quant.run.finished import JournalLine, Manifest, Results, Score, read_journal, read_manifest, read_results
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Run:
     path: Path
     manifest: Manifest
     results: Results
-    records: list[LinearRecord]
+    records: list[JournalLine]
 
     @property
     def model(self) -> str:

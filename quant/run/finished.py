@@ -93,7 +93,7 @@ class LearningLog(TypedDict):
 
 
 class Options(TypedDict):
-    """Options of a solver that are part of its name in tables."""
+    """Options of a solver that are part of its name in tables; only some solvers have them."""
 
     outlier: float | None
     structure_outlier: bool | None
@@ -125,7 +125,7 @@ class Results(TypedDict):
 
     method: str
     solver: str | None
-    options: Options
+    options: dict[str, Any]
     wbits: int
     abits: int | None
     group_size: int
@@ -147,7 +147,7 @@ class Results(TypedDict):
     evaluation: Evaluation
 
 
-class LinearRecord(TypedDict):
+class JournalLine(TypedDict):
     """A line of the journal: one linear. input_rms: of its channels, median and largest."""
 
     block: int
@@ -182,20 +182,23 @@ def read_results(directory: RunDirectory) -> Results | None:
     entries = directory.read("results.json")
     if entries is None:
         return None
+    path = directory.path / "results.json"
     try:
-        return entries_as(Results, entries, str(directory.path / "results.json"))
+        results = entries_as(Results, entries, str(path))
+        entries_as(Options, results["options"], f"{path}, options")
+        return results
     except InputError as error:
         raise InputError(f"{error}; delete the file and run the command again, which writes it anew") from error
 
 
-def read_journal(directory: RunDirectory) -> list[LinearRecord]:
+def read_journal(directory: RunDirectory) -> list[JournalLine]:
     """The journal's lines; none without a journal. Raises InputError that names the first that is damaged."""
     path: Path = directory.path / "journal.jsonl"
     check_plain_file(path)
     records = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            records.append(entries_as(LinearRecord, json.loads(line.decode()), f"{path}, line {number}"))
+            records.append(entries_as(JournalLine, json.loads(line.decode()), f"{path}, line {number}"))
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, another type
             reason = (
                 str(error) if isinstance(error, InputError) else f"{path}, line {number}: damaged ({first_line(error)})"
