@@ -36,6 +36,7 @@ from data.corpora import (
     sha256_of,
 )
 from data.tokens import encode
+from data.written import Written, written
 from quant.core.errors import InputError
 from quant.core.files import write_atomically
 
@@ -65,6 +66,15 @@ class Tokens:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Author:
+    """What writes windows: from first tokens [n], a length and a seed, int64 [n, length]. key: all else that decides its
+    text: the model, the temperature."""
+
+    write: Callable[[Tensor, int, int], Tensor]
+    key: list[Any]
+
+
 def calibration_tokens(
     source: str,
     tokenizer: Any,
@@ -74,9 +84,25 @@ def calibration_tokens(
     seed: int,
     data_dir: Path | None = None,
     cache_dir: Path | None = None,
+    author: Author | None = None,
 ) -> Tokens:
-    """Calibration windows [nsamples, seqlen]. Raises InputError for text that is not there or too short."""
+    """Calibration windows [nsamples, seqlen], and behind them those that ``author`` writes, where the source asks for some.
+    Raises InputError for text that is not there or too short."""
     check_source(source, CALIBRATION)
+    if (own := written(source)) is not None:
+        beside = None
+        if own.beside is not None:
+            beside = calibration_tokens(
+                own.beside,
+                tokenizer,
+                nsamples=nsamples,
+                seqlen=seqlen,
+                seed=seed,
+                data_dir=data_dir,
+                cache_dir=cache_dir,
+            )
+        request = [own.n or nsamples, seqlen, seed]
+        return _with_written(source, own, beside, author, tokenizer, request, cache_dir)
     if source == "mix":
         sizes = [nsamples // len(MIXED) + (i < nsamples % len(MIXED)) for i in range(len(MIXED))]
         shares = [
@@ -96,6 +122,48 @@ def calibration_tokens(
         documents, separator, protocol = _joined(source, "calibration", data_dir)
         make = lambda: _anywhere(source, _encode(source, tokenizer, separator.join(documents)), nsamples, seqlen, seed)  # noqa: E731
     return _cached(source, protocol, documents, tokenizer, [nsamples, seqlen, seed], cache_dir, make)
+
+
+def _with_written(
+    source: str,
+    own: Written,
+    text: Tokens | None,
+    author: Author | None,
+    tokenizer: Any,
+    request: list[int],
+    cache: Any,
+) -> Tokens:
+    """Windows that the author writes, behind those of ``text``; from the cache or written now. request: windows, tokens of
+    each, seed."""
+    if author is None:
+        raise InputError(f"--dataset {source}: text of the model's own is for runs that quantize it")
+    n, seqlen, seed = request
+    first = first_tokens(n, seed, tokenizer, None if text is None else text.ids)
+    key = hashlib.sha256(json.dumps(["self", author.key, _sha256(first), request]).encode()).hexdigest()
+    file = None if cache is None else cache / f"{key}.safetensors"
+    ids = _read_cache(file)
+    if ids is None:
+        ids = author.write(first, seqlen, seed).contiguous()
+        if file is not None:
+            _write_cache(file, ids)
+    digest = sha256_of([json.dumps(author.key), _sha256(ids)])
+    if text is None:
+        return Tokens(ids, source, "self", digest, _sha256(ids))
+    ids = torch.cat([text.ids, ids])
+    name = text.name + source.removeprefix(str(own.beside))
+    return Tokens(ids, name, f"{text.protocol} + self", sha256_of([text.text_sha256, digest]), _sha256(ids))
+
+
+def first_tokens(n: int, seed: int, tokenizer: Any, text: Tensor | None) -> Tensor:
+    """The token that every window of an author begins with, int64 [n]: drawn from all tokens of the windows ``text``, or
+    evenly from the tokenizer's vocabulary without its special tokens. Raises InputError where there are none."""
+    if text is None:
+        ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+        text = torch.tensor(ordinary, dtype=torch.long)
+        if not ordinary:
+            raise InputError("--dataset self: the tokenizer has no tokens to begin with; use SOURCE+self")
+    pool = text.flatten()
+    return pool[torch.randint(len(pool), (n,), generator=torch.Generator().manual_seed(seed))]
 
 
 def evaluation_tokens(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.rows import EXTENSIONS, read_rows, read_text
+from data.written import written
 from quant.core.errors import InputError
 from quant.core.files import resolved
 
@@ -83,7 +84,12 @@ def check_name(name: str, known: Sequence[str]) -> None:
 
 
 def check_source(source: str, known: Sequence[str] = KNOWN) -> None:
-    """Raise InputError for a source that is neither a known name nor a readable kind of file."""
+    """Raise InputError for a source that is neither a known name nor a readable kind of file; where ``mix`` is known, a
+    model may also write some of it."""
+    if "mix" in known and (own := written(source)) is not None:
+        if own.beside is not None:
+            check_source(own.beside, known)
+        return
     if is_file(source):
         check_file(source)
     else:

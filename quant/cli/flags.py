@@ -19,7 +19,10 @@ RUNS, MEASURES = (QUANTIZER, LEARNER), (QUANTIZER, LEARNER, EVALUATE)
 SESSIONS = (QUANTIZER, LEARNER, SCALES, EVALUATE)
 ALL = (*SESSIONS, REPEAT, GENERATE, CONVERT, REPORT, SWEEP)
 
-SOURCES = "wikitext2, ptb, c4, mix, pile, demo, or a .txt/.jsonl/.json.gz/.parquet file"
+SOURCES = (
+    "wikitext2, ptb, c4, mix, pile, demo, or a .txt/.jsonl/.json.gz/.parquet file; self or self:N: N windows (default "
+    "--nsamples) that the full-precision model writes itself; SOURCE+self:N: behind the windows of another source"
+)
 SEAMS = ("norm", "vo", "qk", "mul")
 PARTS = ("compensation", "distribution", "attention")  # of abq: fields of Learning
 AUTO = "auto"

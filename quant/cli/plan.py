@@ -35,7 +35,7 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
     parameters = (shapes.outside + shapes.block * shapes.n_blocks) / 1e9
     console.print(
         f"{first.model}: {model_config.model_type}, {parameters:.2f}B parameters, {shapes.n_blocks} blocks, "
-        f"{device} in {str(dtype).removeprefix('torch.')}; {requests[0].run.nsamples} calibration windows; nothing is run",
+        f"{device} in {str(dtype).removeprefix('torch.')}; {requests[0].run.windows} calibration windows; nothing is run",
         soft_wrap=True,
     )
     table = Table("estimate", header_style="bold")

@@ -31,7 +31,7 @@ def carry_out(args: argparse.Namespace, requests: Sequence[Request], bits: str, 
     with ProgressBars(console) as bars:
         finished = session.run_all([(request.run, request.output) for request in requests], bars.for_method)
     run = first.run
-    data = f"calibration {run.dataset}, {run.nsamples} x {session.seqlen} tokens, seed {run.seed}"
+    data = f"calibration {run.dataset}, {run.windows} x {session.seqlen} tokens, seed {run.seed}"
     groups = f", groups of {run.group_size}" if run.group_size > 0 and run.quantizes else ""
     save = args.save if "save" in args else args.save_dir
     show_finished(args, f"{args.model}: {bits}{groups}; {data}", finished, args.run_dir, save, console)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.written import text_of
 from quant.blocks.stream import BlockStream
 from quant.core.names import FULL_BITS
 from quant.run.config import RunConfig
@@ -24,14 +25,14 @@ log = logging.getLogger(__name__)
 def shortage(run: RunConfig, shapes: Mapping[str, tuple[int, int]], seqlen: int) -> str | None:
     """What to say where a linear has more inputs than there are calibration tokens, and what would be enough; None where
     all have fewer, or nothing is fitted to the tokens. shapes: (out, in) of a block's linears."""
-    tokens, widest = run.nsamples * seqlen, max(shapes, key=lambda name: shapes[name][1])
+    tokens, widest = run.windows * seqlen, max(shapes, key=lambda name: shapes[name][1])
     n_in = shapes[widest][1]
     if tokens >= n_in or run.wbits == FULL_BITS or run.solver == "rtn":
         return None
     short = sum(own > tokens for _, own in shapes.values())
     enough = -(-n_in // seqlen)
     return (
-        f"too little calibration: {tokens} tokens ({run.nsamples} x {seqlen}) for {short} of {len(shapes)} linears of a "
+        f"too little calibration: {tokens} tokens ({run.windows} x {seqlen}) for {short} of {len(shapes)} linears of a "
         f"block, which have up to {n_in} inputs ({widest}); the answers may be worse than rounding to nearest on other text. "
         f"--nsamples {enough} gives a token for every input, --nsamples {SETTLED * enough} is where errors settle"
     )
@@ -54,7 +55,8 @@ def calibration_stream(inputs: Inputs, run: RunConfig, directory: Path) -> Block
 def heldout_windows(inputs: Inputs, run: RunConfig) -> Tensor:
     """At most HELDOUT windows [n, seqlen] of the calibration text that do not overlap with those of calibration."""
     calibration = inputs.calibration(run)
-    drawn = inputs.calibration(replace(run, nsamples=2 * HELDOUT, seed=run.seed + HELDOUT_SEED))
+    source = text_of(run.dataset) or "self"
+    drawn = inputs.calibration(replace(run, dataset=source, nsamples=2 * HELDOUT, seed=run.seed + HELDOUT_SEED))
     apart = windows_apart(drawn.ids, calibration.ids)
     return apart[:: max(1, len(apart) // HELDOUT)][:HELDOUT]
 

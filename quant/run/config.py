@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.written import windows_of
 from quant.blocks.fake_quant import ActSpec
 from quant.core.names import DEFAULT_CACHE, DEQUANTIZED, FULL_BITS
 from quant.learn.config import Learning
@@ -80,6 +81,11 @@ class RunConfig:
         if self.learner is None:
             return self.solver
         return self.learner if self.solver == "rtn" else f"{self.learner}+{self.solver}"
+
+    @property
+    def windows(self) -> int:
+        """How many windows it is calibrated on."""
+        return windows_of(self.dataset, self.nsamples)
 
     @property
     def quantizes(self) -> bool:

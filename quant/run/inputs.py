@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from data.tokens import check_ids
+from data.written import written
 from models.load import LazyModel, load_model, load_tokenizer
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
@@ -31,6 +32,7 @@ from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfi
 from quant.run.content import check_format, content_of, spec_of
 from quant.run.quantize import Recipe, check_options
 from quant.run.request import cache_place, places_read
+from quant.run.writing import author_of
 from quant.solvers import get_solver
 
 
@@ -104,7 +106,12 @@ class Inputs:
         if key not in self._calibration:
             started = time.perf_counter()
             tokens = calibration_tokens(
-                run.dataset, self.tokenizer, nsamples=run.nsamples, seed=run.seed, **self._sources
+                run.dataset,
+                self.tokenizer,
+                nsamples=run.nsamples,
+                seed=run.seed,
+                author=author_of(self.model, self.device) if written(run.dataset) else None,
+                **self._sources,
             )
             check_ids(tokens.ids, self.model.rows, tokens.name)
             self._calibration[key] = tokens

@@ -140,7 +140,7 @@ def estimate(
     """Bytes and seconds of a run; see the module's text for the formulas."""
     run, session = request.run, request.session
     seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
-    n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.nsamples * seqlen
+    n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.windows * seqlen
     grams = [4 * group[0][2] ** 2 for group in shapes.groups]
     statistics = max(grams) if run.true_sequential else sum(grams)
     workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.corpora import is_file
+from data.written import text_of
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError, first_line
 from quant.core.files import resolved
@@ -99,7 +100,8 @@ def places_read(session: SessionConfig, runs: Iterable[RunConfig] = ()) -> list[
     places = [Place("--model", model)] if model.is_dir() else []
     links = [file for file in model.iterdir() if file.is_symlink()] if model.is_dir() else []
     places += [Place("a file of --model,", target) for target in map(resolved, links)]
-    data = (*(run.dataset for run in runs if not session.evaluates), *session.eval_datasets)
+    calibration = [text for run in runs if not session.evaluates and (text := text_of(run.dataset)) is not None]
+    data = (*calibration, *session.eval_datasets)
     places += [Place("the data file", Path(source)) for source in data if is_file(source)]
     named = [(("--act-scales", r.act_scales), ("--act-shifts", r.act_shifts), ("--resume", r.resume)) for r in runs]
     places += [Place(flag, path) for one in named for flag, path in one if path is not None]
