@@ -69,11 +69,13 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
     """One request for each method."""
     from quant.run.choice import in_packed_format, with_groups
     from quant.run.request import Request
+    from quant.tune.config import Tuning
 
     several, given = len(args.methods) > 1, values_of(args, QUANTIZER)
     requests = []
     for method in args.methods:
         own = {"solver": method, "options": options_of(args, method)}
+        own["tuning"] = Tuning(**values_of(args, QUANTIZER, "tuning")) if args.tune else None
         own |= {name: given[name] / method for name in ("run_dir", "save") if given[name] and several}
         requests.append(with_groups(Request.of(**(given | own))))
     packs = (

@@ -115,12 +115,14 @@ def test_table_of_flags_sets_what_there_is():
     from quant.blocks.fake_quant import ActSpec
     from quant.learn.config import Learning, TransformSpec
     from quant.run.config import Output, RunConfig, SessionConfig
+    from quant.tune.config import Tuning
 
     parts = {
         "": (SessionConfig, RunConfig, Output),
         "learning": (Learning,),
         "transform": (TransformSpec,),
         "act": (ActSpec,),
+        "tuning": (Tuning,),
     }
     for where in {name for flag in flags.TABLE for name in flag.names}:
         declared = arguments.flags_of(where)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.core.names import AUTO_GROUPS, DEFAULT_CACHE, DEQUANTIZED, DTYPES, FORMATS, RUNTIMES
+from quant.core.names import AUTO_GROUPS, DEFAULT_CACHE, DEQUANTIZED, DTYPES, FORMATS, RUNTIMES, TUNING_SCOPES
 
 QUANTIZER, LEARNER, SCALES = "model_quantizer.py", "main.py", "generate_act_scale_shift.py"
 SWEEP = "scripts/sweep.py"
@@ -187,6 +187,15 @@ QUANTIZED_FLAGS = (
     Flag(None, {QUANTIZER: "--preset"},
          "best: --range mse --search-grid --refit-grid, what measured best with quantease at 2 to 4 bits", WHAT,
          choices=("best",)),
+    Flag("tuning.scope", {QUANTIZER: "--tune"},
+         "after solving, move codes and scales by gradients: block by block on the block's output, or all together on the "
+         "model's logits (slower and better; the model must fit in memory); what does not help on held-out windows is not "
+         "kept", WHAT, choices=TUNING_SCOPES),
+    Flag("tuning.iterations", {QUANTIZER: "--tune-iterations"},
+         "steps of --tune (default: 200 a block, 400 for the model)", WHAT, type=int, valid=AT_LEAST_1, metavar="N",
+         value=lambda given: given or 0),
+    Flag("tuning.norms", {QUANTIZER: "--tune-norms"}, "--tune moves norms and biases too, in the checkpoint's dtype",
+         WHAT, type=bool),
     Flag("num_layers", {QUANTIZER: "--num-layers-to-quantize"}, "only the first N blocks", WHAT, 1000, int, AT_LEAST_1,
          metavar="N"),
 )  # fmt: skip

@@ -56,6 +56,10 @@ def run_rules(args: argparse.Namespace) -> Rules:
         args.compare_layers and args.true_sequential,
         "--compare-layers solves all linears of a block from one pass of full precision: drop --true-sequential",
     )
+    yield args.tune is not None and args.wbits == FULL_BITS, f"--tune {args.tune} moves codes: give --wbits 1 to 8"
+    yield args.tune is not None and args.compare_layers, "--compare-layers keeps no codes to tune: drop --tune"
+    yield args.tune is None and bool(args.tune_iterations), "--tune-iterations: give --tune block or --tune model too"
+    yield args.tune is None and args.tune_norms, "--tune-norms: give --tune block or --tune model too"
     yield args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save"
     yield (
         args.format is not None and args.save is None and not args.dry_run,

@@ -8,4 +8,5 @@ RUNTIMES = ("transformers", "gptqmodel", "vllm", "llama.cpp", "auto-gptq", "this
 FULL_BITS = 16  # of weights and activations that are not quantized
 AUTO_GROUPS = 0  # a group size that the shapes of the model decide
 DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
+TUNING_SCOPES = ("block", "model")  # what is tuned after solving
 DTYPES = ("float32", "bfloat16", "float16")

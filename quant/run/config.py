@@ -11,6 +11,7 @@ from data.written import windows_of
 from quant.blocks.fake_quant import ActSpec
 from quant.core.names import DEFAULT_CACHE, DEQUANTIZED, FULL_BITS
 from quant.learn.config import Learning
+from quant.tune.config import Tuning
 
 DEFAULT_MAX_SEQLEN = 2048
 DECIDES_CODES = {"decides": "codes"}  # metadata of a field of a session that is part of a run's identity, as it is
@@ -51,7 +52,7 @@ class RunConfig:
     """What decides the codes of one run: every field is part of its identity, some by what they name.
 
     learner: the paper's method whose recipe ``learning`` is; solver: what rounds, with its own keyword ``options``.
-    learning, act: see `Recipe`. resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
+    learning, act: see `Recipe`. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
     files of generate_act_scale_shift.py.
     """
 
@@ -67,6 +68,7 @@ class RunConfig:
     levels: int | None = None
     learner: str | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     learning: Learning | None = None
+    tuning: Tuning | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     act: ActSpec = field(default_factory=ActSpec)
     resume: Path | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     act_scales: Path | None = field(default=None, metadata=BY_WHAT_IT_NAMES)

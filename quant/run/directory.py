@@ -43,7 +43,8 @@ from quant.run.linear import LinearRecord
 Record = dict[str, Any]
 SCHEMA = 1
 LOCK = "run.lock"
-OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD)
+TUNING = "tuning.safetensors"  # where tuning the model stands
+OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD, TUNING)
 BLOCK_FILE = re.compile(r"[0-9]{5,}\.safetensors")
 CHANGED, LEARNED = "changed/", "learned/"  # prefixes of a block file's other tensors
 
@@ -51,16 +52,18 @@ CHANGED, LEARNED = "changed/", "learned/"  # prefixes of a block file's other te
 @dataclass(frozen=True)
 class BlockSummary:
     """What stays in memory of a finished block: its journal records, seconds by stage, a hash of what is deployed,
-    and how learning went (losses, events)."""
+    and how learning and tuning went (losses, events)."""
 
     records: list[LinearRecord]
     seconds: Mapping[str, float]
     codes_sha256: str
     learning: Mapping[str, Any] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> Record:
         """As a block's file keeps it."""
-        return {**vars(self), "records": [record.to_json() for record in self.records]}
+        stored = {**vars(self), "records": [record.to_json() for record in self.records]}
+        return {name: value for name, value in stored.items() if value or name != "tuning"}
 
     @classmethod
     def from_json(cls, stored: Record) -> BlockSummary:
@@ -148,6 +151,8 @@ class RunDirectory:
         name = temporary["name"] if temporary else file.name
         if file.parent == self.blocks:
             return BLOCK_FILE.fullmatch(name) is not None and (temporary is not None or _is_block(file))
+        if name == TUNING:
+            return temporary is not None or _is_state(file)
         if name in OWN_FILES:
             return True
         if temporary:
@@ -200,6 +205,7 @@ class RunDirectory:
         changed: Mapping[str, Tensor] | None = None,
         learned: Mapping[str, Tensor] | None = None,
         learning: Mapping[str, Any] | None = None,
+        tuning: Mapping[str, Any] | None = None,
     ) -> BlockSummary:
         """Keep a finished block, then add its lines to the journal.
 
@@ -220,7 +226,7 @@ class RunDirectory:
                 parts |= {"scale_codes": level.codes, "scale_base": level.base, "scale_step": level.step}
                 linears[name]["bilevel"] = {"bits": level.bits, "rows": level.rows}
             tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
-        summary = BlockSummary(records, dict(seconds), _digest(tensors), dict(learning or {}))
+        summary = BlockSummary(records, dict(seconds), _digest(tensors), dict(learning or {}), dict(tuning or {}))
         tensors |= {LEARNED + name: tensor.cpu().contiguous() for name, tensor in (learned or {}).items()}
         metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(summary.to_json())}
         write_atomically(self.block_file(index), save(tensors, metadata))
@@ -297,12 +303,25 @@ def check_manifest(manifest: Record, path: Path) -> None:
 
 def _is_block(path: Path) -> bool:
     """Whether a file is one that a run wrote, or what is left of it: a block says so in its header."""
-    check_plain_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            return {"linears", "summary"} <= (file.metadata() or {}).keys()
+        return _holds(path, {"linears", "summary"})
     except (SafetensorError, OSError):
         return not path.is_symlink()
+
+
+def _is_state(path: Path) -> bool:
+    """Whether a file holds where tuning stands."""
+    try:
+        return _holds(path, {"tuning"})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _holds(path: Path, names: set[str]) -> bool:
+    """Whether the header of a file of tensors has entries of these names."""
+    check_plain_file(path)
+    with safe_open(path, framework="pt") as file:
+        return names <= (file.metadata() or {}).keys()
 
 
 def _is_one_of(path: Path, hashes: list[str]) -> bool:

@@ -39,6 +39,8 @@ def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
     if inputs.device.type == "cuda":
         decided["deterministic"] = inputs.config.deterministic  # a CPU always is
     configuration: Record = json.loads(json.dumps(decided))  # as it will be read back: tuples are lists
+    if run.tuning is not None:
+        configuration["tuning"] = run.tuning.to_json()
     if run.resume is not None:
         configuration["start"] = check_source(run.resume, configuration, inputs.model_sha256)
     return configuration

@@ -34,6 +34,7 @@ from quant.run.quantize import Recipe, check_options
 from quant.run.request import cache_place, places_read
 from quant.run.writing import author_of
 from quant.solvers import get_solver
+from quant.tune.limits import check_tuning
 
 
 class Inputs:
@@ -143,7 +144,10 @@ class Inputs:
             run.act,
         )
         if spec is not None:
-            check_options(recipe, self.device)
+            sample = check_options(recipe, self.device)
+            if run.tuning is not None:
+                windows = len(self.calibration(run).ids)
+                check_tuning(self.model, run.tuning, sample, windows, self.seqlen, self.device)
         return recipe
 
     def content(self, run: RunConfig) -> Content:

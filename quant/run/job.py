@@ -50,6 +50,10 @@ class Job:
     peaks: dict[str, Mapping[str, int]] = field(default_factory=dict)  # bytes by stage
     packed_bytes: dict[int, int] = field(default_factory=dict)  # by block, where it was evaluated packed
 
+    def tunes(self, scope: str) -> bool:
+        """Whether what was solved is tuned in that scope."""
+        return self.recipe is not None and self.run.tuning is not None and self.run.tuning.scope == scope
+
     def is_saved(self) -> bool:
         """Whether its checkpoint is where it belongs, whole, and may stay."""
         output = self.output

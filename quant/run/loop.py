@@ -23,6 +23,7 @@ from quant.run.job import Job, Progress, measure
 from quant.run.linear import LinearRecord
 from quant.run.quantize import compare_block, deploy, quantize_block
 from quant.run.resume import input_ranges
+from quant.run.tuning import BlockTuner, tune_model
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ def quantize(inputs: Inputs, job: Job, progress: Progress) -> None:
     """Every block that the job quantizes is in its run directory afterwards."""
     with measure(inputs.device, [job], "quantize") as spent:
         job.blocks = _quantize_blocks(inputs, job, progress) if job.recipe else []
+        if job.tunes("model"):
+            job.blocks = tune_model(inputs, job, progress)
     job.seconds = spent["quantize"]
 
 
@@ -47,6 +50,7 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
     if (short := shortage(job.run, inputs.model.linear_shapes(), inputs.seqlen)) is not None:
         log.warning("%s", short)
     pair = _Pair(inputs, stream, job, progress) if recipe.learning else None
+    tuner = BlockTuner(inputs, stream, job, progress) if job.tunes("block") else None
     for index in range(n_blocks):
         weights = inputs.model.block_weights(index, inputs.device)
         if index < len(summaries):
@@ -54,16 +58,22 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
             stream.run(index, read_block(inputs.model, target, index, weights), advance=True, act=act)
             if pair is not None:
                 pair.full.run(index, weights, advance=True)
+            if tuner is not None:
+                tuner.pass_on(index, weights)
         else:
             before, started = dict(stream.seconds), time.perf_counter()
             learned = pair.learn(index, weights) if pair else None
             learning = time.perf_counter() - started if learned else 0.0
             block = quantize_block(stream, index, weights, recipe, learned)
+            more: dict[str, Any] = {}
+            if tuner is not None:
+                block, more["tuning"], spent = tuner.tune(index, weights, block)
+                learning += spent
             if index + 1 < n_blocks:
                 stream.run(index, block.weights, advance=True, act=act)
             forward, gram = (stream.seconds[k] - before[k] for k in ("forward", "observe"))
             seconds = {"forward": forward, "gram": gram, "solve": block.seconds, "learn": learning}
-            more: dict[str, Any] = {"changed": block.changed}
+            more["changed"] = block.changed
             if learned is not None:
                 more |= {"learned": learned.parameters, "learning": learned.log}
             summaries.append(target.write_block(index, block.solved, block.records, seconds, **more))

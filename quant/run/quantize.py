@@ -188,13 +188,13 @@ def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Se
     ]
 
 
-def check_options(recipe: Recipe, device: torch.device) -> None:
-    """Raise InputError where the solver refuses its options: it solves one small layer, so that no work is lost later."""
+def check_options(recipe: Recipe, device: torch.device) -> QuantizedWeight:
+    """The answer for one small layer, so that no work is lost later. Raises InputError where the solver refuses its options."""
     assert recipe.spec is not None
     n_in = max(1, 128 // recipe.spec.group_size) * recipe.spec.group_size if recipe.spec.group_size > 0 else 128
     weight = torch.linspace(-1, 1, 4 * n_in, device=device).view(4, n_in)
     with name_errors(f"{recipe.method} with these options"):
-        solve(weight, GramStats.from_gram(torch.eye(n_in, device=device)), recipe)
+        return solve(weight, GramStats.from_gram(torch.eye(n_in, device=device)), recipe)[0]
 
 
 @contextmanager

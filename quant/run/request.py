@@ -19,6 +19,7 @@ from quant.run.config import Output, RunConfig, SessionConfig
 from quant.run.directory import Record
 from quant.run.resume import method_that_learned
 from quant.run.stored import Allowed, taken
+from quant.tune.config import Tuning
 
 PARTS = {"session": SessionConfig, "run": RunConfig, "output": Output}
 DERIVED = ("biases", "evaluates", "learner")  # fields that are not kept: they follow from others
@@ -81,6 +82,8 @@ def _as_field(kind: str, name: str, value: Any) -> Any:
     """A stored value as a field has it. Raises TypeError or KeyError for one of another type."""
     if name == "act":
         return ActSpec(**value)
+    if name == "tuning" and value is not None:
+        return Tuning(**value)
     if name == "learning" and value is not None:
         transform = value["transform"]
         return Learning(**{**value, "transform": TransformSpec(**{**transform, "kinds": tuple(transform["kinds"])})})

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quant.core.errors import InputError
+from quant.core.names import TUNING_SCOPES
 
-SCOPES = ("block", "model")
 ITERATIONS = {"block": 200, "model": 400}
 RATES = {1: 1e-2, 2: 1e-2, 3: 2.5e-3, 4: 1.5e-3}  # of positions, in code units, by bits of a code
 FINER_RATE = 1e-3  # of more bits
@@ -33,8 +33,8 @@ class Tuning:
     drop: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise InputError(f"--tune {self.scope}: use {' or '.join(SCOPES)}")
+        if self.scope not in TUNING_SCOPES:
+            raise InputError(f"--tune {self.scope}: use {' or '.join(TUNING_SCOPES)}")
 
     @property
     def steps(self) -> int:

@@ -1,0 +1,201 @@
+"""Tuning in a run (``--tune``): a block as soon as it is solved, or the whole model once every block is.
+
+Tuned codes take the place of the solved ones in the blocks' files. While the model is tuned, tuning.safetensors beside
+them holds where it stands; the solved codes stay until it is finished, so that a run that is killed at any moment goes on
+and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from models.load import Weights
+from quant.blocks.stream import BlockStream
+from quant.core.errors import InputError
+from quant.core.files import check_plain_file, unlink_all, write_atomically
+from quant.core.types import QuantizedWeight
+from quant.run.directory import TUNING, BlockSummary, Record, RunDirectory
+from quant.run.inputs import Inputs
+from quant.run.job import Job, Progress
+from quant.run.linear import LinearRecord
+from quant.run.quantize import SolvedBlock, deploy
+from quant.tune.block import TunedBlock
+from quant.tune.codes import Parameters
+from quant.tune.config import batch_of
+from quant.tune.objectives import block_objective, model_objective
+from quant.tune.optimize import Objective, State, begin, optimize
+
+
+def after_tuning(record: LinearRecord, answer: QuantizedWeight) -> LinearRecord:
+    """A line of the journal with what tuning may change of it; errors and verdict stay those of the solved codes."""
+    return replace(
+        record,
+        bits_per_weight=answer.bits_per_weight(),
+        storage_bits=answer.storage_bits(),
+        scale_bits=answer.grid.scale_bits,
+        info=dict(answer.info),
+    )
+
+
+class BlockTuner:
+    """The full-precision stream beside the quantized one, and every block tuned as it is solved."""
+
+    def __init__(self, inputs: Inputs, stream: BlockStream, job: Job, progress: Progress) -> None:
+        assert job.recipe is not None and job.run.tuning is not None
+        self.inputs, self.job, self.recipe, self.tuning = inputs, job, job.recipe, job.run.tuning
+        self.progress, self.full = progress, stream.fork()
+        outside = inputs.model.outside_weights(inputs.device)
+        self.training = stream.in_batches_of(batch_of(stream.tokens.shape[0]), outside)
+
+    def pass_on(self, index: int, weights: Weights) -> None:
+        """Move full precision behind a block."""
+        self.full.run(index, weights, advance=True)
+
+    def tune(self, index: int, weights: Weights, block: SolvedBlock) -> tuple[SolvedBlock, Record, float]:
+        """The block with its tuned codes, how it went, and the seconds; full precision is behind it then."""
+        started = time.perf_counter()
+        assert self.recipe.spec is not None
+        model, n_blocks, steps = self.inputs.model, self.job.n_blocks, self.tuning.steps
+        self.pass_on(index, weights)
+        tuned = TunedBlock(model, index, weights, block.solved, self.recipe.spec, self.tuning)
+        objective = block_objective(tuned, self.training, self.full.hidden, self.recipe.act, self.tuning)
+
+        def progress(step: int, _: int, now: float, first: float) -> None:
+            note = f"block {index + 1} of {n_blocks}: held-out loss {now:.3e} (start {first:.3e})"
+            self.progress("tune", index * steps + step, n_blocks * steps, note)
+
+        state = begin(objective, tuned.initial())
+        optimize(objective, state, tuned.rates(), self.tuning, self.job.run.seed, progress=progress)
+        answers, changed = tuned.answers(state.best), tuned.changed(state.best)
+        records = [after_tuning(record, answers[record.name]) for record in block.records]
+        deployed = deploy(weights, answers, model, index, changed)
+        tuned_block = replace(block, weights=deployed, solved=answers, changed=changed, records=records)
+        return tuned_block, state.record(), time.perf_counter() - started
+
+
+def tune_model(inputs: Inputs, job: Job, progress: Progress) -> list[BlockSummary]:
+    """Tune all blocks of the run directory together, where that is not done yet; their summaries."""
+    target, summaries = job.target, job.target.finished_blocks()
+    waiting = [index for index, summary in enumerate(summaries) if not summary.tuning]
+    if waiting:
+        started, before = time.perf_counter(), 0.0
+        blocks = _tuned_blocks(inputs, job, waiting)
+        solved = "".join(summary.codes_sha256 for summary in summaries)
+        kept = _Kept(target, solved if len(waiting) == len(summaries) else None)
+        state, before = kept.read(inputs.device)
+        if state is None or state.step < job.run.tuning.steps:  # type: ignore[union-attr]
+            state = _optimize(inputs, job, blocks, state, kept, progress)
+        spent = before + time.perf_counter() - started
+        for block in blocks:
+            _write(job, block, summaries[block.index], state, spent / job.n_blocks)
+        summaries = target.finished_blocks()
+    unlink_all([target.path / TUNING])
+    return summaries
+
+
+def _tuned_blocks(inputs: Inputs, job: Job, indices: list[int]) -> list[TunedBlock]:
+    assert job.recipe is not None and job.recipe.spec is not None and job.run.tuning is not None
+    model, spec = inputs.model, job.recipe.spec
+    return [
+        TunedBlock(
+            model,
+            index,
+            model.block_weights(index, inputs.device),
+            {name: answer.to(inputs.device) for name, answer in job.target.read_weights(index).items()},
+            spec,
+            job.run.tuning,
+        )
+        for index in indices
+    ]
+
+
+def _optimize(
+    inputs: Inputs, job: Job, blocks: list[TunedBlock], state: State | None, kept: _Kept, progress: Progress
+) -> State:
+    """All steps that are left."""
+    assert job.run.tuning is not None
+    objective = _objective(inputs, job, blocks)
+    if state is None:
+        parameters = {f"{b.index}.{name}": tensor for b in blocks for name, tensor in b.initial().items()}
+        state = begin(objective, parameters)
+    rates = {f"{b.index}.{name}": rate for b in blocks for name, rate in b.rates().items()}
+
+    def show(step: int, steps: int, now: float, first: float) -> None:
+        progress("tune", step, steps, f"held-out divergence {now:.4f} (start {first:.4f})")
+
+    return optimize(objective, state, rates, job.run.tuning, job.run.seed, kept.write, show)
+
+
+def _objective(inputs: Inputs, job: Job, blocks: list[TunedBlock]) -> Objective:
+    """The divergence from full precision, which passes the blocks first."""
+    assert job.recipe is not None
+    model, outside = inputs.model, inputs.model.outside_weights(inputs.device)
+    stream = inputs.calibration_stream(job.run, job.target.path)
+    full = stream.in_batches_of(batch_of(stream.tokens.shape[0]), outside)
+    rest: Weights = {}
+    for index in range(len(model.blocks)):
+        weights = model.block_weights(index, inputs.device)
+        full.run(index, weights, advance=True)
+        if index >= len(blocks):
+            rest |= {f"{index}.{name}": tensor for name, tensor in weights.items()}
+    return model_objective(model, blocks, rest, outside, full, job.recipe.act)
+
+
+def _write(job: Job, block: TunedBlock, summary: BlockSummary, state: State, seconds: float) -> None:
+    """Put the tuned codes of a block in the place of the solved ones."""
+    prefix = f"{block.index}."
+    own: Parameters = {k.removeprefix(prefix): t for k, t in state.best.items() if k.startswith(prefix)}
+    answers = block.answers(own)
+    records = [after_tuning(record, answers[record.name]) for record in summary.records]
+    spent = dict(summary.seconds) | {"learn": summary.seconds.get("learn", 0.0) + seconds}
+    job.target.write_block(
+        block.index, answers, records, spent, changed=block.changed(own), tuning=state.record()
+    )  # fmt: skip
+
+
+@dataclass
+class _Kept:
+    """tuning.safetensors. solved: hashes of the codes that are tuned; None where some are replaced already."""
+
+    target: RunDirectory
+    solved: str | None
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started, self.path = time.perf_counter(), self.target.path / TUNING
+
+    def write(self, state: State) -> None:
+        """Keep a state."""
+        numbers = state.numbers() | {
+            "solved": self.solved,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+        }
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.tensors().items()}
+        write_atomically(self.path, save(tensors, {"format": "pt", "tuning": json.dumps(numbers)}))
+
+    def read(self, device: torch.device) -> tuple[State | None, float]:
+        """The state that was kept and the seconds behind it; None where there is none. Raises InputError where it is
+        damaged or of other codes."""
+        check_plain_file(self.path)
+        if not self.path.exists():
+            return None, 0.0
+        try:
+            with safe_open(self.path, framework="pt", device=str(device)) as file:
+                numbers: Mapping[str, Any] = json.loads(file.metadata()["tuning"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state, self.seconds = State.of(tensors, numbers), float(numbers["seconds"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.path} is damaged ({error}); delete it, and tuning begins again") from error
+        if self.solved not in (None, numbers["solved"]):
+            raise InputError(
+                f"{self.path} belongs to other codes than those beside it; delete it, and tuning begins again"
+            )
+        return state, self.seconds

@@ -1,0 +1,270 @@
+"""Tuning in a run: it never loses on held-out windows, what is trained is deployed, and a kill changes no bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.demo import text as stories
+from quant.blocks.fake_quant import ActSpec
+from quant.core.errors import InputError
+from quant.run import tuning as stage
+from quant.run.directory import TUNING, RunDirectory
+from quant.run.loop import read_block
+from quant.run.session import open_session
+from quant.tune import limits
+from quant.tune.config import Tuning, batch_of, split
+from quant.tune.objectives import divergence, logits_of
+from tests.helpers import CPU, DEMO, config_for, perform
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def demo_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("demo") / "stories.txt"
+    path.write_text(stories("test")[:60_000])
+    return path
+
+
+def tuned(demo_text, tmp_path, scope="model", **options):
+    """A small run of the demo model that tunes."""
+    small = {"nsamples": 32, "wbits": 2, "solver": "rtn", "options": {}, "limit": 8,
+             "tuning": Tuning(scope, STEPS, rate=0.05)}  # fmt: skip
+    return config_for(DEMO / "llama", demo_text, tmp_path, **(small | options))
+
+
+@pytest.fixture(scope="module")
+def whole(demo_text, tmp_path_factory):
+    """A run of `tuned` that nothing interrupted."""
+    config = tuned(demo_text, tmp_path_factory.mktemp("whole"))
+    return config.output.run_dir, perform(config)
+
+
+def quantize(request):
+    """Solve and tune, and nothing else."""
+    open_session(request).quantize(request.run, request.output)
+
+
+def blocks_of(path):
+    return [load_file(file) for file in sorted((path / "blocks").iterdir())]
+
+
+def same(one, two):
+    return len(one) == len(two) and all(
+        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(one, two, strict=True)
+    )
+
+
+def summaries(path):
+    return RunDirectory(path).finished_blocks()
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_tuning_helps_on_windows_that_it_did_not_see(scope, demo_text, tmp_path):
+    config = tuned(demo_text, tmp_path, scope)
+    plain = config.but(tuning=None, run_dir=tmp_path / "plain")
+    session = open_session(config)
+    results, before = session.run(config.run, config.output), session.run(plain.run, plain.output)
+    assert results["perplexity"]["stories"]["quantized"] < before["perplexity"]["stories"]["quantized"]
+    assert results["bits_per_weight"] == before["bits_per_weight"]
+    assert not same(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "plain"))
+    logs = [summary.tuning for summary in summaries(tmp_path / "run")]
+    assert all(log["held_out_end"] < log["held_out_start"] for log in logs)
+    assert all(log["held_out_end"] == min(log["losses"]) for log in logs)
+    assert not (tmp_path / "run" / TUNING).exists()
+    moved = [record.info["codes_moved"] for s in summaries(tmp_path / "run") for record in s.records]
+    assert all(0 <= share < 0.5 for share in moved)
+    assert sum(moved) > 0
+
+
+def test_what_was_trained_is_what_is_deployed(demo_text, tmp_path, monkeypatch):
+    config = tuned(demo_text, tmp_path)
+    session = open_session(config)
+    seen = {}
+    usual = stage.model_objective
+
+    def watched(model, blocks, rest, outside, full, act):
+        seen.update(model=model, blocks=blocks, full=full)
+        return usual(model, blocks, rest, outside, full, act)
+
+    monkeypatch.setattr(stage, "model_objective", watched)
+    session.quantize(config.run, config.output)
+    log = summaries(config.output.run_dir)[0].tuning
+    target, model, outside = RunDirectory(config.output.run_dir), session.model, session.model.outside_weights(CPU)
+    weights = {
+        f"{i}.{name}": tensor
+        for i in range(len(model.blocks))
+        for name, tensor in read_block(model, target, i, model.block_weights(i, CPU)).items()
+    }
+    rows = seen["full"].rows
+    losses = []
+    with torch.no_grad():
+        for batch in split(len(rows), batch_of(32))[1]:
+            ids = session.calibration(config.run).ids[rows[batch]]
+            q = torch.log_softmax(logits_of(model, weights, outside, ids, ActSpec()), -1)
+            p = torch.log_softmax(seen["full"].logits(rows[batch], outside), -1)
+            losses.append(float(divergence(q, p)))
+    assert sum(losses) / len(losses) == log["held_out_end"]
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_the_same_run_twice_gives_the_same_bits(norms, demo_text, tmp_path):
+    config = tuned(demo_text, tmp_path, tuning=Tuning("model", 4, norms=norms))
+    again = config.but(run_dir=tmp_path / "again")
+    session = open_session(config)
+    session.quantize(config.run, config.output)
+    session.quantize(again.run, again.output)
+    one, two = blocks_of(tmp_path / "run"), blocks_of(tmp_path / "again")
+    assert same(one, two)
+    assert any(name.startswith("changed/") for name in one[0]) == norms
+
+
+class Killed(BaseException):
+    """What a kill is here: nothing catches it."""
+
+
+def killed_in_training(monkeypatch, validation):
+    """The process ends right behind the state of that validation was kept."""
+    usual, count = stage._Kept.write, []
+
+    def write(self, state):
+        usual(self, state)
+        count.append(state.step)
+        if len(count) == validation:
+            raise Killed
+
+    monkeypatch.setattr(stage._Kept, "write", write)
+
+
+def killed_in_writing(monkeypatch, block):
+    """The process ends right before that block is written."""
+    usual = stage._write
+
+    def write(job, tuned_block, *given):
+        if tuned_block.index == block:
+            raise Killed
+        usual(job, tuned_block, *given)
+
+    monkeypatch.setattr(stage, "_write", write)
+
+
+@pytest.mark.parametrize(
+    "kill", [lambda m: killed_in_training(m, 3), lambda m: killed_in_training(m, STEPS), lambda m: killed_in_writing(m, 0),
+             lambda m: killed_in_writing(m, 2)], ids=["step 3", "last step", "before the first block", "third block"],
+)  # fmt: skip
+def test_a_run_that_was_killed_ends_with_the_same_bits(kill, whole, demo_text, tmp_path, monkeypatch):
+    other = tuned(demo_text, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch)
+        quantize(other)
+    assert (other.output.run_dir / TUNING).exists()
+    assert not same(blocks_of(whole[0]), blocks_of(other.output.run_dir))
+    results = perform(other)
+    assert same(blocks_of(whole[0]), blocks_of(other.output.run_dir))
+    assert results["codes_sha256"] == whole[1]["codes_sha256"]
+    journals = [(path / "journal.jsonl").read_text().count("\n") for path in (whole[0], other.output.run_dir)]
+    assert journals[0] == journals[1]
+    assert not (other.output.run_dir / TUNING).exists()
+
+
+def test_blocks_that_are_tuned_one_by_one_go_on_where_they_were(demo_text, tmp_path, monkeypatch):
+    config = tuned(demo_text, tmp_path, "block", tuning=Tuning("block", 4, rate=0.05))
+    quantize(config)
+    other = config.but(run_dir=tmp_path / "killed")
+    usual = RunDirectory.write_block
+
+    def write(self, index, *given, **more):
+        if index == 2:
+            raise Killed
+        return usual(self, index, *given, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunDirectory, "write_block", write)
+        quantize(other)
+    assert len(blocks_of(tmp_path / "killed")) == 2
+    quantize(other)
+    assert same(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_solved_codes_stay_where_tuning_does_not_help(scope, demo_text, tmp_path):
+    wild = Tuning(scope, 2, rate=400.0, grid_rate=0.5)
+    config = tuned(demo_text, tmp_path, wbits=4, tuning=wild)
+    plain = config.but(tuning=None, run_dir=tmp_path / "plain")
+    session = open_session(config)
+    session.quantize(config.run, config.output)
+    session.quantize(plain.run, plain.output)
+    assert [s.tuning["best_step"] for s in summaries(config.output.run_dir)] == [0] * 4
+    assert same(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("method", ["gptq", "quantease", "gptq_quantease"])
+def test_groups_outliers_and_some_blocks_alone(method, demo_text, tmp_path):
+    options = {"quantease": {"num_iter": 3, "outlier": 0.01}, "gptq": {"act_order": True}}.get(method, {})
+    config = tuned(demo_text, tmp_path, solver=method, options=options, group_size=32, num_layers=2, wbits=3,
+                   tuning=Tuning("model", 6))  # fmt: skip
+    results = perform(config)
+    logs = [summary.tuning for summary in summaries(config.output.run_dir)]
+    assert len(logs) == 2
+    assert logs[0]["held_out_end"] <= logs[0]["held_out_start"]
+    assert results["perplexity"]["stories"]["quantized"] > 0
+
+
+def test_another_configuration_has_another_name(demo_text, tmp_path):
+    config = tuned(demo_text, tmp_path).but(run_dir=None)
+    session = open_session(config)
+    others = [config.but(tuning=t) for t in (None, Tuning("block"), Tuning("model", STEPS + 1, rate=0.05))]
+    assert len({session.run_path(c.run, c.output) for c in (config, *others)}) == 4
+    assert "tuning" not in session.configuration(others[0].run)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"solver": "spqr", "group_size": 16, "wbits": 3}, "--tune cannot hold scales that are quantized themselves"),
+        ({"nsamples": 1}, "raise --nsamples"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_before_work(options, says, demo_text, tmp_path):
+    config = tuned(demo_text, tmp_path, **options)
+    with pytest.raises(InputError, match=says):
+        perform(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_fit_is_refused_and_blocks_are_not(demo_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(limits.env, "free_bytes", lambda device: 10**6)
+    config = tuned(demo_text, tmp_path)
+    session = open_session(config)
+    with pytest.raises(InputError, match=r"about 0\.\d GB .* use --tune block"):
+        session.recipe(config.run)
+    session.recipe(config.but(tuning=Tuning("block")).run)
+
+
+def test_a_state_of_other_codes_or_a_damaged_one_is_refused(demo_text, tmp_path, monkeypatch):
+    config = tuned(demo_text, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_in_training(patch, 2)
+        quantize(config)
+    state = config.output.run_dir / TUNING
+    tensors = load_file(state)
+    save_file(tensors, state, {"tuning": '{"step": 2, "losses": [1.0], "lowest": 1.0, "best_step": 0, '
+                                         '"seconds": 1.0, "solved": "x"}'})  # fmt: skip
+    with pytest.raises(InputError, match="belongs to other codes"):
+        quantize(config)
+    state.write_bytes(b"\x00" * 100)
+    with pytest.raises(InputError, match=r"tuning.safetensors is damaged"):
+        quantize(config)
+    state.unlink()
+    quantize(config)
+    assert summaries(config.output.run_dir)[0].tuning["steps"] == STEPS
+
+
+def test_another_persons_file_of_that_name_stays(demo_text, tmp_path):
+    config = tuned(demo_text, tmp_path).but(tuning=None)
+    perform(config)
+    (config.output.run_dir / TUNING).write_text("mine")
+    perform(config.but(overwrite=True))
+    assert (config.output.run_dir / TUNING).read_text() == "mine"
