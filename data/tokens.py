@@ -8,23 +8,23 @@ C4 at the end of each document, so in few windows or in none.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quant.core.errors import InputError, first_line
 from quant.core.files import read_json
+
+if TYPE_CHECKING:  # command lines answer mistakes without waiting for torch
+    from torch import Tensor
 
 TEXT_MB = 128  # of text tokenized at once; a tokenizer takes 40 to 140 times that in memory
 BOM = "\ufeff"
 Ids = list[int]
 
 
-def check_ids(ids: Collection[int] | Tensor, rows: int, origin: str) -> None:
+def check_ids(ids: Ids | Tensor, rows: int, origin: str) -> None:
     """Raise InputError where the embedding, of so many rows, lacks one for an id; origin: whose ids, in words."""
-    largest = int(ids.max()) if isinstance(ids, Tensor) else max(ids, default=0)
+    largest = max(ids, default=0) if isinstance(ids, list) else int(ids.max())
     if largest >= rows:
         raise InputError(
             f"{origin}: the tokenizer gives token {largest}, the model has {rows} (rows of its embedding): tokenizer and "

@@ -154,9 +154,12 @@ def _open_tasks(names: Sequence[str], path: Path | None, num_fewshot: int | None
     if path is not None and not path.is_dir():
         raise InputError(f"--task-path {path} is not a directory")
     paths = [str(OWN_TASKS), *([str(path)] if path else [])]
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):  # lm-eval's own 14 thousand take a while to index
-        manager = TaskManager(include_path=paths)
+    try:
+        manager = TaskManager(include_path=paths, include_defaults=False)
+        if any(name not in manager.all_tasks for name in names):  # lm-eval's own 14 thousand take a while to index
+            manager = TaskManager(include_path=paths)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"--task-path {path}: a file there is no task ({first_line(error)})") from error
     members = {}
     for name in names:
         if name not in manager.all_tasks:

@@ -267,6 +267,14 @@ def scorer_of_demo(tmp_path) -> tuple[Scorer, object]:
     return scorer_of(zero_shot.OWN_TASKS.parents[1] / "models" / "demo" / "opt", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["7", "false", "{a: 1}"])
+def test_a_task_whose_name_is_none_is_one_line(name, local_task):
+    (local_task / "other.yaml").write_text(f"task: {name}\ndataset_path: json\n")
+    with pytest.raises(InputError) as error:
+        open_tasks(["other"], local_task, None, 4)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("content", ["a: [", "\x00", "- " * 3000 + "x"])
 def test_a_task_that_is_no_yaml_is_one_line(content, local_task):
     (local_task / "other.yaml").write_text(content)
