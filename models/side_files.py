@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from quant.core.errors import InputError
 from quant.core.files import resolved
 
+ABOUT = ("README*", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*")  # a person's own of such a name stays
 # *.py: classes that a config.json with auto_map names
 SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.*", "additional_chat_templates/*",
-              "*.py", "README*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]  # fmt: skip
+              "*.py", *ABOUT]  # fmt: skip
 
 
 def side_files(path: Path) -> Iterator[Path]:
     """What belongs to a model besides its weights, in the order of the names."""
-    yield from sorted({file for pattern in SIDE_FILES for file in path.glob(pattern)})
+    inside = (*path.iterdir(), *path.glob("additional_chat_templates/*"))
+    named = (file for file in inside if is_one_of(file.relative_to(path), SIDE_FILES))
+    yield from sorted(file for file in named if file.suffix or not file.is_dir())  # LICENSES/ is no file
+
+
+def is_one_of(file: Path, patterns: Iterable[str]) -> bool:
+    """Whether a file's name, relative to the model's directory, fits one of some patterns, in capitals or not."""
+    return any(fnmatchcase(file.as_posix().lower(), pattern.lower()) for pattern in patterns)
 
 
 def check_own(file: Path, directory: Path) -> None:

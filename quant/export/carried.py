@@ -11,37 +11,19 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.side_files import check_own, side_files
+from models.side_files import ABOUT, check_own, is_one_of, side_files
 from quant.core.files import check_plain_file, read_json
 
 Json = dict[str, Any]
 
-# Lower-case patterns of file names, relative to the model's directory
-TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "merges.txt",
-    "vocab.*",
-    "*.jinja",
-)
-ABOUT = (
-    "readme*",
-    "licen[cs]e*",
-    "notice*",
-    "use_policy*",
-)  # of no reader's concern: a person's own of that name stays
+# Patterns of file names, relative to the model's directory
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*",
+             "*.model", "*.tiktoken", "tekken.json", "merges.txt", "vocab.*", "*.jinja")  # fmt: skip
 CARRIED = (*TOKENIZER, "generation_config.json", *ABOUT)
 
 ROTARY = ("rope_theta", "partial_rotary_factor")  # beside rope_scaling in transformers 4, in rope_parameters in 5
@@ -103,15 +85,11 @@ def carried_files(source: Path, declared: Mapping[str, Any]) -> list[Path]:
     they were read."""
     inside = sorted((*source.iterdir(), *source.glob("additional_chat_templates/*")))
     code = _brings_code(source, declared)
-    files = [f for f in inside if (code and f.suffix == ".py") or _is_one_of(f.relative_to(source), CARRIED)]
+    files = [f for f in inside if (code and f.suffix == ".py") or is_one_of(f.relative_to(source), CARRIED)]
     files = [file for file in files if file.is_file()]
     for file in (*files, *side_files(source)):
         check_own(file, source)
     return files
-
-
-def _is_one_of(file: Path, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(file.as_posix().lower(), pattern) for pattern in patterns)
 
 
 def _brings_code(source: Path, declared: Mapping[str, Any]) -> bool:
@@ -129,7 +107,7 @@ def side_file_writer(source: Path, declared: Mapping[str, Any], tokenizer: Any =
             copy = directory / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-        if tokenizer is not None and not any(_is_one_of(file.relative_to(source), TOKENIZER) for file in files):
+        if tokenizer is not None and not any(is_one_of(file.relative_to(source), TOKENIZER) for file in files):
             _save_tokenizer(tokenizer, directory)
 
     return write
@@ -138,7 +116,7 @@ def side_file_writer(source: Path, declared: Mapping[str, Any], tokenizer: Any =
 def drop_about(directory: Path, others: Iterable[Path]) -> None:
     """Remove README, licence and the like from a checkpoint whose target has a person's own under the same name."""
     for file in others:
-        if _is_one_of(Path(file.name), ABOUT):
+        if is_one_of(Path(file.name), ABOUT):
             (directory / file.name).unlink(missing_ok=True)
 
 

@@ -135,15 +135,16 @@ def finite(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
         yield name, tensor
 
 
-def model_config(model: LazyModel, kind: str, content: Content, quantized_blocks: int) -> dict[str, Any]:
+def model_config(model: LazyModel, kind: str, content: Content, layers: Layers) -> dict[str, Any]:
     """config.json of a model in a format: the source's, but for what was changed as it was opened."""
     declared = model.checkpoint.reader.metadata()
+    declared.pop("quantization_config", None)
     changes: dict[str, Any] = dict(model.family.biases) if model.added else {}
     tied = bool(getattr(model.config, TIE, False))
     if tied != declared.get(TIE, getattr(type(model.config)(), TIE, False)):
         changes[TIE] = tied
     if kind in PACKED:
-        changes["quantization_config"] = PACKED[kind].config(content, layers_of(model, quantized_blocks))
+        changes["quantization_config"] = PACKED[kind].config(content, layers)
     return carried_config(declared, model.storage_dtype, changes)
 
 

@@ -18,8 +18,8 @@ from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, read_json
 from quant.core.names import DEFAULT_CACHE
 from quant.core.places import Place, check_places
-from quant.export import PACKED, refusal
-from quant.export.carried import carried_config, side_file_writer
+from quant.export import refusal
+from quant.export.carried import side_file_writer
 from quant.export.formats import Content, Layers
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.export.target import check_target, settle
@@ -92,24 +92,24 @@ def _of_run(run: FinishedRun, kind: str) -> Conversion:
     content = content_of(run.request.run, model.linear_shapes(), len(model.blocks), model.config.model_type)
     check_format(Output(format=kind), content)
     tokenizer = load_tokenizer(model.checkpoint.path, run.request.session.trust_remote_code)
-    replaced = deployed_in(run.directory, n_blocks)
+    replaced, layers = deployed_in(run.directory, n_blocks), layers_of(model, n_blocks)
     return Conversion(
         content,
         lambda: packed_entries(entries(model, replaced), kind, content, model.storage_of),
-        model_config(model, kind, content, n_blocks),
+        model_config(model, kind, content, layers),
         model_side_files(model, tokenizer),
         run.results,
         json_sha256(
             {"run": run.results.get("configuration_sha256"), "codes": run.results.get("codes_sha256"), "to": kind}
         ),
-        size_of(model, kind, content, layers_of(model, n_blocks)),
+        size_of(model, kind, content, layers),
     )
 
 
 def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: Path) -> Conversion:
     declared = metadata_of(source)
     digest = {"config": json_sha256(declared), "to": kind}
-    if not declared.pop("quantization_config", None):
+    if not declared.get("quantization_config"):
         raise InputError(f"{source} is a plain checkpoint: there are no codes to convert; quantize it")
     model = load_model(str(source), dtype=None, cache_dir=cache_dir, opener=open_checkpoint,
                        trust_remote_code=trust_remote_code)  # fmt: skip
@@ -119,14 +119,13 @@ def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: 
     content = checkpoint.content(whole=not any(name.startswith(f"{layers.blocks}.") for name in layers.untouched))
     if against := refusal(kind, content):
         raise InputError(against)
-    changes = {"quantization_config": PACKED[kind].config(content, layers)} if kind in PACKED else {}
     old = source / RESULTS
     if old.exists():
         check_own(old, source)
     return Conversion(
         content,
         lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype_of),
-        carried_config(declared, checkpoint.dtype, changes),
+        model_config(model, kind, content, layers),
         side_file_writer(source, declared),
         read_json(old) if old.exists() else {},
         json_sha256(digest | {"weights": checkpoint.sha256()}),

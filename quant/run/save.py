@@ -10,7 +10,7 @@ from torch import Tensor
 from quant.core.errors import InputError, RunError
 from quant.core.types import QuantizedWeight
 from quant.export.target import size_on_disk
-from quant.export.write import entries, model_config, model_side_files, packed_entries, save_checkpoint
+from quant.export.write import entries, layers_of, model_config, model_side_files, packed_entries, save_checkpoint
 from quant.run.directory import RunDirectory
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress, measure, write_results
@@ -68,7 +68,7 @@ def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     stream = packed_entries(
         entries(model, deployed_in(job.target, job.n_blocks)), format_name, content, model.storage_of
     )
-    described = model_config(model, format_name, content, job.n_blocks)
+    described = model_config(model, format_name, content, layers_of(model, job.n_blocks))
     results = dict(job.results or {}) | {"format": format_name}
     side_files = model_side_files(model, inputs.tokenizer)
     save_checkpoint(stream, target, described, side_files, results, job.output.overwrite)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from quant.core.errors import InputError
@@ -230,6 +231,17 @@ def test_a_head_of_ones_own_and_biases_are_in_the_config(model_dir, text, tmp_pa
     source = json.loads((model_dir("llama gqa, tied") / "config.json").read_text())
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["tie_word_embeddings"] is source["tie_word_embeddings"] is True
+    own = shutil.copytree(model_dir("llama gqa, tied"), tmp_path / "own")
+    tensors = load_file(own / "model.safetensors")
+    head = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors | {"lm_head.weight": head}, own / "model.safetensors", {"format": "pt"})
+    config = config_for(own, text, tmp_path, method="rtn", options={}, save=tmp_path / "headed", format="compressed-tensors",
+                        run_dir=tmp_path / "run3")  # fmt: skip
+    Session(config).run(config)
+    convert(tmp_path / "headed", "bitplane", tmp_path / "headed-planes")
+    for name in ("headed", "headed-planes"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is False
+        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["lm_head.weight"], head)
     plain = json.loads((model_dir("opt") / "config.json").read_text())
     assert "tie_word_embeddings" in plain
     bare = shutil.copytree(model_dir("opt"), tmp_path / "bare")
@@ -294,6 +306,8 @@ def test_links_are_checked_and_classes_come_along(tmp_path):
         json.dumps(tokenizer | {"auto_map": {"AutoTokenizer": ["own.T", None]}})
     )
     assert source / "own.py" in carried_files(source, {})
+    (source / "LICENSES").mkdir()
+    assert source / "LICENSES" not in carried_files(source, {})
     (tmp_path / "secret").write_text("secret")
     (source / "NOTICE").symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match="NOTICE is a link to"):
