@@ -32,7 +32,7 @@ test-all: test
 	$(BIN)/python -m benchmarks.loaders --peer .venv-peers/bin/python
 	test -x .venv-older/bin/python || $(PYTHON) -m venv .venv-older
 	.venv-older/bin/python -m pip install --quiet torch==2.13.0 "transformers==4.57.*" "accelerate>=1.10,<2"
-	$(BIN)/python -m benchmarks.older --peer .venv-older/bin/python
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/quant/export/test_older_transformers.py
 
 # Damaged input, kills, full disks and little memory against every command, in minutes: tests/campaign. BUDGET is in seconds
 BUDGET ?= 480

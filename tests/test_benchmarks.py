@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
 
-from benchmarks import end_to_end, loaders, older, tables
+from benchmarks import end_to_end, loaders, tables
 from benchmarks.loaders import Case
 from benchmarks.solvers import column_loop, measure, problem
 from quant.blocks.fake_quant import ActSpec
@@ -173,14 +172,3 @@ def test_refusals_that_the_table_expects_are_those_of_the_rules():
             content = Content(spec, {"a": (128, 128)}, case.act, model_type=family)
             takes = not objections("transformers", case.format, content) or case.format == "gptq"
             assert takes != (case.kind in loaders.EXPECTED_REFUSED.get(family, ())), (family, case)
-
-
-@pytest.mark.parametrize("case", [older.CASES[0], older.CASES[5], older.CASES[8]], ids=lambda case: case.name)
-def test_both_forms_of_a_model_are_one_model(case, tmp_path):
-    """What benchmarks/older.py compares: the same rotary settings in a config.json of version 4 and of 5."""
-    paths = [older.make(case, tmp_path / form, form == "older") for form in ("newer", "older")]
-    newer, old = (json.loads((path / "config.json").read_text()) for path in paths)
-    assert "rope_theta" not in newer and "rope_parameters" not in old and old["rope_theta"] == case.theta
-    read = [AutoConfig.from_pretrained(path).rope_parameters for path in paths]
-    assert read[0] == read[1] and read[0]["rope_type"] == case.scaling["rope_type"]
-    assert (paths[0] / "model.safetensors").read_bytes() == (paths[1] / "model.safetensors").read_bytes()

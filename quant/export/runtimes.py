@@ -30,8 +30,8 @@ AUTO_GPTQ_MODELS = ("bloom", "falcon", "llama", "mistral", "opt", "qwen2")
 LLAMA_CPP_MODELS = ("bloom", "falcon", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 # Of which benchmarks/results/loaders.md has run checkpoints
 TRIED_MODELS = ("bloom", "falcon", "llama", "mistral", "opt")
-# What a runtime needs for models of a type, besides what its rule says (llama.cpp's conversion/gemma.py; of transformers,
-# benchmarks/results/older.md)
+# What a runtime needs for models of a type, besides what its rule says (llama.cpp's conversion/gemma.py; transformers 4
+# was run)
 MODELS_NEED = {
     ("llama.cpp", "gemma2"): "tokenizer.model beside the weights, as the model has it: tokenizer.json is not read",
     ("transformers", "gemma2"): 'attn_implementation="eager" in transformers 4, whose default leaves out the soft cap',
