@@ -4,7 +4,6 @@ and all that uses one asks for no more than `Reader` and `Writer`, so that a sin
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import re
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from models.unsupported import is_mlx
 from quant.core.errors import InputError
-from quant.core.files import check_plain_file, is_plain_name, read_json
+from quant.core.files import check_plain_file, is_plain_name, read_json, write_json
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -149,11 +148,11 @@ class SafetensorsWriter:
             weight_map.update(dict.fromkeys(names, file))
         if count > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            write_described(self.directory / INDEX, index)
+            write_json(self.directory / INDEX, index)
         quantization = metadata.get("quantization_config", {})
         if quantization.get("quant_method") == "gptq":
-            write_described(self.directory / GPTQ_CONFIG, quantization)
-        write_described(self.directory / CONFIG, metadata)
+            write_json(self.directory / GPTQ_CONFIG, quantization)
+        write_json(self.directory / CONFIG, metadata)
 
     def _flush(self) -> None:
         write_tensors(self._pending, self.directory / f"shard-{len(self._shards)}")
@@ -220,8 +219,3 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise OSError(errno.EIO, str(error), str(path)) from error
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)
-
-
-def write_described(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON object, indented for people."""
-    path.write_text(json.dumps(value, indent=2) + "\n")

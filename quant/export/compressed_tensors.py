@@ -75,26 +75,24 @@ class CompressedTensors:
     def config(self, content: Content, layers: Layers) -> dict[str, Any]:
         """One group of settings for all linears; the others are named in ``ignore``."""
         assert content.spec is not None
-        grouped = content.spec.group_size > 0
-        weights = _integers(
-            content.bits, content.centered, "group" if grouped else "channel", dynamic=False,
-            group_size=content.spec.group_size if grouped else None, actorder=None,
-        )  # fmt: skip
-        inputs = _integers(8, content.act.symmetric, "token", dynamic=True)
-        kind = "int-quantized" if content.act.active else "pack-quantized"
+        group = content.spec.group_size if content.spec.group_size > 0 else None
+        weights = {"num_bits": content.bits, "type": "int", "symmetric": content.centered, "dynamic": False, "actorder": None,
+                   "strategy": "group" if group else "channel", "group_size": group}  # fmt: skip
+        inputs = {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": content.act.symmetric,
+            "strategy": "token",
+            "dynamic": True,
+        }
+        kind, quantized = ("int-quantized", inputs) if content.act.active else ("pack-quantized", None)
+        settings = {"targets": ["Linear"], "weights": weights, "input_activations": quantized, "output_activations": None,
+                    "format": kind}  # fmt: skip
         return {
-            "quant_method": "compressed-tensors",
+            "quant_method": self.name,
             "format": kind,
             "quantization_status": "compressed",
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": weights,
-                    "input_activations": inputs if content.act.active else None,
-                    "output_activations": None,
-                    "format": kind,
-                }
-            },
+            "config_groups": {"group_0": settings},
             "ignore": list(layers.untouched),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
@@ -147,11 +145,6 @@ class CompressedTensors:
         if not 2 <= bits <= 8:
             raise InputError(f"config.json: input_activations of {bits} bits; 2 to 8 are read")
         return ActSpec(bits, symmetric=bool(first.get("symmetric", True)))
-
-
-def _integers(bits: int, symmetric: bool, strategy: str, **more: Any) -> dict[str, Any]:
-    """Settings of a grid."""
-    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, **more}
 
 
 def _codes_of(linear: StoredLinear, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ from quant.blocks.fake_quant import ActSpec
 from quant.core.names import DEQUANTIZED, FORMATS, RUNTIMES
 from quant.core.types import QuantSpec
 from quant.export import PACKED, refusal
-from quant.export.formats import Content
+from quant.export.formats import Content, uneven_groups
 
 GPTQMODEL: dict[str, Any] = {
     "groups": (-1, 16, 32, 64, 128, 256, 512, 1024),
@@ -172,7 +172,11 @@ def nearest(runtime: str, kind: str, content: Content) -> str | None:
                 for other in kinds:
                     asked = replace(content, spec=QuantSpec(bits, group, sym))
                     given_up = _given_up(runtime, other, asked) if relax else []
-                    if _divides(asked) and given_up is not None and (relax or not objections(runtime, other, asked)):
+                    if (
+                        uneven_groups(asked, other) is None
+                        and given_up is not None
+                        and (relax or not objections(runtime, other, asked))
+                    ):
                         flags = f"--wbits {bits} --group-size {group}{' --sym' if sym else ''} --format {other}"
                         return " ".join([flags, *given_up])
     return None
@@ -191,12 +195,6 @@ def _given_up(runtime: str, kind: str, content: Content) -> list[str] | None:
         else:
             taken = with_it
     return words
-
-
-def _divides(content: Content) -> bool:
-    assert content.spec is not None
-    group = content.spec.group_size
-    return group == -1 or all(n_in % group == 0 for _, n_in in content.shapes.values())
 
 
 def _listed(values: tuple[int, ...]) -> str:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoint import RESULTS
-from models.container import SafetensorsWriter, Writer, write_described
+from models.container import SafetensorsWriter, Writer
 from models.load import LazyModel
 from quant.blocks.weights import is_input_range
 from quant.core.errors import InputError
-from quant.core.files import json_sha256, sha256_of_file
+from quant.core.files import json_sha256, sha256_of_file, write_json
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
 from quant.export.carried import carried_config, drop_about, side_file_writer
@@ -122,7 +122,7 @@ def save_checkpoint(
             "config_sha256": json_sha256(config),
             OWN: hashes_of(directory),
         }
-        write_described(directory / RESULTS, dict(results or {}) | written)
+        write_json(directory / RESULTS, dict(results or {}) | written)
 
 
 def finite(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
