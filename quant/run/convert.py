@@ -14,6 +14,7 @@ from models.checkpoint import RESULTS
 from models.container import metadata_of
 from models.load import LazyModel, load_model, load_tokenizer
 from models.side_files import check_own
+from models.unsupported import DIRECTORY, of_directory, of_file
 from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, read_json
 from quant.core.names import DEFAULT_CACHE
@@ -76,7 +77,9 @@ def convert(
     elif (source / "config.json").exists():
         conversion = _of_checkpoint(source, kind, trust_remote_code, cache_dir)
     else:
-        raise InputError(f"{source} is neither a run directory (manifest.json) nor a checkpoint (config.json)")
+        what = of_file(source) if source.is_file() else of_directory(source, "config.json")
+        neither = f"{source} is neither a run directory (manifest.json) nor a checkpoint (config.json)"
+        raise InputError(neither if DIRECTORY in what else what)
     settle(target)
     if overwrite or not is_whole(target, {CONVERTED: conversion.digest}):
         if others := check_target(target, overwrite):

@@ -34,6 +34,9 @@ def test_files_are_named(name, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         check_name(str(tmp_path / name))
+    said = "is neither a run directory .* nor a checkpoint" if "--model" in message else message
+    with pytest.raises(InputError, match=said):
+        convert(tmp_path / name, "gptq", tmp_path / "out", cache_dir=tmp_path / "cache")
 
 
 DIRECTORIES = {
