@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from models.container import INDEX, SINGLE, Reader, SafetensorsReader, of_auto_gptq
+from models.container import INDEX, SINGLE, Reader, SafetensorsReader, has_safetensors
 from models.names import check_name
 from models.pickles import BIN_INDEX, BIN_SINGLE, convert_bin
 from models.side_files import SIDE_FILES, side_files
@@ -36,7 +36,7 @@ def resolve(model: str, cache_dir: Path, with_weights: bool = True) -> Path:
     path = Path(model) if Path(model).is_dir() else _download(model, with_weights)
     for file in side_files(path):
         check_plain_file(file)
-    if with_weights and not any((path / name).exists() for name in (SINGLE, INDEX)) and not of_auto_gptq(path):
+    if with_weights and not has_safetensors(path):
         if any((path / name).exists() for name in (BIN_SINGLE, BIN_INDEX)):
             return convert_bin(path, cache_dir)
         raise InputError(of_directory(path, f"weights ({SINGLE} or {INDEX})"))
@@ -47,7 +47,7 @@ def _download(model: str, with_weights: bool) -> Path:
     """The hub's snapshot of a model (from the hub's own cache where it is there): safetensors if it has them."""
     try:
         path = Path(snapshot_download(model, allow_patterns=SIDE_FILES + WEIGHTS * with_weights))
-        if with_weights and not any((path / name).exists() for name in (SINGLE, INDEX)):
+        if with_weights and not has_safetensors(path):
             snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(

@@ -198,6 +198,11 @@ def shards(path: Path, single: str, index: str) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
+def has_safetensors(path: Path) -> bool:
+    """Whether a directory holds weights that `SafetensorsReader` opens, or their index."""
+    return (path / SINGLE).exists() or (path / INDEX).exists() or of_auto_gptq(path) is not None
+
+
 def of_auto_gptq(path: Path) -> str | None:
     """The weights of a directory where auto-gptq named them after bits and groups; None where there are none, or several."""
     names = [file.name for file in path.glob("gptq_model*.safetensors")]
