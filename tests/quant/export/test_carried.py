@@ -235,9 +235,9 @@ def test_a_head_of_ones_own_and_biases_are_in_the_config(model_dir, text, tmp_pa
     tensors = load_file(own / "model.safetensors")
     head = torch.randn_like(tensors["model.embed_tokens.weight"])
     save_file(tensors | {"lm_head.weight": head}, own / "model.safetensors", {"format": "pt"})
-    config = config_for(own, text, tmp_path, method="rtn", options={}, save=tmp_path / "headed", format="compressed-tensors",
+    config = config_for(own, text, tmp_path, solver="rtn", options={}, save=tmp_path / "headed", format="compressed-tensors",
                         run_dir=tmp_path / "run3")  # fmt: skip
-    Session(config).run(config)
+    perform(config)
     convert(tmp_path / "headed", "bitplane", tmp_path / "headed-planes")
     for name in ("headed", "headed-planes"):
         assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is False

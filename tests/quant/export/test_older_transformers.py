@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quant.export.carried import carried_config
 from quant.run.convert import convert
-from quant.run.session import Session
+from quant.run.session import open_session
 from tests.conftest import save_tokenizer
-from tests.helpers import ROOT, demo_config, reference_logits
+from tests.helpers import ROOT, demo_config, perform, reference_logits
 
 PEER = Path(os.environ.get("OLDER_PYTHON", ROOT / ".venv-older/bin/python"))
 SAME, OTHER = 1e-6, 0.1  # relative distance of the logits: measured 0, and 0.34 to 1.3 (float32 on both sides)
@@ -115,15 +115,15 @@ def logits_of(path: Path, base: Path, case: Case) -> torch.Tensor:
         with torch.inference_mode():
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(IDS, use_cache=False).logits
     base.mkdir()
-    return reference_logits(Session(demo_config(base, path)), IDS)
+    return reference_logits(open_session(demo_config(base, path)), IDS)
 
 
 def save(case: Case, model: Path, place: Path) -> Path:
     """What is written of a model: rounded to four bits and dequantized, or its config.json alone."""
     if case.quantized:
         config = demo_config(place, model)
-        Session(config).run(config)
-        convert(config.run_dir, "dequantized", place / "saved", cache_dir=place / "cache")
+        perform(config)
+        convert(place / "run", "dequantized", place / "saved", cache_dir=place / "cache")
     else:
         shutil.copytree(model, place / "saved")
         declared = json.loads((model / "config.json").read_text())
