@@ -67,10 +67,10 @@ def test_what_is_nowhere_names_every_place(value: str, tree: Tree) -> None:
 def test_names_on_the_hub_are_left_alone(tree: Tree) -> None:
     config = {"dataset_path": "allenai/c4", "dataset_kwargs": {"data_files": "both.jsonl"}}
     assert with_paths(config, tree["beside"] / "mine.yaml") == config
-    found = with_paths({"dataset_path": "deep"}, tree["beside"] / "mine.yaml")
-    assert found == {"dataset_path": str(tree["beside"] / "deep")}
-    found = with_paths({"dataset_path": "json", "dataset_kwargs": {"data_dir": "deep"}}, tree["here"] / "mine.yaml")
-    assert found["dataset_kwargs"] == {"data_dir": str(tree["here"] / "deep")}
+    resolved = with_paths({"dataset_path": "deep"}, tree["beside"] / "mine.yaml")
+    assert resolved == {"dataset_path": str(tree["beside"] / "deep")}
+    resolved = with_paths({"dataset_path": "json", "dataset_kwargs": {"data_dir": "deep"}}, tree["here"] / "mine.yaml")
+    assert resolved["dataset_kwargs"] == {"data_dir": str(tree["here"] / "deep")}
 
 
 def test_a_pipe_is_not_opened(tree: Tree) -> None:

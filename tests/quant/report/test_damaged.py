@@ -151,12 +151,6 @@ def test_commands_on_damaged_runs(finished, call, tmp_path):
         check_commands(finished, damage, call, tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_commands_on_every_damaged_run(finished, call, tmp_path):
-    for damage in all_damages(finished / "run"):
-        check_commands(finished, damage, call, tmp_path / "out")
-
-
 def test_a_whole_run_is_read_as_it_is(finished):
     run = open_run(finished / "run")
     known = [{key: value for key, value in line.items() if value is not None} for line in run.records]
