@@ -16,10 +16,10 @@ def groups(config: Any) -> Groups:
 
 def seams(config: Any) -> tuple[Seam, ...]:
     """The GELU between the MLP's linears lets no scale through."""
-    attention = (Seam("vo", QKV, (DENSE,)), Seam("qk", QKV, (QKV,)))
+    attention = (Seam("vo", (QKV,), (DENSE,)), Seam("qk", (QKV,), (QKV,)))
     if no_norm_seams(config):
         return attention
-    return (Seam("norm", "input_layernorm", (QKV,)), Seam("norm", "post_attention_layernorm", (UP,)), *attention)
+    return (Seam("norm", ("input_layernorm",), (QKV,)), Seam("norm", ("post_attention_layernorm",), (UP,)), *attention)
 
 
 def no_norm_seams(config: Any) -> str:

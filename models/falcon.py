@@ -30,12 +30,12 @@ def seams(config: Any) -> tuple[Seam, ...]:
     """The GELU between the MLP's linears lets no scale through."""
     norms: tuple[Seam, ...]
     if two_norms(config):
-        norms = (Seam("norm", "ln_attn", (QKV,)), Seam("norm", "ln_mlp", (UP,)))
+        norms = (Seam("norm", ("ln_attn",), (QKV,)), Seam("norm", ("ln_mlp",), (UP,)))
     elif config.parallel_attn:
-        norms = (Seam("norm", "input_layernorm", (QKV, UP)),)
+        norms = (Seam("norm", ("input_layernorm",), (QKV, UP)),)
     else:
-        norms = (Seam("norm", "input_layernorm", (QKV,)), Seam("norm", "post_attention_layernorm", (UP,)))
-    return (*norms, Seam("vo", QKV, (DENSE,)), Seam("qk", QKV, (QKV,)))
+        norms = (Seam("norm", ("input_layernorm",), (QKV,)), Seam("norm", ("post_attention_layernorm",), (UP,)))
+    return (*norms, Seam("vo", (QKV,), (DENSE,)), Seam("qk", (QKV,), (QKV,)))
 
 
 def heads(config: Any) -> HeadLayout:

@@ -1,7 +1,7 @@
 """What the toolkit knows of a model family: its blocks, the order of their linears, and what may be rescaled.
 
 A *seam* is a place where one tensor writes what others read, so that the values between them may be transformed
-without changing the block's function: x' = (x - shift) A, taken back by its consumers. `quant/learn/affine.py`
+without changing the model's function: x' = (x - shift) A, taken back by its consumers. `quant/learn/affine.py`
 does the algebra; a family only names the places.
 """
 
@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from quant.core.errors import InputError
+
 if TYPE_CHECKING:  # the command lines name families before torch is there
     import torch
     from torch import Tensor
@@ -18,17 +20,48 @@ if TYPE_CHECKING:  # the command lines name families before torch is there
 Groups = tuple[tuple[str, ...], ...]
 
 
+class Outside(str):
+    """The name of a module outside the blocks, in the whole model: embedding, norm behind the last block, head."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Seam:
     """kind: ``norm`` (a norm and the linears that read it), ``vo`` (values and the output projection), ``qk`` (queries
-    and keys), ``mul`` (a linear whose outputs reach the next one through a positively homogeneous function of each).
+    and keys), ``mul`` (a linear whose outputs reach the next one through a positively homogeneous function of each),
+    ``residual`` (all that add to the stream between the blocks, and all that read it behind a norm).
 
-    producer and consumers: modules of the block, by name. For ``vo`` and ``qk`` the rows are the head layout's.
+    producers and consumers: modules of the block by name, or `Outside` of it. For ``vo`` and ``qk`` the rows are the head
+    layout's. A producer of ``residual`` outside is an embedding: its rows are values of the stream.
     """
 
     kind: str
-    producer: str
+    producers: tuple[str, ...]
     consumers: tuple[str, ...]
+
+    @property
+    def producer(self) -> str:
+        """The producer of a seam that has one."""
+        (only,) = self.producers
+        return only
+
+
+def places(names: tuple[str, ...], outside: bool) -> tuple[str, ...]:
+    """Those of the modules that are outside the blocks, or those inside."""
+    return tuple(name for name in names if isinstance(name, Outside) == outside)
+
+
+@dataclass(frozen=True)
+class ResidualStream:
+    """The stream that every block adds to, as a place for one orthogonal matrix in the whole model.
+
+    seam: who writes it and who reads it. norms: those between the stream and its readers, as seams of their own; they
+    have to be without weights before the stream is rotated.
+    """
+
+    seam: Seam
+    norms: tuple[Seam, ...]
 
 
 @dataclass(frozen=True)
@@ -86,7 +119,8 @@ class ModelFamily:
     seams(config), heads(config): what transforms may use. norm_offset: a norm multiplies by weight + norm_offset.
     no_norm_seams(config): why the norms cannot be rescaled, or an empty text. no_eager(config): why the
     library's eager attention must not be used, or an empty text. biases: what to set in the
-    configuration for linears that have no bias to get one (shifts need them).
+    configuration for linears that have no bias to get one (shifts need them). residual(config): the stream between the
+    blocks, or why it cannot be rotated.
     """
 
     model_types: tuple[str, ...]
@@ -98,3 +132,16 @@ class ModelFamily:
     no_norm_seams: Callable[[Any], str] = lambda config: ""
     no_eager: Callable[[Any], str] = lambda config: ""
     biases: Mapping[str, Any] = field(default_factory=dict)
+    residual: Callable[[Any], ResidualStream | str] = lambda config: (
+        "its norms subtract the mean, which a rotation moves"
+    )
+
+
+def residual_stream(family: ModelFamily, config: Any) -> ResidualStream:
+    """The residual stream of a model as a seam. Raises InputError that says why where it cannot be rotated."""
+    stream = family.residual(config)
+    if isinstance(stream, ResidualStream) and config.tie_word_embeddings:
+        stream = "its head is tied to its embedding, and only one of them reads a norm"
+    if isinstance(stream, str):
+        raise InputError(f"the residual stream of this {config.model_type} model cannot be rotated: {stream}")
+    return stream

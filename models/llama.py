@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.family import Groups, HeadLayout, ModelFamily, Seam, separate_heads
+from models.family import Groups, HeadLayout, ModelFamily, Outside, ResidualStream, Seam, separate_heads
 
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+HEAD = Outside("lm_head")
 MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 
 
@@ -17,19 +18,31 @@ def groups(config: Any) -> Groups:
 
 def inner_seams(config: Any) -> tuple[Seam, ...]:
     """Inside attention and MLP. Qwen3 norms queries and keys, so nothing can be moved between their rows."""
-    inner = (Seam("vo", "self_attn.v_proj", ("self_attn.o_proj",)), Seam("mul", "mlp.up_proj", ("mlp.down_proj",)))
+    inner = (
+        Seam("vo", ("self_attn.v_proj",), ("self_attn.o_proj",)),
+        Seam("mul", ("mlp.up_proj",), ("mlp.down_proj",)),
+    )
     if config.model_type == "qwen3":
         return inner
-    return (*inner, Seam("qk", "self_attn.q_proj", ("self_attn.k_proj",)))
+    return (*inner, Seam("qk", ("self_attn.q_proj",), ("self_attn.k_proj",)))
 
 
 def seams(config: Any) -> tuple[Seam, ...]:
     """Two norms, and what is inside."""
     return (
-        Seam("norm", "input_layernorm", ATTENTION_INPUTS),
-        Seam("norm", "post_attention_layernorm", MLP_INPUTS),
+        Seam("norm", ("input_layernorm",), ATTENTION_INPUTS),
+        Seam("norm", ("post_attention_layernorm",), MLP_INPUTS),
         *inner_seams(config),
     )
+
+
+def residual(config: Any) -> ResidualStream:
+    """The embedding, the attention and the MLP write it; what stands behind a norm reads it."""
+    norms = tuple(seam for seam in seams(config) if seam.kind == "norm")
+    readers = (*ATTENTION_INPUTS, *MLP_INPUTS, HEAD)
+    writers = (Outside("model.embed_tokens"), "self_attn.o_proj", "mlp.down_proj")
+    last = Seam("norm", (Outside("model.norm"),), (HEAD,))
+    return ResidualStream(Seam("residual", writers, readers), (*norms, last))
 
 
 def heads(config: Any) -> HeadLayout:
@@ -41,4 +54,4 @@ def heads(config: Any) -> HeadLayout:
     )
 
 
-FAMILY = ModelFamily(("llama", "mistral", "qwen2", "qwen3"), "model.layers", groups, seams, heads)
+FAMILY = ModelFamily(("llama", "mistral", "qwen2", "qwen3"), "model.layers", groups, seams, heads, residual=residual)

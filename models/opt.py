@@ -17,13 +17,18 @@ def groups(config: Any) -> Groups:
 def seams(config: Any) -> tuple[Seam, ...]:
     """ReLU lets positive scales through."""
     after_attention: tuple[Seam, ...] = (
-        Seam("vo", "self_attn.v_proj", ("self_attn.out_proj",)),
-        Seam("qk", "self_attn.q_proj", ("self_attn.k_proj",)),
+        Seam("vo", ("self_attn.v_proj",), ("self_attn.out_proj",)),
+        Seam("qk", ("self_attn.q_proj",), ("self_attn.k_proj",)),
     )
     if not no_norm_seams(config):
-        norms = (Seam("norm", "self_attn_layer_norm", ATTENTION_INPUTS), Seam("norm", "final_layer_norm", ("fc1",)))
+        norms = (
+            Seam("norm", ("self_attn_layer_norm",), ATTENTION_INPUTS),
+            Seam("norm", ("final_layer_norm",), ("fc1",)),
+        )
         after_attention = (*norms, *after_attention)
-    return (*after_attention, Seam("mul", "fc1", ("fc2",))) if config.activation_function == "relu" else after_attention
+    return (
+        (*after_attention, Seam("mul", ("fc1",), ("fc2",))) if config.activation_function == "relu" else after_attention
+    )
 
 
 def no_norm_seams(config: Any) -> str:

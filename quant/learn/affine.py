@@ -1,4 +1,4 @@
-"""Rewriting the weights of a block at a seam: x' = (x - shift) A, written by the producer, undone by its consumers.
+"""Rewriting weights at a seam: x' = (x - shift) A, written by the producers, undone by the consumers.
 
 One sign convention: consumers W' = W A⁻ᵀ, b' = b + W shift; producers V' = Aᵀ V, c' = Aᵀ (c - shift); norms hold a
 diagonal A and the shift only. Everything is out of place and differentiable.
@@ -13,7 +13,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from models.family import HeadLayout, Seam
+from models.family import HeadLayout, ResidualStream, Seam, places
 from models.load import Weights
 from quant.blocks.weights import online_name
 
@@ -61,22 +61,51 @@ class Affine:
         return torch.einsum("ohrd,hed->ohre", weight, self.inverse)
 
 
-def apply_seam(weights: Weights, seam: Seam, layout: HeadLayout, affine: Affine, norm_offset: float = 0.0) -> Weights:
-    """The block's weights with the transform in them; entries that stay are the same tensors."""
+def apply_seam(
+    weights: Weights, seam: Seam, layout: HeadLayout, affine: Affine, norm_offset: float = 0.0, outside: bool = False
+) -> Weights:
+    """The block's weights with the transform in them, or those outside the blocks; entries that stay are the same tensors."""
     heads = affine.inverse.shape[0]
     if seam.kind == "qk":  # the product of queries and keys undoes it: there is no consumer
         queries = _producer(weights, *layout.q, heads, affine.forward_rows)
         return _producer(queries, *layout.k, heads, affine.inverse_rows)
     new = dict(weights)
-    for linear in seam.consumers:
+    for linear in places(seam.consumers, outside):
         new |= _consumer(weights, linear, affine, layout.repeats if seam.kind == "vo" else 1)
-    if seam.kind == "norm":
-        return new | _norm(weights, seam.producer, affine, norm_offset)
-    name, rows = layout.v if seam.kind == "vo" else (seam.producer, _all_rows(weights, seam.producer))
-    if affine.shift is not None:
-        bias = new[f"{name}.bias"]
-        new[f"{name}.bias"] = bias.index_add(0, rows.flatten(), -affine.shift.flatten().to(bias.dtype))
-    return _producer(new, name, rows, heads, affine.forward_rows)
+    for producer in places(seam.producers, outside):
+        if seam.kind == "norm":
+            new |= _norm(weights, producer, affine, norm_offset)
+        elif outside:  # an embedding: its rows are values of the seam, x' = x A
+            new[f"{producer}.weight"] = weights[f"{producer}.weight"] @ affine.matrix()[0]
+        else:
+            name, rows = layout.v if seam.kind == "vo" else (producer, _all_rows(weights, producer))
+            if affine.shift is not None:
+                bias = new[f"{name}.bias"]
+                new[f"{name}.bias"] = bias.index_add(0, rows.flatten(), -affine.shift.flatten().to(bias.dtype))
+            new = _producer(new, name, rows, heads, affine.forward_rows)
+    return new
+
+
+def rotate(
+    weights: Weights,
+    stream: ResidualStream,
+    layout: HeadLayout,
+    matrix: Tensor,
+    norm_offset: float = 0.0,
+    outside: bool = False,
+) -> Weights:
+    """Weights of a model whose residual stream is x' = x Q: of one block, or those outside the blocks.
+
+    matrix: Q [hidden, hidden], orthogonal, the same in all calls: lengths stay, so an RMSNorm without weights gives x' / |x'|
+    = (x / |x|) Q. The norms' weights go into their readers first (QuaRot, Ashkboos et al. 2024, section 4, after SliceGPT,
+    Ashkboos et al. 2024, section 3).
+    """
+    for seam in stream.norms:
+        for norm in places(seam.producers, outside):
+            scale = weights[f"{norm}.weight"] + norm_offset
+            weights = apply_seam(weights, seam, layout, Affine(scale[None]), norm_offset, outside)
+            weights[f"{norm}.weight"] = torch.full_like(scale, 1 - norm_offset)  # also where the scale is 0
+    return apply_seam(weights, stream.seam, layout, Affine(matrix.T[None]), norm_offset, outside)
 
 
 def _all_rows(weights: Weights, linear: str) -> Tensor:
