@@ -104,10 +104,9 @@ class Checkpoint:
 
 
 def _file_sha256(file: Path) -> str:
-    name = file.resolve().name
-    if SHA256.fullmatch(name):
-        return name
-    return sha256_of_file(file)
+    blob = file.resolve()
+    of_hub = blob.parent.name == "blobs" and blob.parent.parent.name.startswith("models--")
+    return blob.name if of_hub and SHA256.fullmatch(blob.name) else sha256_of_file(file)
 
 
 def unlike_written(path: Path, results: Mapping[str, Any]) -> str | None:

@@ -56,4 +56,6 @@ def foreign(what: str) -> Iterator[None]:
         if isinstance(error, _LinesError) or is_memory(error):
             raise
         lines = [line.strip().rstrip(":") for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"{what} ({brief(': '.join(lines[:2]) or type(error).__name__, 200)})") from error
+        if isinstance(error, LookupError) or not lines:  # its text is the key alone
+            lines = [type(error).__name__, *lines]
+        raise InputError(f"{what} ({brief(': '.join(lines[:2]), 200)})") from error

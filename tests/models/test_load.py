@@ -260,6 +260,18 @@ def test_hash_depends_on_every_weight(model_dir, tmp_path):
     assert Checkpoint(path).sha256() != before
 
 
+def test_a_name_that_looks_like_a_hash_is_no_hash(model_dir, tmp_path):
+    """Only the hub's cache names its files by what is in them."""
+    path, right = copy(model_dir("llama"), tmp_path / "model"), Checkpoint(model_dir("llama")).sha256()
+    for folder, taken in (("elsewhere", False), ("models--a--b/blobs", True)):
+        file = tmp_path / folder / ("0" * 64)
+        file.parent.mkdir(parents=True)
+        shutil.copy(model_dir("llama") / "model.safetensors", file)
+        (path / "model.safetensors").unlink()
+        (path / "model.safetensors").symlink_to(file)
+        assert (Checkpoint(path).sha256() == right) != taken
+
+
 def test_configuration_alone_is_enough_for_a_plan(tmp_path):
     config, _ = load_config("benchmarks/configs/falcon-180b", tmp_path, with_weights=False)
     assert config.hidden_size == 14848
