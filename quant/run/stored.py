@@ -65,8 +65,10 @@ def _is_on(value: Any) -> bool:
 def _paths(name: str, value: Any) -> Iterator[str]:
     """What of an entry is a path and not the name of a data set."""
     from data.corpora import is_file
+    from data.written import text_of
 
     values = value if isinstance(value, list | tuple) else str(value).split(",") if value else ()
     for one in values:
-        if name not in ("dataset", "eval_datasets") or is_file(str(one)):
+        text = text_of(str(one)) if name == "dataset" else str(one)  # beside what the model writes
+        if name not in ("dataset", "eval_datasets") or (text is not None and is_file(text)):
             yield str(one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +36,11 @@ class Tuning:
     def __post_init__(self) -> None:
         if self.scope not in TUNING_SCOPES:
             raise InputError(f"--tune {self.scope}: use {' or '.join(TUNING_SCOPES)}")
+        rates = (self.rate, self.grid_rate, self.drop)
+        if not isinstance(self.iterations, int) or self.iterations < 0 or not all(0 <= r < math.inf for r in rates):
+            raise ValueError(
+                "tuning takes whole steps from 0 on, and rates and a share that are finite and not negative"
+            )
 
     @property
     def steps(self) -> int:

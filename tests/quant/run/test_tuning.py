@@ -12,7 +12,9 @@ from quant.core.errors import InputError
 from quant.run import tuning as stage
 from quant.run.directory import TUNING, RunDirectory
 from quant.run.loop import read_block
+from quant.run.request import Request
 from quant.run.session import open_session
+from quant.run.stored import Allowed
 from quant.tune import limits
 from quant.tune.config import Tuning, batch_of, split
 from quant.tune.objectives import divergence, logits_of
@@ -218,6 +220,16 @@ def test_another_configuration_has_another_name(demo_text, tmp_path):
     others = [config.but(tuning=t) for t in (None, Tuning("block"), Tuning("model", STEPS + 1, rate=0.05))]
     assert len({session.run_path(c.run, c.output) for c in (config, *others)}) == 4
     assert "tuning" not in session.configuration(others[0].run)
+
+
+def test_a_request_keeps_what_is_tuned(demo_text, tmp_path):
+    request = tuned(demo_text, tmp_path, tuning=Tuning("model", 7, norms=True))
+    stored, everything = request.to_json(), Allowed(False, paths=True)
+    assert Request.from_json(stored, "manifest.json", everything).run.tuning == request.run.tuning
+    assert Request.from_json(stored | {"tuning": None}, "manifest.json", everything).run.tuning is None
+    for wrong in ({"scope": "layer"}, {"iterations": "7"}, {"iterations": -1}, {"rate": float("nan")}, {"other": 1}, 7):
+        with pytest.raises(InputError):
+            Request.from_json(stored | {"tuning": wrong}, "manifest.json", everything)
 
 
 @pytest.mark.parametrize(
