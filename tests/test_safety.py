@@ -494,6 +494,32 @@ def test_loose_files_of_others_are_not_overwritten(command, model_dir, text, tmp
     one_line(command(sweep, table, "--out", tmp_path / "sweep"), tmp_path / "sweep" / "sweep.md")
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("file", "is a file"),
+        ("fifo", "is a pipe"),
+        ("dangling", "is a link to nothing"),
+        ("device", "is a device"),
+        ("loop", "is a loop"),
+    ],
+)
+def test_what_is_no_directory_is_said_before_work(kind, says, tmp_path):
+    place = tmp_path / "place"
+    if kind == "file":
+        place.write_text("precious")
+    elif kind == "fifo":
+        os.mkfifo(place)
+    else:
+        place.symlink_to({"dangling": "nowhere", "device": "/dev/null", "loop": "place"}[kind])
+    for below in (place, place / "deeper" / "still"):
+        for work in (lambda at: check_owned(at / "page.html"), lambda at: write_owned(at, {"page.html": b""})):
+            with pytest.raises(InputError, match=says) as error:
+                work(below)
+            assert str(place) in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["place"] and (kind != "file" or place.read_text() == "precious")
+
+
 def test_owned_files_survive_a_kill_between_any_two_steps(tmp_path):
     """Whatever was written last, the next call knows its own files and no others."""
     for steps in range(8):

@@ -83,7 +83,13 @@ def check_plain_file(path: Path) -> None:
 
 
 def _kind(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    kinds = (
+        (stat.S_ISREG, "a file"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISLNK, "a link to nothing"),
+    )
     return next((name for test, name in kinds if test(mode)), "a device")
 
 
@@ -130,6 +136,15 @@ def resolved(path: Path) -> Path:
 def existing_parent(path: Path) -> Path:
     """The nearest of the path and its parents that is there."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def check_directory(path: Path) -> None:
+    """Raise InputError where a directory cannot be made at ``path``, as it or a parent is something else."""
+    resolved(path)
+    place = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not place.is_dir():
+        mode = (place.stat() if place.exists() else place.lstat()).st_mode
+        raise InputError(f"{place} is {_kind(mode)}, not a directory: give another place")
 
 
 def check_space(path: Path, size: int) -> None:
@@ -288,6 +303,7 @@ def write_owned(directory: Path, contents: Mapping[str, bytes]) -> None:
     """
     if strange := [name for name in contents if not is_plain_name(name) or name in (RECORD, RECORD_LOCK)]:
         raise InputError(f"{strange[0]!r} is not the name of a file that can be written here")
+    check_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory / RECORD_LOCK, str(directory), patience=20):
         record = owned(directory)
@@ -323,7 +339,9 @@ def owned(directory: Path) -> dict[str, list[str]]:
 
 
 def check_owned(path: Path, record: Mapping[str, list[str]] | None = None) -> None:
-    """Raise InputError where something is at ``path`` that this toolkit did not write, or that was changed since."""
+    """Raise InputError where something is at ``path`` that this toolkit did not write, or that was changed since, or where
+    its directory cannot be made."""
+    check_directory(path.parent)
     if not os.path.lexists(path):
         return
     hashes = (owned(path.parent) if record is None else record).get(path.name, [])

@@ -104,7 +104,8 @@ class Campaign:
         from tests.campaign.verdicts import contents
 
         self.base, self.seed, self.jobs = base, seed, max(1, jobs)
-        shutil.rmtree(base / "stock", ignore_errors=True)
+        for name in ("stock", "warm"):
+            shutil.rmtree(base / name, ignore_errors=True)
         self.stock = stock.Stock(base / "stock")
         processes.load(lambda: (stock.make(self.stock), stock.try_all(self.stock, base / "warm")))
         stock.run_all(self.stock)

@@ -159,13 +159,13 @@ def kind_of(action: argparse.Action) -> str:
 def place(rng: Random, base: Path) -> tuple[str, str]:
     """A path below ``base`` where something is that is not what was expected: (the path, what is there)."""
     name = rng.choice(["plain", "[/b]", "[bold]x", "\x1b[2J", "a\nb", "\u202egpj", "b\udcffd", "=x", "n" * 250])
-    kind = rng.choice(THINGS)
+    kind, base = rng.choice(THINGS), base / str(rng.randrange(10**6))
     path = base / name
     if rng.random() < 0.15:
         long = rng.choice(["p" * 300, "p/" * 2500, "x" * 4096])
         return str(base / long), f"a path of {len(long)} letters"
     if kind in ("a file", "a full directory"):
-        base.mkdir(exist_ok=True)
+        base.mkdir(parents=True)
         if kind == "a full directory":
             path.mkdir()
             path /= "precious.txt"

@@ -90,7 +90,7 @@ def thing_of(rng: Random, path: Path) -> str:
 
 def make_thing(path: Path, kind: str) -> None:
     """Something that is no file."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "a pipe":
         os.mkfifo(path)
     elif kind == "a directory":
