@@ -14,7 +14,7 @@ from tests.campaign.processes import CRASHED, Outcome
 from tests.campaign.verdicts import contents, difference, faults_of, other_end
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("flags", "conflicts", "config", "tokenizer", "tables", "runs", "kills", "two", "disk")
+PARTS = ("flags", "conflicts", "config", "tokenizer", "tensors", "tables", "runs", "kills", "two", "disk")
 
 
 def campaign(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:

@@ -1155,6 +1155,16 @@ def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path, monkeypa
     assert error.value.filename == str(path) and path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as error, locked(tmp_path / "x.lock", "x"):
+        pass
+    assert error.value.filename == str(tmp_path / "x.lock") and list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_process_left_of_a_file_goes(tmp_path):
     path, other = tmp_path / "x.json", tmp_path / f".x.json.{'0' * 11}g.tmp"
     left, busy = (tmp_path / f".x.json.{digit * 12}.tmp" for digit in "01")

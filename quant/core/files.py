@@ -234,8 +234,7 @@ def _take(lock: Path, what: str, until: float) -> int:
             _check_lock_file(descriptor, lock)
             free = _is_free(descriptor, lock)
             if free and _is_still(descriptor, lock):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+                _say_holder(descriptor, lock)
                 return descriptor
             if not free and time.monotonic() >= until:
                 raise InputError(f"{what} is in use by {_holder(descriptor)}; wait until it ends, or use another place")
@@ -245,6 +244,17 @@ def _take(lock: Path, what: str, until: float) -> int:
         os.close(descriptor)  # taken, or its holder ended and took the name away between the two calls
         if not free:
             time.sleep(0.05)
+
+
+def _say_holder(descriptor: int, lock: Path) -> None:
+    """Write into a lock file that this process holds it. Raises OSError, and leaves no file, on a full disk."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+    except OSError as error:
+        lock.unlink(missing_ok=True)
+        error.filename = str(lock)
+        raise
 
 
 def _check_lock_file(descriptor: int, lock: Path) -> None:

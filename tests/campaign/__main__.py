@@ -5,95 +5,107 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from random import Random
 
 from tests.campaign import processes
 
-ENDLESS = 400.0  # seconds: no case takes so long
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the campaign. share: of the time."""
-
-    about: str
-    share: float
-
-
-PARTS = {
-    "flags": Part("one bad flag", 5),
-    "conflicts": Part("several flags at once", 3),
-    "config": Part("damaged configurations", 4),
-    "tokenizer": Part("damaged tokenizers", 2),
-    "tensors": Part("damaged tensors, shards and .bin files", 4),
-    "data": Part("damaged texts and tasks", 3),
-    "tables": Part("damaged tables of sweeps", 2),
-    "runs": Part("damaged run directories", 4),
-    "kills": Part("SIGKILL, SIGTERM, SIGINT", 4),
-    "two": Part("two processes on one run", 2),
-    "disk": Part("disk full or read-only", 3),
-    "memory": Part("little memory", 2),
-    "streams": Part("closed, unread or ASCII output", 2),
+ENDLESS = 1000.0  # seconds: no case takes so long
+PARTS = {  # by name: what is tried, and the share of the time
+    "flags": ("one bad flag", 5),
+    "conflicts": ("several flags at once", 3),
+    "config": ("damaged configurations", 4),
+    "tokenizer": ("damaged tokenizers", 2),
+    "tensors": ("damaged tensors, shards, .bin", 4),
+    "data": ("damaged texts and tasks", 3),
+    "tables": ("damaged tables of sweeps", 2),
+    "runs": ("damaged run directories", 4),
+    "kills": ("SIGKILL, SIGTERM, SIGINT", 4),
+    "two": ("two processes in one place", 2),
+    "disk": ("disk full or read-only", 3),
+    "memory": ("little memory", 2),
+    "streams": ("output closed, unread, ASCII", 2),
 }
+
+
+@dataclass
+class Row:
+    """What came of a part. skipped: cases that cannot be tried on this machine. ends: how often a command ended with each
+    exit code. failures: case, what was damaged, command and faults."""
+
+    part: str
+    tried: int = 0
+    held: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    ends: Counter[str] = field(default_factory=Counter)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, case: str, about: str, command: str, faults: list[str]) -> None:
+        """Count a case."""
+        skipped = bool(faults) and faults[0].startswith("skipped")
+        self.skipped += skipped
+        self.tried += not skipped
+        self.held += not faults
+        self.failed += bool(faults) and not skipped
+        self.ends.update(re.findall(r": (-?\d+)(?=$|,)", about))
+        if faults and not skipped:
+            self.failures.append({"case": case, "about": about, "command": command, "faults": "; ".join(faults)})
 
 
 def main() -> int:
     """Parse, make the stock, try, print. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
-    parser.add_argument(
-        "--budget", type=float, default=480, metavar="SECONDS", help="of all parts together (default: 480)"
-    )
-    parser.add_argument("--cases", type=int, metavar="N", help="so many of all parts together, whatever time they take")
+    parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="of all parts (default: 480)")
+    parser.add_argument("--cases", type=int, metavar="N", help="so many of all parts, whatever time they take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", action="append", choices=PARTS, metavar="NAME", help=f"of {', '.join(PARTS)}; may be repeated"
+        "--only", action="append", choices=PARTS, metavar="NAME", help=f"of {', '.join(PARTS)}; repeatable"
     )
     parser.add_argument("--case", type=int, metavar="N", help="this case of --only alone")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep all files here")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="make all files here, and keep those of failures")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="cases at a time (default: one a core)"
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="cases at a time (default: a core each)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers and the failures")
     args = parser.parse_args()
-    chosen = {name: PARTS[name] for name in args.only or PARTS}
     with processes.directory(args.keep) as base:
         processes.prepare(base / "home")
         began = time.monotonic()
         campaign = Campaign(base, args.seed, args.jobs)
         say(f"stock made in {time.monotonic() - began:.0f} s; seed {args.seed}")
-        rows = [campaign.run(name, numbers, seconds) for name, numbers, seconds in plan(chosen, args)]
-        if other := campaign.changed():
-            rows.append(
-                {"part": "stock", "tried": 1, "held": 0, "failed": 1, "skipped": 0, "seconds": 0.0, "failures": [other]}
-            )
+        rows = [campaign.run(*planned) for planned in plan(args)]
+        rows += campaign.changes()
     report(rows)
     if args.json:
-        args.json.write_text(json.dumps({"seed": args.seed, "parts": rows}, indent=1) + "\n")
-    return int(any(row["failed"] for row in rows))
+        args.json.write_text(json.dumps({"seed": args.seed, "parts": [vars(row) for row in rows]}, indent=1) + "\n")
+    return int(any(row.failed for row in rows))
 
 
-def plan(chosen: dict[str, Part], args: argparse.Namespace) -> Iterator[tuple[str, Iterator[int], float]]:
-    """Of every part its name, the numbers of its cases and the seconds it may take; time that one leaves is the next ones'."""
-    began, all_shares = time.monotonic(), sum(part.share for part in chosen.values())
-    shares = all_shares
-    for name, part in chosen.items():
+def plan(args: argparse.Namespace) -> Iterator[tuple[str, Iterator[int], float]]:
+    """Of every part its name, the numbers of its cases and its seconds; what one leaves of its time is the next ones'."""
+    shares = {name: PARTS[name][1] for name in args.only or PARTS}
+    began, whole, left = time.monotonic(), sum(shares.values()), sum(shares.values())
+    for name, share in shares.items():
         if args.case is not None:
             yield name, iter([args.case]), ENDLESS
         elif args.cases is not None:
-            yield name, iter(range(max(1, round(args.cases * part.share / all_shares)))), ENDLESS
+            yield name, iter(range(max(1, round(args.cases * share / whole)))), ENDLESS
         else:
-            yield name, count(), (args.budget - (time.monotonic() - began)) * part.share / shares
-        shares -= part.share
+            yield name, count(), (args.budget - (time.monotonic() - began)) * share / left
+        left -= share
 
 
 class Campaign:
@@ -104,88 +116,74 @@ class Campaign:
         from tests.campaign.verdicts import contents
 
         self.base, self.seed, self.jobs = base, seed, max(1, jobs)
-        for name in ("stock", "warm"):
+        for name in ("stock", "warm", "cases"):
             shutil.rmtree(base / name, ignore_errors=True)
         self.stock = stock.Stock(base / "stock")
         processes.load(lambda: (stock.make(self.stock), stock.try_all(self.stock, base / "warm")))
         stock.run_all(self.stock)
         self.contents = contents(base / "stock")
 
-    def changed(self) -> dict[str, str] | None:
+    def changes(self) -> list[Row]:
         """A failure where anything changed the stock, which every command only reads."""
         from tests.campaign.verdicts import contents, difference
 
-        lines = difference(self.contents, contents(self.base / "stock"))
-        return {"case": "", "about": "the stock", "command": "", "faults": "; ".join(lines)} if lines else None
+        row = Row("stock")
+        if faults := difference(self.contents, contents(self.base / "stock")):
+            row.add("stock", "what every case only reads", "", faults)
+        return [row] if row.failed else []
 
-    def run(self, part: str, numbers: Iterator[int], seconds: float) -> dict:
+    def run(self, part: str, numbers: Iterator[int], seconds: float) -> Row:
         """The cases of a part, ``jobs`` at a time, until their numbers or the time end."""
-        began, waiting, row = time.monotonic(), {}, {"part": part, "tried": 0, "held": 0, "failed": 0, "skipped": 0}
-        failures = []
+        began, row, waiting = time.monotonic(), Row(part), {}
         try:
             while True:
-                while len(waiting) < self.jobs and time.monotonic() - began < seconds:
-                    number = next(numbers, None)
-                    if number is None:
-                        seconds = 0.0
-                        break
+                more = len(waiting) < self.jobs and time.monotonic() - began < seconds
+                number = next(numbers, None) if more else None
+                if number is not None:
                     waiting[self._start(part, number)] = number, time.monotonic()
-                if not waiting:
+                elif not waiting:
                     break
                 for pid, (number, started) in list(waiting.items()):
                     if os.waitpid(pid, os.WNOHANG)[0] or time.monotonic() - started > ENDLESS:
+                        row.add(f"{part} {number}", *self._answer(part, number, pid))
                         del waiting[pid]
-                        failure = self._judge(part, number, pid)
-                        kind = (
-                            "held"
-                            if failure is None
-                            else "skipped"
-                            if failure["faults"].startswith("skipped")
-                            else "failed"
-                        )
-                        row["tried"] += kind != "skipped"
-                        row[kind] += 1
-                        failures += [failure] if kind == "failed" else []
-                time.sleep(0.003)
+                time.sleep(0.002)
         finally:
             for pid in waiting:
                 os.killpg(pid, signal.SIGKILL)
-        row |= {"seconds": round(time.monotonic() - began, 1), "failures": failures}
-        say(f"{part:10} {row['tried']:5} tried {row['held']:5} held {row['failed']:5} failed")
+        row.seconds = round(time.monotonic() - began, 1)
+        say(f"{part:10} {row.tried:5} tried {row.held:5} held {row.failed:5} failed")
         return row
 
     def _start(self, part: str, number: int) -> int:
+        """A process that makes a case, runs it, judges it, and leaves the answer beside."""
         folder = self._folder(part, number)
-        shutil.rmtree(folder, ignore_errors=True)
         (folder / "in").mkdir(parents=True)
-        pid = os.fork()
-        if pid:
+        if pid := os.fork():
             return pid
         os.setpgid(0, 0)
         answer: object = None
         try:
             answer = case_of(part)(Random(f"{self.seed}:{part}:{number}"), self.stock, folder, number)
         except BaseException:  # noqa: BLE001 (it is reported as a failure)
-            answer = "the campaign's own", "", [traceback.format_exc()]
+            answer = "the campaign itself", "", [traceback.format_exc()]
         finally:
             (folder / "answer.json").write_text(json.dumps(answer))
             os._exit(0)
 
-    def _judge(self, part: str, number: int, pid: int) -> dict[str, str] | None:
-        """A failure, or None where the case held; its files go."""
+    def _answer(self, part: str, number: int, pid: int) -> tuple[str, str, list[str]]:
+        """What came of a case: what was damaged, the command, faults. The files of one that held go."""
         folder = self._folder(part, number)
-        if not (folder / "answer.json").exists():
-            os.killpg(pid, signal.SIGKILL)
-            answer = ["", "", ["the case did not end"]]
+        answer = "", "", ["the case did not end"]
+        if (folder / "answer.json").exists():
+            answer = tuple(json.loads((folder / "answer.json").read_text()))
         else:
-            answer = json.loads((folder / "answer.json").read_text())
+            os.killpg(pid, signal.SIGKILL)
         if os.path.ismount(folder / "out"):
             subprocess.run(["umount", str(folder / "out")], check=True)
-        about, command, faults = answer
-        if not faults:
-            shutil.rmtree(folder, ignore_errors=True)
-            return None
-        return {"case": f"{part} {number}", "about": ascii(about), "command": command, "faults": "; ".join(faults)}
+        if not answer[2]:
+            shutil.rmtree(folder)
+        return answer
 
     def _folder(self, part: str, number: int) -> Path:
         return self.base / "cases" / f"{part}-{number}"
@@ -198,17 +196,19 @@ def case_of(part: str) -> Callable:
     return getattr(inputs, part, None) or getattr(kills, part)
 
 
-def report(rows: list[dict]) -> None:
+def report(rows: list[Row]) -> None:
     """Every failure, then the table."""
-    for row in rows:
-        for failure in row["failures"]:
-            say(f"\n{failure['case']}: {failure['about']}\n  {failure['command']}\n  {ascii(failure['faults'])}")
-    say(f"\n{'part':40} {'tried':>6} {'held':>6} {'failed':>6} {'seconds':>8}")
-    total = {key: sum(row[key] for row in rows) for key in ("tried", "held", "failed", "skipped", "seconds")}
-    for row in [*rows, {"part": "all", **total}]:
-        about = PARTS[row["part"]].about if row["part"] in PARTS else ""
-        say(f"{row['part'] + ': ' + about if about else row['part']:40} {row['tried']:6} {row['held']:6} {row['failed']:6} {row['seconds']:8.0f}"
-            + (f"   ({row['skipped']} could not be tried here)" if row["skipped"] else ""))  # fmt: skip
+    for failure in (failure for row in rows for failure in row.failures):
+        about, faults = ascii(failure["about"]), ascii(failure["faults"])
+        say(f"\n{failure['case']}: {about}\n  {failure['command']}\n  {faults}")
+    say(f"\n{'part':40} {'tried':>6} {'held':>6} {'failed':>6} {'seconds':>8}   ended with exit code")
+    numbers = ("tried", "held", "failed", "skipped", "seconds")
+    total = Row("all", *(sum(getattr(row, name) for row in rows) for name in numbers))
+    for row in [*rows, total]:
+        about = f"{row.part}: {PARTS[row.part][0]}" if row.part in PARTS else row.part
+        ends = ", ".join(f"{code}: {times}" for code, times in row.ends.most_common())
+        skipped = f" ({row.skipped} not possible here)" if row.skipped else ""
+        say(f"{about:40} {row.tried:6} {row.held:6} {row.failed:6} {row.seconds:8.0f}   {ends}{skipped}")
 
 
 def say(text: str) -> None:

@@ -13,7 +13,7 @@ from tests.campaign.processes import call
 from tests.campaign.stock import LEARNER, QUANTIZER, SCALES, Stock
 from tests.campaign.verdicts import contents, difference, faults_of
 
-Answer = tuple[str, str, list[str]]  # what was damaged, the command, faults
+Answer = tuple[str, str, list[str]]  # what was damaged and how it ended, the command, faults
 Damage = Callable[[Random, Path], str]
 OF_MODELS = (QUANTIZER, LEARNER, SCALES, "evaluate", "generate", "sweep")
 OF_SAVED = ("generate saved", "evaluate saved", "convert saved", "quantize saved")
@@ -31,7 +31,7 @@ def judged(
     faults += difference(before, {name: after[name] for name in after.keys() & before.keys()})
     if left := contents(folder / "tmp"):
         faults.append(f"left over: tmp/{next(iter(left))}")
-    return about, lines.shown(outcome.words), faults
+    return f"{about}: {outcome.code}", lines.shown(outcome.words), faults
 
 
 def copied(stock: Stock, name: str, folder: Path) -> Path:
@@ -156,5 +156,5 @@ def runs(rng: Random, stock: Stock, folder: Path, number: int) -> Answer:
         run.rename(folder / "out" / "run")
         words = stock.run_words(name, folder, save=rng.random() < 0.5)
         outcome = call(words, folder)
-        return f"{name}: {about}", lines.shown(outcome.words), faults_of(outcome)
+        return f"{name}: {about}: {outcome.code}", lines.shown(outcome.words), faults_of(outcome)
     return judged(stock.right(command, folder, run=run, learned=run), folder, f"{name}: {about}")
