@@ -21,8 +21,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse after bringing every flag to its declared spelling."""
         given = list(sys.argv[1:] if args is None else args)
-        if strange := [word for word in given if not is_text(word)]:
-            self.error(f"{strange[0]!r} is not UTF-8 text: use another name")
+        for before, word in zip(["", *given], given, strict=False):
+            if not is_text(word):
+                flag = f"{before} " if before.startswith("--") and is_text(before) else ""
+                self.error(f"{flag}{word!r} is not UTF-8 text: give another")
         declared = {_letters(flag): flag for flag in self._option_string_actions if flag.startswith("--")}
         spelt = [_respell(word, declared) for word in given]
         parsed, unknown = super().parse_known_args(spelt, namespace)

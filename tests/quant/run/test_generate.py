@@ -87,9 +87,9 @@ def test_a_byte_order_mark_is_no_token(source: Path, talk: Any) -> None:
         (["--temperature", "nan"], "--temperature"),
         (["--temperature", "inf"], "--temperature"),
         (["--temperature", "-0.5"], "--temperature"),
-        (["--prompt", "\udcff"], "not UTF-8"),
-        (["--prompt", "a\udcffb"], "not UTF-8"),
-        (["--max-new-tokens", 10**6], "the model takes at most"),
+        (["--prompt", "\udcff"], "--prompt"),
+        (["--prompt", "a\udcffb"], "--prompt"),
+        (["--max-new-tokens", 5000], "the model takes at most"),
     ],
 )
 def test_what_no_model_takes_is_one_line(words: list, says: str, talk: Any) -> None:
