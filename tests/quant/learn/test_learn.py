@@ -315,7 +315,7 @@ def test_a_loss_term_of_ones_own_in_one_file(registries, model_dir, text, tmp_pa
     assert learned.log["loss_end"] < 0.95 * learned.log["loss_start"], "it is trained"  # measured 0.79
     assert any(not torch.equal(learned.parameters[k], p) for k, p in other.parameters.items()), "its gradient arrives"
     config = learned_config(model_dir("llama"), text, tmp_path, learning=replace(more, epochs=1), learner="mine")
-    configuration = open_session(config).configuration(config)["learning"]
+    configuration = open_session(config).configuration(config.run)["learning"]
     assert configuration["extra_terms"] == ["largest", "logits"]
     assert Learning(**configuration | {"transform": more.transform}) == replace(more, epochs=1)
     with pytest.raises(InputError, match="nothing to learn is called 'smallest'; known: .*largest"):
