@@ -65,7 +65,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
     """The rows of a model at a width."""
     for solver in args.solvers:
         yield Row(solver, None, 0)
-        for own in (0, args.own):
+        for own in dict.fromkeys((0, args.own)):
             for scope in args.tune:
                 yield Row(solver, scope, own)
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=SOLVERS)
     parser.add_argument("--tune", nargs="*", default=["block", "model"], choices=("block", "model"))
-    parser.add_argument("--own", type=int, default=896, help="windows that the model writes")
+    parser.add_argument("--own", type=int, default=896, help="windows that the model writes (0: no such rows)")
     parser.add_argument("--iterations", type=int, default=0, help="of tuning (default: --tune's own)")
     parser.add_argument("--limit", type=int, default=300, help="evaluation windows")
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning"), help="where finished rows are kept")
@@ -108,7 +108,7 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
                     **figures,
                     "seconds": f"{seconds:.0f}",
                 }
-            for own in (0, args.own) if args.peer else ():
+            for own in dict.fromkeys((0, args.own)) if args.peer else ():
                 row = Row("autoround, 200 steps a block", None, own)
                 figures = peer_figures(args, session, model, bits, row)
                 yield start | {"method": row.label, "windows": windows(args, row), **figures}

@@ -166,6 +166,11 @@ class RunDirectory:
         unlink_all([manifest])
         self._verified.clear()
 
+    def drop_tuning(self) -> None:
+        """Delete where tuning stood, once nothing is left of it."""
+        if _is_state(self.path / TUNING):
+            unlink_all([self.path / TUNING])
+
     def check_links(self) -> None:
         """Raise InputError where a name of a run's files is a link: writing there would write somewhere else."""
         for file in (self.blocks, *(self.path / name for name in OWN_FILES)):

@@ -78,6 +78,7 @@ def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel)
     bits += 16 * sum(log["online_parameters"] for log in learned)
     if not count and isinstance(model.checkpoint, QuantizedCheckpoint):
         bits, count = model.checkpoint.storage()
+    tuned = [block.tuning for block in blocks if block.tuning]
     seconds = {k: sum(block.seconds.get(k, 0.0) for block in blocks) for k in ("forward", "gram", "solve", "learn")}
     digest = hashlib.sha256("".join(block.codes_sha256 for block in blocks).encode()).hexdigest()
     return {
@@ -100,6 +101,7 @@ def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel)
         "mean_relative_error": sum(r.relative_error for r in records) / len(records) if records else 0.0,
         "mean_relative_error_heldout": sum(heldout) / len(heldout) if heldout else None,
         "learning": learned,
+        **({"tuning": tuned} if tuned else {}),
         "verdicts": {v: sum(r.verdict == v for r in records) for v in ("ok", "look", "bad")},
         "seconds": seconds
         | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0, "tasks": 0.0},

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from models.load import Weights
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
-from quant.core.files import check_plain_file, unlink_all, write_atomically
+from quant.core.files import check_plain_file, write_atomically
 from quant.core.types import QuantizedWeight
 from quant.run.directory import TUNING, BlockSummary, Record, RunDirectory
 from quant.run.inputs import Inputs
@@ -82,22 +82,27 @@ class BlockTuner:
 
 
 def tune_model(inputs: Inputs, job: Job, progress: Progress) -> list[BlockSummary]:
-    """Tune all blocks of the run directory together, where that is not done yet; their summaries."""
+    """Tune all blocks of the run directory together, where that is not done yet; their summaries.
+
+    Raises InputError where some are tuned and what the others are to become is not there any more.
+    """
+    assert job.run.tuning is not None
     target, summaries = job.target, job.target.finished_blocks()
     waiting = [index for index, summary in enumerate(summaries) if not summary.tuning]
     if waiting:
-        started, before = time.perf_counter(), 0.0
+        started, whole = time.perf_counter(), len(waiting) == len(summaries)
         blocks = _tuned_blocks(inputs, job, waiting)
-        solved = "".join(summary.codes_sha256 for summary in summaries)
-        kept = _Kept(target, solved if len(waiting) == len(summaries) else None)
+        kept = _Kept(target, "".join(summary.codes_sha256 for summary in summaries) if whole else None)
         state, before = kept.read(inputs.device)
-        if state is None or state.step < job.run.tuning.steps:  # type: ignore[union-attr]
+        if state is None or not state.is_finished(job.run.tuning.steps):
+            if not whole:
+                raise InputError(f"{kept.path} is missing, and some blocks are tuned already: --overwrite begins again")
             state = _optimize(inputs, job, blocks, state, kept, progress)
         spent = before + time.perf_counter() - started
         for block in blocks:
             _write(job, block, summaries[block.index], state, spent / job.n_blocks)
         summaries = target.finished_blocks()
-    unlink_all([target.path / TUNING])
+    target.drop_tuning()
     return summaries
 
 

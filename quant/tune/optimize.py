@@ -68,6 +68,10 @@ class State:
         return cls(numbers["step"], parts["at"], parts["m"], parts["v"], parts["best"], numbers["losses"],
                    numbers["lowest"], numbers["best_step"])  # fmt: skip
 
+    def is_finished(self, steps: int) -> bool:
+        """Whether no step is left, or none that could help."""
+        return self.step >= steps or not math.isfinite(self.losses[-1])
+
     def record(self) -> dict[str, Any]:
         """What a journal says of it."""
         start = self.losses[0]
@@ -114,7 +118,7 @@ def optimize(
     every = max(1, steps // VALIDATIONS)
     for parameter in state.parameters.values():
         parameter.requires_grad_()
-    while state.step < steps and math.isfinite(state.losses[-1]):
+    while not state.is_finished(steps):
         objective.loss(state.parameters, order_of(objective.batches, state.step, seed)).backward()
         _adam(state, rates, rate_at(state.step, steps))
         state.step += 1

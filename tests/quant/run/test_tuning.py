@@ -274,9 +274,23 @@ def test_a_state_of_other_codes_or_a_damaged_one_is_refused(demo_text, tmp_path,
     assert summaries(config.output.run_dir)[0].tuning["steps"] == STEPS
 
 
+def test_blocks_of_which_some_are_tuned_need_the_state(demo_text, tmp_path, monkeypatch):
+    config = tuned(demo_text, tmp_path, tuning=Tuning("model", 2))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_in_writing(patch, 2)
+        quantize(config)
+    (config.output.run_dir / TUNING).unlink()
+    with pytest.raises(InputError, match=r"tuning.safetensors is missing, and some blocks are tuned"):
+        quantize(config)
+    assert len(perform(config.but(overwrite=True))["tuning"]) == 4
+
+
 def test_another_persons_file_of_that_name_stays(demo_text, tmp_path):
     config = tuned(demo_text, tmp_path).but(tuning=None)
     perform(config)
     (config.output.run_dir / TUNING).write_text("mine")
     perform(config.but(overwrite=True))
+    assert (config.output.run_dir / TUNING).read_text() == "mine"
+    with pytest.raises(InputError, match="damaged"):
+        quantize(config.but(tuning=Tuning("model", 2), overwrite=True))
     assert (config.output.run_dir / TUNING).read_text() == "mine"
