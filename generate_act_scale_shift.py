@@ -44,12 +44,13 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(session: Any, run: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Largest |x| and shift of every linear's input channels, float32 [in] by full module path."""
+    from quant.blocks.weights import BlockWeights
     from quant.learn.parametrization import InputRange
 
     model, stream = session.model, session.calibration_stream(run)
     scales, shifts = {}, {}
     for index in range(len(model.blocks)):
-        weights = model.block_weights(index, session.device)
+        weights = BlockWeights.read(model, index, session.device)
         spans = {group[0]: InputRange() for group in model.groups}
         stream.run(index, weights, observe={name: span.update for name, span in spans.items()}, advance=True)
         for group in model.groups:

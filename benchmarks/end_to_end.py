@@ -27,6 +27,7 @@ from benchmarks.measuring import flags, peak_of, report, synchronize
 from models import family_of
 from models.load import build_meta, load_config, load_model
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core import env
 from quant.core.gram import GramStats
 from quant.core.types import QuantSpec
@@ -81,7 +82,7 @@ def quantize(directory: Path, method: str, args: argparse.Namespace, whole: int)
     times = dict.fromkeys(("read", "solve"), 0.0)
     for index in range(len(model.blocks)):
         clock = time.perf_counter()
-        weights = model.block_weights(index, device)
+        weights = BlockWeights.read(model, index, device)
         times["read"] += time.perf_counter() - clock
         block = quantize_block(stream, index, weights, recipe)
         times["solve"] += block.seconds

@@ -25,6 +25,7 @@ from models.load import load_config
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core import env
 from quant.core.types import QuantSpec
 from quant.learn import recipes
@@ -73,12 +74,14 @@ def records_of(directory: Path, args: argparse.Namespace, whole: int) -> Iterato
     """Every variant with every kind of attention."""
     for attention in args.attention:
         stream = random_stream(directory, args, 1, "device", attention)
-        weights = stream.model.block_weights(0, stream.device)
+        weights = BlockWeights.read(stream.model, 0, stream.device)
         for label in VARIANTS:
             yield {"method": label, "attention": attention} | measure(label, args, stream, weights, whole)
 
 
-def measure(label: str, args: argparse.Namespace, stream: BlockStream, weights: dict, whole: int) -> dict[str, str]:
+def measure(
+    label: str, args: argparse.Namespace, stream: BlockStream, weights: BlockWeights, whole: int
+) -> dict[str, str]:
     """One variant's figures. Its peak is its own: of the process since the row began."""
     method, wbits, abits, transform = VARIANTS[label]
     asked = Learning(transform=TransformSpec(**transform), clip=True, epochs=1)

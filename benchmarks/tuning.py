@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from benchmarks.measuring import about, flags, machine_line, report
 from models.load import load_model
+from quant.blocks.weights import BlockWeights
 from quant.core import env
 from quant.evaluate.passes import Variant
 from quant.evaluate.perplexity import evaluate
@@ -150,7 +151,7 @@ def peer_figures(args: argparse.Namespace, session: Session, model: str, bits: i
         command = [str(args.peer), str(PEER), model, str(file), str(out), str(bits), "200"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         other = load_model(str(out), dtype=session.model.dtype, cache_dir=out)
-        variant = Variant(lambda index, weights: other.block_weights(index, session.device))
+        variant = Variant(lambda index, weights: BlockWeights.read(other, index, session.device))
         scores = evaluate(session.model, session.evaluation, {"peer": variant}, device=session.device, batch=16)
     figures = entries(session.evaluation, scores, "peer")
     said = json.loads(done.stdout.splitlines()[-1])

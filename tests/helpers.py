@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.cli.errors import exit_code_of
 from quant.core.grid import fit_grid
 from quant.core.types import QuantizedWeight, QuantSpec
@@ -109,7 +110,7 @@ def reference_logits(session: Session, ids: Tensor) -> Tensor:
     outside = session.model.outside_weights(CPU)
     stream = BlockStream(session.model, ids, device=CPU, batch=4).capture(outside)
     for index in range(len(session.model.blocks)):
-        stream.run(index, session.model.block_weights(index, CPU), advance=True, act=session.act)
+        stream.run(index, BlockWeights.read(session.model, index, CPU), advance=True, act=session.act)
     with torch.inference_mode():
         return stream.logits(slice(0, len(ids)), outside).float()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quant.blocks.fake_quant import ActSpec, integer_inputs, quantize_activations
-from quant.blocks.weights import BlockWeights, Deployed
+from quant.blocks.weights import BlockWeights
 from quant.core.names import FULL_BITS
 from quant.kernels.matmul.weight import PackedLinear, PackedWeight
 
@@ -116,7 +116,7 @@ class _InputQuantizer:
 @contextmanager
 def instrument(
     block: nn.Module,
-    weights: Deployed,
+    weights: BlockWeights,
     spec: ActSpec | None = None,
     watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
@@ -130,12 +130,11 @@ def instrument(
         def keep(handle: Any) -> None:
             stack.callback(handle.remove)
 
-        given = BlockWeights.from_named(weights)
-        own, spans = given.parameters, given.input_ranges
-        for linear, packed in given.packed.items():
+        own, spans = dict(weights.parameters), weights.input_ranges
+        for linear, packed in weights.packed.items():
             bias = own.pop(f"{linear}.bias", None)
             _mount(stack, block, linear, packed_linear(packed, bias, spec, spans.get(linear)))
-        for norm, matrix in given.online.items():
+        for norm, matrix in weights.online.items():
             keep(block.get_submodule(norm).register_forward_hook(lambda module, args, out, m=matrix: out @ m))
         if spec is not None and spec.bits < FULL_BITS:
             shared = _InputQuantizer(spec)

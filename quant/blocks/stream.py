@@ -20,7 +20,7 @@ from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
 from quant.blocks.linears import LinearRef, See
-from quant.blocks.weights import Deployed
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError, foreign
 from quant.core.files import reserve, temporary_name
 
@@ -218,7 +218,7 @@ class BlockStream:
     def run(
         self,
         index: int,
-        weights: Deployed,
+        weights: BlockWeights,
         *,
         observe: Mapping[str, See] | Mapping[LinearRef, See] | None = None,
         advance: bool = False,
@@ -229,7 +229,7 @@ class BlockStream:
         observe: for linears of the block, by name or reference, what to do with their inputs; without ``advance`` a batch
         stops as soon as all have seen theirs. advance: the outputs become the next block's inputs, here and of held-out windows,
         which observers do not see. act: how
-        activations are quantized; observers see them quantized. Weights may hold what `instrument` takes.
+        activations are quantized; observers see them quantized.
         Raises InputError where an output is not finite.
         """
         observed = {LinearRef.of_module(k) if isinstance(k, str) else k: see for k, see in (observe or {}).items()}

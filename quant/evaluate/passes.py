@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from models.load import LazyModel, Weights
+from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
-from quant.blocks.weights import Deployed
+from quant.blocks.weights import BlockWeights
 
 FULL = "fp"
 HEAD_ELEMENTS = 1 << 27  # logits computed at a time: half a gigabyte in float32
-Deploy = Callable[[int, Weights], Deployed]  # block index, full-precision weights -> the variant's weights
+Deploy = Callable[[int, BlockWeights], BlockWeights]  # block index, full-precision weights -> the variant's weights
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ def pass_blocks(
 ) -> None:
     """Carry streams (each by variant) through all blocks, side by side. Linears are read only where a variant needs them."""
     n_blocks = len(model.blocks)
-    linears = [f"{name}.weight" for name in model.linear_shapes()]
-    without = linears if all(variant.packed for variant in variants.values()) else []
+    without = list(model.linear_shapes()) if all(variant.packed for variant in variants.values()) else []
     for index in range(n_blocks):
-        weights = model.block_weights(index, device, without=without)
+        weights = BlockWeights.read(model, index, device, without=without)
         for name, variant in variants.items():
             own = variant.deploy(index, weights)
             for by_variant in streams:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from models.load import Weights
+from quant.blocks.linears import LinearRef
+from quant.blocks.weights import BlockWeights
 from quant.learn import attention_term, ingredient, loss_term, recipe
 from quant.learn.config import Learning
 from quant.learn.omniquant import omniquant
@@ -61,16 +62,18 @@ class Compensation(Parametrization):
     rate = COMPENSATION_LR
 
     def __init__(self, linear: str) -> None:
-        self.name, self.weight = f"rank1.{linear}", f"{linear}.weight"
+        self.name, self.linear = f"rank1.{linear}", LinearRef.of_module(linear)
 
-    def initial(self, weights: Weights, ranges: Mapping[str, InputRange]) -> Parameters:
+    def initial(self, weights: BlockWeights, ranges: Mapping[str, InputRange]) -> Parameters:
         """Nothing added, and a gradient for a."""
-        (n_out, n_in), device = weights[self.weight].shape, weights[self.weight].device
+        weight = self.linear.weight(weights.parameters)
+        (n_out, n_in), device = weight.shape, weight.device
         return {"left": torch.zeros(n_out, 1, device=device), "right": torch.ones(1, n_in, device=device)}
 
-    def apply(self, weights: Weights, parameters: Parameters) -> Weights:
+    def apply(self, weights: BlockWeights, parameters: Parameters) -> BlockWeights:
         """The sum, in place of the weight."""
-        return {**weights, self.weight: weights[self.weight] + parameters["left"] * parameters["right"]}
+        weight = self.linear.weight(weights.parameters) + parameters["left"] * parameters["right"]
+        return replace(weights, parameters=self.linear.replace(weights.parameters, weight))
 
 
 @loss_term("distribution")

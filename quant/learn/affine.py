@@ -7,7 +7,7 @@ diagonal A and the shift only. Everything is out of place and differentiable.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, repeat
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from models.family import HeadLayout, ResidualStream, Seam, places
 from models.load import Weights
-from quant.blocks.weights import online_name
-
-ONLINE_DTYPE = torch.float16  # in which it is kept, whatever the checkpoint's own
+from quant.blocks.weights import BlockWeights
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,22 @@ class Affine:
 
 
 def apply_seam(
+    weights: BlockWeights, seam: Seam, layout: HeadLayout, affine: Affine, norm_offset: float = 0.0
+) -> BlockWeights:
+    """The block's weights with the transform in them; entries that stay are the same tensors."""
+    new = weights.with_parameters(rewrite(weights.parameters, seam, layout, affine, norm_offset))
+    if seam.kind != "norm" or not affine.dense:
+        return new
+    # No norm holds it: it goes behind, as a matrix of its own
+    matrices = dict.fromkeys(places(seam.producers, outside=False), affine.matrix()[0])
+    return replace(new, online={**new.online, **matrices})
+
+
+def rewrite(
     weights: Weights, seam: Seam, layout: HeadLayout, affine: Affine, norm_offset: float = 0.0, outside: bool = False
 ) -> Weights:
-    """The block's weights with the transform in them, or those outside the blocks; entries that stay are the same tensors."""
+    """Parameters of a block with the transform in them, or those outside the blocks; entries that stay are the same tensors.
+    Norms keep their weights under a dense A, which is no parameter of theirs."""
     heads = affine.inverse.shape[0]
     if seam.kind == "qk":  # the product of queries and keys undoes it: there is no consumer
         queries = _producer(weights, *layout.q, heads, affine.forward_rows)
@@ -94,7 +105,7 @@ def rotate(
     norm_offset: float = 0.0,
     outside: bool = False,
 ) -> Weights:
-    """Weights of a model whose residual stream is x' = x Q: of one block, or those outside the blocks.
+    """Parameters of a model whose residual stream is x' = x Q: of one block, or those outside the blocks.
 
     matrix: Q [hidden, hidden], orthogonal, the same in all calls: lengths stay, so an RMSNorm without weights gives x' / |x'|
     = (x / |x|) Q. The norms' weights go into their readers first (QuaRot, Ashkboos et al. 2024, section 4, after SliceGPT,
@@ -103,9 +114,9 @@ def rotate(
     for seam in stream.norms:
         for norm in places(seam.producers, outside):
             scale = weights[f"{norm}.weight"] + norm_offset
-            weights = apply_seam(weights, seam, layout, Affine(scale[None]), norm_offset, outside)
+            weights = rewrite(weights, seam, layout, Affine(scale[None]), norm_offset, outside)
             weights[f"{norm}.weight"] = torch.full_like(scale, 1 - norm_offset)  # also where the scale is 0
-    return apply_seam(weights, stream.seam, layout, Affine(matrix.T[None]), norm_offset, outside)
+    return rewrite(weights, stream.seam, layout, Affine(matrix.T[None]), norm_offset, outside)
 
 
 def _all_rows(weights: Weights, linear: str) -> Tensor:
@@ -138,14 +149,14 @@ def _consumer(weights: Weights, linear: str, affine: Affine, repeats: int) -> We
 
 
 def _norm(weights: Weights, norm: str, affine: Affine, offset: float) -> Weights:
-    """The norm's weight and bias; a dense A goes behind the norm as a matrix of its own."""
+    """The norm's weight and bias; of a dense A it takes the shift alone."""
     new: Weights = {}
     bias = weights.get(f"{norm}.bias")
     if affine.shift is not None:
         assert bias is not None
         bias = new[f"{norm}.bias"] = bias - affine.shift[0]
     if affine.dense:
-        return {**new, online_name(norm): affine.matrix()[0]}
+        return new
     scale = affine.inverse[0]
     new[f"{norm}.weight"] = (weights[f"{norm}.weight"] + offset) / scale - offset
     if bias is not None:

@@ -10,24 +10,26 @@ solver that follows gets the grid of the same formula.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.load import LazyModel, Weights
+from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.weights import is_online
+from quant.blocks.linears import LinearRef
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.grid import range_to_grid
 from quant.core.rounding import RoundTo
 from quant.core.types import Grid, QuantSpec
-from quant.learn import affine as seams
 from quant.learn import ingredient
 from quant.learn.config import Learning
 from quant.learn.fake_quant import fake_quantize, grid_of, group_range
 from quant.learn.parametrization import Block, InputRange, Parameters, Parametrization
+
+ONLINE_DTYPE = torch.float16  # of matrices behind norms, whatever the checkpoint's own
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class LearnedBlock:
     and the seams that are shifted besides scaled.
     """
 
-    weights: Weights
-    targets: Weights
+    weights: BlockWeights
+    targets: Mapping[str, Tensor]
     grids: Mapping[str, Grid]
-    tensors: Weights
+    tensors: BlockWeights
     parameters: Parameters
     log: Mapping[str, Any]
 
@@ -59,7 +61,7 @@ class Learner:
         self,
         model: LazyModel,
         index: int,
-        weights: Weights,
+        weights: BlockWeights,
         spec: QuantSpec | None,
         act: ActSpec,
         learning: Learning,
@@ -68,9 +70,12 @@ class Learner:
     ) -> None:
         self.model, self.index, self.spec, self.act, self.learning = model, index, spec, act, learning
         wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self.weights = {k: t.to(wide) if t.is_floating_point() else t for k, t in weights.items()}
+        self.weights = weights.with_parameters(
+            {k: t.to(wide) for k, t in weights.parameters.items() if t.is_floating_point()}
+        )
         block = Block(model, index, weights, spec, learning)
         self.linears = block.linears
+        self.gridded = {LinearRef.of_module(name).parameter: name for name in self.linears} if spec else {}
         self.parametrizations: list[Parametrization] = [
             part for make in ingredient.pick(learning.ingredients) for part in make(block)
         ]
@@ -123,7 +128,7 @@ class Learner:
         for (part, raw), (_, old) in zip(self.parts(self.parameters), self.parts(before), strict=True):
             part.after_step(raw, old, at)
 
-    def transform(self, effective: Mapping[str, Tensor]) -> Weights:
+    def transform(self, effective: Mapping[str, Tensor]) -> BlockWeights:
         """The block's weights with every parametrization in them, not quantized, float32 (or float64)."""
         weights = self.weights
         for part, own in self.parts(effective):
@@ -138,32 +143,36 @@ class Learner:
             low, high = part.clip(linear, low, high, own)
         return range_to_grid(low, high, self.spec)
 
-    def materialize(self, effective: Mapping[str, Tensor]) -> Weights:
+    def materialize(self, effective: Mapping[str, Tensor]) -> BlockWeights:
         """The weights that the block is trained with and deployed with, in the arithmetic's dtype."""
-        weights = {}
         # 1. The same function with other numbers inside (and what compensates for rounding).
-        for name, tensor in self.transform(effective).items():
-            linear, _, entry = name.rpartition(".")
-            # 2. Weights of linears on their grids, which are those of the transformed weights.
-            if self.spec is not None and entry == "weight" and linear in self.linears:
-                scale, zero = self.scale_zero(linear, tensor, effective)
-                tensor = fake_quantize(tensor, scale, zero, self.spec.qmax)
-            # 3. What a checkpoint makes of the numbers. Gradients pass 2 and 3 straight through.
-            weights[name] = self._round_as_stored(name, tensor)
-        return weights
+        weights = self.transform(effective)
+        # 2. Weights of linears on their grids, which are those of the transformed weights.
+        on_grids = {}
+        for name, linear in self.gridded.items():
+            assert self.spec is not None
+            weight = weights.parameters[name]
+            scale, zero = self.scale_zero(linear, weight, effective)
+            on_grids[name] = fake_quantize(weight, scale, zero, self.spec.qmax)
+        # 3. What a checkpoint makes of the numbers. Gradients pass 2 and 3 straight through.
+        return self._round_as_stored(weights.with_parameters(on_grids))
 
-    def _round_as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        """As a checkpoint holds it, in the arithmetic's dtype."""
-        if not tensor.is_floating_point():
-            return tensor
-        storage = self._storage_dtype(name)
-        if storage != tensor.dtype:
-            tensor = RoundTo.apply(tensor, storage)
-        return tensor.to(self.model.dtype)
+    def _round_as_stored(self, weights: BlockWeights) -> BlockWeights:
+        """As a checkpoint holds them, in the arithmetic's dtype."""
 
-    def _storage_dtype(self, name: str) -> torch.dtype:
-        """In which a checkpoint holds an entry of floating-point numbers that no solver rounds."""
-        return seams.ONLINE_DTYPE if is_online(name) else self.model.storage_of(name, self.index)
+        def as_stored(tensor: Tensor, storage: torch.dtype) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            return (tensor if tensor.dtype == storage else RoundTo.apply(tensor, storage)).to(self.model.dtype)
+
+        return replace(
+            weights,
+            parameters={name: as_stored(t, self._storage_of(name)) for name, t in weights.parameters.items()},
+            online={norm: as_stored(matrix, ONLINE_DTYPE) for norm, matrix in weights.online.items()},
+        )
+
+    def _storage_of(self, name: str) -> torch.dtype:
+        return self.model.storage_of(name, self.index)
 
     def facts(self, effective: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the parametrizations say of the block: counts added up, of margins the smallest."""
@@ -178,25 +187,28 @@ class Learner:
     def finish(self, effective: Parameters, record: Mapping[str, Any]) -> LearnedBlock:
         """The block with these parameters, for the solver."""
         weights = self.transform(effective)
-        targets = {name: weights[f"{name}.weight"] for name in self.linears}
+        targets = {name: weights.weight(name) for name in self.linears}
         grids = {}
         if self.spec is not None:
             for name, weight in targets.items():
                 scale, zero = self.scale_zero(name, weight, effective)
                 grids[name] = grid_of(scale, zero, weight.shape[1], self.spec.qmax)
         # The solver's codes stand for the weights that have a grid; every other entry that is new is kept as it is.
-        solved = {f"{name}.weight" for name in grids}
-        changed = {k: t for k, t in weights.items() if k not in solved and t is not self.weights.get(k)}
-        tensors = {k: t.to(self._storage_dtype(k)) for k, t in changed.items()}
+        changed = weights.since(self.weights)
+        kept = {name: t for name, t in changed.parameters.items() if name not in self.gridded}
+        tensors = BlockWeights(
+            parameters={name: t.to(self._storage_of(name)) for name, t in kept.items()},
+            online={norm: matrix.to(ONLINE_DTYPE) for norm, matrix in changed.online.items()},
+        )
         return LearnedBlock(
-            weights={k: self._round_as_stored(k, t) for k, t in weights.items()},
+            weights=self._round_as_stored(weights),
             targets={name: weight.float() for name, weight in targets.items()},
             grids=grids,
             tensors=tensors,
             parameters={k: p.detach().clone() for k, p in effective.items()},
             log={
                 **record,
-                "online_parameters": sum(t.numel() for k, t in tensors.items() if is_online(k)),
+                "online_parameters": sum(matrix.numel() for matrix in tensors.online.values()),
                 "shifted": [k.removesuffix(".shift") for k in effective if k.endswith(".shift")],
             },
         )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.load import Weights
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.types import QuantSpec
 from quant.learn.config import Learning
@@ -29,12 +29,12 @@ def learn_block(
     quantized: BlockStream,
     training: BlockStream,
     index: int,
-    weights: Weights,
+    weights: BlockWeights,
     spec: QuantSpec | None,
     act: ActSpec,
     learning: Learning,
     *,
-    exact: Weights | None = None,
+    exact: BlockWeights | None = None,
     ranges: Mapping[str, InputRange] | None = None,
     start: Parameters | None = None,
     progress: Progress = lambda epoch, epochs, now, first: None,

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from models.load import Weights
 from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.learn import attention_term, loss_term
 from quant.learn.config import Learning
 from quant.learn.learner import Learner
@@ -43,14 +43,14 @@ class BlockLoss:
     """
 
     def __init__(
-        self, learner: Learner, original: Weights, targets: list[Any], teacher: BlockStream | None = None
+        self, learner: Learner, original: BlockWeights, targets: list[Any], teacher: BlockStream | None = None
     ) -> None:
         self.learner, self.original, self.targets, self.teacher = learner, original, targets, teacher
         names, of_attention = learner.learning.loss_terms, attention_term.entries()
         self.output_terms = loss_term.pick(name for name in names if name not in of_attention)
         self.attention_terms = attention_term.pick(name for name in names if name in of_attention)
 
-    def __call__(self, stream: BlockStream, weights: Weights, rows: slice, arguments: list) -> Tensor:
+    def __call__(self, stream: BlockStream, weights: BlockWeights, rows: slice, arguments: list) -> Tensor:
         """Mean loss of the samples ``rows``, a float32 scalar on the device."""
         learner = self.learner
         logits: list[Tensor] = []

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from models.load import Weights
+from quant.blocks.weights import BlockWeights
 from quant.core.types import QuantSpec
 from quant.learn import ingredient, recipe
 from quant.learn.config import Learning
@@ -55,9 +55,9 @@ class WeightClip(Parametrization):
     def __init__(self, linear: str, spec: QuantSpec, rate: float) -> None:
         self.name, self.linear, self.spec, self.rate = f"clip.{linear}", linear, spec, rate
 
-    def initial(self, weights: Weights, ranges: Mapping[str, InputRange]) -> Parameters:
+    def initial(self, weights: BlockWeights, ranges: Mapping[str, InputRange]) -> Parameters:
         """Nearly all of the range, float32."""
-        weight = weights[f"{self.linear}.weight"]
+        weight = weights.weight(self.linear)
         shape = (weight.shape[0], self.spec.n_groups(weight.shape[1]))
         logits = torch.full(shape, INITIAL_LOGIT, device=weight.device)
         return {"lower": logits, "upper": logits.clone()}

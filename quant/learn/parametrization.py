@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from models.load import LazyModel, Weights
+from models.load import LazyModel
+from quant.blocks.weights import BlockWeights
 from quant.core.types import QuantSpec
 from quant.learn.config import Learning
 
@@ -40,7 +41,7 @@ class Block:
 
     model: LazyModel
     index: int
-    weights: Weights
+    weights: BlockWeights
     spec: QuantSpec | None
     learning: Learning
 
@@ -55,14 +56,14 @@ class Parametrization(Protocol):
     block files hold, so that names stay as they are.
 
     rate: AdamW's. guarded: keys whose values before a step `after_step` is given. An ingredient writes what it needs of
-    the rest: what is not written does nothing. Weights change out of place, and gradients pass.
+    the rest: what is not written does nothing. BlockWeights change out of place, and gradients pass.
     """
 
     name: str
     rate: float
     guarded: ClassVar[tuple[str, ...]] = ()
 
-    def initial(self, weights: Weights, ranges: Mapping[str, InputRange]) -> Parameters:
+    def initial(self, weights: BlockWeights, ranges: Mapping[str, InputRange]) -> Parameters:
         """Parameters to start from. ranges: of the linears' inputs, where ``let`` is asked for."""
         ...
 
@@ -74,7 +75,7 @@ class Parametrization(Protocol):
         """The parameters that have these effective ones at progress 1, to continue from."""
         return effective
 
-    def apply(self, weights: Weights, parameters: Parameters) -> Weights:
+    def apply(self, weights: BlockWeights, parameters: Parameters) -> BlockWeights:
         """The block's weights, not quantized, at these effective parameters."""
         return weights
 

@@ -14,7 +14,7 @@ from einops import reduce
 from torch import Tensor
 
 from models.family import HeadLayout, ModelFamily, Seam
-from models.load import Weights
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.learn import transform
 from quant.learn.affine import Affine, apply_seam
@@ -47,16 +47,16 @@ class Transform(Parametrization):
         """M = A⁻¹ at effective parameters: a diagonal's entries [heads, d], or dense [heads, d, d]."""
         raise NotImplementedError
 
-    def initial(self, weights: Weights, ranges: Mapping[str, InputRange]) -> Parameters:
+    def initial(self, weights: BlockWeights, ranges: Mapping[str, InputRange]) -> Parameters:
         """SmoothQuant's scale absmax(x)^α / absmax(W)^(1-α), identity on ``qk``; the middle of the inputs as shift."""
         scale, shift = self._smooth(weights, ranges)
         parameters = self.start(scale) | ({"shift": shift} if self.shift else {})
         return {key: tensor.clone() for key, tensor in parameters.items()}
 
-    def _smooth(self, weights: Weights, ranges: Mapping[str, InputRange]) -> tuple[Tensor, Tensor]:
+    def _smooth(self, weights: BlockWeights, ranges: Mapping[str, InputRange]) -> tuple[Tensor, Tensor]:
         """Scale and shift [heads, d]."""
         if self.seam.kind == "qk":
-            ones = torch.ones(self.layout.k[1].shape, device=weights[f"{self.layout.k[0]}.weight"].device)
+            ones = torch.ones(self.layout.k[1].shape, device=weights.device)
             return ones, torch.zeros_like(ones)
         heads = self.layout.k[1].shape[0] if self.seam.kind == "vo" else 1
         repeats = self.layout.repeats if self.seam.kind == "vo" else 1
@@ -66,7 +66,7 @@ class Transform(Parametrization):
 
         inputs = ranges[self.seam.consumers[0]]
         assert inputs.absmax is not None and inputs.shift is not None
-        largest = torch.stack([weights[f"{c}.weight"].float().abs().amax(0) for c in self.seam.consumers]).amax(0)
+        largest = torch.stack([weights.weight(c).float().abs().amax(0) for c in self.seam.consumers]).amax(0)
         x = by_head(inputs.absmax.to(largest.device), "max").clamp(min=1e-5)
         w = by_head(largest, "max").clamp(min=1e-5)
         scale = (x**self.spec.alpha / w ** (1 - self.spec.alpha)).clamp(min=1e-5)
@@ -76,7 +76,7 @@ class Transform(Parametrization):
         """A at these effective parameters."""
         return Affine(self.inverse(parameters), parameters.get("shift"), self.spec.precise)
 
-    def apply(self, weights: Weights, parameters: Parameters) -> Weights:
+    def apply(self, weights: BlockWeights, parameters: Parameters) -> BlockWeights:
         """The block's weights with this transform in them."""
         return apply_seam(weights, self.seam, self.layout, self.affine(parameters), self.norm_offset)
 
@@ -122,15 +122,17 @@ class StraightThrough(torch.autograd.Function):
 
 
 def transforms_for(
-    family: ModelFamily, config: object, weights: Weights, spec: TransformSpec, rate: float
+    family: ModelFamily, config: object, weights: BlockWeights, spec: TransformSpec, rate: float
 ) -> list[Transform]:
     """The transforms of a block; none without ``let``. Shifts stand where producer and consumers have biases."""
-    transforms, layout = [], family.heads(config).to(next(iter(weights.values())).device)
+    transforms, layout = [], family.heads(config).to(weights.device)
     for seam in family.seams(config) if spec.let else ():
         if seam.kind not in spec.kinds:
             continue
         biased = (layout.v[0] if seam.kind == "vo" else seam.producer, *seam.consumers)
-        shift = spec.shift and seam.kind in ("norm", "vo") and all(f"{name}.bias" in weights for name in biased)
+        shift = (
+            spec.shift and seam.kind in ("norm", "vo") and all(f"{name}.bias" in weights.parameters for name in biased)
+        )
         plain = RopeScale if commutes_with_rope(seam, layout, spec) else Scale
         others = (kind for kind in transform.entries().values() if kind.stands_at(seam, layout, spec))
         transforms.append(next(others, plain)(seam, layout, spec, shift, family.norm_offset, rate))

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quant.blocks.stream import STORE
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.files import (
     RECORD,
@@ -207,7 +208,7 @@ class RunDirectory:
         records: list[LinearRecord],
         seconds: Mapping[str, float],
         *,
-        changed: Mapping[str, Tensor] | None = None,
+        changed: BlockWeights | None = None,
         learned: Mapping[str, Tensor] | None = None,
         learning: Mapping[str, Any] | None = None,
         tuning: Mapping[str, Any] | None = None,
@@ -217,7 +218,8 @@ class RunDirectory:
         changed: what is deployed otherwise than in the checkpoint, besides the solved linears. learned: parameters to
         continue from.
         """
-        tensors = {CHANGED + name: tensor.cpu().contiguous() for name, tensor in (changed or {}).items()}
+        others = changed.named() if changed else {}
+        tensors = {CHANGED + name: tensor.cpu().contiguous() for name, tensor in others.items()}
         linears: dict[str, Any] = {}
         for name, weight in weights.items():
             grid = weight.grid
@@ -253,11 +255,11 @@ class RunDirectory:
             entries = json.loads(file.metadata()["linears"])
             return {name: _read_linear(file, name, entry).check() for name, entry in entries.items()}
 
-    def read_changed(self, index: int) -> dict[str, Tensor]:
+    def read_changed(self, index: int) -> BlockWeights:
         """What a finished block deploys otherwise than the checkpoint, besides the solved linears."""
         with self._open_block(index) as file:
             self._verify(index, file)
-        return self._read_prefixed(index, CHANGED)
+        return BlockWeights.from_named(self._read_prefixed(index, CHANGED))
 
     def read_learned(self, index: int) -> dict[str, Tensor]:
         """The learned parameters of a finished block."""

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from models.load import LazyModel, Weights
+from models.load import LazyModel
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.learn.learner import LearnedBlock
 from quant.learn.loop import learn_block
 from quant.run.calibration import calibration_stream, shortage
@@ -52,7 +53,7 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
     pair = _Pair(inputs, stream, job, progress) if recipe.learning else None
     tuner = BlockTuner(inputs, stream, job, progress) if job.tunes("block") else None
     for index in range(n_blocks):
-        weights = inputs.model.block_weights(index, inputs.device)
+        weights = BlockWeights.read(inputs.model, index, inputs.device)
         if index < len(summaries):
             note = "from disk"
             stream.run(index, read_block(inputs.model, target, index, weights), advance=True, act=act)
@@ -82,7 +83,7 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
     return summaries
 
 
-def read_block(model: LazyModel, target: RunDirectory, index: int, weights: Weights) -> Weights:
+def read_block(model: LazyModel, target: RunDirectory, index: int, weights: BlockWeights) -> BlockWeights:
     """The weights that a finished block deploys, from the codes on disk."""
     solved, changed = target.read_weights(index), target.read_changed(index)
     return deploy(weights, solved, model, index, changed)
@@ -108,7 +109,7 @@ class _Pair:
         self.training = quantized.in_batches_of(self.learning.batch, outside)
         self.start = None if job.run.resume is None else RunDirectory(job.run.resume)
 
-    def learn(self, index: int, weights: Weights) -> LearnedBlock:
+    def learn(self, index: int, weights: BlockWeights) -> LearnedBlock:
         """Learn block ``index`` from the usual start, or from the parameters of the run that is resumed."""
         n_blocks, epochs = self.job.n_blocks, self.learning.epochs
 
@@ -131,13 +132,13 @@ class _Pair:
             progress=progress,
         )
 
-    def _exact(self, index: int) -> Weights | None:
+    def _exact(self, index: int) -> BlockWeights | None:
         """The block's weights in float32 where the arithmetic would round those of the checkpoint."""
         model = self.inputs.model
         held = {dtype for name, dtype in model.storage.items() if name.startswith(f"{model.family.blocks}.{index}.")}
         if held == {model.dtype} or model.dtype in (torch.float32, torch.float64):
             return None
-        return model.block_weights(index, self.inputs.device, torch.float32)
+        return BlockWeights.read(model, index, self.inputs.device, torch.float32)
 
 
 def compare_layers(inputs: Inputs, runs: Sequence[RunConfig], progress: Progress) -> list[Record]:
@@ -151,7 +152,7 @@ def compare_layers(inputs: Inputs, runs: Sequence[RunConfig], progress: Progress
     with tempfile.TemporaryDirectory() as directory:
         stream = calibration_stream(inputs, runs[0], Path(directory))
         for index in range(n_blocks):
-            weights = inputs.model.block_weights(index, inputs.device)
+            weights = BlockWeights.read(inputs.model, index, inputs.device)
             records += [record.to_json() for record in compare_block(stream, index, weights, recipes)]
             if index + 1 < n_blocks:
                 stream.run(index, weights, advance=True)

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.load import LazyModel, Weights, load_model
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.weights import Deployed
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.names import FULL_BITS
 from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.kernels.matmul.pack import pack_block
-from quant.kernels.matmul.weight import PackedWeight
 from quant.run.directory import RunDirectory, check_manifest
 from quant.run.request import Request
 from quant.run.stored import Allowed
@@ -30,7 +29,7 @@ class Quantized:
 
     model: LazyModel
     solved: Callable[[int], Mapping[str, QuantizedWeight]]
-    changed: Callable[[int], Mapping[str, Tensor]]
+    changed: Callable[[int], BlockWeights]
     act: ActSpec
 
 
@@ -46,12 +45,13 @@ class FinishedRun:
 
     def quantized(self) -> Quantized:
         """Its answers; none for blocks that were left alone."""
-
-        def read(method: Callable[[int], Any]) -> Callable[[int], Any]:
-            return lambda index: method(index) if index < self.n_blocks else {}
-
         directory = self.directory
-        return Quantized(self.model, read(directory.read_weights), read(directory.read_changed), self.request.run.act)
+        return Quantized(
+            self.model,
+            lambda index: directory.read_weights(index) if index < self.n_blocks else {},
+            lambda index: directory.read_changed(index) if index < self.n_blocks else BlockWeights(),
+            self.request.run.act,
+        )
 
 
 def open_run(
@@ -113,20 +113,20 @@ def of_checkpoint(model: LazyModel) -> Quantized:
     """The answers in the model's own checkpoint; none if it is plain."""
     checkpoint = model.checkpoint
     if not isinstance(checkpoint, QuantizedCheckpoint):
-        return Quantized(model, lambda index: {}, lambda index: {}, ActSpec())
-    return Quantized(model, lambda index: checkpoint.solved(model, index), lambda index: {}, checkpoint.act)
+        return Quantized(model, lambda index: {}, lambda index: BlockWeights(), ActSpec())
+    return Quantized(model, lambda index: checkpoint.solved(model, index), lambda index: BlockWeights(), checkpoint.act)
 
 
 @dataclass(frozen=True)
 class Resident:
-    """A model in memory. weights: of its blocks as `instrument` takes them, by block.linear names, packed ones packed.
+    """A model in memory. weights: of all its blocks by ``<index>.<name>``, as `instrument` takes them.
 
     packed_bytes: of the packed linears; stored_bytes: what they would take in storage; other_bytes: everything else.
     """
 
     module: nn.Module
     blocks: nn.Module
-    weights: Deployed
+    weights: BlockWeights
     act: ActSpec
     packed_bytes: int
     stored_bytes: int
@@ -136,27 +136,22 @@ class Resident:
 def load_resident(quantized: Quantized, device: torch.device) -> Resident:
     """Bring a model into memory, block by block, with its linears packed."""
     model = quantized.model
-    state: Weights = {}
-    packed: dict[str, PackedWeight] = {}
+    weights = BlockWeights()
     packed_bytes = stored_bits = 0
     outside = model.outside_weights(device)
     for index in range(len(model.blocks)):
         solved = quantized.solved(index)
-        own = model.block_weights(index, device, without=[f"{name}.weight" for name in solved])
-        own |= {name: t.to(device, model.dtype) for name, t in quantized.changed(index).items()}
-        linears = pack_block(solved, device)
-        packed_bytes += sum(weight.nbytes() for weight in linears.values())
+        own = BlockWeights.read(model, index, device, without=solved) | quantized.changed(index).to(device, model.dtype)
+        packed = pack_block(solved, device)
+        packed_bytes += sum(weight.nbytes() for weight in packed.values())
         stored_bits += sum(weight.storage_bits() for weight in solved.values())
-        state |= {f"{index}.{name}": tensor for name, tensor in own.items()}
-        packed |= {f"{index}.{name}": weight for name, weight in linears.items()}
+        weights |= own.with_packed(packed).within(index)
     blocks = model.blocks
     _assign(model.module, outside)
     held = {name for name, _ in [*blocks.named_parameters(), *blocks.named_buffers()]}
-    _assign(blocks, {name: tensor for name, tensor in state.items() if name in held})
-    others = sum(t.nbytes for t in {t.data_ptr(): t for t in [*outside.values(), *state.values()]}.values())
-    return Resident(
-        model.module, blocks, {**state, **packed}, quantized.act, packed_bytes, (stored_bits + 7) // 8, others
-    )
+    _assign(blocks, {name: tensor for name, tensor in weights.parameters.items() if name in held})
+    others = sum(t.nbytes for t in {t.data_ptr(): t for t in [*outside.values(), *weights.named().values()]}.values())
+    return Resident(model.module, blocks, weights, quantized.act, packed_bytes, (stored_bits + 7) // 8, others)
 
 
 def _assign(module: nn.Module, tensors: Weights) -> None:

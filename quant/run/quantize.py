@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.load import LazyModel, Weights
+from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.linears import LinearRef
 from quant.blocks.stream import BlockStream
-from quant.blocks.weights import input_range_name
+from quant.blocks.weights import BlockWeights
 from quant.core.env import peak_bytes
 from quant.core.errors import InputError, RunError
 from quant.core.gram import GramStats, InputSample
@@ -58,23 +58,24 @@ class Recipe:
 
 
 def deploy(
-    weights: Weights,
+    weights: BlockWeights,
     solved: Mapping[str, QuantizedWeight],
     model: LazyModel,
     index: int,
-    changed: Mapping[str, Tensor] | None = None,
-) -> Weights:
+    changed: BlockWeights | None = None,
+) -> BlockWeights:
     """Weights of block ``index`` with the solved linears, and what else was changed, in place: as a checkpoint holds
     them (each rounded to its own dtype there), in the arithmetic's dtype.
 
     Raises RunError, with the tensor's name, where the dtype of the checkpoint or of the run cannot hold a number.
     """
-    device = next(iter(weights.values())).device
-    deployed = weights | {name: tensor.to(device=device, dtype=model.dtype) for name, tensor in (changed or {}).items()}
+    deployed = weights if changed is None else weights | changed.to(weights.device, model.dtype)
+    parameters = deployed.parameters
     for linear, quantized in ((LinearRef.of_module(name), answer) for name, answer in solved.items()):
-        stored = quantized.to(device).dequantize().to(model.storage_of(linear.parameter, index))
-        deployed = linear.replace(deployed, stored.to(model.dtype))
-    for name, tensor in ((name, tensor) for name, tensor in deployed.items() if tensor is not weights.get(name)):
+        stored = quantized.to(weights.device).dequantize().to(model.storage_of(linear.parameter, index))
+        parameters = linear.replace(parameters, stored.to(model.dtype))
+    deployed = replace(deployed, parameters=parameters)
+    for name, tensor in deployed.since(weights).named().items():
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # no mask of the whole tensor
             kept, used = (str(dtype).removeprefix("torch.") for dtype in (model.storage_of(name, index), model.dtype))
             raise RunError(
@@ -88,9 +89,9 @@ class SolvedBlock:
     """A block after its linears were solved: deployed weights, the answers by name, what else was changed, journal
     records, solver seconds."""
 
-    weights: Weights
+    weights: BlockWeights
     solved: Mapping[str, QuantizedWeight]
-    changed: Weights
+    changed: BlockWeights
     records: list[LinearRecord]
     seconds: float
 
@@ -107,13 +108,13 @@ class InputStats:
 def observe(
     stream: BlockStream,
     index: int,
-    weights: Weights,
+    weights: BlockWeights,
     groups: Sequence[Sequence[str]],
     act: ActSpec | None = None,
 ) -> dict[str, InputStats]:
     """Inputs of block ``index`` by the first linear of each group; the stream stays in front of it."""
     linears = [LinearRef.of_module(group[0]) for group in groups]
-    stats = {linear.name: GramStats(linear.weight(weights).shape[1], stream.device) for linear in linears}
+    stats = {linear.name: GramStats(linear.weight(weights.parameters).shape[1], stream.device) for linear in linears}
     stream.run(index, weights, observe={linear: stats[linear.name].update for linear in linears}, act=act)
     heldout = stream.heldout
     if heldout is None:
@@ -127,7 +128,7 @@ def observe(
 def quantize_block(
     stream: BlockStream,
     index: int,
-    weights: Weights,
+    weights: BlockWeights,
     recipe: Recipe,
     learned: LearnedBlock | None = None,
 ) -> SolvedBlock:
@@ -137,7 +138,7 @@ def quantize_block(
     """
     groups = stream.model.groups
     stages = [[group] for group in groups] if recipe.true_sequential else [list(groups)]
-    weights, changed = (learned.weights, dict(learned.tensors)) if learned else (weights, {})
+    weights, changed = (learned.weights, learned.tensors) if learned else (weights, BlockWeights())
     if recipe.spec is None:
         stages = []
     solved: dict[str, QuantizedWeight] = {}
@@ -145,7 +146,7 @@ def quantize_block(
     for stage in stages:
         stats = observe(stream, index, weights, stage, recipe.act)
         for name, inputs in ((name, stats[group[0]]) for group in stage for name in group):
-            weight, grid = LinearRef.of_module(name).weight(weights), None
+            weight, grid = weights.weight(name), None
             if learned is not None:
                 weight, grid = learned.targets[name], learned.grids[name]
             solved[name], record = solve_linear(index, name, weight, inputs, recipe, grid)
@@ -154,13 +155,13 @@ def quantize_block(
         new = {name: solved[name] for group in stage for name in group}
         weights = deploy(weights, new, stream.model, index)
     if recipe.act.method == "static":
-        changed |= static_ranges(stream, index, weights, recipe.act)
+        changed = replace(changed, input_ranges=static_ranges(stream, index, weights, recipe.act))
     weights = deploy(weights, {}, stream.model, index, changed)
     return SolvedBlock(weights, solved, changed, records, sum(record.seconds for record in records))
 
 
-def static_ranges(stream: BlockStream, index: int, weights: Weights, act: ActSpec) -> Weights:
-    """Lowest and highest input of every linear of a deployed block over the calibration data, float32 [2] each."""
+def static_ranges(stream: BlockStream, index: int, weights: BlockWeights, act: ActSpec) -> dict[str, Tensor]:
+    """Lowest and highest input of every linear of a deployed block over the calibration data, float32 [2] each, by linear."""
     spans: dict[str, Tensor] = {}
 
     def see(name: str) -> Callable[[Tensor], None]:
@@ -173,15 +174,17 @@ def static_ranges(stream: BlockStream, index: int, weights: Weights, act: ActSpe
 
     names = [name for group in stream.model.groups for name in group]
     stream.run(index, weights, observe={name: see(name) for name in names}, act=replace(act, bits=FULL_BITS))
-    return {input_range_name(name): span for name, span in spans.items()}
+    return spans
 
 
-def compare_block(stream: BlockStream, index: int, weights: Weights, recipes: Sequence[Recipe]) -> list[LinearRecord]:
+def compare_block(
+    stream: BlockStream, index: int, weights: BlockWeights, recipes: Sequence[Recipe]
+) -> list[LinearRecord]:
     """Records of every recipe for every linear of block ``index``, from one set of statistics; nothing is deployed."""
     groups = stream.model.groups
     stats = observe(stream, index, weights, groups)
     return [
-        solve_linear(index, name, LinearRef.of_module(name).weight(weights), stats[group[0]], recipe)[1]
+        solve_linear(index, name, weights.weight(name), stats[group[0]], recipe)[1]
         for group in groups
         for name in group
         for recipe in recipes

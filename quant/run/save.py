@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from quant.blocks.linears import LinearRef
 from quant.core.errors import InputError, RunError
 from quant.core.types import QuantizedWeight
 from quant.export.target import size_on_disk
@@ -55,8 +56,8 @@ def deployed_in(directory: RunDirectory, n_blocks: int) -> Callable[[int], Mappi
     def deployed(index: int) -> Mapping[str, Tensor | QuantizedWeight]:
         if index >= n_blocks:
             return {}
-        solved = {f"{name}.weight": weight for name, weight in directory.read_weights(index).items()}
-        return directory.read_changed(index) | solved
+        solved = {LinearRef.of_module(name).parameter: one for name, one in directory.read_weights(index).items()}
+        return directory.read_changed(index).named() | solved
 
     return deployed
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from models.load import Weights
 from quant.blocks.stream import BlockStream
-from quant.blocks.weights import Deployed
+from quant.blocks.weights import BlockWeights
 from quant.core.names import FULL_BITS
 from quant.core.types import QuantizedWeight
 from quant.evaluate.passes import FULL, Variant
@@ -110,7 +109,7 @@ def _variant(inputs: Inputs, job: Job) -> Variant:
     """The quantized form of a job: its codes are read back from the run directory, block by block."""
     model, packed = inputs.model, job.output.packed and job.run.wbits != FULL_BITS
 
-    def block(index: int, weights: Weights) -> Deployed:
+    def block(index: int, weights: BlockWeights) -> BlockWeights:
         if index >= job.n_blocks:
             return weights
         if not packed:
@@ -128,14 +127,16 @@ def _full_variant(inputs: Inputs, job: Job) -> Variant:
         return Variant(lambda _, weights: weights, inputs.act)
     whole = all(set(checkpoint.solved(model, i)) == set(model.linear_shapes()) for i in range(len(model.blocks)))
 
-    def block(index: int, weights: Weights) -> Deployed:
+    def block(index: int, weights: BlockWeights) -> BlockWeights:
         return _pack(inputs, job, index, weights, checkpoint.solved(model, index))
 
     return Variant(block, inputs.act, whole)
 
 
-def _pack(inputs: Inputs, job: Job, index: int, weights: Weights, solved: Mapping[str, QuantizedWeight]) -> Deployed:
+def _pack(
+    inputs: Inputs, job: Job, index: int, weights: BlockWeights, solved: Mapping[str, QuantizedWeight]
+) -> BlockWeights:
     """A block with its solved linears packed; their memory is noted in the job."""
     packed = pack_block(solved, inputs.device)
     job.packed_bytes[index] = sum(weight.nbytes() for weight in packed.values())
-    return {**weights, **packed}
+    return weights.with_packed(packed)

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from models.load import Weights
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.files import check_plain_file, write_atomically
 from quant.core.types import QuantizedWeight
@@ -55,11 +55,11 @@ class BlockTuner:
         outside = inputs.model.outside_weights(inputs.device)
         self.training = stream.in_batches_of(batch_of(stream.tokens.shape[0]), outside)
 
-    def pass_on(self, index: int, weights: Weights) -> None:
+    def pass_on(self, index: int, weights: BlockWeights) -> None:
         """Move full precision behind a block."""
         self.full.run(index, weights, advance=True)
 
-    def tune(self, index: int, weights: Weights, block: SolvedBlock) -> tuple[SolvedBlock, Record, float]:
+    def tune(self, index: int, weights: BlockWeights, block: SolvedBlock) -> tuple[SolvedBlock, Record, float]:
         """The block with its tuned codes, how it went, and the seconds; full precision is behind it then."""
         started = time.perf_counter()
         assert self.recipe.spec is not None
@@ -113,7 +113,7 @@ def _tuned_blocks(inputs: Inputs, job: Job, indices: list[int]) -> list[TunedBlo
         TunedBlock(
             model,
             index,
-            model.block_weights(index, inputs.device),
+            BlockWeights.read(model, index, inputs.device),
             {name: answer.to(inputs.device) for name, answer in job.target.read_weights(index).items()},
             spec,
             job.run.tuning,
@@ -145,12 +145,12 @@ def _objective(inputs: Inputs, job: Job, blocks: list[TunedBlock]) -> Objective:
     model, outside = inputs.model, inputs.model.outside_weights(inputs.device)
     stream = inputs.calibration_stream(job.run, job.target.path)
     full = stream.in_batches_of(batch_of(stream.tokens.shape[0]), outside)
-    rest: Weights = {}
+    rest = BlockWeights()
     for index in range(len(model.blocks)):
-        weights = model.block_weights(index, inputs.device)
+        weights = BlockWeights.read(model, index, inputs.device)
         full.run(index, weights, advance=True)
         if index >= len(blocks):
-            rest |= {f"{index}.{name}": tensor for name, tensor in weights.items()}
+            rest |= weights.within(index)
     return model_objective(model, blocks, rest, outside, full, job.recipe.act)
 
 

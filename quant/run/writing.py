@@ -19,6 +19,7 @@ from torch.func import functional_call
 from data.calibration import Author
 from models.load import LazyModel, Weights
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core import env
 
 BATCH = 64  # windows that are written together
@@ -76,7 +77,7 @@ class Writer:
             outside = self.model.outside_weights(self.device)
             stream = BlockStream(self.model, ids, device=self.device, batch=BATCH).capture(outside)
             for index in range(len(self.model.blocks)):
-                stream.run(index, self.model.block_weights(index, self.device), advance=True)
+                stream.run(index, BlockWeights.read(self.model, index, self.device), advance=True)
             drawn = [
                 draw(stream.logits(rows, outside)[:, -1], self.temperature, chance[rows, place]) for rows in stream.rows
             ]

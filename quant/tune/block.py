@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from models.load import LazyModel, Weights
-from quant.blocks.weights import is_input_range, is_online
+from quant.blocks.linears import LinearRef
+from quant.blocks.weights import BlockWeights
 from quant.core.rounding import RoundTo
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.tune.codes import FACTOR, POSITION, Parameters, TunedLinear
@@ -27,30 +28,31 @@ class TunedBlock:
         self,
         model: LazyModel,
         index: int,
-        weights: Weights,
+        weights: BlockWeights,
         solved: Mapping[str, QuantizedWeight],
         spec: QuantSpec,
         tuning: Tuning,
     ) -> None:
         self.model, self.index, self.tuning, self.weights = model, index, tuning, weights
         self.linears = {name: TunedLinear(f"block {index} {name}", start, spec) for name, start in solved.items()}
-        solved_names = {f"{name}.weight" for name in solved}
+        solved_names = {LinearRef.of_module(name).parameter for name in solved}
         own = {name for name, _ in model.blocks[index].named_parameters()}
         self.moving = [
             name
-            for name, tensor in weights.items()
+            for name, tensor in weights.parameters.items()
             if tuning.norms and name in own - solved_names and tensor.is_floating_point()
-            and not is_online(name) and not is_input_range(name)
-        ]  # fmt: skip
+        ]
 
     def initial(self) -> Parameters:
         """Parameters, float32 by ``<name>.<key>``, that give the solved block."""
         parameters = {
             name + key: tensor
             for name, linear in self.linears.items()
-            for key, tensor in linear.initial(self.weights[f"{name}.weight"].float()).items()
+            for key, tensor in linear.initial(self.weights.weight(name).float()).items()
         }
-        return parameters | {name + SHIFT: torch.zeros_like(self.weights[name]).float() for name in self.moving}
+        return parameters | {
+            name + SHIFT: torch.zeros_like(self.weights.parameters[name]).float() for name in self.moving
+        }
 
     def rates(self) -> dict[str, float]:
         """The rate of every parameter."""
@@ -63,14 +65,18 @@ class TunedBlock:
     def _of(self, name: str, parameters: Mapping[str, Tensor]) -> Parameters:
         return {key: parameters[name + key] for key in (POSITION, FACTOR)}
 
-    def deployed(self, parameters: Mapping[str, Tensor]) -> Weights:
+    def deployed(self, parameters: Mapping[str, Tensor]) -> BlockWeights:
         """The block's weights in the arithmetic's dtype, as its checkpoint holds them; gradients pass."""
-        moved = {name: self.weights[name].float() + parameters[name + SHIFT] for name in self.moving}
-        moved |= {f"{n}.weight": linear.weight(self._of(n, parameters)) for n, linear in self.linears.items()}
-        return {
-            **self.weights,
-            **{name: RoundTo.apply(t, self._storage(name)).to(self.model.dtype) for name, t in moved.items()},
-        }
+        moved = self._moved(parameters)
+        for name, linear in self.linears.items():
+            moved[LinearRef.of_module(name).parameter] = linear.weight(self._of(name, parameters))
+        return self.weights.with_parameters(
+            {name: RoundTo.apply(t, self._storage(name)).to(self.model.dtype) for name, t in moved.items()}
+        )
+
+    def _moved(self, parameters: Mapping[str, Tensor]) -> Weights:
+        """Norms and biases with what is added to them, float32."""
+        return {name: self.weights.parameters[name].float() + parameters[name + SHIFT] for name in self.moving}
 
     def _storage(self, name: str) -> torch.dtype:
         return self.model.storage_of(name, self.index)
@@ -80,7 +86,6 @@ class TunedBlock:
         return {name: linear.answer(self._of(name, parameters)) for name, linear in self.linears.items()}
 
     @torch.no_grad()
-    def changed(self, parameters: Mapping[str, Tensor]) -> Weights:
+    def changed(self, parameters: Mapping[str, Tensor]) -> BlockWeights:
         """What is deployed otherwise than before besides the linears, as the checkpoint holds it."""
-        moved = {name: self.weights[name].float() + parameters[name + SHIFT] for name in self.moving}
-        return {name: tensor.to(self._storage(name)) for name, tensor in moved.items()}
+        return BlockWeights({name: t.to(self._storage(name)) for name, t in self._moved(parameters).items()})

@@ -19,6 +19,7 @@ from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
 from quant.blocks.stream import Activations, BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.tune.block import TunedBlock
 from quant.tune.codes import Parameters
 from quant.tune.config import Tuning, split
@@ -57,7 +58,7 @@ def block_objective(
 def model_objective(
     model: LazyModel,
     blocks: Sequence[TunedBlock],
-    rest: Weights,
+    rest: BlockWeights,
     outside: Weights,
     full: BlockStream,
     act: ActSpec,
@@ -67,7 +68,7 @@ def model_objective(
     rows = full.rows
 
     def loss(parameters: Parameters, batch: int) -> Tensor:
-        weights = {**rest, **deployed(blocks, parameters)}
+        weights = rest | deployed(blocks, parameters)
         log_q = torch.log_softmax(logits_of(model, weights, outside, full.tokens[rows[batch]], act), -1)
         with torch.no_grad():
             log_p = torch.log_softmax(full.logits(rows[batch], outside).clone(), -1)
@@ -76,17 +77,17 @@ def model_objective(
     return _objective(loss, rows)
 
 
-def deployed(blocks: Sequence[TunedBlock], parameters: Mapping[str, Tensor]) -> Weights:
+def deployed(blocks: Sequence[TunedBlock], parameters: Mapping[str, Tensor]) -> BlockWeights:
     """Weights of several blocks, by ``<index>.<name>``; their parameters are under the same prefix."""
-    weights: Weights = {}
+    weights = BlockWeights()
     for block in blocks:
         prefix = f"{block.index}."
         own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
-        weights |= {prefix + name: tensor for name, tensor in block.deployed(own).items()}
+        weights |= block.deployed(own).within(block.index)
     return weights
 
 
-def logits_of(model: LazyModel, weights: Weights, outside: Weights, ids: Tensor, act: ActSpec | None) -> Tensor:
+def logits_of(model: LazyModel, weights: BlockWeights, outside: Weights, ids: Tensor, act: ActSpec | None) -> Tensor:
     """Logits float32 [batch, T, vocabulary] of the whole model. weights: of its blocks, by ``<index>.<name>``."""
     device = next(iter(outside.values())).device
     with instrument(model.blocks, weights, act) as own:

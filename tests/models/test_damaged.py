@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.load import load_model, load_tokenizer
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from tests.damage import odd_files, odd_objects
 from tests.helpers import CPU
@@ -31,7 +32,7 @@ def our_logits(path: Path) -> torch.Tensor:
     outside = model.outside_weights(CPU)
     stream = BlockStream(model, IDS, device=CPU, batch=2).capture(outside)
     for index in range(len(model.blocks)):
-        stream.run(index, model.block_weights(index, CPU), advance=True)
+        stream.run(index, BlockWeights.read(model, index, CPU), advance=True)
     return stream.logits(slice(0, 2), outside)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from models.load import LazyModel, load_model
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from tests.conftest import build
 from tests.helpers import CPU, config_for, perform
@@ -39,7 +40,7 @@ def logits(model: LazyModel) -> torch.Tensor:
     outside = model.outside_weights(CPU)
     stream = BlockStream(model, IDS, device=CPU, batch=2).capture(outside)
     for index in range(len(model.blocks)):
-        stream.run(index, model.block_weights(index, CPU), advance=True)
+        stream.run(index, BlockWeights.read(model, index, CPU), advance=True)
     return stream.logits(slice(0, 2), outside)
 
 

@@ -76,7 +76,7 @@ def pack_weight(weight: QuantizedWeight, device: torch.device | str = "cpu") -> 
 
 def pack_block(solved: Mapping[str, QuantizedWeight], device: torch.device) -> dict[str, PackedWeight]:
     """The answers of a block's linears, packed, by the names of their weights."""
-    return {f"{name}.weight": pack_weight(weight, device) for name, weight in solved.items()}
+    return {name: pack_weight(weight, device) for name, weight in solved.items()}
 
 
 def _scales(scale: Tensor, bits: int) -> Tensor:

@@ -8,7 +8,7 @@ from models.load import load_model
 from quant.blocks.fake_quant import ActSpec, quantize_activations
 from quant.blocks.instrument import AttentionProducts, instrument
 from quant.blocks.stream import BlockStream
-from quant.blocks.weights import INPUT_RANGE
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.rounding import FakeQuantize
 from quant.learn.abq import symmetric_kl
@@ -71,7 +71,7 @@ class Watched:
         torch.manual_seed(5)
         ids = torch.randint(1, VOCABULARY, (2, 12))
         self.stream = BlockStream(self.model, ids, device=CPU, batch=2).capture(self.model.outside_weights(CPU))
-        self.weights = self.model.block_weights(0, CPU)
+        self.weights = BlockWeights.read(self.model, 0, CPU)
 
     def __call__(self, spec=None, watch=None, weights=None):
         with instrument(self.model.blocks[0], weights or self.weights, spec, watch) as own, torch.no_grad():
@@ -152,7 +152,8 @@ def test_every_linear_gets_quantized_inputs(name, model_dir, tmp_path):
 def test_static_ranges_are_used_and_are_no_parameters(model_dir, tmp_path):
     block = Watched(model_dir("llama"), tmp_path, "sdpa")
     wide, narrow = (
-        {f"{n}{INPUT_RANGE}": torch.tensor([-w, w]) for group in block.model.groups for n in group} for w in (9.0, 0.01)
+        BlockWeights(input_ranges={n: torch.tensor([-w, w]) for group in block.model.groups for n in group})
+        for w in (9.0, 0.01)
     )
     spec, plain = ActSpec(8, 16, "static"), block()
     near, far = (block(spec, weights=block.weights | ranges) for ranges in (wide, narrow))

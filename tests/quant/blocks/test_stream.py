@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from models.load import LazyModel, load_model
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
 from tests.conftest import CONFIGS, VOCABULARY
@@ -23,7 +24,7 @@ def streamed(model: LazyModel, ids: torch.Tensor, **options) -> torch.Tensor:
     outside = model.outside_weights(CPU)
     stream = BlockStream(model, ids, device=CPU, **({"batch": 2} | options)).capture(outside)
     for index in range(len(model.blocks)):
-        stream.run(index, model.block_weights(index, CPU), advance=True)
+        stream.run(index, BlockWeights.read(model, index, CPU), advance=True)
     return torch.cat([stream.logits(rows, outside) for rows in stream.rows])
 
 
@@ -58,7 +59,7 @@ def test_a_wrong_block_order_is_seen(model_dir, tmp_path):
     outside = model.outside_weights(CPU)
     stream = BlockStream(model, ids, device=CPU, batch=2).capture(outside)
     for index in (1, 0, 2):
-        stream.run(index, model.block_weights(index, CPU), advance=True)
+        stream.run(index, BlockWeights.read(model, index, CPU), advance=True)
     wrong = torch.cat([stream.logits(rows, outside) for rows in stream.rows])
     assert float((wrong - streamed(model, ids)).abs().max()) > 0.1  # measured 3.1
 
@@ -83,7 +84,7 @@ def test_observed_inputs_are_those_of_the_model(model_dir, tmp_path):
     model = opened(model_dir("llama"), tmp_path)
     stream = BlockStream(model, ids, device=CPU, batch=2).capture(model.outside_weights(CPU))
     stats, before = GramStats(64), stream.hidden.data.clone()
-    stream.run(0, model.block_weights(0, CPU), observe={"mlp.down_proj": stats.update})
+    stream.run(0, BlockWeights.read(model, 0, CPU), observe={"mlp.down_proj": stats.update})
     x = seen[0].reshape(-1, 64)
     torch.testing.assert_close(stats.gram, x.T @ x, rtol=1e-4, atol=1e-5)  # measured 2e-6
     assert stats.n_tokens == 64 and torch.equal(stream.hidden.data, before)
@@ -94,8 +95,8 @@ def test_observing_stops_at_the_last_linear_asked_for(model_dir, tmp_path):
     model = opened(model_dir("llama"), tmp_path)
     stream = BlockStream(model, torch.ones(2, 8, dtype=torch.long), device=CPU, batch=2)
     stream.capture(model.outside_weights(CPU))
-    weights = model.block_weights(0, CPU)
-    weights["mlp.down_proj.weight"] = torch.full((32, 64), torch.nan)
+    weights = BlockWeights.read(model, 0, CPU)
+    weights.parameters["mlp.down_proj.weight"] = torch.full((32, 64), torch.nan)
     seen = []
     stream.run(0, weights, observe={"self_attn.q_proj": seen.append})
     assert len(seen) == 1
@@ -108,8 +109,8 @@ def test_an_error_inside_a_block_is_not_swallowed(model_dir, tmp_path):
     model = opened(model_dir("opt"), tmp_path)
     stream = BlockStream(model, torch.ones(2, 8, dtype=torch.long), device=CPU, batch=2)
     stream.capture(model.outside_weights(CPU))
-    weights = model.block_weights(0, CPU)
-    weights["fc1.weight"] = weights["fc1.weight"][:, :-1]
+    weights = BlockWeights.read(model, 0, CPU)
+    weights.parameters["fc1.weight"] = weights.weight("fc1")[:, :-1]
     with pytest.raises(InputError, match="block 0 does not run: .*config.json describes it otherwise .*shapes"):
         stream.run(0, weights, advance=True)
 
@@ -119,7 +120,7 @@ def test_fork_is_independent(model_dir, tmp_path):
     stream = BlockStream(model, torch.ones(2, 8, dtype=torch.long), device=CPU, batch=2)
     stream.capture(model.outside_weights(CPU))
     other = stream.fork()
-    other.run(0, model.block_weights(0, CPU), advance=True)
+    other.run(0, BlockWeights.read(model, 0, CPU), advance=True)
     assert not torch.equal(other.hidden.data, stream.hidden.data)
 
 

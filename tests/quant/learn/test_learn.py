@@ -12,12 +12,12 @@ from models.load import load_model
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
-from quant.blocks.weights import ONLINE
+from quant.blocks.weights import BlockWeights
 from quant.core import grid as grid_module
 from quant.core.errors import InputError
 from quant.core.types import QuantSpec
 from quant.learn import abq, attention_term, ingredient, loss_term, recipe, recipes
-from quant.learn import affine as seams
+from quant.learn import learner as learner_module
 from quant.learn.affinequant import dominance
 from quant.learn.config import Learning, TransformSpec
 from quant.learn.fake_quant import fake_quantize, grid_of, group_range
@@ -48,7 +48,7 @@ class Bench:
         self.quantized = self.full.fork()
         self.quantized.hidden.data.add_(0.02 * torch.randn_like(self.quantized.hidden.data))
         self.training = self.quantized.in_batches_of(batch, outside)
-        self.weights = self.model.block_weights(0, CPU)
+        self.weights = BlockWeights.read(self.model, 0, CPU)
 
     def learn(self, learning, spec=None, act=FULL, **options):
         return learn_block(
@@ -80,7 +80,7 @@ def test_clipped_weights_equal_a_slow_reference(spec, scale):
     weight = torch.randn(5, 32) * scale
     weight[0], weight[1] = 0.0, weight[1].abs()
     clip = WeightClip("linear", spec, rate=0.01)
-    lower, upper = clip.initial({"linear.weight": weight}, {}).values()
+    lower, upper = clip.initial(BlockWeights({"linear.weight": weight}), {}).values()
     lower, upper = lower + torch.randn_like(lower), upper - 3 + torch.randn_like(upper)
     clipped = clip.clip("linear", *group_range(weight, spec), {"lower": lower, "upper": upper})
     scale, zero = grid_module.range_to_grid(*clipped, spec)
@@ -114,7 +114,7 @@ def test_gradients_against_finite_differences(name, form, grid, model_dir, tmp_p
     """
     monkeypatch.setattr(torch, "round", lambda x: x.clone())
     monkeypatch.setattr(grid_module, "round_scale", lambda scale: scale)
-    monkeypatch.setattr(seams, "ONLINE_DTYPE", torch.float64)
+    monkeypatch.setattr(learner_module, "ONLINE_DTYPE", torch.float64)
     monkeypatch.setattr(LlamaRMSNorm, "forward", in_float64)  # the library's computes in float32
     bench = Bench(model_dir(name), tmp_path, torch.float64, biases=True)
     bench.model.storage, bench.model.storage_dtype = {}, torch.float64
@@ -156,7 +156,8 @@ def test_what_is_deployed_is_what_was_trained(name, form, model_dir, tmp_path):
     """Bit for bit: codes on the learned grid, transformed norms and biases, through the block file and back."""
     bench = Bench(model_dir(name), tmp_path, biases=True)
     bench.model.storage, bench.model.storage_dtype = {}, torch.bfloat16
-    bench.weights = {k: t.bfloat16().float() for k, t in bench.weights.items()}  # as read from such a checkpoint
+    stored = {k: t.bfloat16().float() for k, t in bench.weights.parameters.items()}
+    bench.weights = BlockWeights(stored)  # as read from such a checkpoint
     spec, act = QuantSpec(3, 16), ActSpec(4, 4)
     learning = replace(FORMS[form](4), epochs=2, lwc_lr=0.1, let_lr=0.02)
     learned = bench.learn(learning, spec, act)
@@ -170,15 +171,17 @@ def test_what_is_deployed_is_what_was_trained(name, form, model_dir, tmp_path):
     run.blocks.mkdir(parents=True)
     run.write_block(0, block.solved, block.records, {}, changed=block.changed, learned=learned.parameters)
     back = deploy(bench.weights, run.read_weights(0), bench.model, 0, run.read_changed(0))
-    for deployed in (block.weights, back):
-        assert deployed.keys() == expected.keys()
-        for key, tensor in expected.items():
+    for deployed in (block.weights.named(), back.named()):
+        assert deployed.keys() == expected.named().keys()
+        for key, tensor in expected.named().items():
             assert torch.equal(deployed[key], tensor), key
     if form != "norm matrices":
-        assert any(not torch.equal(expected[k], t) for k, t in bench.weights.items() if "norm" in k) == (form != "lwc")
+        norms = {k: t for k, t in stored.items() if "norm" in k}
+        assert any(not torch.equal(expected.parameters[k], t) for k, t in norms.items()) == (form != "lwc")
     assert all(torch.equal(learned.parameters[k], v) for k, v in run.read_learned(0).items())
-    behind_norms = [t for k, t in run.read_changed(0).items() if k.endswith(ONLINE)]
-    assert (form == "norm matrices") == bool(behind_norms) and all(t.dtype == torch.float16 for t in behind_norms)
+    behind_norms = run.read_changed(0).online
+    assert (form == "norm matrices") == bool(behind_norms)
+    assert all(matrix.dtype == torch.float16 for matrix in behind_norms.values())
     # The loss that was reported is that of the deployed block.
     target = bench.full.fork()
     target.run(0, bench.weights, advance=True)
@@ -210,7 +213,7 @@ def test_every_term_of_the_loss_by_hand(term, augmented, model_dir, tmp_path):
             out = stream.call(0, own, slice(0, 6), stream.arguments[0])
         return out.double(), logits[0].double().softmax(-1)
 
-    out, q = passed(bench.quantized, learned.weights | rounded(learned, spec), act)
+    out, q = passed(bench.quantized, learned.weights.with_parameters(rounded(learned, spec)), act)
     full, p = passed(bench.full, bench.weights)
     on_quantized, p_quantized = passed(bench.quantized, bench.weights)
     targets = [full, on_quantized] if augmented else [full]
@@ -332,10 +335,10 @@ def test_a_parameter_of_every_weight_of_ones_own_in_one_file(registries, model_d
             self.name, self.weight = f"nudge.{linear}", f"{linear}.weight"
 
         def initial(self, weights, ranges):
-            return {"by": torch.zeros_like(weights[self.weight])}
+            return {"by": torch.zeros_like(weights.parameters[self.weight])}
 
         def apply(self, weights, parameters):
-            return {**weights, self.weight: weights[self.weight] + parameters["by"]}
+            return weights.with_parameters({self.weight: weights.parameters[self.weight] + parameters["by"]})
 
         def after_step(self, parameters, before, progress):
             parameters["by"].clamp_(-0.01, 0.01)
@@ -359,7 +362,7 @@ def test_a_parameter_of_every_weight_of_ones_own_in_one_file(registries, model_d
     for name in learner.linears:
         by = learned.parameters[f"nudge.{name}.by"]
         assert 0 < float(by.abs().max()) <= float(torch.tensor(0.01))
-        torch.testing.assert_close(learned.targets[name], bench.weights[f"{name}.weight"] + by, rtol=0, atol=0)
+        torch.testing.assert_close(learned.targets[name], bench.weights.weight(name) + by, rtol=0, atol=0)
     config = learned_config(model_dir("llama"), text, tmp_path, learning=replace(learning, epochs=1), learner="mine")
     trained = perform(config)
     again = replace(config, learning=learning, resume=config.output.run_dir, run_dir=tmp_path / "again")
@@ -400,7 +403,7 @@ def test_nothing_is_transformed_without_let(model_dir, tmp_path):
     learning = Learning(TransformSpec(kinds=("norm", "vo"), shift=True), clip=True, epochs=1)
     learned = bench.learn(learning, QuantSpec(3))
     assert not learning.ranges and {key.split(".")[0] for key in learned.parameters} == {"clip"}
-    assert learned.tensors == {} and learned.log["shifted"] == []
+    assert learned.tensors == BlockWeights() and learned.log["shifted"] == []
 
 
 def test_one_epoch_and_a_mask_that_opens(model_dir, tmp_path):
@@ -434,7 +437,7 @@ def test_no_step_waits_for_the_device(form, store, model_dir, tmp_path):
     model = load_model(str(model_dir("llama")), dtype=torch.float32, cache_dir=tmp_path)
     stream = BlockStream(model, torch.randint(1, VOCABULARY, (6, 16)), device=device, batch=2, store=store)
     stream.capture(model.outside_weights(device))
-    weights = model.block_weights(0, device)
+    weights = BlockWeights.read(model, 0, device)
     learning, act = FORMS[form](4), ActSpec(4, 4)
     ranges = {name: InputRange(torch.ones(n), torch.zeros(n)) for name, (_, n) in model.linear_shapes().items()}
     learner = Learner(model, 0, weights, QuantSpec(3), act, learning, ranges)
@@ -471,7 +474,7 @@ def test_a_loss_that_is_not_finite_is_undone(model_dir, tmp_path, monkeypatch):
 
 def test_a_block_that_is_broken_at_the_start_is_named(model_dir, tmp_path):
     bench = Bench(model_dir("opt"), tmp_path)
-    bench.weights["fc2.bias"] = torch.full_like(bench.weights["fc2.bias"], 3e38)
+    bench.weights.parameters["fc2.bias"].fill_(3e38)
     bench.full.run = lambda *a, **k: None
     with pytest.raises(InputError, match="block 0: the loss is not finite before training"):
         bench.learn(replace(asked(let=False), epochs=1), QuantSpec(2))

@@ -8,6 +8,7 @@ import torch
 from models.family import residual_stream
 from models.load import load_model
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.learn.affine import rotate
 from tests.helpers import CPU
@@ -46,7 +47,7 @@ class Bench:
         for index in range(len(model.blocks)):
             weights = model.block_weights(index, CPU)
             weights = weights if stream is None else rotate(weights, stream, self.layout, matrix)
-            hidden.run(index, weights, advance=True)
+            hidden.run(index, BlockWeights(weights), advance=True)
         return hidden.logits(slice(0, 2), outside)
 
     def error(self, stream=None, matrix=None) -> float:

@@ -8,6 +8,7 @@ import torch
 from models.load import load_model
 from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.learn.affine import Affine, apply_seam
 from quant.learn.affinequant import dominance, floored_factors, gradual_mask, pair_matrix
@@ -34,7 +35,7 @@ class Bench:
         self.model = load_model(str(path), dtype=dtype, cache_dir=tmp_path, **load)
         ids = torch.randint(1, VOCABULARY, (2, 16))
         self.stream = BlockStream(self.model, ids, device=CPU, batch=2).capture(self.model.outside_weights(CPU))
-        self.weights = self.model.block_weights(1, CPU)
+        self.weights = BlockWeights.read(self.model, 1, CPU)
         self.ranges: dict[str, InputRange] = {}
         for group in self.model.groups:
             span = InputRange()
@@ -77,20 +78,24 @@ def test_the_block_computes_the_same(name, form, model_dir, tmp_path):
         for transform in bench.transforms(FORMS[form]):
             parameters = {k: p.to(dtype) for k, p in bench.parameters(transform).items()}
             new = transform.apply(bench.weights, parameters)
-            changed = [k for k, t in new.items() if k not in bench.weights or not torch.equal(t, bench.weights[k])]
-            assert changed, "a transform that changes no weight tests nothing"
+            others = new.since(bench.weights)
+            old = bench.weights.parameters
+            changed = [k for k, t in others.parameters.items() if not torch.equal(t, old[k])]
+            assert changed or others.online, "a transform that changes no weight tests nothing"
             errors[transform.name, dtype] = bench.difference(new)
             whole = transform.apply(whole, parameters)
         errors["all", dtype] = bench.difference(whole)
         again = bench.weights
         for transform in reversed(bench.transforms(FORMS[form])):
             again = transform.apply(again, {k: p.to(dtype) for k, p in bench.parameters(transform).items()})
-        assert again.keys() == whole.keys()
-        for key, tensor in whole.items():
+        assert again.named().keys() == whole.named().keys()
+        for key, tensor in whole.named().items():
             # Matrices of values and shifts of norms meet in the same biases, in another order: equal but for rounding.
             # Measured 7e-16 in float64, 4e-7 in float32
             size, last = float(tensor.abs().max()), 1e-10 if dtype == torch.float64 else 1e-5
-            torch.testing.assert_close(again[key], tensor, rtol=0, atol=last * size, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                again.named()[key], tensor, rtol=0, atol=last * size, msg=lambda m, k=key: f"{k}: {m}"
+            )
         errors["all, in reverse", dtype] = bench.difference(again)
     limit = HALF_IN_FLOAT32.get(name, 1e-12)
     for (which, dtype), error in errors.items():
@@ -142,19 +147,14 @@ def test_wrong_algebra_is_seen(model_dir, tmp_path, monkeypatch):
     new = apply_seam(bench.weights, norm.seam, norm.layout, affine)
     assert bench.difference(new) < 1e-12  # measured 4e-16
     reader = norm.seam.consumers[0]
-    assert bench.difference(new | {f"{reader}.bias": bench.weights[f"{reader}.bias"]}) > 1e-2  # measured 0.07
-    late = {
-        f"{norm.seam.producer}.bias": bench.weights[f"{norm.seam.producer}.bias"] / affine.inverse[0] - affine.shift[0]
-    }
-    assert bench.difference(new | late) > 1e-1  # measured 1.6
+    old, behind = bench.weights.parameters, f"{norm.seam.producer}.bias"
+    without = {f"{reader}.bias": old[f"{reader}.bias"]}
+    assert bench.difference(new.with_parameters(without)) > 1e-2  # measured 0.07
+    late = {behind: old[behind] / affine.inverse[0] - affine.shift[0]}
+    assert bench.difference(new.with_parameters(late)) > 1e-1  # measured 1.6
     inverted = replace(affine, inverse=1 / affine.inverse)
-    assert (
-        bench.difference(
-            new
-            | {f"{reader}.weight": inverted.columns(bench.weights[f"{reader}.weight"].view(32, 1, 1, 32)).view(32, 32)}
-        )
-        > 1e-3
-    )
+    columns = inverted.columns(old[f"{reader}.weight"].view(32, 1, 1, 32)).view(32, 32)
+    assert bench.difference(new.with_parameters({f"{reader}.weight": columns})) > 1e-3
     values = next(t for t in bench.transforms(FORMS["head matrices"]) if t.seam.kind == "vo")
     monkeypatch.setattr(Affine, "matrix", lambda self: torch.linalg.inv(self.inverse).transpose(-1, -2))
     assert bench.difference(values.apply(bench.weights, bench.parameters(values))) > 1e-2  # measured 0.05
@@ -164,12 +164,12 @@ def test_wrong_algebra_is_seen(model_dir, tmp_path, monkeypatch):
 def test_scales_start_from_absolute_maxima(alpha, model_dir, tmp_path):
     """The released codes take the signed maximum of the weights; a channel of large negative ones is then lost."""
     bench = Bench(model_dir("llama"), tmp_path)
-    bench.weights["mlp.gate_proj.weight"][:, 3] = -50.0
+    bench.weights.weight("mlp.gate_proj")[:, 3] = -50.0
     spec = replace(FORMS["scale"], alpha=alpha)
     transform = next(t for t in bench.transforms(spec) if t.seam.producer == "post_attention_layernorm")
     scale = transform.initial(bench.weights, bench.ranges)["scale"]
     x = bench.ranges["mlp.gate_proj"].absmax
-    both = torch.cat([bench.weights[f"mlp.{n}_proj.weight"] for n in ("gate", "up")])
+    both = torch.cat([bench.weights.weight(f"mlp.{n}_proj") for n in ("gate", "up")])
     torch.testing.assert_close(scale[0], x**alpha / both.abs().amax(0).float() ** (1 - alpha))
     assert float(scale[0, 3]) < 0.6 * float(scale[0].median())  # measured 0.02 to 0.19 of it
 

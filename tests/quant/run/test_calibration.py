@@ -8,6 +8,7 @@ import torch
 
 from models.load import load_model
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core.gram import GramStats
 from quant.core.linalg import relative_error
 from quant.core.types import QuantSpec
@@ -64,13 +65,13 @@ def test_errors_on_held_out_windows_are_those_on_their_inputs(model_dir, tmp_pat
     alone, both, measured = stream(few), stream(few), stream(others)
     both.attach(stream(others))
     for index in (0, 1):
-        weights = model.block_weights(index, CPU)
+        weights = BlockWeights.read(model, index, CPU)
         blocks = [quantize_block(one, index, weights, recipe) for one in (alone, both)]
-        stats = {g[0]: GramStats(weights[f"{g[0]}.weight"].shape[1]) for g in model.groups}
+        stats = {g[0]: GramStats(weights.weight(g[0]).shape[1]) for g in model.groups}
         measured.run(index, weights, observe={name: one.update for name, one in stats.items()})
         grams = {name: stats[group[0]].gram for group in model.groups for name in group}
         for plain, record in zip(*(block.records for block in blocks), strict=True):
-            weight, answer = weights[f"{record.name}.weight"], blocks[1].solved[record.name]
+            weight, answer = weights.weight(record.name), blocks[1].solved[record.name]
             nearest = rtn(weight, None, QuantSpec(3)).dequantize()
             wanted = [relative_error(weight, value, grams[record.name]) for value in (answer.dequantize(), nearest)]
             assert [record.relative_error_heldout, record.relative_error_rtn_heldout] == pytest.approx(wanted, rel=1e-4)

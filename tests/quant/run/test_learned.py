@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.calibration import evaluation_tokens
 from models.load import load_model
 from quant.blocks.fake_quant import ActSpec
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.run.directory import RunDirectory
 from quant.run.resume import check_ranges
@@ -51,8 +52,8 @@ def test_activations_alone_and_fixed_ranges(model_dir, text, tmp_path):
         errors[method] = results["fidelity"]["words"]["kl_divergence"]
         assert all(len(log["shifted"]) == 3 for log in results["learning"])
         changed = RunDirectory(tmp_path / method).read_changed(2)
-        assert "self_attn.q_proj.weight" in changed and not RunDirectory(tmp_path / method).read_weights(2)
-        assert ("fc2.input_range" in changed) == (method == "static")
+        assert "self_attn.q_proj.weight" in changed.parameters and not RunDirectory(tmp_path / method).read_weights(2)
+        assert ("fc2" in changed.input_ranges) == (method == "static")
     assert 0 < errors["per_token"] < errors["per_tensor"]
     assert errors["static"] > errors["per_token"]
 
@@ -242,13 +243,13 @@ def test_planted_outliers_are_learned_away(tmp_path):
     state = load_file(DEMO / "llama" / "model.safetensors")
     storage = next(iter(state.values())).dtype
     for index in range(len(model.blocks)):
-        weights = model.block_weights(index, CPU)
+        weights = BlockWeights.read(model, index, CPU)
         for seam in model.family.seams(model.config):
             if seam.kind == "norm":
                 scale = torch.ones(1, model.config.hidden_size)
                 scale[0, [5, 40, 77]] = 1 / 30
                 weights = apply_seam(weights, seam, model.family.heads(model.config), Affine(scale))
-        state |= {f"model.layers.{index}.{k}": v.to(storage) for k, v in weights.items()}
+        state |= {f"model.layers.{index}.{k}": v.to(storage) for k, v in weights.named().items()}
     planted = tmp_path / "planted"
     planted.mkdir()
     for file in (DEMO / "llama").iterdir():

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from data.demo import text as stories
 from quant.blocks.fake_quant import ActSpec
+from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.run import tuning as stage
 from quant.run.directory import TUNING, RunDirectory
@@ -95,11 +96,9 @@ def test_what_was_trained_is_what_is_deployed(demo_text, tmp_path, monkeypatch):
     session.quantize(config.run, config.output)
     log = summaries(config.output.run_dir)[0].tuning
     target, model, outside = RunDirectory(config.output.run_dir), session.model, session.model.outside_weights(CPU)
-    weights = {
-        f"{i}.{name}": tensor
-        for i in range(len(model.blocks))
-        for name, tensor in read_block(model, target, i, model.block_weights(i, CPU)).items()
-    }
+    weights = BlockWeights()
+    for i in range(len(model.blocks)):
+        weights |= read_block(model, target, i, BlockWeights.read(model, i, CPU)).within(i)
     rows = seen["full"].rows
     losses = []
     with torch.no_grad():

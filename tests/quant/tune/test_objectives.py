@@ -8,6 +8,7 @@ import torch
 from models.load import load_model
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
 from quant.core.gram import GramStats
 from quant.core.rounding import RoundTo
 from quant.core.types import QuantSpec
@@ -34,12 +35,12 @@ def opened(path, dtype=torch.float32):
 
 def rounded_block(model, index, spec=SPEC, tuning=MODEL):
     """A block with every linear rounded to nearest."""
-    weights = model.block_weights(index, CPU)
+    weights = BlockWeights.read(model, index, CPU)
     solve = get_solver("rtn")
     solved = {}
     for name, (_, n_in) in model.linear_shapes().items():
         stats = GramStats.from_gram(torch.eye(n_in))
-        solved[name] = solve(weights[f"{name}.weight"].float(), stats, spec)
+        solved[name] = solve(weights.weight(name).float(), stats, spec)
     return TunedBlock(model, index, weights, solved, spec, tuning)
 
 
@@ -84,15 +85,15 @@ def test_the_loss_of_the_model_is_the_divergence_from_full_precision(model_dir):
     model = opened(model_dir("llama"))
     outside, ids = model.outside_weights(CPU), tokens()
     full = BlockStream(model, ids, device=CPU, batch=2).capture(outside)
-    first = {f"{i}.{k}": t for i in range(3) for k, t in model.block_weights(i, CPU).items()}
+    one, two, three = (BlockWeights.read(model, i, CPU).within(i) for i in range(3))
+    first, rest = one | two | three, one | three
     blocks = [rounded_block(model, 1)]  # the others stay
     for index in range(3):
-        full.run(index, model.block_weights(index, CPU), advance=True)
-    rest = {k: t for k, t in first.items() if not k.startswith("1.")}
+        full.run(index, BlockWeights.read(model, index, CPU), advance=True)
     objective = model_objective(model, blocks, rest, outside, full, ActSpec())
     parameters = {f"1.{k}": t for k, t in blocks[0].initial().items()}
     with torch.no_grad():
-        weights = {**first, **deployed(blocks, parameters)}
+        weights = first | deployed(blocks, parameters)
         p = torch.log_softmax(logits_of(model, first, outside, ids[4:6], None).double(), -1)
         q = torch.log_softmax(logits_of(model, weights, outside, ids[4:6], None).double(), -1)
     reference = float((p.exp() * (p - q)).sum(-1).mean())
@@ -105,10 +106,10 @@ def test_gradients_of_the_model_reach_every_parameter(model_dir):
     outside, ids = model.outside_weights(CPU), tokens()
     full = BlockStream(model, ids, device=CPU, batch=2).capture(outside)
     for index in range(3):
-        full.run(index, model.block_weights(index, CPU), advance=True)
+        full.run(index, BlockWeights.read(model, index, CPU), advance=True)
     blocks = [rounded_block(model, i, tuning=Tuning("model", norms=True)) for i in range(3)]
     parameters = {f"{b.index}.{k}": t.requires_grad_() for b in blocks for k, t in b.initial().items()}
-    model_objective(model, blocks, {}, outside, full, ActSpec()).loss(parameters, 0).backward()
+    model_objective(model, blocks, BlockWeights(), outside, full, ActSpec()).loss(parameters, 0).backward()
     without = {name for name, p in parameters.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)}
     assert not without - {f"{i}.self_attn.k_proj.bias.shift" for i in range(3)}  # softmax is blind to it
 
@@ -117,13 +118,14 @@ def test_a_block_is_trained_as_it_is_deployed(model_dir):
     model = opened(model_dir("llama"))
     block = rounded_block(model, 0, tuning=Tuning("block", norms=True))
     parameters = {k: t + 0.3 * torch.randn_like(t) for k, t in block.initial().items()}
-    trained, answers, changed = block.deployed(parameters), block.answers(parameters), block.changed(parameters)
+    trained, changed = block.deployed(parameters).parameters, block.changed(parameters).named()
+    answers = block.answers(parameters)
     for name, answer in answers.items():
         assert torch.equal(trained[f"{name}.weight"], answer.dequantize().to(model.storage_dtype).to(model.dtype))
     assert set(changed) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
     for name, tensor in changed.items():
         assert torch.equal(trained[name], RoundTo.apply(tensor, model.storage_dtype).to(model.dtype))
-        assert not torch.equal(trained[name], block.weights[name])
+        assert not torch.equal(trained[name], block.weights.parameters[name])
 
 
 def test_the_loss_of_a_block_is_that_of_its_outputs(model_dir):
@@ -131,7 +133,7 @@ def test_the_loss_of_a_block_is_that_of_its_outputs(model_dir):
     outside = model.outside_weights(CPU)
     quantized = BlockStream(model, tokens(), device=CPU, batch=4).capture(outside)
     full = quantized.fork()
-    full.run(0, model.block_weights(0, CPU), advance=True)
+    full.run(0, BlockWeights.read(model, 0, CPU), advance=True)
     block = rounded_block(model, 0, tuning=Tuning("block", drop=0.0))
     training = quantized.in_batches_of(2, outside)
     objective = block_objective(block, training, full.hidden, ActSpec(), block.tuning)
