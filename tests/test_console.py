@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -349,3 +350,17 @@ def test_a_table_s_name_adds_nothing_to_a_job(model_dir, text, tmp_path, monkeyp
     lines = capsys.readouterr().out.splitlines()
     assert "#SBATCH --job-name=x-touch-forged--" in lines
     assert not any(line.startswith("touch") for line in lines[:6])
+
+
+def test_an_interrupt_inside_a_library_is_an_interrupt(capsys):
+    """llvmlite answered one with an AttributeError: ctypes asks objects for attributes."""
+
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise AttributeError("no attribute '_as_parameter_'") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    assert exit_code_of(main) == 130 and signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().err == "error: interrupted; the same command continues after the last finished block\n"

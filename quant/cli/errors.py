@@ -9,10 +9,13 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from quant.core.errors import InputError, RunError, first_line, is_memory
 from quant.core.text import brief, one_line, printable
@@ -36,14 +39,16 @@ def exit_code_of(main: Callable[[], None]) -> int:
     """
     _open_streams()
     try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()  # what waits for a pipe that nobody reads fails here, not at the interpreter's end
+        with _seen_interrupts() as interrupts:
+            try:
+                main()
+            finally:
+                sys.stdout.flush()  # what waits for a pipe that nobody reads fails here, not at the interpreter's end
     except KeyboardInterrupt:
-        fail("interrupted; the same command continues after the last finished block")
-        return INTERRUPTED
+        return _interrupted()
     except Exception as error:
+        if interrupts:
+            return _interrupted()
         if isinstance(error, BrokenPipeError):
             _drop_output()
         log.debug("this failed:", exc_info=True)
@@ -51,6 +56,31 @@ def exit_code_of(main: Callable[[], None]) -> int:
         fail(*lines)
         return code
     return DONE
+
+
+def _interrupted() -> int:
+    fail("interrupted; the same command continues after the last finished block")
+    return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _seen_interrupts() -> Iterator[list[int]]:
+    """The interrupts that come: a library may make an error of its own of a KeyboardInterrupt inside it."""
+    seen: list[int] = []
+
+    def see(number: int, _: object) -> NoReturn:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    usual = usual and threading.current_thread() is threading.main_thread()  # another thread sets no handler
+    try:
+        if usual:
+            signal.signal(signal.SIGINT, see)
+        yield seen
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def explain(error: Exception) -> tuple[int, Sequence[str]] | None:
