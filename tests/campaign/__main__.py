@@ -60,7 +60,7 @@ class Row:
         self.tried += not skipped
         self.held += not faults
         self.failed += bool(faults) and not skipped
-        self.ends.update(re.findall(r": (-?\d+)(?=$|,)", about))
+        self.ends.update(re.findall(r": (-?\d{1,3})$", about))
         if faults and not skipped:
             self.failures.append({"case": case, "about": about, "command": command, "faults": "; ".join(faults)})
 

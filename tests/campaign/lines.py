@@ -165,7 +165,7 @@ def place(rng: Random, base: Path) -> tuple[str, str]:
         long = rng.choice(["p" * 300, "p/" * 2500, "x" * 4096])
         return str(base / long), f"a path of {len(long)} letters"
     if kind in ("a file", "a full directory"):
-        base.mkdir(parents=True)
+        path.parent.mkdir(parents=True)
         if kind == "a full directory":
             path.mkdir()
             path /= "precious.txt"

@@ -233,7 +233,7 @@ def _watch(folder: Path, log: int, trouble: Trouble) -> Callable[[str, tuple], N
     """A hook that sees every change of the file system that Python makes: it writes down and stops those outside the
     command's own places, counts the others, and makes the trouble of its event."""
     own = tuple(f"{folder / name}" for name in ("cwd", "out", "log", "tmp"))
-    elsewhere = (os.environ["HOME"], "/dev/null", "/dev/shm", "/proc/")
+    elsewhere = (os.environ["HOME"], "/dev/null", "/dev/zero", "/dev/shm", "/proc/")
     seen = 0
 
     def see(event: str, args: tuple) -> None:
