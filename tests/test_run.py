@@ -460,23 +460,25 @@ def test_a_packed_format_of_nothing_quantized_is_refused_before_work(kind, model
     assert (tmp_path / "saved" / "model.safetensors").exists()
 
 
-def with_a_tiny_row(source: Path, target: Path) -> Path:
-    """A copy of a model with a row whose scale is no fp16 number."""
+def with_a_faint_linear(source: Path, target: Path) -> Path:
+    """A copy of a model with a linear whose scales are all too small for float16."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3] *= 1e-6
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e-6
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return target
 
 
-def test_a_late_refusal_loses_no_scores(model_dir, text, tmp_path):
-    """What only the answers tell is found when they are written: the scores of every method are there, and `convert`
-    and another --format take the run as it is."""
+def test_a_late_refusal_loses_no_scores(model_dir, text, tmp_path, monkeypatch):
+    """What only the answers tell (a linear that learning made faint) comes when they are written: the scores of every
+    method are there, and `convert` and another --format take the run as it is."""
     from quant.run.convert import convert
 
-    model = with_a_tiny_row(model_dir("llama"), tmp_path / "model")
+    monkeypatch.setattr("quant.run.inputs.fits_float16", lambda weight: True)
+
+    model = with_a_faint_linear(model_dir("llama"), tmp_path / "model")
     config = config_for(model, text, tmp_path, wbits=4, symmetric=True, solver="rtn", options={}, format="gptq",
                         save=tmp_path / "saved")  # fmt: skip
     other = replace(config, solver="gptq", run_dir=tmp_path / "other", save=tmp_path / "other-saved")
@@ -498,7 +500,7 @@ def test_a_format_that_was_chosen_falls_back(model_dir, text, tmp_path, caplog):
     from quant.export.read import QuantizedCheckpoint
     from quant.run.choice import in_packed_format
 
-    model = with_a_tiny_row(model_dir("llama"), tmp_path / "model")
+    model = with_a_faint_linear(model_dir("llama"), tmp_path / "model")
     config = config_for(model, text, tmp_path, wbits=4, symmetric=True, solver="rtn", options={}, packed=True,
                         save=tmp_path / "saved")  # fmt: skip
     config = in_packed_format(config)

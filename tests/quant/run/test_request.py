@@ -13,6 +13,7 @@ from quant.run.content import group_sizes, spec_of
 from quant.run.request import Request
 from quant.run.session import Session, open_session
 from quant.run.stored import Allowed
+from quant.tune.config import Tuning
 from tests.helpers import DEMO, asked, config_for
 
 OWN = Allowed(paths=True)
@@ -77,7 +78,7 @@ def test_a_session_refuses_what_it_was_not_opened_for(model_dir, text, tmp_path)
 
 OTHER = {"seed": 1, "nsamples": 3, "solver": "rtn", "options": {"num_iter": 5}, "wbits": 4, "group_size": 16, "symmetric": True,
          "range": "mse", "levels": 5, "learner": "abq", "act": ActSpec(8, 8), "true_sequential": True, "num_layers": 1,
-         "solver_precision": "high"}  # fmt: skip
+         "solver_precision": "high", "tuning": Tuning()}  # fmt: skip
 
 
 def test_every_field_of_a_run_decides_its_identity(model_dir, text, tmp_path):
