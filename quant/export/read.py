@@ -93,13 +93,9 @@ class QuantizedCheckpoint(Checkpoint):
         return self.dtype if name in self._weights else super().dtype_of(name)
 
     def read(self, name: str) -> Tensor:
-        """A tensor; a quantized one dequantized, in float32: its values are scale · (code - zero), which the model's dtype
-        would round.
+        """A tensor as a plain checkpoint keeps it: a quantized one dequantized and rounded to the model's dtype. That is
+        what the run measured, which is deployed so, and what readers compute with.
         """
-        return self.quantized(name).dequantize() if name in self._weights else super().read(name)
-
-    def stored(self, name: str) -> Tensor:
-        """A tensor as a plain checkpoint keeps it: a quantized one dequantized and rounded to the model's dtype."""
         return self.quantized(name).dequantize().to(self.dtype) if name in self._weights else super().read(name)
 
     def solved(self, model: LazyModel, index: int) -> dict[str, QuantizedWeight]:
