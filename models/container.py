@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GPTQ_CONFIG = "config.json", "quantize_config.json"
 SHARD_BYTES = 5_000_000_000
+SHOWN = 3  # names in a message
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -88,6 +89,9 @@ class SafetensorsReader:
                     raise InputError(
                         f"{path}: two shards hold {name} with different values; download the checkpoint again"
                     )
+        if absent := _absent(path, self.files, self._where):
+            shown = ", ".join(absent[:SHOWN]) + (f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else "")
+            log.warning("%s: %s lists tensors that no shard holds: %s", path, INDEX, shown)
         if strange := _strangers(path, self.files):
             log.warning("%s: these files belong to no shard that is read: %s", path, ", ".join(strange))
 
@@ -159,6 +163,12 @@ class SafetensorsWriter:
         self._shards.append(list(self._pending))
         self._pending.clear()
         self._size = 0
+
+
+def _absent(path: Path, files: Sequence[Path], held: Collection[str]) -> list[str]:
+    """Names of tensors that the index puts into the shards and that are in none of them."""
+    by_index = (path / INDEX).exists() and files[0].name != SINGLE
+    return sorted(set(read_json(path / INDEX)["weight_map"]) - set(held)) if by_index else []
 
 
 def _strangers(path: Path, shards: Sequence[Path]) -> list[str]:

@@ -210,6 +210,7 @@ def load_config(
     path = resolve(model, cache_dir, with_weights)
     declared = metadata_of(path)
     family_of(declared.get("model_type", "none"))
+    check_declared(declared, path / CONFIG)
     with foreign(f"{path / 'config.json'} is not a usable model configuration"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if declared.get("quantization_config") and not quantized:
@@ -225,6 +226,29 @@ def _by(path: Path, declared: Mapping[str, Any]) -> str:
     known = f", {METHODS[method]}" if method in METHODS else ""
     by = f" (by {method}{known})" if method else ""
     return f"{by}; give the full-precision checkpoint" + (f", or remove {GPTQ_CONFIG} if this is it" if alone else "")
+
+
+def check_declared(declared: Mapping[str, Any], where: Path) -> None:
+    """Raise InputError for fields of config.json that libraries stumble over, or that contradict each other: rotary settings
+    in the forms of transformers 4 and 5, of which readers take one or the other."""
+    for key in ("dtype", "torch_dtype"):
+        name = declared.get(key)
+        if isinstance(name, str) and not isinstance(getattr(torch, name, None), torch.dtype):
+            raise InputError(f"{where}: {key} is {brief(repr(name), 40)}, where a name such as bfloat16 belongs")
+    if not isinstance(declared.get("quantization_config") or {}, dict):
+        raise InputError(f"{where}: quantization_config is no JSON object")
+    newer, scaling = declared.get("rope_parameters"), declared.get("rope_scaling")
+    if not isinstance(newer, dict):
+        return
+    older = {key: declared.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    if isinstance(scaling, dict):
+        older |= scaling | {"rope_type": scaling.get("rope_type", scaling.get("type"))}
+    for key, value in older.items():
+        if None not in (value, newer.get(key)) and value != newer[key]:
+            raise InputError(
+                f"{where} gives {key} twice, {brief(repr(newer[key]), 40)} in rope_parameters and "
+                f"{brief(repr(value), 40)} in the form of transformers 4: remove what is wrong"
+            )
 
 
 def check_sizes(config: Any, where: Path, most_blocks: int, largest: int) -> None:

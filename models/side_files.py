@@ -9,7 +9,15 @@ from pathlib import Path
 from quant.core.errors import InputError
 from quant.core.files import resolved
 
-ABOUT = ("README*", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*")  # a person's own of such a name stays
+ABOUT = (
+    "README*",
+    "*LICEN[CS]E*",
+    "*NOTICE*",
+    "COPYING*",
+    "*USE_POLICY*",
+    "*TERMS*.md",
+    "*TERMS*.txt",
+)  # a person's own stay
 # *.py: classes that a config.json with auto_map names
 SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.*", "additional_chat_templates/*",
               "*.py", *ABOUT]  # fmt: skip

@@ -108,3 +108,18 @@ def test_settings_beside_config_json_are_its_own(tmp_path):
     for more in ({}, {"quantization_config": {"group_size": 64, "bits": 4}}):
         config.write_text(json.dumps({"quantization": {"group_size": 64, "bits": 4}} | more))
         assert metadata_of(tmp_path)["quantization_config"] == {"quant_method": "mlx"}
+
+
+def test_tensors_that_the_index_lists_and_no_shard_holds_are_said(tmp_path, caplog):
+    writer = SafetensorsWriter(tmp_path, 150)
+    for name, tensor in TENSORS.items():
+        writer.put(name, tensor)
+    writer.finish({"model_type": "x"})
+    index = json.loads((tmp_path / INDEX).read_text())
+    where = next(iter(index["weight_map"].values()))
+    index["weight_map"] |= {f"ghost.{i}.weight": where for i in range(5)}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    SafetensorsReader(tmp_path)
+    (said,) = [record.getMessage() for record in caplog.records]
+    ghosts = "ghost.0.weight, ghost.1.weight, ghost.2.weight and 2 more"
+    assert said == f"{tmp_path}: {INDEX} lists tensors that no shard holds: {ghosts}"

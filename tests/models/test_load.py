@@ -275,3 +275,50 @@ def test_a_name_that_looks_like_a_hash_is_no_hash(model_dir, tmp_path):
 def test_configuration_alone_is_enough_for_a_plan(tmp_path):
     config, _ = load_config("benchmarks/configs/falcon-180b", tmp_path, with_weights=False)
     assert config.hidden_size == 14848
+
+
+LINEAR = {"type": "linear", "factor": 2.0}
+CONTRADICTIONS = {
+    "theta": {"rope_theta": 500000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "type": {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "factor": {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    "part": {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+}  # fmt: skip
+AGREEING = {
+    "numbers alike": {"rope_theta": 10000, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "old type": {"rope_theta": 1e4, "rope_scaling": LINEAR,
+                 "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    "nulls": {"rope_theta": None, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "null parameters": {"rope_theta": 5e5, "rope_parameters": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*CONTRADICTIONS, *AGREEING])
+def test_rotary_settings_in_two_forms_must_agree(case, model_dir, tmp_path):
+    """Readers of transformers 4 take one form, those of 5 the other: such a model has two meanings."""
+    path = copy(model_dir("llama"), tmp_path / "model")
+    declared = json.loads((path / "config.json").read_text())
+    declared.pop("rope_parameters", None)
+    form = (CONTRADICTIONS | AGREEING)[case]
+    (path / "config.json").write_text(json.dumps(declared | form))
+    if case in AGREEING:
+        opened(path, tmp_path)
+        return
+    with pytest.raises(InputError, match=r"config.json gives \w+ twice, .* in rope_parameters and .* transformers 4"):
+        opened(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "torch.float16"}, "dtype is 'torch.float16', where a name such as bfloat16 belongs"),
+        ({"dtype": None, "torch_dtype": "auto"}, "torch_dtype is 'auto', where a name such as bfloat16 belongs"),
+        ({"quantization_config": [1]}, "quantization_config is no JSON object"),
+    ],
+)
+def test_entries_of_config_json_that_libraries_stumble_over_are_named(entry, message, model_dir, tmp_path):
+    path = copy(model_dir("llama"), tmp_path / "model")
+    declared = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(declared | entry))
+    with pytest.raises(InputError, match=f"config.json: {message}"):
+        opened(path, tmp_path)
