@@ -15,7 +15,7 @@ SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released c
 ENDS = [1.0 + 0.05 * i for i in range(-10, 11) if i]  # then either end of the range by itself
 POWER = 2.0  # of the error
 FEW_LEVELS, FEW_LEVELS_POWER = 5, 2.4  # on few levels that of GPTQ's released code
-SMALLEST_HALF, SMALLEST_NORMAL = 2.0**-24, 2.0**-14  # of float16
+SMALLEST_HALF, SMALLEST_NORMAL, LARGEST_HALF = 2.0**-24, 2.0**-14, 65504.0  # of float16
 CHUNK = 1 << 24  # weights searched at a time: bounds the memory of the search on very large layers
 
 
@@ -146,7 +146,7 @@ def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     out of float16's range: then its scales are needed as they are.
     """
     grid = answer.grid
-    if grid.bilevel is not None or grid.scale_bits == 16 or not fits_float16(weight):
+    if grid.bilevel is not None or grid.scale_bits == 16 or misfit_float16(largest_of(weight), grid.qmax):
         return answer
     scale = grid.scale.clamp(min=SMALLEST_HALF).half().float()
     if not bool(torch.isfinite(scale).all()):
@@ -157,11 +157,21 @@ def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     return replace(answer, codes=codes, grid=stored)
 
 
-def fits_float16(weight: Tensor) -> bool:
-    """Whether a layer's largest |weight| is a normal number of float16, so that what its scales lose there is little; also
-    for a layer of zeros, whose scales are 1."""
+def largest_of(weight: Tensor) -> float:
+    """The largest |weight|; NaN where any is NaN."""
     low, high = weight.detach().aminmax()
-    return not 0 < max(-float(low), float(high)) < SMALLEST_NORMAL
+    return float(torch.maximum(-low, high))
+
+
+def misfit_float16(largest: float, qmax: int) -> str | None:
+    """Why scales of a layer with this largest |weight| do not go into float16, in words; None where they do.
+
+    Below float16's normal numbers they would lose much of every weight (a layer of zeros has scales of 1); above, the
+    step of a range from -largest to largest in ``qmax`` parts is not finite there.
+    """
+    if 0 < largest < SMALLEST_NORMAL:
+        return "all its weights are too small for that"
+    return "its largest weight is too large for that" if largest > LARGEST_HALF * qmax / 2 else None
 
 
 def refit_scale_zero(

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from models.checkpoint import RESULTS
+from models.container import CONFIG, GPTQ_CONFIG, INDEX, SINGLE
 from models.side_files import ABOUT, check_own, is_one_of, side_files
 from quant.core.files import check_plain_file, read_json
 
@@ -77,6 +79,13 @@ def _older_scaling(parameters: Json, declared: Mapping[str, Any]) -> Json:
         factor = scaling["factor"]
         scaling["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return {"rope_scaling": scaling, "original_max_position_embeddings": original}
+
+
+def names_written(source: Path, declared: Mapping[str, Any]) -> set[str]:
+    """Names of what a checkpoint of a model has in its directory, besides shards. Raises InputError where
+    `carried_files` does."""
+    carried = carried_files(source, declared)
+    return {SINGLE, INDEX, CONFIG, GPTQ_CONFIG, RESULTS, *(file.relative_to(source).parts[0] for file in carried)}
 
 
 def carried_files(source: Path, declared: Mapping[str, Any]) -> list[Path]:

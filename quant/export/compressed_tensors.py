@@ -22,9 +22,9 @@ from quant.export.formats import (
     Layers,
     StoredLinear,
     check_encodable,
-    faint_linear,
     half_scales,
     matches,
+    misfit_linear,
     refuses_codes,
     uneven_groups,
 )
@@ -55,7 +55,7 @@ class CompressedTensors:
                 f"{self.name} holds activations of 8 bits per token with symmetric 8-bit weights per row only, and no "
                 "quantized queries, keys and values: use --kvbits 16, or format bitplane"
             )
-        return uneven_groups(content, self.name) or faint_linear(content, self.name)
+        return uneven_groups(content, self.name) or misfit_linear(content, self.name)
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Scales in float16, as every reader casts them to the model's dtype."""

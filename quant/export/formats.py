@@ -26,7 +26,7 @@ class Content:
     spec: None where weights stay in full precision. shapes: (out, in) of the linears. reordered: columns change their
     group (act-order without static groups). outliers, online: sparse parts, matrices behind norms. whole: whether
     every block is quantized. model_type: of config.json. true_sequential, static_groups: what GPTQ's config tells of
-    how the codes came about. faint: a linear whose scales float16 cannot hold.
+    how the codes came about. misfit: a linear whose scales float16 cannot hold, and why, in words.
     """
 
     spec: QuantSpec | None
@@ -39,7 +39,7 @@ class Content:
     model_type: str = ""
     true_sequential: bool = False
     static_groups: bool = False
-    faint: str | None = None
+    misfit: str | None = None
 
     @property
     def bits(self) -> int:
@@ -128,11 +128,11 @@ def uneven_groups(content: Content, name: str) -> str | None:
     return None
 
 
-def faint_linear(content: Content, name: str) -> str | None:
+def misfit_linear(content: Content, name: str) -> str | None:
     """Why a format whose scales are float16 cannot hold this; None if it can."""
-    if content.faint is None:
+    if content.misfit is None:
         return None
-    return f"{name} stores scales in float16, and all weights of {content.faint} are too small for that: use format bitplane"
+    return f"{name} stores scales in float16, but {content.misfit}: use format bitplane"
 
 
 def check_encodable(weight: QuantizedWeight, content: Content, name: str) -> None:

@@ -22,9 +22,9 @@ from quant.export.formats import (
     Layers,
     StoredLinear,
     check_encodable,
-    faint_linear,
     half_scales,
     matches,
+    misfit_linear,
     refuses_codes,
 )
 from quant.export.packing import pack, unpack
@@ -53,7 +53,7 @@ class Gptq:
         for name, shape in content.shapes.items():
             if any(n % MULTIPLE for n in shape):
                 return f"{self.name} needs inputs and outputs in multiples of {MULTIPLE}, {name} is {shape[0]}x{shape[1]}: use format compressed-tensors"
-        return faint_linear(content, self.name)
+        return misfit_linear(content, self.name)
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Raises InputError for a zero point of 0 in version 1, which readers take for 2^bits or damage."""

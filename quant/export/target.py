@@ -13,11 +13,12 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from models.checkpoint import RESULTS
+from models.side_files import ABOUT, is_one_of
 from quant.core.errors import InputError
 from quant.core.files import existing_parent, is_plain_name, locked, read_json, resolved, sha256_of_file, unlink_all
 
@@ -56,6 +57,16 @@ def check_target(target: Path, overwrite: bool) -> list[Path]:
             "move it away, or use another directory"
         )
     return others
+
+
+def check_names(names: Collection[str], others: Iterable[Path]) -> None:
+    """Raise InputError where others have a file in a checkpoint's directory under a name that the new one needs. README,
+    licence and the like are theirs then, and not written."""
+    for file in others:
+        if file.name in names and not is_one_of(Path(file.name), ABOUT):
+            raise InputError(
+                f"{file} was not written by this toolkit, and the checkpoint has such a file: move it away"
+            )
 
 
 def listed(directory: Path) -> dict[str, str]:
@@ -142,7 +153,7 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
             _write_mark(new / MARK, target)
             yield new
             check_target(target, overwrite)  # what others did meanwhile counts
-            _check_names(new, target)
+            check_names({file.name for file in new.iterdir()}, others_in(target))
             old = None if inside else _exchange_names(new, target)
         except BaseException:
             if (new / MARK).exists():
@@ -239,15 +250,6 @@ def _remove(files: list[Path], root: Path) -> None:
     for directory in sorted({p for f in files for p in f.parents if root in p.parents}, reverse=True):
         if directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
-
-
-def _check_names(new: Path, target: Path) -> None:
-    """Raise InputError where others have a file in ``target`` under a name that the new checkpoint needs."""
-    for file in others_in(target):
-        if (new / file.name).exists():
-            raise InputError(
-                f"{file} was not written by this toolkit, and the checkpoint has such a file: move it away"
-            )
 
 
 def _move_in(new: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import is_online
 from quant.core import env
 from quant.core.errors import InputError
-from quant.core.grid import fits_float16
+from quant.core.grid import largest_of, misfit_float16
 from quant.core.places import check_places
 from quant.core.types import LARGEST
 from quant.evaluate.tasks import Tasks, check_tasks, open_tasks
-from quant.export import refusal
 from quant.export.formats import Content
 from quant.export.read import open_checkpoint
 from quant.learn.transforms import check_seams
@@ -161,18 +161,30 @@ class Inputs:
             content = self.content(run)
             content = replace(content, online=content.online or online)
             check_format(output, content)
-            stores_float16 = refusal(output.format, replace(content, faint="a linear")) is not None
-            if output.save is not None and output.fallback is None and stores_float16:
-                check_format(output, replace(content, faint=self._faint_linear(run)))
+            if output.save is not None and self.n_blocks(run):
+                misfit = self._misfit_linear(run, content)  # where it does not matter, for the sake of damaged tensors
+                if output.fallback is None:
+                    check_format(output, replace(content, misfit=misfit))
 
-    def _faint_linear(self, run: RunConfig) -> str | None:
-        """The first linear of those to be quantized whose weights are all too small for scales in float16; reads them all."""
-        model = self.model
+    def _misfit_linear(self, run: RunConfig, content: Content) -> str | None:
+        """The first linear of those to be quantized whose scales do not go into float16, and why."""
+        assert content.spec is not None
         for index in range(self.n_blocks(run)):
-            for name in model.linear_shapes():
-                if not fits_float16(model.checkpoint.read(model.key(f"{model.family.blocks}.{index}.{name}.weight"))):
-                    return f"block {index} {name}"
+            for name in self.model.linear_shapes():
+                why = misfit_float16(self._largest[index][name], content.spec.qmax)
+                if why is not None:
+                    return f"block {index} {name}: {why}"
         return None
+
+    @cached_property
+    def _largest(self) -> list[dict[str, float]]:
+        """The largest |weight| of every linear, by block. All blocks are read once for that, before anything is solved.
+        Raises InputError, with the tensor's name, where a number in them is not finite."""
+        linears, largest = self.model.linear_shapes(), []
+        for index in range(len(self.model.blocks)):
+            weights = self.model.block_weights(index, torch.device("cpu"), torch.float32)
+            largest.append({name: largest_of(weights[f"{name}.weight"]) for name in linears})
+        return largest
 
     def n_blocks(self, run: RunConfig) -> int:
         """How many blocks a run quantizes."""

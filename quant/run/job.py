@@ -14,8 +14,8 @@ import torch
 from quant.core import env
 from quant.core.files import check_space, json_sha256, write_json
 from quant.core.places import check_places
-from quant.export.target import check_target, settle
-from quant.export.write import model_side_files
+from quant.export.carried import names_written
+from quant.export.target import check_names, check_target, settle
 from quant.run.config import Output, RunConfig
 from quant.run.directory import BlockSummary, Record, RunDirectory
 from quant.run.finished import read_results
@@ -104,8 +104,11 @@ def _check_save(inputs: Inputs, job: Job) -> list[Path]:
     settle(save)
     if job.is_saved():
         return []
-    model_side_files(inputs.model, inputs.tokenizer)  # raises for files that must not be copied
-    return check_target(save, job.output.overwrite)
+    model = inputs.model
+    names = names_written(model.checkpoint.path, model.config.to_dict())  # raises for files that must not be copied
+    others = check_target(save, job.output.overwrite)
+    check_names(names, others)
+    return others
 
 
 def _check_space(inputs: Inputs, job: Job, tokens: int, together: int) -> None:

@@ -1,10 +1,19 @@
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from quant.core.grid import SMALLEST_HALF, fit_grid, fit_scale_zero, fits_float16, in_float16, range_to_grid
+from quant.core.grid import (
+    SMALLEST_HALF,
+    fit_grid,
+    fit_scale_zero,
+    in_float16,
+    largest_of,
+    misfit_float16,
+    range_to_grid,
+)
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.learn.fake_quant import fake_quantize, grid_of, group_range
 from quant.learn.omniquant import WeightClip
@@ -312,8 +321,21 @@ def test_a_layer_out_of_float16s_range_keeps_its_scales():
     for factor, fits in ((1.0, True), (1e-6, False), (1e-30, False), (0.0, True)):
         grid = fit_grid(weight * factor, spec)
         answer = QuantizedWeight(grid.quantize(weight * factor), grid, spec)
-        assert in_float16(answer, weight * factor) is answer and fits_float16(weight * factor) == fits
-    assert fits_float16(torch.tensor([[0.0, -(2.0**-14)]])) and not fits_float16(torch.tensor([[0.0, -(2.0**-14.1)]]))
+        assert in_float16(answer, weight * factor) is answer
+        assert (misfit_float16(largest_of(weight * factor), 15) is None) == fits
+    assert misfit_float16(2.0**-14, 15) is None and "too small" in misfit_float16(2.0**-14.1, 15)
     grid = fit_grid(weight * 1e9, spec)  # above float16's largest number
     answer = QuantizedWeight(grid.quantize(weight * 1e9), grid, spec)
     assert in_float16(answer, weight * 1e9) is answer
+
+
+def test_the_largest_weight_tells_whether_every_step_is_finite_in_float16():
+    assert largest_of(torch.tensor([[1.0, -3.0], [2.0, 0.5]])) == 3.0 and math.isnan(
+        largest_of(torch.tensor([math.nan]))
+    )
+    for spec in (QuantSpec(2), QuantSpec(4), QuantSpec(8, symmetric=True)):
+        most = 65504.0 * spec.qmax / 2
+        both = torch.tensor([[-most, most * 0.5, most]])
+        assert misfit_float16(most, spec.qmax) is None and fit_grid(both, spec).scale_bits == 16
+        assert "too large" in misfit_float16(most * 1.01, spec.qmax)
+        assert fit_grid(both * 1.01, spec).scale_bits == 32

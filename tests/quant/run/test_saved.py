@@ -240,9 +240,66 @@ def test_a_row_that_is_almost_zero_is_no_veto(kind, whole, tmp_path):
 def test_a_linear_that_float16_cannot_hold_is_refused_before_work(whole, tmp_path):
     source = with_weight(whole, tmp_path / "model", "model.layers.2.mlp.up_proj.weight", lambda weight: weight * 1e-7)
     config = demo_config(tmp_path, source, save=tmp_path / "saved", format="gptq_v2")
-    with pytest.raises(InputError, match=r"all weights of block 2 mlp.up_proj are too small .*: use format bitplane"):
+    with pytest.raises(InputError, match=r"block 2 mlp.up_proj: all its weights are too small .*: use format bitplane"):
         perform(config)
     assert not (tmp_path / "run").exists()
     config = replace(config, format="bitplane")
     results = perform(config)
     assert perplexity(tmp_path / "saved", tmp_path)[0] == results["perplexity"]["text"]["quantized"]
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq_v2", "compressed-tensors"])
+def test_a_linear_whose_steps_float16_cannot_hold_is_refused_before_work(kind, whole, tmp_path):
+    def spike(weight):
+        weight[3, 5] = 1e6
+        return weight
+
+    source = with_weight(whole, tmp_path / "model", "model.layers.1.mlp.down_proj.weight", spike)
+    config = demo_config(tmp_path, source, save=tmp_path / "saved", format=kind)
+    with pytest.raises(
+        InputError, match=r"block 1 mlp.down_proj: its largest weight is too large .*: use format bitplane"
+    ):
+        perform(config)
+    assert not (tmp_path / "run").exists()
+    results = perform(replace(config, format="bitplane"))
+    assert perplexity(tmp_path / "saved", tmp_path)[0] == results["perplexity"]["text"]["quantized"]
+
+
+@pytest.mark.parametrize("kind", ["gptq_v2", "dequantized"])
+def test_a_damaged_tensor_of_the_last_block_is_named_before_the_first_is_solved(kind, whole, tmp_path):
+    name = "model.layers.3.input_layernorm.weight"
+    source = with_weight(whole, tmp_path / "model", name, lambda weight: weight * torch.nan)
+    with pytest.raises(InputError, match=f"{name} holds NaN"):
+        perform(demo_config(tmp_path, source, save=tmp_path / "saved", format=kind))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_way_of_a_side_file_is_said_before_work(whole, tmp_path):
+    """A person's file of a name that the new checkpoint needs, and the old one beside it did not have."""
+    config = demo_config(tmp_path, whole, save=tmp_path / "saved", format="dequantized")
+    perform(config)
+    source = shutil.copytree(whole, tmp_path / "model")
+    (source / "chat_template.jinja").write_text("the model's")
+    mine = tmp_path / "saved" / "chat_template.jinja"
+    mine.write_text("mine")
+    again = replace(config, model=str(source), overwrite=True, run_dir=tmp_path / "other")
+    with pytest.raises(InputError, match=r"chat_template.jinja was not written by this toolkit, .*: move it away"):
+        perform(again)
+    assert mine.read_text() == "mine" and not (tmp_path / "other").exists()
+    mine.rename(tmp_path / "saved" / "quantize_config.json")  # of another software: it would describe this checkpoint
+    with pytest.raises(InputError, match=r"quantize_config.json was not written by this toolkit"):
+        perform(again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_checkpoints_of_16_bit_models_measure_what_the_run_measured(dtype, whole, tmp_path):
+    """The run measures weights as a plain checkpoint keeps them, rounded to the model's dtype; so does every format."""
+    source = shutil.copytree(whole, tmp_path / "model")
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    results = perform(demo_config(tmp_path, source, save=tmp_path / "saved", format="gptq_v2"))
+    expected = results["perplexity"]["text"]["quantized"]
+    assert perplexity(tmp_path / "saved", tmp_path)[0] == expected
+    for kind in ("bitplane", "compressed-tensors", "dequantized"):
+        convert(tmp_path / "saved", kind, tmp_path / kind)
+        assert perplexity(tmp_path / kind, tmp_path)[0] == expected, kind
