@@ -116,12 +116,12 @@ def calibration_tokens(
         return Tokens(ids, source, " + ".join(part.protocol for part in shares), text, _sha256(ids))
     if source in ("c4", "c4-new"):
         documents = hub_documents("c4", "train", data_dir)
-        make = lambda: _drawn(source, documents, tokenizer, nsamples, seqlen, seed)  # noqa: E731
+        make = lambda: _draw_windows(source, documents, tokenizer, nsamples, seqlen, seed)  # noqa: E731
         protocol = "c4/train"
     else:
-        documents, separator, protocol = _joined(source, "calibration", data_dir)
+        documents, separator, protocol = _join(source, "calibration", data_dir)
         make = lambda: _anywhere(source, _encode(source, tokenizer, separator.join(documents)), nsamples, seqlen, seed)  # noqa: E731
-    return _cached(source, protocol, documents, tokenizer, [nsamples, seqlen, seed], cache_dir, make)
+    return _from_cache(source, protocol, documents, tokenizer, [nsamples, seqlen, seed], cache_dir, make)
 
 
 def _with_written(
@@ -179,23 +179,23 @@ def evaluation_tokens(
     check_source(source)
     if source == "c4":
         documents, protocol = hub_documents("c4", "validation", data_dir), "c4/validation"
-        make = lambda: _drawn(source, documents, tokenizer, C4_WINDOWS, seqlen, 0)  # noqa: E731
+        make = lambda: _draw_windows(source, documents, tokenizer, C4_WINDOWS, seqlen, 0)  # noqa: E731
     elif source == "c4-new":
         documents, protocol = hub_documents("c4", "validation", data_dir, C4_NEW_DOCUMENTS), "c4-new/validation"
         if len(documents) < C4_NEW_DOCUMENTS:
             log.warning("%s: %d of the protocol's %d documents are there", source, len(documents), C4_NEW_DOCUMENTS)
         make = lambda: _in_order(source, _encode(source, tokenizer, " ".join(documents)), seqlen)[:C4_WINDOWS]  # noqa: E731
     else:
-        documents, separator, protocol = _joined(source, "evaluation", data_dir)
+        documents, separator, protocol = _join(source, "evaluation", data_dir)
         make = lambda: _in_order(source, _encode(source, tokenizer, separator.join(documents)), seqlen)  # noqa: E731
-    tokens = _cached(source, protocol, documents, tokenizer, ["evaluation", seqlen], cache_dir, make)
+    tokens = _from_cache(source, protocol, documents, tokenizer, ["evaluation", seqlen], cache_dir, make)
     if limit is None:
         return tokens
     ids = tokens.ids[:limit]
     return Tokens(ids, tokens.name, tokens.protocol, tokens.text_sha256, _sha256(ids))
 
 
-def _joined(source: str, use: str, data_dir: Path | None) -> tuple[Sequence[str], str, str]:
+def _join(source: str, use: str, data_dir: Path | None) -> tuple[Sequence[str], str, str]:
     """Documents, separator and protocol of the sources that are tokenized as one text."""
     if source == "demo":
         from data import demo
@@ -235,7 +235,7 @@ def _in_order(source: str, ids: Tensor, seqlen: int) -> Tensor:
     return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
 
 
-def _drawn(source: str, documents: Sequence[str], tokenizer: Any, n: int, seqlen: int, seed: int) -> Tensor:
+def _draw_windows(source: str, documents: Sequence[str], tokenizer: Any, n: int, seqlen: int, seed: int) -> Tensor:
     """A window of each of n documents drawn at random among those longer than a window."""
     rng = random.Random(seed)
     lengths: dict[int, int] = {}  # of the documents found too short: not tokenized again
@@ -267,7 +267,7 @@ def _draw(
     )
 
 
-def _cached(
+def _from_cache(
     source: str,
     protocol: str,
     documents: Sequence[str],

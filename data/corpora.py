@@ -12,7 +12,7 @@ from pathlib import Path
 from data.rows import EXTENSIONS, read_rows, read_text
 from data.written import written
 from quant.core.errors import InputError
-from quant.core.files import resolved
+from quant.core.files import resolve_links
 
 KNOWN = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "demo")
 CALIBRATION = (*KNOWN, "mix", "pile")
@@ -61,7 +61,7 @@ def is_file(source: str) -> bool:
 def check_file(source: str) -> Path:
     """The path of a local text file. Raises InputError if it is not there or of an unknown kind."""
     path = Path(source)
-    resolved(path)  # a loop of links, or a name that is too long
+    resolve_links(path)  # a loop of links, or a name that is too long
     if not path.is_file():
         raise InputError(f"no such file: {source}")
     if not path.name.lower().endswith(EXTENSIONS):

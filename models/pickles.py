@@ -15,7 +15,7 @@ from torch import Tensor
 from models.container import INDEX, shards, write_tensors
 from models.side_files import check_own, side_files
 from quant.core.errors import InputError
-from quant.core.files import check_plain_file, locked
+from quant.core.files import check_plain_file, hold_lock
 from quant.core.text import brief
 
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -39,7 +39,7 @@ def convert_bin(path: Path, cache_dir: Path) -> Path:
     key = hashlib.sha256(json.dumps([str(path.resolve()), stamp]).encode()).hexdigest()[:16]
     target = cache_dir / "converted" / f"{path.name}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_name(f".{target.name}.lock"), f"the conversion of {path}", patience=CONVERSION_SECONDS):
+    with hold_lock(target.with_name(f".{target.name}.lock"), f"the conversion of {path}", patience=CONVERSION_SECONDS):
         if not (target / INDEX).exists():
             _convert_shards(path, names, sides, target)
     return target

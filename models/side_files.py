@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from quant.core.errors import InputError
-from quant.core.files import resolved
+from quant.core.files import resolve_links
 
 ABOUT = (
     "README*",
@@ -39,7 +39,7 @@ def check_own(file: Path, directory: Path) -> None:
     """Raise InputError for a file of a model that is a link to somewhere else: it would be copied with the model. Links
     into the hub's cache, and to the file of the same name in another model's directory, are taken for what they are.
     """
-    target = resolved(file)
+    target = resolve_links(file)
     hub = target.parent.name == "blobs" and (
         target.parent.parent.name.startswith("models--") or target.parent.parent == directory.resolve().parent.parent
     )

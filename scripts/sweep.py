@@ -32,7 +32,7 @@ from quant.cli.arguments import add_flags, bare_parser, flag_mistakes, parse  # 
 from quant.cli.errors import exit_code_of, explain  # noqa: E402
 from quant.cli.flags import AT_LEAST_0, AT_LEAST_1, SWEEP, Flag  # noqa: E402
 from quant.core.errors import InputError, RunError, first_line  # noqa: E402
-from quant.core.files import check_owned, check_plain_file, locked, write_owned  # noqa: E402
+from quant.core.files import check_owned, check_plain_file, hold_lock, write_owned  # noqa: E402
 from quant.core.places import Place, check_places  # noqa: E402
 from quant.core.text import brief, markdown_cell, markdown_table, printable  # noqa: E402
 from quant.report.page import write_report  # noqa: E402
@@ -41,7 +41,7 @@ from quant.run.config import SessionConfig  # noqa: E402
 from quant.run.request import Request, places_read  # noqa: E402
 from quant.run.scoring import FullPrecision  # noqa: E402
 from quant.run.session import Session  # noqa: E402
-from quant.run.stored import NOTHING_ALLOWED, Allowed, ordered_places, taken  # noqa: E402
+from quant.run.stored import NOTHING_ALLOWED, Allowed, allowed_entries, ordered_places  # noqa: E402
 
 EXAMPLES = """examples:
   python scripts/sweep.py scripts/sweeps/demo.yaml                       # 150 rows on the embedded models
@@ -327,7 +327,7 @@ def check_orders(rows: Sequence[Row], allowed: Allowed = NOTHING_ALLOWED) -> Non
                 f"{_place_of(f'--{name}', row)}: {name} says where to write, which a table does not: give it in --flags"
             )
         for name, value in given.items():
-            taken({name: value}, _place_of(f"--{name}", row), allowed)
+            allowed_entries({name: value}, _place_of(f"--{name}", row), allowed)
 
 
 def _given(row: Row) -> dict[str, Any]:
@@ -701,7 +701,10 @@ def main() -> None:
             raise InputError(f"--only-group {args.only_group}: there are {len(groups)} tasks, from 0")
         groups = [groups[args.only_group]]
     args.out.mkdir(parents=True, exist_ok=True)
-    with locked(args.out / f"{args.name}.lock", f"the sweep in {args.out}"), Board(sum(groups, []), console) as board:
+    with (
+        hold_lock(args.out / f"{args.name}.lock", f"the sweep in {args.out}"),
+        Board(sum(groups, []), console) as board,
+    ):
         if args.executor == "ray":
             work = with_ray(groups, args, board.moved)
         else:

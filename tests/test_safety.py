@@ -30,7 +30,7 @@ from quant.cli import evaluate, generate, repeat
 from quant.cli.errors import exit_code_of
 from quant.core import files
 from quant.core.errors import InputError
-from quant.core.files import RECORD, check_owned, locked, read_json, resolved, write_atomically, write_owned
+from quant.core.files import RECORD, check_owned, hold_lock, read_json, resolve_links, write_atomically, write_owned
 from quant.core.names import DEFAULT_CACHE
 from quant.core.places import Place, check_places
 from quant.export import target as target_module
@@ -39,7 +39,7 @@ from quant.run.convert import convert
 from quant.run.directory import LOCK, RunDirectory
 from quant.run.request import Request, places_written
 from quant.run.session import open_session
-from quant.run.stored import Allowed, ordered_places, taken
+from quant.run.stored import Allowed, allowed_entries, ordered_places
 from scripts import sweep
 from tests.helpers import called, config_for, perform, replace
 
@@ -139,18 +139,18 @@ def test_a_stored_request_orders_nothing(name):
     value, allows = REQUESTS[name]
     stored = {name: value, "wbits": 3}
     with pytest.raises(InputError, match="a manifest (asks for|names a file)"):
-        taken(stored, "a manifest", Allowed())
-    assert taken(stored, "a manifest", Allowed(**allows)) == stored
+        allowed_entries(stored, "a manifest", Allowed())
+    assert allowed_entries(stored, "a manifest", Allowed(**allows)) == stored
     other = {"paths": True} if "paths" not in allows else {"trust_remote_code": True}
     with pytest.raises(InputError):
-        taken(stored, "a manifest", Allowed(**other))
+        allowed_entries(stored, "a manifest", Allowed(**other))
 
 
 def test_places_of_a_stored_request_are_left_out():
     stored = {"save": "/s", "run_dir": "/r", "runs": "/x", "cache_dir": "/c", "overwrite": True, "dataset": "c4",
               "calib_dataset": "demo", "output_dir": "/o", "wbits": 3, "eval_datasets": ["ptb"], "task_path": None}  # fmt: skip
     kept = {"dataset", "calib_dataset", "wbits", "eval_datasets", "task_path"}
-    assert set(taken(stored, "a manifest", Allowed())) == kept
+    assert set(allowed_entries(stored, "a manifest", Allowed())) == kept
     assert set(ordered_places(stored)) == set(stored) - kept
     config = Request.from_json(Request.of("m", save=Path("/s"), overwrite=True).to_json(), "m", Allowed())
     assert config.output.save is None and not config.output.overwrite and config.session.cache_dir == DEFAULT_CACHE
@@ -255,7 +255,7 @@ def test_places_that_no_system_takes_are_one_line(tmp_path):
         assert len(str(error.value)) < 400
     with pytest.raises(InputError, match="not UTF-8"):
         check_places([], [Place("--save", tmp_path / os.fsdecode(b"\xff"))])
-    assert resolved(tmp_path / "x" / ".." / "y") == tmp_path.resolve() / "y"
+    assert resolve_links(tmp_path / "x" / ".." / "y") == tmp_path.resolve() / "y"
 
 
 def contradictions(base: Path) -> Iterator[tuple[object, list[object], tuple[str, str]]]:
@@ -1011,7 +1011,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from quant.run.directory import RunDirectory
-with RunDirectory(Path(sys.argv[1])).held():
+with RunDirectory(Path(sys.argv[1])).hold():
     print("held", flush=True)
     time.sleep(300)
 """
@@ -1035,12 +1035,12 @@ def test_a_second_process_is_told_who_holds_a_run_directory(command, quick, mode
 
 def test_a_lock_is_held_once_a_process_and_by_any_depth(tmp_path):
     lock = tmp_path / "x.lock"
-    with locked(lock, "x"), locked(lock, "x"):
+    with hold_lock(lock, "x"), hold_lock(lock, "x"):
         assert json.loads(lock.read_text()) == {"process": os.getpid(), "host": socket.gethostname()}
         pid = os.fork()
         if not pid:
             files._held.clear()  # as a process of its own would begin
-            with suppress(InputError), locked(lock, "x"):
+            with suppress(InputError), hold_lock(lock, "x"):
                 os._exit(1)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -1048,7 +1048,7 @@ def test_a_lock_is_held_once_a_process_and_by_any_depth(tmp_path):
     victim = tmp_path / "precious"
     victim.write_text("precious")
     lock.symlink_to(victim)
-    with suppress(OSError), locked(tmp_path / "x.lock", "x"):
+    with suppress(OSError), hold_lock(tmp_path / "x.lock", "x"):
         pass
     assert victim.read_text() == "precious"
 
@@ -1160,7 +1160,7 @@ def test_a_lock_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "pwrite", full)
-    with pytest.raises(OSError, match="No space left") as error, locked(tmp_path / "x.lock", "x"):
+    with pytest.raises(OSError, match="No space left") as error, hold_lock(tmp_path / "x.lock", "x"):
         pass
     assert error.value.filename == str(tmp_path / "x.lock") and list(tmp_path.iterdir()) == []
 
@@ -1198,7 +1198,7 @@ def test_a_holder_that_has_not_said_who_it_is_yet_is_waited_for(tmp_path):
     fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a process that was stopped between its two calls
     said = threading.Timer(0.2, lambda: os.pwrite(descriptor, b'{"process": 7, "host": "there"}', 0))
     said.start()
-    with pytest.raises(InputError, match="x is in use by process 7 on there"), locked(lock, "x"):
+    with pytest.raises(InputError, match="x is in use by process 7 on there"), hold_lock(lock, "x"):
         pass
     said.join()
     os.close(descriptor)

@@ -41,17 +41,17 @@ class AttentionProducts(TorchFunctionMode):
         """Replace the operands of the products of attention; everything else passes."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            q, k, v = self._query(args[0]), self._kept(args[1]), self._kept(args[2])
+            q, k, v = self._query(args[0]), self._key_or_value(args[1]), self._key_or_value(args[2])
             if self.watch is not None:
                 self.watch(_logits(q, k, *args[3:], **kwargs))
             return func(q, k, v, *args[3:], **kwargs)
         if func in MATMULS and args[0].dim() == 4:
-            args = (args[0], self._kept(args[1])) if self.with_values else self._query_and_keys(*args)
+            args = (args[0], self._key_or_value(args[1])) if self.with_values else self._query_and_keys(*args)
             self.with_values = not self.with_values
         elif func is torch.Tensor.baddbmm:
             kwargs["batch1"], kwargs["batch2"] = self._query_and_keys(kwargs["batch1"], kwargs["batch2"])
         elif func is torch.bmm:
-            args = (args[0], self._kept(args[1]))
+            args = (args[0], self._key_or_value(args[1]))
         elif func in SOFTMAX and self.watch is not None:
             self.watch(args[0])
         return func(*args, **kwargs)
@@ -59,11 +59,11 @@ class AttentionProducts(TorchFunctionMode):
     def _query(self, x: Tensor) -> Tensor:
         return quantize_activations(x, self.spec.bits) if self.spec.kv_bits < FULL_BITS else x
 
-    def _kept(self, x: Tensor) -> Tensor:
+    def _key_or_value(self, x: Tensor) -> Tensor:
         return quantize_activations(x, self.spec.kv_bits)
 
     def _query_and_keys(self, query: Tensor, transposed: Tensor) -> tuple[Tensor, Tensor]:
-        return self._query(query), self._kept(transposed.transpose(-1, -2)).transpose(-1, -2)
+        return self._query(query), self._key_or_value(transposed.transpose(-1, -2)).transpose(-1, -2)
 
 
 def _logits(

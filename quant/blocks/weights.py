@@ -85,11 +85,11 @@ class BlockWeights:
     def since(self, before: BlockWeights) -> BlockWeights:
         """Those that are not the very tensors of ``before``."""
 
-        def changed(part: str, own: dict[str, Any]) -> dict[str, Any]:
+        def new(part: str, own: dict[str, Any]) -> dict[str, Any]:
             old = getattr(before, part)
             return {name: value for name, value in own.items() if value is not old.get(name)}
 
-        return self._by_part(changed)
+        return self._by_part(new)
 
     def within(self, index: int) -> BlockWeights:
         """The same by their names in the list of all blocks, ``<index>.<name>``."""

@@ -15,7 +15,7 @@ from quant.core.places import check_places
 from quant.export.runtimes import loadability
 from quant.run.calibration import shortage
 from quant.run.config import DEFAULT_MAX_SEQLEN
-from quant.run.plan import checked_contents, estimate, product_rates, shapes_of, solver_cost
+from quant.run.plan import check_contents, estimate, product_rates, shapes_of, solver_cost
 from quant.run.request import Request, cache_place, places_read, places_written
 
 
@@ -28,7 +28,7 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
     model_config, path = load_config(first.model, first.cache_dir, first.trust_remote_code, with_weights=False)
     dtype = env.pick_dtype(first.dtype, device) or getattr(model_config, "dtype", None) or torch.float16
     shapes = shapes_of(model_config, first.trust_remote_code)
-    contents = checked_contents(requests, shapes, model_config)
+    contents = check_contents(requests, shapes, model_config)
     rates = product_rates(device, dtype)
     quantizing = [request for request in requests if request.run.quantizes]
     plans = [estimate(r, shapes, dtype.itemsize, rates, solver_cost(device, r.run)) for r in quantizing]

@@ -20,11 +20,11 @@ LAYERS = "layers.json"  # what --compare-layers leaves in --run-dir
 
 def carry_out(args: argparse.Namespace, requests: Sequence[Request], bits: str, notes: Sequence[str]) -> None:
     """Run all requests, or with --dry-run show their plan. bits: for the title."""
-    console = _noted(notes)
+    console = _console_with(notes)
     if args.dry_run:
         show_plan(requests, console)
         return
-    session, first = _opened(requests), requests[0]
+    session, first = _open(requests), requests[0]
     if first.output.save is not None and first.run.quantizes:
         rows = loadability(first.output.format, session.content(first.run))
         console.print(loadability_table(first.output.format, rows))
@@ -39,10 +39,10 @@ def carry_out(args: argparse.Namespace, requests: Sequence[Request], bits: str, 
 
 def compare_layers(args: argparse.Namespace, requests: Sequence[Request], notes: Sequence[str]) -> None:
     """One row a method; with --compute-quantization-recon-error one a linear; all of it as JSON in --run-dir."""
-    console = _noted(notes)
+    console = _console_with(notes)
     if args.run_dir is not None:
         check_owned(args.run_dir / LAYERS)
-    session = _opened(requests)
+    session = _open(requests)
     with ProgressBars(console) as bars:
         records = session.compare_layers([request.run for request in requests], bars.for_method("layers"))
     console.print()
@@ -54,7 +54,7 @@ def compare_layers(args: argparse.Namespace, requests: Sequence[Request], notes:
         console.print(f"  {args.run_dir / LAYERS}", soft_wrap=True)
 
 
-def _noted(notes: Sequence[str]) -> Console:
+def _console_with(notes: Sequence[str]) -> Console:
     """Standard output, after the notes."""
     console = make_console()
     for line in notes:
@@ -62,7 +62,7 @@ def _noted(notes: Sequence[str]) -> Console:
     return console
 
 
-def _opened(requests: Sequence[Request]) -> Session:
+def _open(requests: Sequence[Request]) -> Session:
     """The session of the requests, each of which was found to fit it."""
     session = open_session(*requests)
     for request in requests:

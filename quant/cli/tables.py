@@ -16,7 +16,7 @@ from rich.text import Text
 from quant.cli.console import Console
 from quant.core.errors import InputError
 from quant.core.text import printable
-from quant.report.published import published
+from quant.report.published import published_figures
 
 STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "tasks", "export")
 
@@ -111,7 +111,7 @@ def show_report(finished: Sequence[dict[str, Any]], together: Path | None, conso
 
 def show_published(model: str, finished: Sequence[dict[str, Any]], console: Console) -> None:
     """Published figures of the same model and setting beside ours; nothing where there are none."""
-    entries = [entry for results in finished for entry in published(model, results)]
+    entries = [entry for results in finished for entry in published_figures(model, results)]
     if not entries:
         return
     table = Table(title="published", title_justify="left", header_style="bold", box=SIMPLE_HEAD)

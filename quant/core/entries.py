@@ -107,11 +107,11 @@ def _not_deeper(value: Any, origin: str, name: str, depth: int = 0) -> Any:
 
 
 def _refuse(value: Any, expected: str, origin: str, name: str) -> None:
-    said = "is missing" if value is MISSING else f"is {_shown(value)}"
+    said = "is missing" if value is MISSING else f"is {_show(value)}"
     raise InputError(f"{origin}: {name or 'all of it'} {said}, and has to be {expected}")
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     """A value in an error line: numbers and texts themselves, briefly; for others their kind."""
     if value is None:
         return "null"

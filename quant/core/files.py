@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def resolved(path: Path) -> Path:
+def resolve_links(path: Path) -> Path:
     """The absolute path without links and dots. Raises InputError for a loop of links, a name that is too long, and what
     no system takes as a path."""
     try:
@@ -140,7 +140,7 @@ def existing_parent(path: Path) -> Path:
 
 def check_directory(path: Path) -> None:
     """Raise InputError where a directory cannot be made at ``path``, as it or a parent is something else."""
-    resolved(path)
+    resolve_links(path)
     place = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not place.is_dir():
         mode = (place.stat() if place.exists() else place.lstat()).st_mode
@@ -203,13 +203,13 @@ _held: dict[Path, tuple[int, int]] = {}  # lock file -> descriptor, how often th
 
 
 @contextmanager
-def locked(lock: Path, what: str, patience: float = 0.0) -> Iterator[None]:
+def hold_lock(lock: Path, what: str, patience: float = 0.0) -> Iterator[None]:
     """Hold ``lock`` (a file that is made for this and goes at the end): one process at a time, any number of times in it.
 
     The system's own file lock decides, so that of a dead process is free; the file says who holds it. what: what is
     locked, in words. patience: seconds to wait for another process. Raises InputError that says who holds it then.
     """
-    lock = resolved(lock.parent) / lock.name  # a link in its place is refused, not followed
+    lock = resolve_links(lock.parent) / lock.name  # a link in its place is refused, not followed
     descriptor, times = _held.get(lock, (-1, 0))
     if not times:
         descriptor = _take(lock, what, time.monotonic() + patience)
@@ -315,8 +315,8 @@ def write_owned(directory: Path, contents: Mapping[str, bytes]) -> None:
         raise InputError(f"{strange[0]!r} is not the name of a file that can be written here")
     check_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory / RECORD_LOCK, str(directory), patience=20):
-        record = owned(directory)
+    with hold_lock(directory / RECORD_LOCK, str(directory), patience=20):
+        record = read_record(directory)
         written = {*record, *contents, RECORD}
         killed = (
             file
@@ -338,7 +338,7 @@ def write_owned(directory: Path, contents: Mapping[str, bytes]) -> None:
         )
 
 
-def owned(directory: Path) -> dict[str, list[str]]:
+def read_record(directory: Path) -> dict[str, list[str]]:
     """Hashes by name of the loose files that this toolkit wrote into a directory."""
     path = directory / RECORD
     record: Any = read_json(path).get("files") if path.exists() else {}
@@ -354,6 +354,6 @@ def check_owned(path: Path, record: Mapping[str, list[str]] | None = None) -> No
     check_directory(path.parent)
     if not os.path.lexists(path):
         return
-    hashes = (owned(path.parent) if record is None else record).get(path.name, [])
+    hashes = (read_record(path.parent) if record is None else record).get(path.name, [])
     if path.is_symlink() or not path.is_file() or sha256_of_file(path) not in hashes:
         raise InputError(f"{path} was not written by this toolkit, or was changed since: move it, or use another place")

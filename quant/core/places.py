@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quant.core.errors import InputError
-from quant.core.files import resolved
+from quant.core.files import resolve_links
 
 SAME, INSIDE, AROUND = "is the same place as", "lies inside", "contains"
 ALL = frozenset((SAME, INSIDE, AROUND))
@@ -47,7 +47,7 @@ def check_places(reads: Iterable[Place], writes: Sequence[Place]) -> None:
             os.fsencode(place.path).decode()
         except UnicodeDecodeError as error:
             raise InputError(f"{place.flag} {str(place.path)!r}: the name is not UTF-8; use another place") from error
-        resolved(place.path)
+        resolve_links(place.path)
     sources = list(reads)
     for number, target in enumerate(writes):
         for other in sources:
@@ -73,7 +73,7 @@ def _relation(first: Path, second: Path) -> str | None:
 def _is_inside(path: Path, other: Path) -> bool:
     """Whether a place is another, or below it: by the files themselves where they exist (two spellings of one directory,
     upper and lower case, mounts), else by name."""
-    path, other = resolved(path), resolved(other)
+    path, other = resolve_links(path), resolve_links(other)
     if other == path or other in path.parents:
         return True
     return other.exists() and any(p.exists() and p.samefile(other) for p in (path, *path.parents))

@@ -46,17 +46,17 @@ class Scorer:
         chunk: list[Key] = []
         chunks, held = [chunk], 0
         for key in new:
-            if chunk and held + self._padded(key) * width > HIDDEN_BYTES:
+            if chunk and held + self._padded_length(key) * width > HIDDEN_BYTES:
                 chunk, held = [], 0
                 chunks.append(chunk)
             chunk.append(key)
-            held += self._padded(key) * width
+            held += self._padded_length(key) * width
         for number, part in enumerate(chunks):
             if part:
                 self._score(part, number, len(chunks))
         return [known[key] for key in requests]
 
-    def _padded(self, key: Key) -> int:
+    def _padded_length(self, key: Key) -> int:
         """Length of the window that holds all tokens but the last, which nothing follows."""
         return min(-(-(len(key[0]) - 1) // PAD_TO) * PAD_TO, self.model.max_length)
 
@@ -64,7 +64,7 @@ class Scorer:
         """Pass the blocks with all sequences of a chunk, then read the logits."""
         lengths: dict[int, list[Key]] = {}
         for key in keys:
-            lengths.setdefault(self._padded(key), []).append(key)
+            lengths.setdefault(self._padded_length(key), []).append(key)
         outside = self.model.outside_weights(self.device)
         streams: dict[int, dict[str, BlockStream]] = {}
         for length, group in lengths.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core.errors import InputError, first_line
-from quant.core.files import check_plain_file, resolved
+from quant.core.files import check_plain_file, resolve_links
 
 LOCAL = (
     "json",
@@ -26,7 +26,7 @@ def check_no_code(file: Path, seen: set[Path]) -> None:
     that were read, links resolved as lm-eval does; filled."""
     import yaml
 
-    file = resolved(file)
+    file = resolve_links(file)
     if file in seen:
         return
     seen.add(file)
@@ -67,15 +67,15 @@ def with_paths(config: dict[str, Any], file: Path) -> dict[str, Any]:
         return config
     final = source is not None  # else the file that includes this one says which kind of data they are
     keys = [key for key in ("data_files", "data_dir") if key in options]
-    return config | {"dataset_kwargs": {**options, **{key: _located(options[key], file, final) for key in keys}}}
+    return config | {"dataset_kwargs": {**options, **{key: _locate(options[key], file, final) for key in keys}}}
 
 
-def _located(value: Any, file: Path, final: bool) -> Any:
+def _locate(value: Any, file: Path, final: bool) -> Any:
     """A path, a list of paths or one by split, each from the directory of the file if it is there."""
     if isinstance(value, Mapping):
-        return {key: _located(part, file, final) for key, part in value.items()}
+        return {key: _locate(part, file, final) for key, part in value.items()}
     if isinstance(value, list):
-        return [_located(part, file, final) for part in value]
+        return [_locate(part, file, final) for part in value]
     if not isinstance(value, str) or "://" in value:
         return value
     beside, here = file.parent / value, Path.cwd() / value  # the same where the path is absolute

@@ -95,12 +95,12 @@ def open_tasks(
         seen: set[Path] = set()
         for file in sorted(path.rglob("*.y*ml")):
             check_no_code(file, seen)
-    with sandboxed(trust_remote_code):
+    with sandbox(trust_remote_code):
         return replace(_open_tasks(names, path, num_fewshot, limit), trust_remote_code=trust_remote_code)
 
 
 @contextmanager
-def sandboxed(trust_remote_code: bool = False) -> Iterator[None]:
+def sandbox(trust_remote_code: bool = False) -> Iterator[None]:
     """Let lm-eval fill in the templates of tasks without their reaching Python, load no metrics that are programs, and take
     the paths in a task's file from where it lies. Raises InputError for a template that reaches for Python, or is none."""
     import evaluate
@@ -115,7 +115,7 @@ def sandboxed(trust_remote_code: bool = False) -> Iterator[None]:
 
     library, load_yaml = Path(lm_eval.__file__).resolve().parent, _yaml_loader.load_yaml
 
-    def located(path: Path, **options: Any) -> dict[str, Any]:
+    def locate(path: Path, **options: Any) -> dict[str, Any]:
         config, file = load_yaml(path, **options), Path(path).expanduser().resolve()
         return config if library in file.parents else with_paths(config, file)
 
@@ -123,10 +123,10 @@ def sandboxed(trust_remote_code: bool = False) -> Iterator[None]:
     boxed.filters |= utils.env.filters
     with ExitStack() as stack:
         for module in (_factory, _yaml_loader):  # the second calls itself for what a file includes
-            stack.enter_context(_replaced(module, "load_yaml", located))
-        stack.enter_context(_replaced(utils, "env", boxed))
+            stack.enter_context(_replace(module, "load_yaml", locate))
+        stack.enter_context(_replace(utils, "env", boxed))
         if not trust_remote_code:
-            stack.enter_context(_replaced(evaluate, "load", refuse))
+            stack.enter_context(_replace(evaluate, "load", refuse))
         try:
             yield
         except SecurityError as error:
@@ -136,7 +136,7 @@ def sandboxed(trust_remote_code: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def _replace(module: Any, name: str, value: Any) -> Iterator[None]:
     """A module's attribute replaced for the length of a `with`."""
     own = getattr(module, name)
     setattr(module, name, value)
@@ -170,7 +170,7 @@ def _open_tasks(names: Sequence[str], path: Path | None, num_fewshot: int | None
             members[name] = tuple(manager.load([name])["tasks"])
         except InputError as error:
             raise InputError(f"--tasks {name}: {error}") from error
-        except (MemoryError, OverflowError, TemplateError):  # `sandboxed` explains the latter two
+        except (MemoryError, OverflowError, TemplateError):  # `sandbox` explains the latter two
             raise
         except Exception as error:  # of datasets, pyarrow, lm-eval and what they call
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -229,7 +229,7 @@ def _scores_of(lm: Any, tasks: Tasks) -> dict[str, TaskScore]:
     import lm_eval
 
     with (
-        sandboxed(tasks.trust_remote_code),
+        sandbox(tasks.trust_remote_code),
         Path(os.devnull).open("w") as nowhere,
         redirect_stderr(nowhere),
     ):  # its bars; logging goes on

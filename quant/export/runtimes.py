@@ -79,12 +79,12 @@ class Rule:
             yield "takes quantized weights only"
             return
         if self.bits is not None and content.bits not in self.bits:
-            yield f"takes {_listed(self.bits)} bits, not {content.bits}"
+            yield f"takes {_list(self.bits)} bits, not {content.bits}"
         if self.symmetric and not content.centered:
             yield "takes symmetric grids only (--sym)"
         whole = self.row_by_size and all(n_in == spec.group_size for _, n_in in content.shapes.values())
         if self.groups is not None and spec.group_size not in self.groups and not whole:
-            yield f"takes groups of {_listed(self.groups)}"
+            yield f"takes groups of {_list(self.groups)}"
         if self.grouped and spec.group_size == -1:
             yield "takes groups, not one scale a row"
         for name, (n_out, n_in) in content.shapes.items():
@@ -197,7 +197,7 @@ def _given_up(runtime: str, kind: str, content: Content) -> list[str] | None:
     return words
 
 
-def _listed(values: tuple[int, ...]) -> str:
+def _list(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
 
 

@@ -20,7 +20,15 @@ from pathlib import Path, PurePosixPath
 from models.checkpoint import RESULTS
 from models.side_files import ABOUT, is_one_of
 from quant.core.errors import InputError
-from quant.core.files import existing_parent, is_plain_name, locked, read_json, resolved, sha256_of_file, unlink_all
+from quant.core.files import (
+    existing_parent,
+    hold_lock,
+    is_plain_name,
+    read_json,
+    resolve_links,
+    sha256_of_file,
+    unlink_all,
+)
 
 OWN = "written_sha256"  # entry of results.json: hashes of all files of the checkpoint but results.json itself, by path
 HIDDEN = ".llm-quantizer-"
@@ -39,7 +47,7 @@ def check_target(target: Path, overwrite: bool) -> list[Path]:
         raise InputError(f"{target} is not empty; use another directory or --overwrite")
     if entries and os.path.ismount(target):
         raise InputError(f"{target} is a mount, which cannot be replaced as a whole: use a directory in it")
-    place = resolved(target).parent if entries else existing_parent(target)
+    place = resolve_links(target).parent if entries else existing_parent(target)
     if not os.access(place, os.W_OK):
         raise InputError(f"{place} cannot be written; use another directory for the checkpoint")
     if not entries:
@@ -51,7 +59,9 @@ def check_target(target: Path, overwrite: bool) -> list[Path]:
             "use another directory"
         )
     others = _others(target, own)
-    if changed := [file for file in others if file.name in {PurePosixPath(name).parts[0] for name in listed(target)}]:
+    if changed := [
+        file for file in others if file.name in {PurePosixPath(name).parts[0] for name in read_hashes(target)}
+    ]:
         raise InputError(
             f"{changed[0]} was changed since it was written, and --overwrite replaces only what this toolkit wrote; "
             "move it away, or use another directory"
@@ -69,7 +79,7 @@ def check_names(names: Collection[str], others: Iterable[Path]) -> None:
             )
 
 
-def listed(directory: Path) -> dict[str, str]:
+def read_hashes(directory: Path) -> dict[str, str]:
     """Hashes of the files that a checkpoint's results.json says were written, by path inside the directory. Empty where it
     says nothing legal."""
     results = directory / RESULTS
@@ -85,7 +95,7 @@ def listed(directory: Path) -> dict[str, str]:
 def written_files(directory: Path) -> list[Path]:
     """The files of a checkpoint that this toolkit wrote there and that are still, byte for byte, what it wrote; results.json,
     which says so, is the last. Empty where it does not."""
-    files = {directory / name: digest for name, digest in listed(directory).items()}
+    files = {directory / name: digest for name, digest in read_hashes(directory).items()}
     kept = [f for f, digest in files.items() if _is_inside(f, directory) and sha256_of_file(f) == digest]
     return [*kept, directory / RESULTS] if files else []
 
@@ -97,14 +107,14 @@ def others_in(target: Path) -> list[Path]:
 
 def is_complete(directory: Path) -> bool:
     """Whether every file that results.json lists is there."""
-    names = listed(directory)
+    names = read_hashes(directory)
     return bool(names) and all((directory / name).is_file() for name in names)
 
 
 def size_on_disk(directory: Path) -> int:
     """Bytes of the files of a checkpoint that this toolkit wrote."""
     return sum(
-        (directory / name).stat().st_size for name in (*listed(directory), RESULTS) if (directory / name).exists()
+        (directory / name).stat().st_size for name in (*read_hashes(directory), RESULTS) if (directory / name).exists()
     )
 
 
@@ -142,9 +152,9 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
     Raises InputError where another process is writing there, where `check_target` does by now, or where the new checkpoint
     has files of names that others have.
     """
-    target = resolved(target)
+    target = resolve_links(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
+    with _hold_lock(target):
         _settle(target)
         inside = target.is_dir() and not _entries(target)
         new = target / f"{HIDDEN}new" if inside else _beside(target, "new")
@@ -171,11 +181,11 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
 
 def settle(target: Path) -> None:
     """Finish what a process that was killed had begun to put in place of ``target``, or take it back."""
-    target = resolved(target)
+    target = resolve_links(target)
     left = [_beside(target, part) for part in ("new", "old", "lock")]
     left += [target / f"{HIDDEN}new", target / f"{HIDDEN}lock", target / MARK, target / REPLACED]
     if any(path.exists() for path in left):
-        with _locked(target):
+        with _hold_lock(target):
             _settle(target)
 
 
@@ -203,14 +213,14 @@ def _settle(target: Path) -> None:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def _hold_lock(target: Path) -> Iterator[None]:
     """One process a target: by a file in a directory that is there and empty, else by one beside it. (And by the former, if
     a process that was killed left it.)"""
     inner, what = target / f"{HIDDEN}lock", f"the checkpoint directory {target}"
     empty = target.is_dir() and not _entries(target)
     with ExitStack() as held:
         for lock in (inner,) if empty else (_beside(target, "lock"), *((inner,) if inner.exists() else ())):
-            held.enter_context(locked(lock, what))
+            held.enter_context(hold_lock(lock, what))
         yield
 
 

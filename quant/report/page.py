@@ -26,7 +26,7 @@ from urllib.parse import quote
 from quant.core.files import write_owned
 from quant.core.text import csv_cell, printable
 from quant.report import plots
-from quant.report.published import published
+from quant.report.published import published_figures
 from quant.report.runs import Run, open_run, score_of
 from quant.run.finished import JournalLine
 from quant.run.linear import LOOK_ABOVE
@@ -86,7 +86,7 @@ def _link(run: Run, out: Path) -> str:
     return quote(os.fsencode(Path(os.path.relpath(own if own.exists() else run.path, out)).as_posix()))
 
 
-def _shown(value: Any) -> Any:
+def _show(value: Any) -> Any:
     """A value where the template writes it: control characters of names are visible; Jinja escapes it then."""
     return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
@@ -114,7 +114,7 @@ def page(runs: Sequence[Run], title: str, out: Path) -> tuple[str, dict[str, byt
                 drawings[name] = drawn
     drawings["seconds"] = plots.stages_plot(runs)
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, finalize=_shown
+        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, finalize=_show
     )
     environment.filters["script_source"] = _script_source
     html = environment.get_template(TEMPLATE.name).render(
@@ -124,7 +124,7 @@ def page(runs: Sequence[Run], title: str, out: Path) -> tuple[str, dict[str, byt
         tasks=list(dict.fromkeys(task for run in runs for task in run.results["zero_shot"])),
         bars=plots.BARS,
         score_of=score_of,
-        published=[(run, entry) for run in runs for entry in published(run.model, run.results)],
+        published=[(run, entry) for run in runs for entry in published_figures(run.model, run.results)],
         plots={name: svg for name, (svg, _) in drawings.items()},
         heats=[heat(run.records) for run in runs],
         linears=[r | {"reason": reason(r)} for r in runs[0].records] if len(runs) == 1 else [],

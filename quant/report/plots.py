@@ -37,7 +37,7 @@ def _figure(width: float, height: float) -> Iterator[Any]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _drawn(figure: Any, about: str) -> tuple[str, bytes]:
+def _draw(figure: Any, about: str) -> tuple[str, bytes]:
     """(inline SVG that follows the page's colours and width, PNG on white)."""
     svg, png = io.StringIO(), io.BytesIO()
     figure.get_layout_engine().execute(figure)
@@ -156,7 +156,7 @@ def _against_bits(
             ncols=min(5, len(handles)),
             loc="outside upper left",
         )
-        return _drawn(figure, about)
+        return _draw(figure, about)
 
 
 def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
@@ -189,7 +189,7 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
         axes.set_xlim(0, 1.02)
         axes.set_xlabel("score")
         axes.grid(axis="x", alpha=0.25)
-        return _drawn(figure, "Zero-shot scores before and after")
+        return _draw(figure, "Zero-shot scores before and after")
 
 
 def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
@@ -207,7 +207,7 @@ def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
         axes.legend(frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-        return _drawn(figure, "Seconds by stage")
+        return _draw(figure, "Seconds by stage")
 
 
 def memory_plot(run: Run) -> tuple[str, bytes] | None:
@@ -229,7 +229,7 @@ def memory_plot(run: Run) -> tuple[str, bytes] | None:
         axes.invert_yaxis()
         axes.set_xlabel("peak memory, GB")
         axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-        return _drawn(figure, "Peak memory by stage")
+        return _draw(figure, "Peak memory by stage")
 
 
 def _ratio(loss: float | None, start: float) -> float:
@@ -256,7 +256,7 @@ def losses_plot(run: Run) -> tuple[str, bytes] | None:
         axes.set_ylabel("loss / loss at the start")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9, ncols=2)
-        return _drawn(figure, "Loss of every block over its epochs")
+        return _draw(figure, "Loss of every block over its epochs")
 
 
 def ranges_plot(run: Run) -> tuple[str, bytes] | None:
@@ -288,4 +288,4 @@ def ranges_plot(run: Run) -> tuple[str, bytes] | None:
         for axes in (above, below):
             axes.grid(axis="y", alpha=0.25)
         above.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-        return _drawn(figure, "Ranges of inputs and weights of every linear")
+        return _draw(figure, "Ranges of inputs and weights of every linear")

@@ -43,7 +43,7 @@ def method_of(results: Mapping[str, Any]) -> str:
     return f"{results['method']}{kept}"
 
 
-def published(model: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def published_figures(model: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Figures for a model's name and the setting of results.json, full precision first; none where none is known.
 
     Each has data, setting, method, source, perplexity, ours (where the row is full precision or the run's own method), and

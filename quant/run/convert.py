@@ -38,7 +38,7 @@ from quant.run.content import check_format, content_of
 from quant.run.packed_model import FinishedRun, is_run, open_run
 from quant.run.request import cache_place
 from quant.run.results import is_whole
-from quant.run.save import deployed_in
+from quant.run.save import replacements_in
 
 log = logging.getLogger(__name__)
 CONVERTED = "converted_sha256"  # entry of results.json: hash of what decides a conversion
@@ -95,7 +95,7 @@ def _of_run(run: FinishedRun, kind: str) -> Conversion:
     content = content_of(run.request.run, model.linear_shapes(), len(model.blocks), model.config.model_type)
     check_format(Output(format=kind), content)
     tokenizer = load_tokenizer(model.checkpoint.path, run.request.session.trust_remote_code)
-    replaced, layers = deployed_in(run.directory, n_blocks), layers_of(model, n_blocks)
+    replaced, layers = replacements_in(run.directory, n_blocks), layers_of(model, n_blocks)
     return Conversion(
         content,
         lambda: packed_entries(entries(model, replaced), kind, content, model.storage_of),

@@ -30,9 +30,9 @@ from quant.core.files import (
     RECORD_LOCK,
     TEMPORARY,
     check_plain_file,
-    locked,
-    owned,
+    hold_lock,
     read_json,
+    read_record,
     sha256_of_file,
     unlink_all,
     write_atomically,
@@ -81,7 +81,7 @@ class RunDirectory:
         self._verified: set[int] = set()  # blocks whose tensors had their hash when they were first read
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Make the directory, and keep other processes out of it. Raises InputError where the place cannot be written or
         holds files of others, or another process holds it."""
         if self.path.is_dir():
@@ -93,7 +93,7 @@ class RunDirectory:
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self.path / LOCK, f"the run directory {self.path}"))
+                stack.enter_context(hold_lock(self.path / LOCK, f"the run directory {self.path}"))
                 self.blocks.mkdir(exist_ok=True)
             except OSError as error:
                 reason = error.strerror or str(error)
@@ -137,7 +137,7 @@ class RunDirectory:
 
     def _contents(self) -> tuple[list[Path], list[Path]]:
         """The files here that a run writes, and what else lies here, from one look: a process may be writing."""
-        record = owned(self.path)
+        record = read_record(self.path)
         own: list[Path] = []
         others: list[Path] = []
         for file in (*self.path.iterdir(), *(self.blocks.iterdir() if self.blocks.is_dir() else ())):

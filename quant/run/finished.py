@@ -148,7 +148,11 @@ class Results(TypedDict):
 
 
 class JournalLine(TypedDict):
-    """A line of the journal: one linear. input_rms: of its channels, median and largest."""
+    """A line of the journal: one linear. input_rms: of its channels, median and largest.
+
+    `LinearRecord` is what this version writes, and what it goes on from; this is what others may rely on in a line of any
+    version, which is read entry by entry, so that an error names the one that is damaged.
+    """
 
     block: int
     name: str

@@ -88,7 +88,7 @@ def _open_job(inputs: Inputs, run: RunConfig, output: Output, held: ExitStack, t
     request = Request(inputs.config, run, output)
     evaluated = inputs.evaluation.values()
     manifest = manifest_of(request, configuration, inputs.model, inputs.device, calibration, evaluated)
-    held.enter_context(target.held())
+    held.enter_context(target.hold())
     others = target.open(manifest, output.overwrite)
     stay += others if output.overwrite else []
     if stay:

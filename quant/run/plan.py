@@ -219,7 +219,7 @@ def _gram_flops(n_in: int) -> float:
     return n_in**2 * (1 + 1 / blocks)
 
 
-def checked_contents(requests: Sequence[Request], shapes: Shapes, model_config: Any) -> list[tuple[str, Content]]:
+def check_contents(requests: Sequence[Request], shapes: Shapes, model_config: Any) -> list[tuple[str, Content]]:
     """Format and content of a checkpoint of every run that quantizes. Raises InputError where `Session` would: for seams
     that are not there, groups that do not divide, and formats that are to be written."""
     named = {name: (out, n_in) for name, out, n_in in shapes.linears}

@@ -12,13 +12,13 @@ from data.corpora import is_file
 from data.written import text_of
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError, first_line
-from quant.core.files import resolved
+from quant.core.files import resolve_links
 from quant.core.places import AROUND, INSIDE, Place
 from quant.learn.config import Learning, TransformSpec
 from quant.run.config import Output, RunConfig, SessionConfig
 from quant.run.directory import Record
 from quant.run.resume import method_that_learned
-from quant.run.stored import Allowed, taken
+from quant.run.stored import Allowed, allowed_entries
 from quant.tune.config import Tuning
 
 PARTS = {"session": SessionConfig, "run": RunConfig, "output": Output}
@@ -59,9 +59,9 @@ class Request:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], origin: str, allowed: Allowed) -> Request:
-        """A request that was kept by `to_json`, as far as it may count: see `taken`; places to write are this version's
+        """A request that was kept by `to_json`, as far as it may count: see `allowed_entries`; places to write are this version's
         defaults. Raises InputError where an entry is unknown."""
-        entries = taken(stored, origin, allowed)
+        entries = allowed_entries(stored, origin, allowed)
         kinds = {f.name: str(f.type) for kind in PARTS.values() for f in fields(kind) if f.name not in DERIVED}
         unknown = sorted(set(entries) - set(kinds) - {"method"})
         if unknown:
@@ -102,7 +102,7 @@ def places_read(session: SessionConfig, runs: Iterable[RunConfig] = ()) -> list[
     model, runs = Path(session.model), tuple(runs)
     places = [Place("--model", model)] if model.is_dir() else []
     links = [file for file in model.iterdir() if file.is_symlink()] if model.is_dir() else []
-    places += [Place("a file of --model,", target) for target in map(resolved, links)]
+    places += [Place("a file of --model,", target) for target in map(resolve_links, links)]
     calibration = [text for run in runs if not session.evaluates and (text := text_of(run.dataset)) is not None]
     data = (*calibration, *session.eval_datasets)
     places += [Place("the data file", Path(source)) for source in data if is_file(source)]

@@ -85,7 +85,7 @@ def check_source(path: Path, configuration: Record, model_sha256: str) -> str:
         raise InputError(f"--resume {path}: no manifest.json; give the run directory that holds learned parameters")
     try:
         before: Record = manifest["configuration"]
-        theirs, own = _learned_for(before), _learned_for(configuration)
+        theirs, own = _meaning_of(before), _meaning_of(configuration)
         digest, model = before["model_sha256"], manifest["model"]["id"]
     except (AttributeError, KeyError, TypeError) as error:  # JSON of some other shape
         raise InputError(
@@ -108,7 +108,7 @@ def check_source(path: Path, configuration: Record, model_sha256: str) -> str:
     return json_sha256(before)
 
 
-def _learned_for(configuration: Record) -> Record:
+def _meaning_of(configuration: Record) -> Record:
     """What the meaning of a configuration's learned parameters depends on, by name.
 
     How they were trained (epochs, rates, losses), where they started and what rounds afterwards may differ.

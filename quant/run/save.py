@@ -50,16 +50,16 @@ def _save_or_fall_back(inputs: Inputs, job: Job) -> None:
         log.warning("%s; saved as %s", error, output.fallback)
 
 
-def deployed_in(directory: RunDirectory, n_blocks: int) -> Callable[[int], Mapping[str, Tensor | QuantizedWeight]]:
+def replacements_in(directory: RunDirectory, n_blocks: int) -> Callable[[int], Mapping[str, Tensor | QuantizedWeight]]:
     """What the blocks of a run deploy otherwise than the original, by index; nothing for blocks that were left alone."""
 
-    def deployed(index: int) -> Mapping[str, Tensor | QuantizedWeight]:
+    def replacements(index: int) -> Mapping[str, Tensor | QuantizedWeight]:
         if index >= n_blocks:
             return {}
         solved = {LinearRef.of_module(name).parameter: one for name, one in directory.read_weights(index).items()}
         return directory.read_changed(index).named() | solved
 
-    return deployed
+    return replacements
 
 
 def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
@@ -67,7 +67,7 @@ def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     model, content, target = inputs.model, inputs.content(job.run), job.output.save
     assert target is not None
     stream = packed_entries(
-        entries(model, deployed_in(job.target, job.n_blocks)), format_name, content, model.storage_of
+        entries(model, replacements_in(job.target, job.n_blocks)), format_name, content, model.storage_of
     )
     described = model_config(model, format_name, content, layers_of(model, job.n_blocks))
     results = dict(job.results or {}) | {"format": format_name}

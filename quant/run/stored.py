@@ -29,7 +29,7 @@ class Allowed:
 NOTHING_ALLOWED = Allowed()
 
 
-def taken(stored: Mapping[str, Any], origin: str, allowed: Allowed) -> dict[str, Any]:
+def allowed_entries(stored: Mapping[str, Any], origin: str, allowed: Allowed) -> dict[str, Any]:
     """The entries of a stored request that count, by name: all but those that say where to write.
 
     stored: fields of a RunConfig, or what a command line's parser made of flags, by its names. origin: where it is stored.

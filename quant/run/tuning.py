@@ -74,7 +74,7 @@ class BlockTuner:
 
         state = begin(objective, tuned.initial())
         optimize(objective, state, tuned.rates(), self.tuning, self.job.run.seed, progress=progress)
-        answers, changed = tuned.answers(state.best), tuned.changed(state.best)
+        answers, changed = tuned.answers(state.best), tuned.changes_at(state.best)
         records = [after_tuning(record, answers[record.name]) for record in block.records]
         deployed = deploy(weights, answers, model, index, changed)
         tuned_block = replace(block, weights=deployed, solved=answers, changed=changed, records=records)
@@ -162,7 +162,7 @@ def _write(job: Job, block: TunedBlock, summary: BlockSummary, state: State, sec
     records = [after_tuning(record, answers[record.name]) for record in summary.records]
     spent = dict(summary.seconds) | {"learn": summary.seconds.get("learn", 0.0) + seconds}
     job.target.write_block(
-        block.index, answers, records, spent, changed=block.changed(own), tuning=state.record()
+        block.index, answers, records, spent, changed=block.changes_at(own), tuning=state.record()
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class TunedBlock:
     def _of(self, name: str, parameters: Mapping[str, Tensor]) -> Parameters:
         return {key: parameters[name + key] for key in (POSITION, FACTOR)}
 
-    def deployed(self, parameters: Mapping[str, Tensor]) -> BlockWeights:
+    def weights_at(self, parameters: Mapping[str, Tensor]) -> BlockWeights:
         """The block's weights in the arithmetic's dtype, as its checkpoint holds them; gradients pass."""
         moved = self._moved(parameters)
         for name, linear in self.linears.items():
@@ -86,6 +86,6 @@ class TunedBlock:
         return {name: linear.answer(self._of(name, parameters)) for name, linear in self.linears.items()}
 
     @torch.no_grad()
-    def changed(self, parameters: Mapping[str, Tensor]) -> BlockWeights:
+    def changes_at(self, parameters: Mapping[str, Tensor]) -> BlockWeights:
         """What is deployed otherwise than before besides the linears, as the checkpoint holds it."""
         return BlockWeights({name: t.to(self._storage(name)) for name, t in self._moved(parameters).items()})

@@ -48,7 +48,7 @@ def block_objective(
     rows, index = training.rows, block.index
 
     def loss(parameters: Parameters, batch: int) -> Tensor:
-        with instrument(training.model.blocks[index], block.deployed(parameters), act) as own:
+        with instrument(training.model.blocks[index], block.weights_at(parameters), act) as own:
             out = training.call(index, own, rows[batch], training.arguments[batch])
         return trimmed_squared_error(out, targets[rows[batch]], tuning.drop)
 
@@ -68,7 +68,7 @@ def model_objective(
     rows = full.rows
 
     def loss(parameters: Parameters, batch: int) -> Tensor:
-        weights = rest | deployed(blocks, parameters)
+        weights = rest | weights_of(blocks, parameters)
         log_q = torch.log_softmax(logits_of(model, weights, outside, full.tokens[rows[batch]], act), -1)
         with torch.no_grad():
             log_p = torch.log_softmax(full.logits(rows[batch], outside).clone(), -1)
@@ -77,13 +77,13 @@ def model_objective(
     return _objective(loss, rows)
 
 
-def deployed(blocks: Sequence[TunedBlock], parameters: Mapping[str, Tensor]) -> BlockWeights:
+def weights_of(blocks: Sequence[TunedBlock], parameters: Mapping[str, Tensor]) -> BlockWeights:
     """Weights of several blocks, by ``<index>.<name>``; their parameters are under the same prefix."""
     weights = BlockWeights()
     for block in blocks:
         prefix = f"{block.index}."
         own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
-        weights |= block.deployed(own).within(block.index)
+        weights |= block.weights_at(own).within(block.index)
     return weights
 
 

@@ -178,7 +178,7 @@ class PackedWeight:
     @cached_property
     def ones(self) -> Tensor:
         """int8 [columns]: one for every column of the weight, zero where groups are filled up."""
-        return self.arranged(torch.ones(1, self.n_in, dtype=torch.int8, device=self.grid.scale.device))[0]
+        return self.arrange(torch.ones(1, self.n_in, dtype=torch.int8, device=self.grid.scale.device))[0]
 
     def nbytes(self) -> int:
         """Memory of all of it."""
@@ -189,7 +189,7 @@ class PackedWeight:
             parts.append(self.order)
         return sum(part.nbytes for part in parts)
 
-    def arranged(self, columns: Tensor) -> Tensor:
+    def arrange(self, columns: Tensor) -> Tensor:
         """[n, in] in the order of the codes, filled up with zeros: [n, columns]."""
         if self.order is not None:
             columns = columns[:, self.order]
@@ -215,12 +215,12 @@ class PackedWeight:
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [n, in] times the weight transposed, float32 [n, out]."""
-        y = self.layout.matmul(self.arranged(x), self)[:, : self.n_out]
+        y = self.layout.matmul(self.arrange(x), self)[:, : self.n_out]
         return y if self.outliers is None else y + self.outliers.matmul(x.float())
 
     def integer_matmul(self, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """As `matmul` for inputs scale[n] · (x[n] + offset[n]), x int8 [n, in]."""
-        y = self.layout.integer_matmul(self.arranged(x), scale, offset, self)[:, : self.n_out]
+        y = self.layout.integer_matmul(self.arrange(x), scale, offset, self)[:, : self.n_out]
         if self.outliers is None:
             return y
         return y + self.outliers.matmul((x.float() + offset[:, None]) * scale[:, None])

@@ -308,9 +308,9 @@ def test_the_flag_counts_where_tasks_run(local_task):
 
     tasks = open_tasks(["mine"], local_task, None, 4, trust_remote_code=True)
     load = evaluate.load
-    with zero_shot.sandboxed(tasks.trust_remote_code):
+    with zero_shot.sandbox(tasks.trust_remote_code):
         assert evaluate.load is load
-    with zero_shot.sandboxed(), pytest.raises(InputError, match="'m.py' is a program"):
+    with zero_shot.sandbox(), pytest.raises(InputError, match="'m.py' is a program"):
         evaluate.load("m.py")
     assert evaluate.load is load
 

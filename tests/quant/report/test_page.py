@@ -503,33 +503,36 @@ def test_hostile_names_do_nothing_in_a_browser(finished, tmp_path):
 
 
 def test_published_figures_stand_beside_ours():
-    from quant.report.published import method_of, published, rows
+    from quant.report.published import method_of, published_figures, rows
 
     scores = {"wikitext2": {"fp": 14.62, "quantized": 21.0, "seqlen": 2048}}
     results = {"wbits": 3, "group_size": -1, "method": "quantease", "perplexity": scores, "evaluation": {"limit": None}}
-    entries = published("facebook/opt-1.3b", results)
+    entries = published_figures("facebook/opt-1.3b", results)
     by_method = {entry["method"]: entry for entry in entries}
     assert by_method["full precision"]["perplexity"] == 14.63 and by_method["full precision"]["ours"] == 14.62
     assert by_method["quantease"]["perplexity"] == 21.30 and by_method["quantease"]["ours"] == 21.0
     assert by_method["gptq"]["ours"] is None and all(entry["same_protocol"] for entry in entries)
     assert {entry["setting"] for entry in entries} == {"FP16", "W3"}
-    assert published("meta-llama/Llama-2-7b-hf", results)[0]["perplexity"] == 5.47
-    assert published("models/demo/opt", results) == []
-    kept = {entry["method"]: entry["ours"] for entry in published("opt-1.3b", results | {"options": {"outlier": 0.01}})}
+    assert published_figures("meta-llama/Llama-2-7b-hf", results)[0]["perplexity"] == 5.47
+    assert published_figures("models/demo/opt", results) == []
+    kept = {
+        entry["method"]: entry["ours"]
+        for entry in published_figures("opt-1.3b", results | {"options": {"outlier": 0.01}})
+    }
     assert kept["quantease+1%"] == 21.0 and kept["quantease"] is None
     learned = results | {"options": {"outlier": 0.01}, "method": "omniquant+quantease", "solver": "quantease"}
     assert method_of(learned) == "omniquant+quantease+1%"
     assert method_of(learned | {"wbits": 16}) == "omniquant+quantease", "weights that stay have no outliers"
     assert method_of(learned | {"method": "spqr", "solver": "spqr"}) == "spqr", "there it is a threshold"
     scores["wikitext2"]["seqlen"] = 1024
-    assert not any(entry["same_protocol"] for entry in published("opt-1.3b", results))
+    assert not any(entry["same_protocol"] for entry in published_figures("opt-1.3b", results))
     # Five levels are another setting than four; activations, groups and other corpora have their own figures.
     learned = results | {"method": "abq", "wbits": 2, "entropy_bits": 2.32, "options": {}}
-    own = {(e["setting"], e["method"]): e["perplexity"] for e in published("Llama-2-7b-hf", learned)}
+    own = {(e["setting"], e["method"]): e["perplexity"] for e in published_figures("Llama-2-7b-hf", learned)}
     assert own["W2*", "abq"] == 7.82 and not any(setting == "W2" for setting, _ in own)
     own = {
         (e["setting"], e["method"]): e["perplexity"]
-        for e in published("Llama-2-7b-hf", learned | {"entropy_bits": 2.0})
+        for e in published_figures("Llama-2-7b-hf", learned | {"entropy_bits": 2.0})
     }
     assert own["W2", "abq"] == 13.11
     for bits, acts, group, model, method, figure in (
@@ -537,9 +540,11 @@ def test_published_figures_stand_beside_ours():
         (2, 16, 128, "llama-2-70b", "omniquant", 6.55), (2, 16, 64, "opt-66b", "omniquant", 10.59)
     ):  # fmt: skip
         asked = results | {"wbits": bits, "abits": acts, "group_size": group}
-        assert figure in [e["perplexity"] for e in published(model, asked) if e["method"] == method]
+        assert figure in [e["perplexity"] for e in published_figures(model, asked) if e["method"] == method]
     elsewhere = results | {"perplexity": {"c4": scores["wikitext2"], "ptb": scores["wikitext2"]}}
-    entries = {(e["data"], e["setting"], e["method"]): e["perplexity"] for e in published("opt-125m", elsewhere)}
+    entries = {
+        (e["data"], e["setting"], e["method"]): e["perplexity"] for e in published_figures("opt-125m", elsewhere)
+    }
     assert entries["c4", "FP16", "full precision"] == 24.60 and entries["ptb", "W3", "omniquant"] == 45.29
     assert len({row[:5] for row in rows()}) == len(rows()), "a line stands there twice"
     assert all(len(row[5]) > 0 and row[0] in ("opt", "bloom", "falcon", "llama", "llama-2") for row in rows())

@@ -13,7 +13,7 @@ from models.load import load_model
 from quant.core.errors import InputError
 from quant.run import writing
 from quant.run.session import open_session
-from quant.run.stored import Allowed, taken
+from quant.run.stored import Allowed, allowed_entries
 from quant.run.writing import Writer, draw, whole_weights
 from tests.conftest import CONFIGS
 from tests.helpers import CPU, config_for, perform
@@ -179,9 +179,9 @@ def test_a_run_calibrates_on_a_text_and_what_the_model_wrote(model_dir, text, tm
 @pytest.mark.parametrize("dataset", ["mine.txt+self:4", "mine.jsonl+self", "/etc/mine.txt+self"])
 def test_a_stored_request_may_not_name_a_text_beside(dataset):
     with pytest.raises(InputError, match="give --allow-paths"):
-        taken({"dataset": dataset}, "manifest.json", Allowed())
+        allowed_entries({"dataset": dataset}, "manifest.json", Allowed())
     for harmless in ("c4+self:4", "self", "self:7"):
-        assert taken({"dataset": harmless}, "manifest.json", Allowed()) == {"dataset": harmless}
+        assert allowed_entries({"dataset": harmless}, "manifest.json", Allowed()) == {"dataset": harmless}
 
 
 def test_the_text_beside_may_not_be_written_over(model_dir, text, tmp_path):

@@ -17,11 +17,11 @@ from quant.tune.block import TunedBlock
 from quant.tune.config import Tuning
 from quant.tune.objectives import (
     block_objective,
-    deployed,
     divergence,
     logits_of,
     model_objective,
     trimmed_squared_error,
+    weights_of,
 )
 from tests.helpers import CPU
 
@@ -74,10 +74,10 @@ def test_the_model_of_tuned_blocks_is_that_of_the_stream(family, act, model_dir)
     outside, ids = model.outside_weights(CPU), tokens(2)
     stream = BlockStream(model, ids, device=CPU, batch=2).capture(outside)
     for block in blocks:
-        stream.run(block.index, block.deployed(block.initial()), advance=True, act=act)
+        stream.run(block.index, block.weights_at(block.initial()), advance=True, act=act)
     reference = stream.logits(slice(0, 2), outside)
     with torch.no_grad():
-        logits = logits_of(model, deployed(blocks, parameters), outside, ids, act)
+        logits = logits_of(model, weights_of(blocks, parameters), outside, ids, act)
     assert torch.allclose(logits, reference, atol=1e-4 * float(reference.abs().max()))
 
 
@@ -93,7 +93,7 @@ def test_the_loss_of_the_model_is_the_divergence_from_full_precision(model_dir):
     objective = model_objective(model, blocks, rest, outside, full, ActSpec())
     parameters = {f"1.{k}": t for k, t in blocks[0].initial().items()}
     with torch.no_grad():
-        weights = first | deployed(blocks, parameters)
+        weights = first | weights_of(blocks, parameters)
         p = torch.log_softmax(logits_of(model, first, outside, ids[4:6], None).double(), -1)
         q = torch.log_softmax(logits_of(model, weights, outside, ids[4:6], None).double(), -1)
     reference = float((p.exp() * (p - q)).sum(-1).mean())
@@ -118,7 +118,7 @@ def test_a_block_is_trained_as_it_is_deployed(model_dir):
     model = opened(model_dir("llama"))
     block = rounded_block(model, 0, tuning=Tuning("block", norms=True))
     parameters = {k: t + 0.3 * torch.randn_like(t) for k, t in block.initial().items()}
-    trained, changed = block.deployed(parameters).parameters, block.changed(parameters).named()
+    trained, changed = block.weights_at(parameters).parameters, block.changes_at(parameters).named()
     answers = block.answers(parameters)
     for name, answer in answers.items():
         assert torch.equal(trained[f"{name}.weight"], answer.dequantize().to(model.storage_dtype).to(model.dtype))
@@ -139,7 +139,7 @@ def test_the_loss_of_a_block_is_that_of_its_outputs(model_dir):
     objective = block_objective(block, training, full.hidden, ActSpec(), block.tuning)
     with torch.no_grad():
         behind = quantized.fork()
-        behind.run(0, block.deployed(block.initial()), advance=True)
+        behind.run(0, block.weights_at(block.initial()), advance=True)
         reference = (behind.hidden.data[6:8] - full.hidden.data[6:8]).square().mean()
     parameters = block.initial()
     assert float(objective.loss(parameters, 3)) == pytest.approx(float(reference), rel=1e-4)
