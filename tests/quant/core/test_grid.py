@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quant.blocks.weights import BlockWeights
 from quant.core.grid import (
     SMALLEST_HALF,
     fit_grid,
@@ -264,7 +265,7 @@ def test_learned_grids_stay_within_the_largest_value(symmetric: bool) -> None:
     spec = QuantSpec(3, 16, symmetric, largest=65504.0)
     weight = near(65504.0).requires_grad_()
     clip = WeightClip("linear", spec, rate=0.01)
-    logits = {k: t.requires_grad_() for k, t in clip.initial({"linear.weight": weight}, {}).items()}
+    logits = {k: t.requires_grad_() for k, t in clip.initial(BlockWeights({"linear.weight": weight}), {}).items()}
     scale, zero = range_to_grid(*clip.clip("linear", *group_range(weight, spec), logits), spec)
     value = fake_quantize(weight, scale, zero, spec.qmax)
     assert bool(torch.isfinite(value.half()).all())
