@@ -476,7 +476,7 @@ def test_a_late_refusal_loses_no_scores(model_dir, text, tmp_path, monkeypatch):
     method are there, and `convert` and another --format take the run as it is."""
     from quant.run.convert import convert
 
-    monkeypatch.setattr("quant.run.inputs.fits_float16", lambda weight: True)
+    monkeypatch.setattr("quant.run.inputs.misfit_float16", lambda largest, qmax: None)
 
     model = with_a_faint_linear(model_dir("llama"), tmp_path / "model")
     config = config_for(model, text, tmp_path, wbits=4, symmetric=True, solver="rtn", options={}, format="gptq",
