@@ -100,7 +100,8 @@ def within_largest(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
 
     scale float32, zero int32 or float32 of the same shape.
     """
-    steps = torch.maximum(zero, spec.qmax - zero).long()
+    # Of weights that are not finite, as learning may make them before it goes back, zero points are no numbers either.
+    steps = torch.maximum(zero, spec.qmax - zero).long().clamp_(0, spec.qmax)
     highest = largest_scales(spec.qmax, spec.largest, scale.device)[steps]
     return torch.where(scale > highest, highest, scale)
 

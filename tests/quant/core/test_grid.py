@@ -340,3 +340,12 @@ def test_the_largest_weight_tells_whether_every_step_is_finite_in_float16():
         assert misfit_float16(most, spec.qmax) is None and fit_grid(both, spec).scale_bits == 16
         assert "too large" in misfit_float16(most * 1.01, spec.qmax)
         assert fit_grid(both * 1.01, spec).scale_bits == 32
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(4, largest=65504.0), QuantSpec(4, symmetric=True)])
+def test_ends_that_are_not_finite_give_no_scale_and_leave_the_others_alone(spec):
+    """Learning that diverges goes back by its loss, which is not finite then."""
+    low, high = torch.tensor([-1.0, math.nan, -math.inf]), torch.tensor([2.0, math.nan, math.inf])
+    scale, zero = range_to_grid(low, high, spec)
+    alone = range_to_grid(low[:1], high[:1], spec)
+    assert scale[:1] == alone[0] and zero[:1] == alone[1] and bool(scale[1].isnan())
