@@ -17,7 +17,6 @@ from quant.cli.flags import LEARNER, split_words
 from quant.cli.options import method_mistakes, options_of
 from quant.cli.rules import learner_rules
 from quant.core.errors import InputError
-from quant.core.names import FULL_BITS
 
 EXAMPLES = """examples:
   # the embedded demo, 3-bit weights, learnable clipping: no network, a few minutes on a laptop
@@ -78,10 +77,10 @@ def learning_of(args: argparse.Namespace) -> Any:
 
     if not (args.lwc or args.let):
         return None
-    bits = min(args.abits, args.kvbits)
-    transform = TransformSpec(**values_of(args, LEARNER, "transform"), shift=bool(args.seams) and bits < FULL_BITS)
+    transform = TransformSpec(**values_of(args, LEARNER, "transform"))
     learning = Learning(transform=transform, **values_of(args, LEARNER, "learning"))
-    return replace(recipes()[args.method](learning, args.wbits, bits), **dict.fromkeys(args.left_out, False))
+    row = recipes()[args.method](learning, args.wbits, min(args.abits, args.kvbits))
+    return replace(row, **dict.fromkeys(args.left_out, False))
 
 
 def requests_of(args: argparse.Namespace) -> list[Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.blocks.weights import BlockWeights
+from quant.core.names import FULL_BITS
 from quant.core.types import QuantSpec
 from quant.learn import ingredient, recipe
 from quant.learn.config import Learning
@@ -26,12 +27,14 @@ INITIAL_LOGIT = 4.0  # σ(4) = 0.982
 
 @recipe("omniquant")
 def omniquant(learning: Learning, wbits: int, abits: int) -> Learning:
-    """The row of the paper: what was asked for, at the paper's seams unless others were named."""
+    """The row of the paper: what was asked for, at the paper's seams unless others were named; shifts where activations are
+    quantized."""
     transform = learning.transform
-    if not transform.let or transform.kinds:
+    if not transform.let:
         return learning
-    kinds = ("norm", "vo", "qk") if abits < 16 else ("norm", "vo")
-    return replace(learning, transform=replace(transform, kinds=kinds, shift=abits < 16))
+    quantized = abits < FULL_BITS
+    kinds = transform.kinds or (("norm", "vo", "qk") if quantized else ("norm", "vo"))
+    return replace(learning, transform=replace(transform, kinds=kinds, shift=quantized))
 
 
 @ingredient("let")
