@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quant.core.names import FULL_BITS
+from quant.solvers import declaration_of, solvers, with_defaults
+
 TABLE = Path(__file__).with_name("published.tsv")
 SEQLEN = 2048  # of the table's protocols
 FULL = "FP16"
@@ -15,7 +18,7 @@ FULL = "FP16"
 def rows() -> list[tuple[str, str, str, str, str, dict[str, float]]]:
     """(family, data, setting, method, source, perplexity by size) of every line."""
     figures = []
-    for line in TABLE.read_text().splitlines():
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             family, data, setting, method, source, values = line.split("\t")
             sizes = {size: float(value) for size, _, value in (pair.partition("=") for pair in values.split())}
@@ -35,12 +38,13 @@ def setting_of(results: Mapping[str, Any]) -> str:
 
 
 def method_of(results: Mapping[str, Any]) -> str:
-    """The method with what its name does not say: the share of weights kept as outliers, and as what."""
-    options = results.get("options", {})
-    rounded = results["wbits"] < 16 and (results.get("solver") or results["method"]) == "quantease"
-    share = options.get("outlier") if rounded else 0
-    kept = f"+{100 * share:g}%" + (" columns" if options.get("structure_outlier") else "") if share else ""
-    return f"{results['method']}{kept}"
+    """The method with what its name does not say, by the declaration of its solver; one that is not there any more says
+    nothing."""
+    solver = results.get("solver") or results["method"]
+    if results["wbits"] >= FULL_BITS or solver not in solvers():
+        return str(results["method"])
+    given = {name: value for name, value in results.get("options", {}).items() if value is not None}
+    return f"{results['method']}{declaration_of(solver).label(with_defaults(solver, given))}"
 
 
 def published_figures(model: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:

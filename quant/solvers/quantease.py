@@ -144,6 +144,12 @@ def outlier_bits(options: Options) -> float:
     return float(options["outlier"]) * (16 if options["structure_outlier"] else 32)
 
 
+def outlier_label(options: Options) -> str:
+    """The share of the weights that are outliers, and whether they are whole columns."""
+    columns = " columns" if options["structure_outlier"] else ""
+    return f"+{100 * options['outlier']:g}%{columns}" if keeps_outliers(options) else ""
+
+
 def quantease_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
     """Descent: weight, target, residual, correlation, codes; a searched or refitted grid doubles that, outliers take more,
     and with them or a refitted grid go two Gram matrices. act_order: weight and Gram matrix while they are permuted."""
@@ -159,6 +165,7 @@ def quantease_bytes(n_out: int, n_in: int, options: Options, group_size: int) ->
     workspace=quantease_bytes,
     starts_at_nearest=starts_plainly,
     outlier_bits=outlier_bits,
+    label=outlier_label,
 )
 def quantease(
     weight: Tensor,

@@ -524,6 +524,11 @@ def test_published_figures_stand_beside_ours():
     assert method_of(learned) == "omniquant+quantease+1%"
     assert method_of(learned | {"wbits": 16}) == "omniquant+quantease", "weights that stay have no outliers"
     assert method_of(learned | {"method": "spqr", "solver": "spqr"}) == "spqr", "there it is a threshold"
+    columns = learned | {"options": {"outlier": 0.01, "structure_outlier": True}}
+    assert method_of(columns) == "omniquant+quantease+1% columns"
+    assert method_of(columns | {"solver": "one of before"}) == "omniquant+quantease", (
+        "what no file declares is not guessed"
+    )
     scores["wikitext2"]["seqlen"] = 1024
     assert not any(entry["same_protocol"] for entry in published_figures("opt-1.3b", results))
     # Five levels are another setting than four; activations, groups and other corpora have their own figures.
