@@ -48,6 +48,7 @@ JOINED = {  # name: (corpus, calibration split, evaluation split, separator)
     "ptb-new": ("ptb", "train", "test", " "),
 }
 C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
+MOST_UNKNOWN = 0.5  # of the tokens of a text
 MAX_DRAWS = 20_000  # documents drawn for one window before giving up; 1 in 200 of C4 exceeds 4096 tokens
 log = logging.getLogger(__name__)
 
@@ -286,7 +287,18 @@ def _from_cache(
         ids = make().contiguous()
         if file is not None:
             _write_cache(file, ids)
+    _warn_of_unknown(name, ids, tokenizer)
     return Tokens(ids, name, protocol, text_sha256, _sha256(ids))
+
+
+def _warn_of_unknown(name: str, ids: Tensor, tokenizer: Any) -> None:
+    """Say where the tokenizer knows less than half of a text: nothing measured on it tells anything of the model."""
+    share = float((ids == tokenizer.unk_token_id).float().mean()) if tokenizer.unk_token_id is not None else 0.0
+    if share > MOST_UNKNOWN:
+        log.warning(
+            "%s: %.0f%% of the tokens are the one for unknown text: is the text in a language of this model, and the "
+            "tokenizer the model's?", name, 100 * share,
+        )  # fmt: skip
 
 
 def _read_cache(file: Path | None) -> Tensor | None:

@@ -70,7 +70,12 @@ def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > TEXT_MB * MB:
             raise InputError(f"{path} has {path.stat().st_size // MB} MB, more than {TEXT_MB} MB: give a part of it")
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise InputError(
+                f"{path} holds bytes of zero, as UTF-16 and files that are no text do: give it as UTF-8 text"
+            )
+        return text
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path} cannot be read as UTF-8 text: line {line}: {_reason(error)}") from error
@@ -89,7 +94,7 @@ def _field(fields: Sequence[str], field: str | None, origin: str) -> str:
     name = next((name for name in ([field] if field else TEXT_FIELDS) if name in fields), None)
     if name is None:
         raise InputError(
-            f"{origin} has no text: its fields are {', '.join(fields)}; expected {field or ' or '.join(TEXT_FIELDS)}"
+            f"{origin} has no text: its fields are {', '.join(fields) or 'none'}; expected {field or ' or '.join(TEXT_FIELDS)}"
         )
     return name
 
@@ -172,12 +177,15 @@ def _parquet_rows(file: _File, field: str | None) -> Iterator[bytes]:
 
     with parquet.ParquetFile(file.path) as table:
         name = _field(table.schema_arrow.names, field, str(file.path))
+        if table.schema_arrow.names.count(name) > 1:
+            raise InputError(f"{file.path} has several fields {name}: give a file with one")
         kind = table.schema_arrow.field(name).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        words = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if str(words) not in ("string", "large_string", "string_view"):
             raise InputError(f"{file.path}: the field {name} holds {kind}, not text")
         total = 0
         for batch in table.iter_batches(batch_size=16, columns=[name]):
-            for value in batch.column(0).cast(pa.large_binary()).to_pylist():
+            for value in batch.column(0).cast(words).cast(pa.large_binary()).to_pylist():
                 if value is None:
                     raise InputError(f"{file} has no {name}")
                 total += len(value)

@@ -14,8 +14,10 @@ import torch
 from data import calibration, demo
 from data.calibration import calibration_tokens, check_source, evaluation_tokens, tokenizer_sha256
 from data.corpora import CORPORA
+from models.load import load_tokenizer
 from quant.core.errors import InputError
 from tests.conftest import save_tokenizer
+from tests.helpers import DEMO
 
 
 @pytest.fixture(scope="module")
@@ -401,3 +403,13 @@ def test_unwritable_cache(tmp_path, text, tokenizer):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write the token cache"):
         evaluation_tokens(str(text), tokenizer, seqlen=32, cache_dir=tmp_path / "file/cache")
+
+
+def test_text_that_the_tokenizer_does_not_know_is_said(tmp_path, caplog):
+    tokenizer = load_tokenizer(DEMO / "llama", False)
+    for name, line in {"known": "the old tower stood near the river ", "foreign": "字 字 字 the "}.items():
+        (tmp_path / f"{name}.txt").write_text(line * 100, encoding="utf-8")
+        caplog.clear()
+        evaluation_tokens(str(tmp_path / f"{name}.txt"), tokenizer, seqlen=32)
+        said = f"{name}: 75% of the tokens are the one for unknown text"
+        assert (said in caplog.text) == (name == "foreign"), caplog.text

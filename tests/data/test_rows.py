@@ -91,7 +91,7 @@ def test_a_damaged_row_is_named(damage: str, name: str, tmp_path: Path) -> None:
         (b"\n \r\n\n", "has no rows"),
         (b"\xef\xbb\xbf", "has no rows"),
         (b'{"body": "x", "id": 1}', "row 1 has no text: its fields are body, id; expected text or sentence or content"),
-        (b"{}", "row 1 has no text: its fields are ;"),
+        (b"{}", "row 1 has no text: its fields are none;"),
         ('{"text": "one"}'.encode("utf-16"), "row 1 cannot be read: 'utf-8' codec"),
     ],
 )
@@ -216,3 +216,26 @@ def test_parquet_bytes_that_are_changed(tmp_path: Path) -> None:
             assert len(error.args) == 1 and re.match(re.escape(str(path)), str(error)), error
     path.write_bytes(whole[: len(whole) // 2])
     fails(path, "row 1 cannot be read: Parquet magic bytes not found")
+
+
+def test_text_columns_of_every_encoding_are_read(tmp_path: Path) -> None:
+    words = pa.array(["one", "two", "one"])
+    for name, values in {
+        "plain": words,
+        "category": words.dictionary_encode(),
+        "view": words.cast(pa.string_view()),
+    }.items():
+        assert read_rows(parquet(tmp_path / f"{name}.parquet", values)) == ["one", "two", "one"]
+
+
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    words = pa.array(["one"])
+    pq.write_table(pa.table([words, words], names=["text", "text"]), tmp_path / "a.parquet")
+    fails(tmp_path / "a.parquet", "has several fields text")
+
+
+def test_text_with_zeros_is_no_utf8_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("a text of Windows".encode("utf-16-le"))
+    with pytest.raises(InputError, match="holds bytes of zero, as UTF-16"):
+        read_text(path)
