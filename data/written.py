@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from quant.core.errors import InputError
 
-NAME = re.compile(r"(?:(?P<beside>.+)\+)?self(?::(?P<n>[0-9]{1,9}))?")
+MOST = 10**7  # windows
+NAME = re.compile(r"(?:(?P<beside>.+)\+)?self(?::(?P<n>[0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ def written(source: str) -> Written | None:
     if match is None:
         return None
     n = None if match["n"] is None else int(match["n"])
+    if match["beside"] is not None and NAME.fullmatch(match["beside"]):
+        raise InputError(f"--dataset {source}: the model writes once; use self, self:N or SOURCE+self:N")
+    if n is not None and n > MOST:
+        raise InputError(f"--dataset {source}: use at most {MOST} windows")
     if n == 0:
         raise InputError(f"--dataset {source}: 0 windows; use self, self:N or SOURCE+self:N with N of 1 or more")
     return Written(match["beside"], n)

@@ -114,6 +114,14 @@ def test_no_windows_are_refused():
         written("self:0")
 
 
+def test_what_a_model_writes_it_writes_once():
+    for source in ("self+self", "demo+self:3+self:4"):
+        with pytest.raises(InputError, match="the model writes once"):
+            written(source)
+    with pytest.raises(InputError, match="use at most 10000000 windows"):
+        written("self:10000001")
+
+
 class Words:
     """A tokenizer of six tokens, two of them special."""
 
