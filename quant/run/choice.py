@@ -6,7 +6,7 @@ import math
 
 from models.load import load_config
 from quant.core.errors import InputError
-from quant.core.names import AUTO_GROUPS
+from quant.core.names import AUTO_GROUPS, FULL_BITS
 from quant.export import first_holding
 from quant.run.config import SessionConfig
 from quant.run.content import content_of
@@ -22,6 +22,8 @@ def with_groups(request: Request) -> Request:
     inputs of every linear. Raises InputError where none does, or where the model cannot be described."""
     if request.run.group_size != AUTO_GROUPS:
         return request
+    if request.run.wbits == FULL_BITS:  # nothing is grouped
+        return request.but(group_size=-1)
     shapes, _ = _shapes(request.session)
     common = math.gcd(MOST_GROUPED, *(n_in for _, _, n_in in shapes.linears))
     if common == 1:

@@ -22,9 +22,10 @@ def spec_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec 
     for name, (_, n_in) in shapes.items():
         if run.group_size > 0 and n_in % run.group_size:
             sizes = group_sizes([inputs for _, inputs in shapes.values()])
+            auto = ", or auto" if any(size % 2 == 0 for size in sizes) else ""
             raise InputError(
                 f"{name}: group_size={run.group_size} does not divide in_features={n_in}; "
-                f"use one of {', '.join(map(str, [*sizes, -1]))}, which fit every linear, or auto"
+                f"use one of {', '.join(map(str, [*sizes, -1]))}, which fit every linear{auto}"
             )
     try:
         return QuantSpec(run.wbits, run.group_size, run.symmetric, run.range, run.levels)
