@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -18,6 +19,7 @@ from quant.cli import arguments, evaluate, flags, generate
 from quant.cli import console as terminal
 from quant.cli.commands import COMMANDS
 from quant.cli.errors import exit_code_of
+from quant.core.errors import InputError
 from quant.core.files import RECORD
 from quant.solvers import entries, get_solver, solver_options, solvers
 from tests.helpers import called, replace
@@ -403,7 +405,7 @@ def test_groups_that_the_shapes_decide(command, small):
     code, _, err = command(*small, "--groupsize", "7", "--wbits", 3)
     assert code == 2 and "use one of 2, 4, 8, 16, 32, -1, which fit every linear, or auto" in err
     code, _, err = command(*small, "--groupsize", "wide")
-    assert code == 2 and "invalid size value: 'wide'" in err
+    assert code == 2 and "'wide' is neither a whole number nor auto" in err
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -578,3 +580,25 @@ def test_a_saved_checkpoint_is_measured_by_the_same_ruler(command, small, text, 
     assert scores["fp"] == pytest.approx(expected, rel=1e-5) and scores["token_sha256"]
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(tmp_path / "nothing")])
     assert exit_code_of(evaluate.main) == 2
+
+
+def test_nothing_is_grouped_where_weights_stay(model_dir, tmp_path):
+    """--groupsize auto asks nothing of the shapes then."""
+    path = tmp_path / "odd"
+    shutil.copytree(model_dir("llama"), path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 27}))
+    words = ["--model", str(path), "--groupsize", "auto", "--wbits"]
+    assert model_quantizer.request_from([*words, "16"]).run.group_size == -1
+    with pytest.raises(InputError, match="odd number of inputs"):
+        model_quantizer.request_from([*words, "3"])
+
+
+def test_a_place_that_no_shell_filled_in_is_refused(command, monkeypatch, capsys, tmp_path):
+    """A user without a home has ~ in the default; --cache-dir=~/x reaches a command as it is written."""
+    code, _, err = command("--model", ROOT / "models" / "demo" / "llama", "--cache-dir", "~/x", "--dry-run")
+    assert code == 2 and err == "error: --cache-dir ~/x: ~ is no directory here; set HOME or give another place\n"
+    for name, words in {"convert": ("x", "--to", "gptq", "--out", tmp_path / "y"), "repeat": (tmp_path,)}.items():
+        module = importlib.import_module(f"quant.cli.{name}")
+        code, _, err = called(module, monkeypatch, capsys, *words, "--cache-dir", "~/x")
+        assert code == 2 and "--cache-dir ~/x: ~ is no directory here" in err

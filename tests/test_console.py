@@ -279,7 +279,15 @@ def test_output_that_is_closed_goes_nowhere():
 def test_output_that_nobody_reads_is_one_line(body):
     done = child(f"import time; time.sleep(0.5); {body}", shell='"$PYTHON" -c "$CODE" | true; echo "${PIPESTATUS[0]}"')
     assert done.stdout == "1\n"
-    assert done.stderr == f"error: {os.strerror(errno.EPIPE)}. Finished blocks are kept.\n"
+    assert done.stderr == "error: whatever read the output has ended, so this ends too; what was finished is kept\n"
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert exit_code_of(lambda: pytest.fail("work began")) == 2
+    assert capsys.readouterr().err == "error: the working directory is not there any more: change to another one\n"
 
 
 @pytest.fixture

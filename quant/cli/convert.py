@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quant.cli.arguments import add_flags, bare_parser, parse
+from quant.cli.arguments import add_flags, bare_parser, flag_mistakes, parse
 from quant.cli.flags import CONVERT
+from quant.core.errors import InputError
 from quant.core.names import FORMATS
 
 EXAMPLES = """examples:
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     add_flags(parser, CONVERT)
     args = parse(parser)
+    if lines := flag_mistakes(args, CONVERT):
+        raise InputError(*lines)
     from quant.cli.console import console as make_console
     from quant.cli.tables import loadability_table
     from quant.export.runtimes import loadability

@@ -40,6 +40,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
     _open_streams()
     try:
         with _seen_interrupts() as interrupts:
+            _check_directory()
             try:
                 main()
             finally:
@@ -99,6 +100,8 @@ def explain(error: Exception) -> tuple[int, Sequence[str]] | None:
         error = OSError(int(number[1]), os.strerror(int(number[1])))
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return BAD_INPUT, [f"{_system_line(error)}: give another place"]
+    if isinstance(error, BrokenPipeError):
+        return FAILED, ["whatever read the output has ended, so this ends too; what was finished is kept"]
     if isinstance(error, OSError):
         return FAILED, [f"{_system_line(error)}. Finished blocks are kept."]
     return None
@@ -141,7 +144,7 @@ def _open_streams() -> None:
     """Output that is closed goes nowhere, and a terminal that cannot show a letter shows its escape."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open to the end)
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
         elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
@@ -150,6 +153,14 @@ def _drop_output() -> None:
     """Let standard output, whose reader is gone, go nowhere: Python flushes it once more at its end."""
     with contextlib.suppress(OSError, ValueError):  # it is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_directory() -> None:
+    """Raise InputError where the working directory was deleted: libraries end the process without a word of it."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise InputError("the working directory is not there any more: change to another one") from error
 
 
 class _Record(logging.LogRecord):

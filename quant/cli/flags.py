@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,11 @@ def same_name(name: str, commands: tuple[str, ...] = RUNS) -> dict[str, str]:
 
 
 def size(word: str) -> int | str:
-    """A group size as it is given: a number, or ``auto``."""
-    return word if word == AUTO else int(word)
+    """A group size as it is given: a number, or ``auto``. Raises ArgumentTypeError."""
+    try:
+        return word if word == AUTO else int(word)
+    except ValueError:
+        raise ArgumentTypeError(f"{word!r} is neither a whole number nor {AUTO}") from None
 
 
 def split_words(given: str | None) -> tuple[str, ...]:
@@ -112,6 +116,7 @@ AT_LEAST_2 = Valid(lambda n: n >= 2, ": use 2 or more")
 DIRECTORY = Valid(lambda path: path.is_dir(), " is not a directory")
 FILE = Valid(lambda path: path.is_file(), ": no such file")
 ACT_BITS = Valid(lambda bits: 2 <= bits <= 16, ": use 2 to 15, or 16 to leave activations alone")
+NOT_HOME = Valid(lambda path: path.parts[:1] != ("~",), ": ~ is no directory here; set HOME or give another place")
 RATE = Valid(lambda rate: 0 < rate < math.inf, ": use a positive rate")
 SHARE = Valid(lambda share: 0 < share <= 1, ": use a number above 0, at most 1")
 WEIGHT_BITS = (*range(1, 9), 16)
@@ -367,7 +372,7 @@ MACHINE_FLAGS = (
     }, WHERE, {
         **dict.fromkeys((LEARNER, SCALES), Path("cache")),
         **dict.fromkeys((QUANTIZER, EVALUATE, REPEAT, GENERATE, CONVERT), DEFAULT_CACHE),
-    }, Path, metavar="DIR"),
+    }, Path, NOT_HOME, metavar="DIR"),
     Flag("deterministic", same_name("--deterministic", SESSIONS),
          "CUDA: only deterministic algorithms (a CPU always is)", WHERE, type=bool),
     Flag("trust_remote_code", same_name("--trust-remote-code", (*SESSIONS, REPEAT, GENERATE, CONVERT)), {

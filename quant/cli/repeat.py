@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from quant.cli.arguments import add_flags, bare_parser, parse
+from quant.cli.arguments import add_flags, bare_parser, flag_mistakes, parse
 from quant.cli.flags import REPEAT
 from quant.core.errors import InputError, RunError
 
@@ -29,6 +29,8 @@ def main() -> None:
     )
     add_flags(parser, REPEAT)
     args = parse(parser)
+    if lines := flag_mistakes(args, REPEAT):
+        raise InputError(*lines)
     if not args.run.is_dir():
         raise InputError(f"{args.run} is not a run directory")
     from quant.cli.console import console as make_console

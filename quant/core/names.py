@@ -1,5 +1,6 @@
 """Names and numbers that command lines offer, told before what they are of is imported."""
 
+import os
 from pathlib import Path
 
 DEQUANTIZED = "dequantized"
@@ -7,6 +8,6 @@ FORMATS = (DEQUANTIZED, "gptq", "gptq_v2", "compressed-tensors", "bitplane")
 RUNTIMES = ("transformers", "gptqmodel", "vllm", "llama.cpp", "auto-gptq", "this toolkit")
 FULL_BITS = 16  # of weights and activations that are not quantized
 AUTO_GROUPS = 0  # a group size that the shapes of the model decide
-DEFAULT_CACHE = Path.home() / ".cache" / "llm-quantizer"
+DEFAULT_CACHE = Path(os.path.expanduser("~/.cache/llm-quantizer"))  # noqa: PTH111 (~ stays where nobody has a home)
 TUNING_SCOPES = ("block", "model")  # what is tuned after solving
 DTYPES = ("float32", "bfloat16", "float16")
