@@ -49,11 +49,12 @@ def talk(args: argparse.Namespace) -> None:
             f"{len(prompt)} tokens of --prompt and --max-new-tokens {args.max_new_tokens}: "
             f"the model takes at most {quantized.model.max_length}"
         )
+    stop = end_tokens(quantized.model.checkpoint.path, tokenizer)
     resident, clock = load_resident(quantized, device), Clock()
     tokens = generate(
         resident, torch.tensor([prompt], device=device), args.max_new_tokens,
         temperature=args.temperature, generator=torch.Generator().manual_seed(args.seed),
-        stop=end_tokens(quantized.model.checkpoint.path, tokenizer), clock=clock,
+        stop=stop, clock=clock,
     )  # fmt: skip
     sys.stdout.write(printable(args.prompt, keep="\n\t"))
     for piece in text_of(tokens, tokenizer, prompt):
