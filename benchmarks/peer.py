@@ -24,7 +24,7 @@ def open_model(how: str, model: str):
         return GPTQModel.load(model, device="cpu", backend=BACKEND.TORCH).model
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 
-    declared = json.loads((Path(model) / "config.json").read_text()).get("quantization_config", {})
+    declared = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
     more = {"attn_implementation": "eager"} if how == "eager" else {}
     if declared.get("quant_method") == "gptq":
         more = {"quantization_config": GPTQConfig(bits=declared["bits"], backend="torch")}
@@ -35,7 +35,7 @@ def open_model(how: str, model: str):
 
 def load(jobs: str) -> None:
     """The answer of every job, one after the other."""
-    for how, model, tokens, out in json.loads(Path(jobs).read_text()):
+    for how, model, tokens, out in json.loads(Path(jobs).read_text(encoding="utf-8")):
         answer(how, model, tokens, out)
 
 
@@ -58,7 +58,7 @@ def make(model: str, text: str, out: str) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
     maker = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=32), device="cpu")
-    lines = [line for line in Path(text).read_text().splitlines() if len(line) > 80]
+    lines = [line for line in Path(text).read_text(encoding="utf-8").splitlines() if len(line) > 80]
     maker.quantize(lines[:32], batch_size=1)
     maker.save(out)
 

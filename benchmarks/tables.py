@@ -154,7 +154,7 @@ def layer_lines(directory: Path, about: str) -> list[str]:
     """A table for every model and width of <model>/<width>/<variant>/layers.json: linears down, methods across."""
     tables: dict[tuple[str, int], dict[str, dict[tuple[int, str], float]]] = {}
     for path in sorted(directory.glob("*/*/*/layers.json")):
-        for r in json.loads(path.read_text()):
+        for r in json.loads(path.read_text(encoding="utf-8")):
             columns = tables.setdefault((path.parts[-4], r["bits"]), {})
             columns.setdefault(f"{r['method']} {path.parts[-2]}", {})[r["block"], r["name"]] = r["relative_error"]
     if not tables:

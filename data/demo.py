@@ -301,4 +301,4 @@ def write_tasks(directory: Path = TASKS) -> None:
     """Write the items of every task as JSONL."""
     for name in _ITEMS:
         lines = [json.dumps(item) + "\n" for item in task_items(name)]
-        (directory / f"{name}.jsonl").write_text("".join(lines))
+        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

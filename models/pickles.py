@@ -59,7 +59,7 @@ def _convert_shards(path: Path, names: Sequence[str], sides: Sequence[Path], tar
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(side.read_bytes())
     temporary = target / f"{INDEX}.tmp"
-    temporary.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    temporary.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
     temporary.replace(target / INDEX)
 
 

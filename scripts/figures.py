@@ -46,7 +46,7 @@ def read(panel: Panel) -> Points:
     columns bits and group."""
     points: Points = {method: defaultdict(list) for method in COLOURS}
     names: list[str] = []
-    for line in (ROOT / "benchmarks" / "results" / panel.table).read_text().splitlines():
+    for line in (ROOT / "benchmarks" / "results" / panel.table).read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
         names = cells if cells[0] == "model" else names
         row = dict(zip(names, cells, strict=False))

@@ -155,8 +155,10 @@ def record_of(output: Output) -> Record:
     """What is kept of a finished run."""
     run, saved = output.run_dir, output.save
     assert run is not None and saved is not None
-    results, manifest = (json.loads((run / name).read_text()) for name in ("results.json", "manifest.json"))
-    journal = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    results, manifest = (
+        json.loads((run / name).read_text(encoding="utf-8")) for name in ("results.json", "manifest.json")
+    )
+    journal = [json.loads(line) for line in (run / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
     scores = results["perplexity"]["test"]
     numbers = {name: results[name] for name in ("bits_per_weight", "mean_relative_error")}
     numbers |= {"perplexity": scores["quantized"], "perplexity of full precision": scores["fp"]}
@@ -194,7 +196,7 @@ def digests(checkpoint: Path) -> Record:
                 layout.update(f"{name} {tensor.dtype} {shape}\n".encode())
                 content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 content.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    settings = json.loads((checkpoint / "config.json").read_text()).get("quantization_config")
+    settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     return {"layout": layout.hexdigest(), "content": content.hexdigest(), "config": config.hexdigest()}
 
@@ -210,7 +212,7 @@ def key_paths(value: Any, path: str = "") -> set[str]:
 
 def environment() -> Record:
     """What bits depend on, besides the code."""
-    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    described = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     vendor = re.search(r"^vendor_id\s*: (.*)$", described, re.MULTILINE)
     flags = re.search(r"^flags\s*: (.*)$", described, re.MULTILINE)
     wide = sorted(flag for flag in (flags[1].split() if flags else []) if re.match(r"(sse4|avx|fma|amx)", flag))
@@ -292,7 +294,7 @@ def unpacked(kept: Mapping[str, Any]) -> dict[str, Record]:
 
 def golden() -> tuple[Record, dict[str, Record]]:
     """The environment that golden.json is from, and its cases."""
-    kept = json.loads(GOLDEN.read_text())
+    kept = json.loads(GOLDEN.read_text(encoding="utf-8"))
     return kept["environment"], unpacked(kept)
 
 

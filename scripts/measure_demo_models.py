@@ -93,7 +93,7 @@ def main() -> None:
     text, minutes = demo.text("test"), 0.0
     for family in FAMILIES:
         path = OUT / family
-        log = json.loads((path / "training_log.json").read_text())
+        log = json.loads((path / "training_log.json").read_text(encoding="utf-8"))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
         ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
@@ -111,7 +111,7 @@ def main() -> None:
         table="\n".join(markdown_table(rows)), threads="\n".join(markdown_table(threads)), items=demo.TASK_ITEMS,
         channels=outliers["channels"], scale=outliers["scale"], hidden=model.config.hidden_size, minutes=minutes,
     )  # fmt: skip
-    (OUT / "README.md").write_text(page)
+    (OUT / "README.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def make(family: str, args: argparse.Namespace) -> None:
         texts = (next(stream) for stream in [demo.documents("train", args.seed)] for _ in range(20000))
         corpora = {split: demo.text(split) for split in ("train", "validation", "test")}
     else:
-        whole = args.text.read_text()
+        whole = args.text.read_text(encoding="utf-8")
         cut = int(len(whole) * 0.95)
         corpora = {"train": whole[:cut], "validation": whole[cut:]}
         texts = iter(corpora["train"].splitlines())

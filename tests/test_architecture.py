@@ -183,6 +183,10 @@ def test_habits(path):
     tree, text = ast.parse(path.read_text()), path.read_text()
     assert ".cuda(" not in text and "trust_remote_code=True" not in text
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            reads = node.func.attr in ("read_text", "write_text")
+            encoded = any(k.arg == "encoding" for k in node.keywords)
+            assert encoded or not reads, f"line {node.lineno}: the encoding of a locale is not that of our files"
         if isinstance(node, ast.ExceptHandler):
             names = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} if node.type else {"everything"}
             reraises = any(isinstance(n, ast.Raise) for n in ast.walk(node))

@@ -7,7 +7,7 @@ from pathlib import Path
 def _load(name: str) -> dict:
     from datasets import Dataset
 
-    lines = (Path(__file__).parent / f"{name}.jsonl").read_text().splitlines()
+    lines = (Path(__file__).parent / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}
 
 

@@ -64,7 +64,9 @@ def show_results(title: str, finished: Sequence[dict[str, Any]], console: Consol
     for results in finished:
         path = Path(results["run_dir"])
         if linears and (path / "journal.jsonl").exists():
-            console.print(linears_table([json.loads(line) for line in (path / "journal.jsonl").open()]))
+            console.print(
+                linears_table([json.loads(line) for line in (path / "journal.jsonl").read_bytes().splitlines()])
+            )
         verdicts, seconds, peak = results["verdicts"], results["seconds"], results["peak_bytes"]
         stages = ", ".join(
             f"{k} {_number(seconds.get(k), 1)}" for k in STAGES if seconds.get(k, 0) > 0 or k not in ("learn", "tasks")

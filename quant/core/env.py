@@ -50,7 +50,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # a system without it, or that does not allow it: the peak stays that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
@@ -61,7 +61,9 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
 def _host_peak() -> int:
     """Peak resident bytes. The kernel's own counter where there is one: unlike getrusage's, it can be set back."""
     status = Path("/proc/self/status")
-    line = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    line = (
+        re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
+    )
     if line:
         return int(line[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -116,5 +118,9 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     status = Path("/proc/meminfo")
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    match = (
+        re.search(r"^MemAvailable:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
+        if status.exists()
+        else None
+    )
     return int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -25,7 +25,7 @@ def registrations(folders: Iterable[str], decorator: str) -> dict[str, Entry]:
     for module in pkgutil.iter_modules(folders):
         assert isinstance(module.module_finder, FileFinder)
         path = Path(module.module_finder.path) / f"{module.name}.py"
-        entries |= _entries(path.read_text(), decorator) if path.is_file() else {}
+        entries |= _entries(path.read_text(encoding="utf-8"), decorator) if path.is_file() else {}
     return dict(sorted(entries.items()))
 
 

@@ -230,7 +230,7 @@ def _scores_of(lm: Any, tasks: Tasks) -> dict[str, TaskScore]:
 
     with (
         sandbox(tasks.trust_remote_code),
-        Path(os.devnull).open("w") as nowhere,
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
         redirect_stderr(nowhere),
     ):  # its bars; logging goes on
         results = lm_eval.simple_evaluate(

@@ -229,7 +229,7 @@ def _beside(target: Path, part: str) -> Path:
 
 
 def _write_mark(mark: Path, target: Path) -> None:
-    mark.write_text(json.dumps(_mark_of(target)))
+    mark.write_text(json.dumps(_mark_of(target)), encoding="utf-8")
 
 
 def _mark_of(target: Path) -> dict[str, object]:
