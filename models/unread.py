@@ -60,6 +60,8 @@ def carried_over(module: nn.Module, blocks: str, n_blocks: int, checkpoint: Chec
     """
     modules = {spelt for name, _ in module.named_modules() if name for spelt in spellings(name, module)}
     rest = list(_unread(module, checkpoint))
+    if other := _other_frequencies(module, checkpoint):
+        log.warning("%s: %s is not what config.json gives, which is computed with", checkpoint.path, other)
     for name in rest:
         owner, inside = name.rpartition(".")[0], _block_of(name, module, blocks)
         if ADAPTER.search(name):
@@ -98,6 +100,22 @@ def _unread(module: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:
         # auto-gptq wrote biases of zeros where a model has none
         if not (name.endswith(".bias") and not bool(checkpoint.read(name).any())):
             yield name
+
+
+def _other_frequencies(module: nn.Module, checkpoint: Checkpoint) -> str | None:
+    """Rotary frequencies in a checkpoint that are not those of config.json, beyond rounding to 16 bits; older files hold
+    them. Where positions are scaled they may be those before scaling, and are not compared."""
+    settings = getattr(module.config, "rope_parameters", None) or {}
+    computed = [buffer.float() for name, buffer in module.named_buffers() if name.endswith("inv_freq")]
+    if settings.get("rope_type") != "default" or not computed:
+        return None
+    for name in checkpoint.names():
+        if name.endswith("inv_freq"):
+            stored = checkpoint.read(name).float()
+            close = (torch.allclose(stored, own, 2.0**-7, 2.0**-24) for own in computed if own.shape == stored.shape)
+            if not any(close):
+                return name
+    return None
 
 
 def _block_of(name: str, module: nn.Module, blocks: str) -> int | None:

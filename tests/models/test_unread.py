@@ -124,9 +124,10 @@ def test_an_adapter_beside_the_model_is_refused(model_dir, tmp_path):
         opened(path)
 
 
+FREQUENCIES, HEAD = "model.layers.0.self_attn.rotary_emb.inv_freq", 8
 HARMLESS = {
     "bias of zeros": lambda t: t.update({"lm_head.bias": torch.zeros(264), "model.layers.0.mlp.up_proj.bias": torch.zeros(64)}),
-    "rotary frequencies": new("model.layers.0.self_attn.rotary_emb.inv_freq", 4),
+    "rotary frequencies": lambda t: t.update({FREQUENCIES: (10000.0 ** -(torch.arange(0, HEAD, 2) / HEAD)).half()}),
     "masked bias": new("model.layers.0.self_attn.masked_bias", 1),
     "second spelling": lambda t: t.update({"norm.weight": t["model.norm.weight"].clone()}),
 }  # fmt: skip
@@ -136,6 +137,15 @@ HARMLESS = {
 def test_leftovers_that_mean_nothing_are_passed_over(case, model_dir, tmp_path, caplog):
     model = opened(edited(model_dir("llama"), tmp_path / "model", HARMLESS[case]))
     assert torch.equal(logits(model), logits(opened(model_dir("llama")))) and not caplog.records and not model.carried
+
+
+@pytest.mark.parametrize("theta", [20000.0, 1e6])
+def test_other_rotary_frequencies_than_those_of_the_config_are_named(theta, model_dir, tmp_path, caplog):
+    own = theta ** -(torch.arange(0, HEAD, 2) / HEAD)
+    model = opened(edited(model_dir("llama"), tmp_path / "model", lambda tensors: tensors.update({FREQUENCIES: own})))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"{FREQUENCIES} is not what config.json gives" in said
+    assert torch.equal(logits(model), logits(opened(model_dir("llama")))), "as transformers itself does"
 
 
 def test_tensors_of_other_tasks_are_named_and_carried_over(model_dir, tmp_path, text, caplog):
