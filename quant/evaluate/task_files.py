@@ -83,6 +83,8 @@ def _locate(value: Any, file: Path, final: bool) -> Any:
         if place.exists():
             if not place.is_dir():
                 check_plain_file(place)
+                if place.stat().st_size == 0:
+                    raise InputError(f"its data cannot be loaded: {file} names {value}, and {place} is empty")
             return glob.escape(str(place))  # a name is no pattern
         if not Path(value).is_absolute() and glob.glob(value, root_dir=root, recursive=True):  # noqa: PTH207
             return f"{glob.escape(str(root))}/{value}"

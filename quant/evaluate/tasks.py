@@ -95,12 +95,12 @@ def open_tasks(
         seen: set[Path] = set()
         for file in sorted(path.rglob("*.y*ml")):
             check_no_code(file, seen)
-    with sandbox(trust_remote_code):
+    with sandbox(trust_remote_code, f"--tasks {','.join(names)}"):
         return replace(_open_tasks(names, path, num_fewshot, limit), trust_remote_code=trust_remote_code)
 
 
 @contextmanager
-def sandbox(trust_remote_code: bool = False) -> Iterator[None]:
+def sandbox(trust_remote_code: bool = False, origin: str = "--tasks") -> Iterator[None]:
     """Let lm-eval fill in the templates of tasks without their reaching Python, load no metrics that are programs, and take
     the paths in a task's file from where it lies. Raises InputError for a template that reaches for Python, or is none."""
     import evaluate
@@ -130,9 +130,9 @@ def sandbox(trust_remote_code: bool = False) -> Iterator[None]:
         try:
             yield
         except SecurityError as error:
-            raise InputError(f"--tasks: a task's template reaches for Python ({error}); it is not run") from error
+            raise InputError(f"{origin}: a task's template reaches for Python ({error}); it is not run") from error
         except (TemplateError, OverflowError) as error:
-            raise InputError(f"--tasks: a task's template cannot be filled in ({first_line(error)})") from error
+            raise InputError(f"{origin}: a task's template cannot be filled in ({first_line(error)})") from error
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def _scores_of(lm: Any, tasks: Tasks) -> dict[str, TaskScore]:
     import lm_eval
 
     with (
-        sandbox(tasks.trust_remote_code),
+        sandbox(tasks.trust_remote_code, f"--tasks {','.join(tasks.members)}"),
         Path(os.devnull).open("w", encoding="utf-8") as nowhere,
         redirect_stderr(nowhere),
     ):  # its bars; logging goes on

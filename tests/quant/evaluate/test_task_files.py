@@ -64,6 +64,13 @@ def test_what_is_nowhere_names_every_place(value: str, tree: Tree) -> None:
     assert str(error.value).count(value) == len(places) + 1
 
 
+def test_an_empty_file_is_named(tree: Tree) -> None:
+    empty = tree["beside"] / "none.jsonl"
+    empty.touch()
+    with pytest.raises(InputError, match="mine.yaml names none.jsonl, and .*none.jsonl is empty"):
+        files_of("none.jsonl", tree)
+
+
 def test_names_on_the_hub_are_left_alone(tree: Tree) -> None:
     config = {"dataset_path": "allenai/c4", "dataset_kwargs": {"data_files": "both.jsonl"}}
     assert with_paths(config, tree["beside"] / "mine.yaml") == config

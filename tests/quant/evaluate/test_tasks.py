@@ -100,7 +100,7 @@ def rewritten(local_task, **lines) -> None:
         ({"doc_to_text": '""'}, "--tasks mine: a context is empty"),
         ({"output_type": "generate_until", "metric_list": "[{metric: exact_match}]"}, "generate text"),
         ({"output_type": "loglikelihood_rolling", "metric_list": "[{metric: word_perplexity}]"}, "rolling"),
-        ({"doc_to_choice": '"{{nothing}}"'}, "--tasks: a task's template cannot be filled in"),
+        ({"doc_to_choice": '"{{nothing}}"'}, "--tasks mine: a task's template cannot be filled in"),
         ({"doc_to_choice": "7"}, "--tasks mine: "),
         ({"test_split": "nothing"}, "--tasks mine: "),
         ({"num_fewshot": "many"}, "--tasks mine: "),
