@@ -82,12 +82,13 @@ def foreign_args(bits, symmetric, group):
             "symmetric": symmetric, "type": "int", "zp_dtype": None if symmetric else "torch.int8"}  # fmt: skip
 
 
-def foreign_checkpoint(path, reference, groups, ignore):
-    """A checkpoint of the demo model in llm-compressor's layout, and beside it what it stands for in float32.
+def foreign_checkpoint(path, exact, rounded, groups, ignore):
+    """A checkpoint of the demo model in llm-compressor's layout, and beside it what it stands for, in float32: code times
+    scale exactly, and rounded to the dtype of the model, as readers do that write it out.
 
     groups: (targets, bits, symmetric, group) in order; the first whose pattern fits a linear counts.
     """
-    for target in (path, reference):
+    for target in (path, exact, rounded):
         shutil.copytree(DEMO / "llama", target, ignore=shutil.ignore_patterns("model.safetensors"))
     packed, plain = {}, {}
     for name, tensor in load_file(DEMO / "llama" / "model.safetensors").items():
@@ -117,9 +118,12 @@ def foreign_checkpoint(path, reference, groups, ignore):
         if not symmetric:
             packed[f"{linear}.weight_zero_point"] = foreign_words(zero.long().T + top + 1, bits).T.contiguous()
     save_file(packed, path / "model.safetensors", {"format": "pt"})
-    save_file(plain, reference / "model.safetensors", {"format": "pt"})
+    save_file(plain, exact / "model.safetensors", {"format": "pt"})
     config = json.loads((DEMO / "llama" / "config.json").read_text())
-    (reference / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    dtype = getattr(torch, config["dtype"])
+    save_file({k: v.to(dtype).float() for k, v in plain.items()}, rounded / "model.safetensors", {"format": "pt"})
+    for reference in (exact, rounded):
+        (reference / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     settings = {
         "config_groups": {
             f"group_{i}": {"format": "pack-quantized", "input_activations": None, "output_activations": None,
@@ -147,11 +151,11 @@ FOREIGN = {
 def test_checkpoints_in_the_layout_of_llm_compressor_are_read(case, tmp_path):
     """Written by hand, without any of our writer: evaluated written out and packed as the weights it stands for."""
     groups, ignore = FOREIGN[case]
-    foreign_checkpoint(tmp_path / "foreign", tmp_path / "plain", groups, ignore)
-    expected = perplexity(tmp_path / "plain", tmp_path)[0]
+    foreign_checkpoint(tmp_path / "foreign", tmp_path / "exact", tmp_path / "rounded", groups, ignore)
+    exact, expected = (perplexity(tmp_path / name, tmp_path)[0] for name in ("exact", "rounded"))
     assert perplexity(tmp_path / "foreign", tmp_path)[0] == expected
     config = replace(demo_config(tmp_path, tmp_path / "foreign"), wbits=16, packed=True, run_dir=tmp_path / "packed")
-    assert perform(config)["perplexity"]["text"]["fp"] == pytest.approx(expected, rel=1e-5)
+    assert perform(config)["perplexity"]["text"]["fp"] == pytest.approx(exact, rel=1e-5)
     if case != "mixed":
         convert(tmp_path / "foreign", "bitplane", tmp_path / "planes")
         assert perplexity(tmp_path / "planes", tmp_path)[0] == expected
