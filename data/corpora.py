@@ -12,7 +12,7 @@ from pathlib import Path
 from data.rows import EXTENSIONS, read_rows, read_text
 from data.written import written
 from quant.core.errors import InputError
-from quant.core.files import resolve_links
+from quant.core.files import check_plain_file, resolve_links
 
 KNOWN = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "demo")
 CALIBRATION = (*KNOWN, "mix", "pile")
@@ -62,8 +62,9 @@ def check_file(source: str) -> Path:
     """The path of a local text file. Raises InputError if it is not there or of an unknown kind."""
     path = Path(source)
     resolve_links(path)  # a loop of links, or a name that is too long
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"no such file: {source}")
+    check_plain_file(path)
     if not path.name.lower().endswith(EXTENSIONS):
         raise InputError(f"{source}: use one of {', '.join(EXTENSIONS)}")
     return path

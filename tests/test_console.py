@@ -142,7 +142,7 @@ def test_names_in_bars_of_a_terminal(name):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_name_makes_no_second_line_of_an_error(name, capsys):
     def refuse() -> None:
-        raise InputError(f"no such file: {name}", "another mistake")
+        raise InputError(f"no such file: {name}", "another mistake", "another mistake")
 
     def fall() -> None:
         raise RunError(f"block 0 of {name}")

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 def fail(*lines: str) -> None:
     """One line on standard error for each mistake, whatever the names in it hold."""
     with contextlib.suppress(BrokenPipeError):  # nobody reads
-        for line in lines:
-            sys.stderr.write(f"error: {one_line(str(line))}\n")
+        for line in dict.fromkeys(map(str, lines)):  # one file may be wrong under two flags
+            sys.stderr.write(f"error: {one_line(line)}\n")
 
 
 def exit_code_of(main: Callable[[], None]) -> int:

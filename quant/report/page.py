@@ -1,8 +1,8 @@
 """A page a person can look at, for one run or for many.
 
-    python -m quant.report RUN              RUN/report.html, report.csv and *.png beside it (a run writes them itself)
-    python -m quant.report RUN RUN --out DIR    one page for all of them: quality against bits
-    python -m quant.report compare RUN RUN      configuration, numbers and layers that differ
+    python -m quant report RUN              RUN/report.html, report.csv and *.png beside it (a run writes them itself)
+    python -m quant report RUN RUN --out DIR    one page for all of them: quality against bits
+    python -m quant report compare RUN RUN      configuration, numbers and layers that differ
 
 The page is one file without scripts or pictures from elsewhere. Every number in it is one of results.json or of the
 journal, rounded.

@@ -22,6 +22,10 @@ from quant.run.stored import Allowed, allowed_entries
 from quant.tune.config import Tuning
 
 PARTS = {"session": SessionConfig, "run": RunConfig, "output": Output}
+VALUES = {"act": ActSpec, "tuning": Tuning, "learning": Learning, "transform": TransformSpec}  # fields with own fields
+PLAIN: dict[str, Any] = {
+    "str": str, "int": int, "float": (int, float), "bool": bool, "tuple": list, "Path": str, "Mapping": dict,
+}  # fmt: skip
 DERIVED = ("biases", "evaluates", "learner")  # fields that are not kept: they follow from others
 
 
@@ -79,19 +83,14 @@ class Request:
 
 
 def _as_field(kind: str, name: str, value: Any) -> Any:
-    """A stored value as a field has it. Raises TypeError or KeyError for one of another type."""
-    if name == "act":
-        return ActSpec(**value)
-    if name == "tuning" and value is not None:
-        return Tuning(**value)
-    if name == "learning" and value is not None:
-        transform = value["transform"]
-        return Learning(**{**value, "transform": TransformSpec(**{**transform, "kinds": tuple(transform["kinds"])})})
+    """A stored value as a field has it, and those of its own fields. Raises TypeError or KeyError for one of another type."""
     if value is None and kind.endswith("None"):
         return None
-    plain: dict[str, type] = {"str": str, "int": int, "bool": bool, "tuple": list, "Path": str, "Mapping": dict}
-    wanted = next(own for start, own in plain.items() if kind.startswith(start)) if name != "learning" else dict
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+    if name in VALUES:
+        kinds = {f.name: str(f.type) for f in fields(VALUES[name])}
+        return VALUES[name](**{key: _as_field(kinds[key], key, entry) for key, entry in value.items()})
+    wanted = next(own for start, own in PLAIN.items() if kind.startswith(start))
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise TypeError(f"{name} is {value!r}")
     given: Any = value
     return tuple(given) if wanted is list else Path(given) if kind.startswith("Path") else given

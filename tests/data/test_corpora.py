@@ -216,9 +216,10 @@ def test_check_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("")
     with pytest.raises(InputError, match=r"a\.csv: use one of \.txt, "):
         check_file(str(tmp_path / "a.csv"))
-    for missing in ("b.txt", "."):
-        with pytest.raises(InputError, match="no such file"):
-            check_file(str(tmp_path / missing))
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name, says in (("b.txt", "no such file"), (".", "is a directory"), ("pipe.txt", "is a pipe")):
+        with pytest.raises(InputError, match=says):
+            check_file(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

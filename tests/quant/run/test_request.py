@@ -46,7 +46,9 @@ def test_manifests_of_earlier_runs_are_still_read():
 
 
 @pytest.mark.parametrize("change", [{"learner": "x"}, {"biases": True}, {"evaluates": True}, {"method": 3}, {"seed": "x"},
-                                    {"seed": True}, {"act": {"bits": 4, "no": 1}}, {"learning": {}}, {"method": None}])  # fmt: skip
+                                    {"seed": True}, {"act": {"bits": 4, "no": 1}}, {"act": {"kv_bits": [[16]]}},
+                                    {"act": {"method": 0.5}}, {"learning": 3}, {"learning": {"transform": {"alpha": True}}},
+                                    {"learning": {"transform": {"kinds": "vo"}}}, {"tuning": {"rate": "x"}}, {"method": None}])  # fmt: skip
 def test_a_stored_request_of_another_form_is_one_line(change):
     with pytest.raises(InputError) as error:
         Request.from_json(FLAT | change, "the manifest", OWN)
