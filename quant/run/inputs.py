@@ -167,11 +167,11 @@ class Inputs:
                     check_format(output, replace(content, misfit=misfit))
 
     def _misfit_linear(self, run: RunConfig, content: Content) -> str | None:
-        """The first linear of those to be quantized whose scales do not go into float16, and why."""
-        assert content.spec is not None
-        for index in range(self.n_blocks(run)):
-            for name in self.model.linear_shapes():
-                why = misfit_float16(self._largest[index][name], content.spec.qmax)
+        """The first linear of those to be quantized whose scales do not go into float16, and why. Raises what `_largest`
+        does, also where weights stay as they are."""
+        for index, largest in enumerate(self._largest[: self.n_blocks(run)]):
+            for name, weight in largest.items():
+                why = None if content.spec is None else misfit_float16(weight, content.spec.qmax)
                 if why is not None:
                     return f"block {index} {name}: {why}"
         return None

@@ -159,6 +159,17 @@ def test_real_quant_of_learned_methods_saves_packed(flags, expected, model_dir, 
     assert code == 2 and "holds no checkpoint" in err and "--save " not in err
 
 
+def test_weights_that_are_only_transformed_are_saved(model_dir, text, monkeypatch, capsys, tmp_path):
+    words = ["--model", model_dir("llama"), "--calib_dataset", text, "--eval-datasets", "", "--seqlen", 32, "--nsamples", 4,
+             "--epochs", 1, "--no-report", "--wbits", 16, "--abits", 8, "--let", "--cache-dir", tmp_path / "cache",
+             "--run-dir", tmp_path / "run", "--save_dir", tmp_path / "out"]  # fmt: skip
+    code, _, err = called(main_command, monkeypatch, capsys, *words)
+    assert code == 0, err
+    norms = [load_file(path / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+             for path in (model_dir("llama"), tmp_path / "out")]  # fmt: skip
+    assert not torch.equal(*norms), "the transform is in it"
+
+
 def read_back(path, text, tmp_path, **more):
     config = Request.of(model=str(path), eval_datasets=(str(text),), seqlen=32, limit=4, cache_dir=tmp_path / "cache",
                        run_dir=tmp_path / f"eval-{path.name}", **more)  # fmt: skip
