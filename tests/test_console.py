@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -358,6 +359,25 @@ def test_a_table_s_name_adds_nothing_to_a_job(model_dir, text, tmp_path, monkeyp
     lines = capsys.readouterr().out.splitlines()
     assert "#SBATCH --job-name=x-touch-forged--" in lines
     assert not any(line.startswith("touch") for line in lines[:6])
+
+
+def test_an_interrupt_inside_a_destructor_is_not_lost(capsys):
+    """Python prints it, with its traceback, and goes on."""
+
+    class Left:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)  # the handler runs here at the latest
+
+    def work() -> None:
+        left = Left()
+        del left
+        for _ in range(200):
+            time.sleep(0.01)
+        raise AssertionError("it went on")
+
+    assert exit_code_of(work) == 130
+    assert capsys.readouterr().err == "error: interrupted; the same command continues after the last finished block\n"
 
 
 def test_an_interrupt_inside_a_library_is_an_interrupt(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import io
@@ -15,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from quant.core.errors import InputError, RunError, first_line, is_memory
 from quant.core.text import brief, one_line, printable
@@ -66,8 +67,18 @@ def _interrupted() -> int:
 
 @contextlib.contextmanager
 def _seen_interrupts() -> Iterator[list[int]]:
-    """The interrupts that come: a library may make an error of its own of a KeyboardInterrupt inside it."""
+    """The interrupts that come: a library may make an error of its own of a KeyboardInterrupt inside it, and one that falls
+    where nothing can be raised (a destructor, a callback of C) is printed and forgotten by Python: it comes again here."""
     seen: list[int] = []
+    timers: list[threading.Timer] = []
+    usual_hook = sys.unraisablehook
+
+    def again(lost: Any) -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            timers.append(threading.Timer(0.05, _thread.interrupt_main))
+            timers[-1].start()
+        else:
+            usual_hook(lost)
 
     def see(number: int, _: object) -> NoReturn:
         seen.append(number)
@@ -78,9 +89,13 @@ def _seen_interrupts() -> Iterator[list[int]]:
     try:
         if usual:
             signal.signal(signal.SIGINT, see)
+            sys.unraisablehook = again
         yield seen
     finally:
+        for timer in timers:
+            timer.cancel()  # the command has ended by itself
         if usual:
+            sys.unraisablehook = usual_hook
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
