@@ -34,25 +34,19 @@ WITH_LENGTH = ("llama3", "yarn", "longrope")  # types that scale from original_m
 
 def carried_config(declared: Mapping[str, Any], dtype: torch.dtype, changes: Mapping[str, Any]) -> Json:
     """config.json of a checkpoint made of a model with config.json ``declared``: its fields in their order, with the
-    dtype in which tensors are stored, and what else changed. The dtype and the rotary settings are there in the forms of
-    transformers 4 and 5 alike, as other readers know only one of them."""
-    name = str(dtype).removeprefix("torch.")
-    return {**declared, **both_rotary_forms(declared), "dtype": name, "torch_dtype": name, **changes}
+    dtype in which tensors are stored, and what else changed. Rotary settings and dtype in the form of transformers 5 alone
+    are there in that of 4 too: 5 reads either, other readers the older one only."""
+    older = "torch_dtype" in declared and "dtype" not in declared
+    names = dict.fromkeys(("torch_dtype",) if older else ("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    return {**declared, **older_rotary_form(declared), **names, **changes}
 
 
-def both_rotary_forms(declared: Mapping[str, Any]) -> Json:
-    """The fields of rotary settings that ``declared`` lacks, from those that it has: ``rope_parameters`` of
-    transformers 5 (modeling_rope_utils.py, RotaryEmbeddingConfigMixin) or ``rope_theta``, ``rope_scaling`` and
-    ``partial_rotary_factor`` of 4. Empty where nothing is missing, and for settings by layer type, which only 5 has."""
+def older_rotary_form(declared: Mapping[str, Any]) -> Json:
+    """The fields ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` of transformers 4 that ``declared`` lacks,
+    from ``rope_parameters`` of 5 (modeling_rope_utils.py, RotaryEmbeddingConfigMixin), which reads the older form itself.
+    Empty where nothing is missing, and for settings by layer type, which only 5 has."""
     parameters, scaling = declared.get("rope_parameters"), declared.get("rope_scaling")
-    if not parameters:
-        beside = {key: declared[key] for key in ROTARY if declared.get(key) is not None}
-        if not (scaling or "rope_theta" in beside):
-            return {}
-        own = dict(scaling or {})
-        kind = own.pop("type", "default")
-        return {"rope_parameters": {"rope_type": kind, **own, **{k: v for k, v in beside.items() if k not in own}}}
-    if any(isinstance(value, dict) for value in parameters.values()):
+    if not parameters or any(isinstance(value, dict) for value in parameters.values()):
         return {}
     added = {key: parameters[key] for key in ROTARY if key in parameters and declared.get(key) is None}
     rest = {key: value for key, value in parameters.items() if key not in ROTARY}
