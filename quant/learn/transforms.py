@@ -6,6 +6,7 @@ inside. Scales are OmniQuant's LET (and SmoothQuant's, where they start); other 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,13 +40,13 @@ class Transform(Parametrization):
         self.seam, self.layout, self.spec, self.shift = seam, layout, spec, shift
         self.name, self.norm_offset, self.rate = f"{seam.kind}.{seam.producer}", norm_offset, rate
 
+    @abstractmethod
     def start(self, scale: Tensor) -> Parameters:
         """Parameters of the transform that is this scale [heads, d]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inverse(self, parameters: Parameters) -> Tensor:
         """M = A⁻¹ at effective parameters: a diagonal's entries [heads, d], or dense [heads, d, d]."""
-        raise NotImplementedError
 
     def initial(self, weights: BlockWeights, ranges: Mapping[str, InputRange]) -> Parameters:
         """SmoothQuant's scale absmax(x)^α / absmax(W)^(1-α), identity on ``qk``; the middle of the inputs as shift."""

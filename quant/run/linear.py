@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from quant.core.gram import GramStats
+from quant.core.names import FULL_BITS
 from quant.core.scaling import exponent_outside
 
 LOOK_ABOVE = 0.1  # relative error of a linear from which a person should look
-FULL_BITS = 16
 
 
 @dataclass(frozen=True)

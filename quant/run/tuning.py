@@ -74,7 +74,7 @@ class BlockTuner:
 
         state = begin(objective, tuned.initial())
         optimize(objective, state, tuned.rates(), self.tuning, self.job.run.seed, progress=progress)
-        answers, changed = tuned.answers(state.best), tuned.changes_at(state.best)
+        answers, changed = tuned.answers(state.best), block.changed | tuned.changes_at(state.best)
         records = [after_tuning(record, answers[record.name]) for record in block.records]
         deployed = deploy(weights, answers, model, index, changed)
         tuned_block = replace(block, weights=deployed, solved=answers, changed=changed, records=records)
