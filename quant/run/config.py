@@ -16,6 +16,7 @@ from quant.tune.config import Tuning
 DEFAULT_MAX_SEQLEN = 2048
 DECIDES_CODES = {"decides": "codes"}  # metadata of a field of a session that is part of a run's identity, as it is
 BY_WHAT_IT_NAMES = {"decides": "by what it names"}  # of a field of a run of which not the words count; see `identity`
+WHERE_IT_DIFFERS = {"decides": "where it is not the default"}  # of a field that earlier runs have not: their names stay
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class RunConfig:
     levels: int | None = None
     learner: str | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     learning: Learning | None = None
-    tuning: Tuning | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
+    tuning: Tuning | None = field(default=None, metadata=WHERE_IT_DIFFERS)
     act: ActSpec = field(default_factory=ActSpec)
     resume: Path | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     act_scales: Path | None = field(default=None, metadata=BY_WHAT_IT_NAMES)

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from quant.core.files import json_sha256
-from quant.run.config import BY_WHAT_IT_NAMES, DECIDES_CODES, Output, RunConfig
+from quant.run.config import BY_WHAT_IT_NAMES, DECIDES_CODES, WHERE_IT_DIFFERS, Output, RunConfig
 from quant.run.directory import Record
 from quant.run.inputs import Inputs
 from quant.run.resume import check_source
@@ -21,7 +21,11 @@ def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
     """
     tokens = inputs.calibration(run) if run.quantizes else None
     decided = {f.name: getattr(inputs.config, f.name) for f in fields(inputs.config) if f.metadata == DECIDES_CODES}
-    decided |= {f.name: getattr(run, f.name) for f in fields(run) if f.metadata != BY_WHAT_IT_NAMES}
+    decided |= {
+        f.name: getattr(run, f.name) for f in fields(run) if f.metadata not in (BY_WHAT_IT_NAMES, WHERE_IT_DIFFERS)
+    }
+    later = {f.name: getattr(run, f.name) for f in fields(run) if f.metadata == WHERE_IT_DIFFERS}
+    decided |= {name: value for name, value in later.items() if value != getattr(RunConfig, name)}
     decided |= {
         "model_sha256": inputs.model_sha256,
         "calibration": None if tokens is None else f"{tokens.name} ({tokens.protocol}) {tokens.sha256[:16]}",
@@ -38,9 +42,7 @@ def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
     }
     if inputs.device.type == "cuda":
         decided["deterministic"] = inputs.config.deterministic  # a CPU always is
-    configuration: Record = json.loads(json.dumps(decided))  # as it will be read back: tuples are lists
-    if run.tuning is not None:
-        configuration["tuning"] = run.tuning.to_json()
+    configuration: Record = json.loads(json.dumps(decided, default=asdict))  # as it will be read back: tuples are lists
     if run.resume is not None:
         configuration["start"] = check_source(run.resume, configuration, inputs.model_sha256)
     return configuration

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from quant.core.errors import InputError
 from quant.core.names import TUNING_SCOPES
@@ -50,10 +49,6 @@ class Tuning:
     def rate_of(self, bits: int) -> float:
         """The rate of positions on a grid of so many bits."""
         return self.rate or RATES.get(bits, FINER_RATE)
-
-    def to_json(self) -> dict[str, Any]:
-        """What a run's configuration holds, and hashes, of it."""
-        return asdict(self)
 
 
 def batch_of(n_windows: int) -> int:
