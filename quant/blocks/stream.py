@@ -127,9 +127,7 @@ class BlockStream:
     ) -> None:
         self.model, self.device, self.batch = model, device, batch
         self.tokens = tokens
-        self._new_store = lambda: Activations(
-            store, (*tokens.shape, model.config.hidden_size), model.dtype, device, directory
-        )
+        self._kept = (store, directory)
         self.hidden: Activations
         self.arguments: list[list[tuple[tuple, dict[str, Any]]]] = []  # per batch, per block
         self.as_tuple = False
@@ -142,10 +140,17 @@ class BlockStream:
         n = self.tokens.shape[0]
         return [slice(i, min(i + self.batch, n)) for i in range(0, n, self.batch)]
 
+    def new_store(self, width: int | None = None, dtype: torch.dtype | None = None) -> Activations:
+        """Room for as many numbers of every token, kept where the hidden states are. width, dtype: where they are not those
+        of hidden states."""
+        kind, directory = self._kept
+        shape = (self.tokens.shape[0], self.tokens.shape[1], width or self.model.config.hidden_size)
+        return Activations(kind, shape, dtype or self.model.dtype, self.device, directory)
+
     @torch.no_grad()  # not inference_mode: training keeps the arguments for its backward pass
     def capture(self, outside: Weights) -> BlockStream:
         """Run embeddings only: store what enters the first block and the arguments of every block."""
-        self.hidden = self._new_store()
+        self.hidden = self.new_store()
         for rows in self.rows:
             self.hidden[rows] = self._record(rows, outside)
         return self
@@ -186,7 +191,7 @@ class BlockStream:
     def fork(self) -> BlockStream:
         """A second stream over the same tokens, at the same place, with its own hidden states; held-out windows stay behind."""
         other = self._copy()
-        other.hidden = self._new_store()
+        other.hidden = self.new_store()
         other.hidden.data.copy_(self.hidden.data)
         other.seconds = dict.fromkeys(self.seconds, 0.0)
         return other
@@ -203,16 +208,19 @@ class BlockStream:
         weights: Weights,
         rows: slice,
         arguments: list[tuple[tuple, dict[str, Any]]],
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """Outputs of block ``index`` with these weights (its own parameters and buffers) for the samples of a batch."""
+        """Outputs of block ``index`` with these weights (its own parameters and buffers) for the samples of a batch. hidden:
+        what enters the block, where it is not what the stream holds."""
         args, kwargs = arguments[index]
         with foreign(
             f"block {index} does not run: {self.model.checkpoint.path / 'config.json'} describes it otherwise"
         ):
-            output = functional_call(self.model.blocks[index], weights, (self.hidden[rows], *args), kwargs)
+            entering = self.hidden[rows] if hidden is None else hidden
+            output = functional_call(self.model.blocks[index], weights, (entering, *args), kwargs)
         self.as_tuple = isinstance(output, tuple)
-        hidden: Tensor = output[0] if self.as_tuple else output
-        return hidden
+        leaving: Tensor = output[0] if self.as_tuple else output
+        return leaving
 
     @torch.inference_mode()
     def run(
@@ -278,12 +286,16 @@ class BlockStream:
     @torch.inference_mode()
     def logits(self, rows: slice, outside: Weights) -> Tensor:
         """Logits float32 [batch, T, vocabulary] of samples that have passed every block."""
+        return self.head(self.hidden[rows], rows, outside).float()
+
+    def head(self, hidden: Tensor, rows: slice, outside: Weights) -> Tensor:
+        """Logits [batch, T, vocabulary] of some samples as a function of what leaves the last block, in the arithmetic's
+        dtype."""
         replay = _Replay(self.model.blocks[-1], self.as_tuple)
-        replay.hidden = self.hidden[rows]
+        replay.hidden = hidden
         with self.model.replaced_blocks([replay]):
-            ids = self.tokens[rows].to(self.device)
-            output: Tensor = self._call_outside(outside, ids).logits
-        return output.float()
+            logits: Tensor = self._call_outside(outside, self.tokens[rows].to(self.device)).logits
+        return logits
 
     def _call_outside(self, outside: Weights, ids: Tensor) -> Any:
         """The whole model's answer, with something else where its blocks are."""

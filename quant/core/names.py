@@ -11,3 +11,5 @@ AUTO_GROUPS = 0  # a group size that the shapes of the model decide
 DEFAULT_CACHE = Path(os.path.expanduser("~/.cache/llm-quantizer"))  # noqa: PTH111 (~ stays where nobody has a home)
 TUNING_SCOPES = ("block", "model")  # what is tuned after solving
 DTYPES = ("float32", "bfloat16", "float16")
+LABELS = ("sampled", "data")  # what the model should have said, for gradients of its loss
+SAMPLED_LABELS = LABELS[0]
