@@ -536,7 +536,10 @@ def test_every_row_of_the_papers_is_a_command_without_mistakes(tmp_path):
 def test_the_cost_of_matrices_behind_norms_is_said(command, small, tmp_path):
     code, out, _ = command(*small, "--wbits", 3, "--abits", 16, "--let", "--use_ln_matrix", "--sf", 0.1, "--epochs", 1)
     online = 3 * 2 * 32 * 32
-    assert code == 0 and f"matrices behind norms: {online} numbers in 16 bits" in out
+    assert (
+        code == 0
+        and f"online matrices: {online} numbers in 16 bits (counted in bits per weight), {2 * online} flops" in out
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").open()]
     weights = sum(line["shape"][0] * line["shape"][1] for line in lines)

@@ -37,10 +37,17 @@ class ActSpec:
 
 
 def quantize_activations(
-    x: Tensor, bits: int, *, whole: bool = False, span: Tensor | None = None, symmetric: bool = False
+    x: Tensor,
+    bits: int,
+    *,
+    whole: bool = False,
+    span: Tensor | None = None,
+    symmetric: bool = False,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """x [..., n] on an asymmetric grid of 2^bits levels over the range of every token, of the ``whole``, or ``span`` [2].
 
+    clip: [2], factors of the lowest and highest entry of that range (FlatQuant, arXiv 2410.09426, section 3.1).
     Computed in float32 at least, returned in x's dtype; gradients reach x through its values and its range.
     """
     if bits >= FULL_BITS:
@@ -49,16 +56,20 @@ def quantize_activations(
     if whole or span is not None:
         rows = rows.reshape(1, -1)
     numbers = NumberFormat(2**bits)
-    scale, zero = _grid(rows, numbers, span, symmetric)
+    scale, zero = _grid(rows, numbers, span, symmetric, clip)
     return FakeQuantize.apply(rows, scale, zero, numbers.qmax).view(x.shape).to(x.dtype)
 
 
-def _grid(rows: Tensor, numbers: NumberFormat, span: Tensor | None, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _grid(
+    rows: Tensor, numbers: NumberFormat, span: Tensor | None, symmetric: bool, clip: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point [..., 1] of rows [..., n], over the range of each or over ``span``."""
     if span is None:
         low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     else:
         low, high = span.to(rows.dtype).view(2, 1, 1)
+    if clip is not None:
+        low, high = low * clip[0].to(rows.dtype), high * clip[1].to(rows.dtype)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
@@ -66,12 +77,12 @@ def _grid(rows: Tensor, numbers: NumberFormat, span: Tensor | None, symmetric: b
     return scale, torch.full_like(scale, numbers.middle) if symmetric else torch.round(-low / scale).detach()
 
 
-def integer_inputs(x: Tensor, spec: ActSpec, span: Tensor | None = None) -> IntegerInputs:
+def integer_inputs(x: Tensor, spec: ActSpec, span: Tensor | None = None, clip: Tensor | None = None) -> IntegerInputs:
     """The integers behind `quantize_activations` of x [n, in], at most 8 bits: x ≈ scale · (codes + offset), codes int8
     around the middle of the grid, scale and offset float32 [n]."""
     rows, numbers = x.float(), NumberFormat(2**spec.bits)
     whole = spec.method != "per_token" or span is not None
-    scale, zero = _grid(rows.reshape(1, -1) if whole else rows, numbers, span, spec.symmetric)
+    scale, zero = _grid(rows.reshape(1, -1) if whole else rows, numbers, span, spec.symmetric, clip)
     codes = numbers.codes(rows, scale, zero).sub_(numbers.middle)
     shape = (x.shape[0], 1)
     return codes.to(torch.int8), scale.expand(shape).flatten(), (numbers.middle - zero).expand(shape).flatten()

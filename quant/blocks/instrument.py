@@ -1,5 +1,5 @@
-"""A block for the length of a call: quantized inputs of its linears, packed linears, matrices behind norms, and quantized
-queries, keys and values where attention multiplies them.
+"""A block for the length of a call: quantized inputs of its linears, packed linears, matrices behind norms, in front of
+linears and of heads, and quantized queries, keys and values where attention multiplies them.
 
 Nothing in a family knows of it: linears get a hook for the length of a call, and the products of attention are
 seen by a torch function mode, whichever of the library's implementations runs them.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quant.blocks.fake_quant import ActSpec, integer_inputs, quantize_activations
+from quant.blocks.online import AND, HeadForm, RunningAttention, SharedProduct
 from quant.blocks.weights import BlockWeights
 from quant.core.names import FULL_BITS
 from quant.kernels.matmul.weight import PackedLinear, PackedWeight
@@ -27,43 +28,53 @@ SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
 
 
 class AttentionProducts(TorchFunctionMode):
-    """Sees the two products of an attention: quantizes what enters them, and shows its logits to ``watch``.
+    """Sees the two products of an attention: transforms and quantizes what enters them, and shows its logits to ``watch``.
 
     Covers scaled_dot_product_attention, the eager matmul pair, and BLOOM's baddbmm and bmm.
     """
 
-    def __init__(self, spec: ActSpec, watch: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(
+        self, spec: ActSpec, watch: Callable[[Tensor], None] | None = None, running: RunningAttention | None = None
+    ) -> None:
         super().__init__()
-        self.spec, self.watch = spec, watch
+        self.spec, self.watch, self.running = spec, watch, running or RunningAttention()
         self.with_values = False  # of the eager pair, the second product is next
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Replace the operands of the products of attention; everything else passes."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            q, k, v = self._query(args[0]), self._key_or_value(args[1]), self._key_or_value(args[2])
+            q, k, v = self._query(args[0]), self._key(args[1]), self._value(args[2])
             if self.watch is not None:
                 self.watch(_logits(q, k, *args[3:], **kwargs))
             return func(q, k, v, *args[3:], **kwargs)
         if func in MATMULS and args[0].dim() == 4:
-            args = (args[0], self._key_or_value(args[1])) if self.with_values else self._query_and_keys(*args)
+            args = (args[0], self._value(args[1])) if self.with_values else self._query_and_keys(*args)
             self.with_values = not self.with_values
         elif func is torch.Tensor.baddbmm:
             kwargs["batch1"], kwargs["batch2"] = self._query_and_keys(kwargs["batch1"], kwargs["batch2"])
         elif func is torch.bmm:
-            args = (args[0], self._key_or_value(args[1]))
+            args = (args[0], self._value(args[1]))
         elif func in SOFTMAX and self.watch is not None:
             self.watch(args[0])
         return func(*args, **kwargs)
 
     def _query(self, x: Tensor) -> Tensor:
-        return quantize_activations(x, self.spec.bits) if self.spec.kv_bits < FULL_BITS else x
+        form = self.running.form
+        x = x if form.query is None else x @ form.query
+        bits = self.spec.bits if self.spec.kv_bits < FULL_BITS else FULL_BITS
+        return quantize_activations(x, bits, clip=form.clip(0))
 
-    def _key_or_value(self, x: Tensor) -> Tensor:
-        return quantize_activations(x, self.spec.kv_bits)
+    def _key(self, x: Tensor) -> Tensor:
+        form = self.running.form
+        x = x if form.key is None else x @ form.key
+        return quantize_activations(x, self.spec.kv_bits, clip=form.clip(1))
+
+    def _value(self, x: Tensor) -> Tensor:
+        return quantize_activations(x, self.spec.kv_bits, clip=self.running.form.clip(2))
 
     def _query_and_keys(self, query: Tensor, transposed: Tensor) -> tuple[Tensor, Tensor]:
-        return self._query(query), self._key_or_value(transposed.transpose(-1, -2)).transpose(-1, -2)
+        return self._query(query), self._key(transposed.transpose(-1, -2)).transpose(-1, -2)
 
 
 def _logits(
@@ -93,19 +104,20 @@ class _InputQuantizer:
 
     def __init__(self, spec: ActSpec) -> None:
         self.spec = spec
-        self.seen: Tensor | None = None
+        self.seen: tuple[Tensor | None, Tensor | None] = (None, None)
         self.quantized: Tensor | None = None
 
-    def hook(self, span: Tensor | None) -> Callable[[nn.Module, tuple], tuple[Tensor]]:
-        whole = self.spec.method != "per_token"
+    def hook(self, span: Tensor | None, clip: Tensor | None) -> Callable[[nn.Module, tuple], tuple[Tensor]]:
+        spec = self.spec
+        whole = spec.method != "per_token"
 
         def act(module: nn.Module, args: tuple) -> tuple[Tensor]:
             if span is not None:
-                return (quantize_activations(args[0], self.spec.bits, span=span, symmetric=self.spec.symmetric),)
-            if self.seen is not args[0]:
-                self.seen = args[0]
+                return (quantize_activations(args[0], spec.bits, span=span, symmetric=spec.symmetric, clip=clip),)
+            if self.seen[0] is not args[0] or self.seen[1] is not clip:
+                self.seen = (args[0], clip)
                 self.quantized = quantize_activations(
-                    args[0], self.spec.bits, whole=whole, symmetric=self.spec.symmetric
+                    args[0], spec.bits, whole=whole, symmetric=spec.symmetric, clip=clip
                 )
             assert self.quantized is not None
             return (self.quantized,)
@@ -120,8 +132,8 @@ def instrument(
     spec: ActSpec | None = None,
     watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """For the length of a `with`: packed linears, matrices behind norms, quantized activations, attention logits given
-    to ``watch``.
+    """For the length of a `with`: packed linears, matrices behind norms, in front of linears and of heads, quantized
+    activations, attention logits given to ``watch``.
 
     Yields the weights that are the block's own parameters and buffers.
     """
@@ -131,23 +143,39 @@ def instrument(
             stack.callback(handle.remove)
 
         own, spans = dict(weights.parameters), weights.input_ranges
+        clips = {linear: clip for readers, clip in weights.input_clips.items() for linear in readers.split(AND)}
         for linear, packed in weights.packed.items():
             bias = own.pop(f"{linear}.bias", None)
-            _mount(stack, block, linear, packed_linear(packed, bias, spec, spans.get(linear)))
+            _mount(stack, block, linear, packed_linear(packed, bias, spec, spans.get(linear), clips.get(linear)))
         for norm, matrix in weights.online.items():
             keep(block.get_submodule(norm).register_forward_hook(lambda module, args, out, m=matrix: out @ m))
+        for readers in {**weights.lefts, **weights.rights}:
+            product = SharedProduct(weights.lefts.get(readers), weights.rights.get(readers))
+            for linear in readers.split(AND):
+                keep(block.get_submodule(linear).register_forward_pre_hook(product))
         if spec is not None and spec.bits < FULL_BITS:
             shared = _InputQuantizer(spec)
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
-                    keep(module.register_forward_pre_hook(shared.hook(spans.get(name))))
-        if watch is not None or (spec is not None and spec.kv_bits < FULL_BITS):
-            stack.enter_context(AttentionProducts(spec or ActSpec(), watch))
+                    keep(module.register_forward_pre_hook(shared.hook(spans.get(name), clips.get(name))))
+        quantized = spec is not None and spec.kv_bits < FULL_BITS
+        if watch is not None or quantized or weights.head_matrices:
+            running = RunningAttention()
+            for name in {**weights.head_matrices, **weights.head_clips}:
+                form = HeadForm.of(weights.head_matrices.get(name), weights.head_clips.get(name))
+                enter, leave = running.hooks(form)
+                keep(block.get_submodule(name).register_forward_pre_hook(enter))
+                keep(block.get_submodule(name).register_forward_hook(leave))
+            stack.enter_context(AttentionProducts(spec or ActSpec(), watch, running))
         yield own
 
 
 def packed_linear(
-    weight: PackedWeight, bias: Tensor | None = None, spec: ActSpec | None = None, span: Tensor | None = None
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    spec: ActSpec | None = None,
+    span: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> PackedLinear:
     """A linear with packed weights that quantizes its inputs: to integers where they have at most 8 bits."""
     if spec is None or spec.bits >= FULL_BITS:
@@ -155,9 +183,10 @@ def packed_linear(
 
     def floats(x: Tensor) -> Tensor:
         whole = spec.method != "per_token"
-        return quantize_activations(x, spec.bits, whole=whole, span=span, symmetric=spec.symmetric)
+        return quantize_activations(x, spec.bits, whole=whole, span=span, symmetric=spec.symmetric, clip=clip)
 
-    return PackedLinear(weight, bias, floats, (lambda x: integer_inputs(x, spec, span)) if spec.bits <= BYTE else None)
+    integers = (lambda x: integer_inputs(x, spec, span, clip)) if spec.bits <= BYTE else None
+    return PackedLinear(weight, bias, floats, integers)
 
 
 def _mount(stack: ExitStack, block: nn.Module, name: str, module: nn.Module) -> None:

@@ -150,9 +150,10 @@ def _remarks(results: dict[str, Any]) -> list[str]:
             f"evaluated with packed weights: {packed / 1e6:.2f} MB in memory, {_number(counted, 2, 1e-6)} MB counted"
         )
     online = sum(log["online_parameters"] or 0 for log in results["learning"])
+    flops = sum(log.get("online_flops") or 2 * (log["online_parameters"] or 0) for log in results["learning"])
     if online:
         lines.append(
-            f"matrices behind norms: {online} numbers in 16 bits (counted in bits per weight), {2 * online} flops a token"
+            f"online matrices: {online} numbers in 16 bits (counted in bits per weight), {flops} flops a token"
         )
     return lines
 

@@ -23,7 +23,7 @@ def refusal(kind: str, content: Content) -> str | None:
     if kind in PACKED:
         return PACKED[kind].refuses(content)
     if content.online:
-        return "a plain checkpoint cannot hold matrices behind norms (--use_ln_matrix): use format bitplane"
+        return "a plain checkpoint cannot hold matrices behind norms or in front of linears: use format bitplane"
     return None
 
 

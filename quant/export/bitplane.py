@@ -1,5 +1,5 @@
 """Our own format, for what the others cannot hold: 1 to 8 bits, five levels, outliers, act-order, two-level scales,
-activation settings, matrices behind norms.
+activation settings and clips, matrices behind norms and in front of linears.
 
 For a linear [O, I]: ``planes`` int32 [bits, O, ceil(I/32)] (plane b holds bit b of 32 codes a word), ``scales`` [O, G]
 float16 or float32, or ``scale_codes``, ``scale_base`` and ``scale_step``; ``zeros`` uint8 [O, G] for asymmetric grids;

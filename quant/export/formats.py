@@ -24,7 +24,7 @@ class Content:
     """What a checkpoint is to hold, as far as it is known before work begins.
 
     spec: None where weights stay in full precision. shapes: (out, in) of the linears. reordered: columns change their
-    group (act-order without static groups). outliers, online: sparse parts, matrices behind norms. whole: whether
+    group (act-order without static groups). outliers, online: sparse parts, matrices behind norms or in front of linears. whole: whether
     every block is quantized. model_type: of config.json. true_sequential, static_groups: what GPTQ's config tells of
     how the codes came about. misfit: a linear whose scales float16 cannot hold, and why, in words.
     """
@@ -113,7 +113,7 @@ def refuses_codes(content: Content, name: str) -> str | None:
     if content.spec is None:
         return f"{name} holds quantized weights, and these stay in full precision: use format dequantized"
     if content.outliers or content.online:
-        what = "sparse outliers" if content.outliers else "matrices behind norms"
+        what = "sparse outliers" if content.outliers else "matrices behind norms or in front of linears"
         return f"{name} cannot hold {what}: use format bitplane"
     return None
 

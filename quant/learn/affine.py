@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.family import HeadLayout, ResidualStream, Seam, places
 from models.load import Weights
+from quant.blocks.online import AND, kronecker
 from quant.blocks.weights import BlockWeights
 
 
@@ -69,6 +70,28 @@ def apply_seam(
     # No norm holds it: it goes behind, as a matrix of its own
     matrices = dict.fromkeys(places(seam.producers, outside=False), affine.matrix()[0])
     return replace(new, online={**new.online, **matrices})
+
+
+def apply_online(
+    weights: BlockWeights, readers: tuple[str, ...], left: Tensor | None, right: Tensor | None
+) -> BlockWeights:
+    """A block with x' = x (left ⊗ right) in front of all linears that read x, which take it back: W' = W (left ⊗ right)⁻ᵀ.
+
+    left [p1, p1], right [p2, p2], either may be missing; inverted in float64, not finite where they are singular.
+    """
+
+    def undoing(matrix: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        # `inv` would wait for the device to say whether it is singular; numbers that are not finite are seen later
+        return None if matrix is None else torch.linalg.inv_ex(matrix.double()).inverse.mT.to(dtype)
+
+    new = {}
+    for linear in readers:
+        name, weight = f"{linear}.weight", weights.weight(linear)
+        new[name] = kronecker(weight, undoing(left, weight.dtype), undoing(right, weight.dtype))
+    key = AND.join(readers)
+    lefts = weights.lefts if left is None else {**weights.lefts, key: left}
+    rights = weights.rights if right is None else {**weights.rights, key: right}
+    return replace(weights.with_parameters(new), lefts=lefts, rights=rights)
 
 
 def rewrite(

@@ -19,7 +19,7 @@ from torch import Tensor
 from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.linears import LinearRef
-from quant.blocks.weights import BlockWeights
+from quant.blocks.weights import ONLINE_PARTS, BlockWeights
 from quant.core.errors import InputError
 from quant.core.grid import range_to_grid
 from quant.core.rounding import RoundTo
@@ -29,7 +29,7 @@ from quant.learn.config import Learning
 from quant.learn.fake_quant import fake_quantize, grid_of, group_range
 from quant.learn.parametrization import Block, InputRange, Parameters, Parametrization
 
-ONLINE_DTYPE = torch.float16  # of matrices behind norms, whatever the checkpoint's own
+ONLINE_DTYPE = torch.float16  # of matrices beside the weights, whatever the checkpoint's own
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,10 @@ class Learner:
                 return tensor
             return (tensor if tensor.dtype == storage else RoundTo.apply(tensor, storage)).to(self.model.dtype)
 
-        return replace(
-            weights,
-            parameters={name: as_stored(t, self._storage_of(name)) for name, t in weights.parameters.items()},
-            online={norm: as_stored(matrix, ONLINE_DTYPE) for norm, matrix in weights.online.items()},
-        )
+        parts = {"parameters": {name: as_stored(t, self._storage_of(name)) for name, t in weights.parameters.items()}}
+        for part in ONLINE_PARTS:
+            parts[part] = {name: as_stored(t, ONLINE_DTYPE) for name, t in getattr(weights, part).items()}
+        return replace(weights, packed=weights.packed, **parts)
 
     def _storage_of(self, name: str) -> torch.dtype:
         return self.model.storage_of(name, self.index)
@@ -196,10 +195,13 @@ class Learner:
         # The solver's codes stand for the weights that have a grid; every other entry that is new is kept as it is.
         changed = weights.since(self.weights)
         kept = {name: t for name, t in changed.parameters.items() if name not in self.gridded}
-        tensors = BlockWeights(
-            parameters={name: t.to(self._storage_of(name)) for name, t in kept.items()},
-            online={norm: matrix.to(ONLINE_DTYPE) for norm, matrix in changed.online.items()},
-        )
+        parts = {"parameters": {name: t.to(self._storage_of(name)) for name, t in kept.items()}}
+        for part in ONLINE_PARTS:
+            parts[part] = {name: t.to(ONLINE_DTYPE) for name, t in getattr(changed, part).items()}
+        tensors = BlockWeights(packed={}, **parts)
+        layout = self.model.family.heads(self.model.config)
+        plain = len(tensors.named()) == len(tensors.parameters) + len(tensors.online)  # two a number, as ever
+        flops = 0 if plain else weights.online_flops(layout.q[1].numel() + layout.k[1].numel())
         return LearnedBlock(
             weights=self._round_as_stored(weights),
             targets={name: weight.float() for name, weight in targets.items()},
@@ -208,7 +210,8 @@ class Learner:
             parameters={k: p.detach().clone() for k, p in effective.items()},
             log={
                 **record,
-                "online_parameters": sum(matrix.numel() for matrix in tensors.online.values()),
+                "online_parameters": tensors.online_numbers(),
+                **({} if not flops else {"online_flops": flops}),
                 "shifted": [k.removesuffix(".shift") for k in effective if k.endswith(".shift")],
             },
         )

@@ -90,6 +90,7 @@ class LearningLog(TypedDict):
     losses: list[Measured | None]
     events: list[str]
     online_parameters: int | None
+    online_flops: int | None
 
 
 class Options(TypedDict):

@@ -244,7 +244,7 @@ REFUSED = {
     "ct, keys": ("compressed-tensors", {"act": ActSpec(8, 8), "spec": QuantSpec(8, symmetric=True)}, "use --kvbits 16, or format bitplane"),
     "ct, groups": ("compressed-tensors", {"spec": QuantSpec(4, 96)}, "groups that divide the inputs, a has 128: use format gptq_v2"),
     "plain, matrices": ("dequantized", {"online": True}, "plain checkpoint cannot hold matrices behind norms"),
-    "ct, matrices": ("compressed-tensors", {"online": True}, "cannot hold matrices behind norms: use format bitplane"),
+    "ct, matrices": ("compressed-tensors", {"online": True}, "cannot hold matrices behind norms or in front of linears: use format bitplane"),
     "bitplane, W16": ("bitplane", {"spec": None}, "use format dequantized"),
 }  # fmt: skip
 

@@ -192,6 +192,9 @@ def test_convert_as_a_process(exported, tmp_path):
     assert full.returncode == 2 and "is not empty; use another directory or --overwrite" in full.stderr
     online = damaged(exported[0], tmp_path, add_to_blocks(ONLINE), "bitplane")
     refused = convert_command(online, "--to", "gptq", "--out", tmp_path / "x")
-    assert refused.returncode == 2 and "cannot hold matrices behind norms: use format bitplane" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "cannot hold matrices behind norms or in front of linears: use format bitplane" in refused.stderr
+    )
     for ended in (again, full, refused):
         assert not any(flag in ended.stderr for flag in ("--save", "--format", "Traceback")), ended.stderr
