@@ -29,9 +29,18 @@ def no_norm_seams(config: Any) -> str:
     return ""
 
 
+def residual_at(config: Any) -> dict[str, str]:
+    """Attention and MLP add to what their norms read, or to what they read themselves."""
+    if config.apply_residual_connection_post_layernorm:
+        return {DENSE: QKV, "mlp.dense_4h_to_h": UP}
+    return {DENSE: "input_layernorm", "mlp.dense_4h_to_h": "post_attention_layernorm"}
+
+
 def heads(config: Any) -> HeadLayout:
     """Rows [heads, (q, k, v), head_dim]."""
     return fused_heads(QKV, DENSE, config.n_head, 1, config.hidden_size // config.n_head, rope=False)
 
 
-FAMILY = ModelFamily(("bloom",), "transformer.h", groups, seams, heads, no_norm_seams=no_norm_seams)
+FAMILY = ModelFamily(
+    ("bloom",), "transformer.h", groups, seams, heads, no_norm_seams=no_norm_seams, residual_at=residual_at
+)

@@ -38,6 +38,13 @@ def seams(config: Any) -> tuple[Seam, ...]:
     return (*norms, Seam("vo", (QKV,), (DENSE,)), Seam("qk", (QKV,), (QKV,)))
 
 
+def residual_at(config: Any) -> dict[str, str]:
+    """Attention and MLP add to what their norms read; side by side they add to the same."""
+    first = "ln_attn" if two_norms(config) else "input_layernorm"
+    second = "ln_mlp" if two_norms(config) else first if config.parallel_attn else "post_attention_layernorm"
+    return {DENSE: first, DOWN: second}
+
+
 def heads(config: Any) -> HeadLayout:
     """One group of query heads for each head of keys and values."""
     kv_heads = config.num_attention_heads
@@ -54,4 +61,13 @@ def no_eager(config: Any) -> str:
     return "its eager attention adds ALiBi twice" if config.alibi else ""
 
 
-FAMILY = ModelFamily(("falcon",), "transformer.h", groups, seams, heads, no_eager=no_eager, biases={"bias": True})
+FAMILY = ModelFamily(
+    ("falcon",),
+    "transformer.h",
+    groups,
+    seams,
+    heads,
+    no_eager=no_eager,
+    biases={"bias": True},
+    residual_at=residual_at,
+)

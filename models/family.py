@@ -120,7 +120,8 @@ class ModelFamily:
     no_norm_seams(config): why the norms cannot be rescaled, or an empty text. no_eager(config): why the
     library's eager attention must not be used, or an empty text. biases: what to set in the
     configuration for linears that have no bias to get one (shifts need them). residual(config): the stream between the
-    blocks, or why it cannot be rotated.
+    blocks, or why it cannot be rotated. residual_at(config): for linears whose outputs are added to that stream as they
+    are, the module of the block whose input it is just before; empty where something else comes between.
     """
 
     model_types: tuple[str, ...]
@@ -135,6 +136,7 @@ class ModelFamily:
     residual: Callable[[Any], ResidualStream | str] = lambda config: (
         "its norms subtract the mean, which a rotation moves"
     )
+    residual_at: Callable[[Any], Mapping[str, str]] = lambda config: {}
 
 
 def residual_stream(family: ModelFamily, config: Any) -> ResidualStream:

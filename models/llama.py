@@ -45,6 +45,11 @@ def residual(config: Any) -> ResidualStream:
     return ResidualStream(Seam("residual", writers, readers), (*norms, last))
 
 
+def residual_at(config: Any) -> dict[str, str]:
+    """Attention and MLP add to what their norms read."""
+    return {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+
+
 def heads(config: Any) -> HeadLayout:
     """Separate projections, rotated halves."""
     heads = config.num_attention_heads
@@ -54,4 +59,12 @@ def heads(config: Any) -> HeadLayout:
     )
 
 
-FAMILY = ModelFamily(("llama", "mistral", "qwen2", "qwen3"), "model.layers", groups, seams, heads, residual=residual)
+FAMILY = ModelFamily(
+    ("llama", "mistral", "qwen2", "qwen3"),
+    "model.layers",
+    groups,
+    seams,
+    heads,
+    residual=residual,
+    residual_at=residual_at,
+)

@@ -38,6 +38,13 @@ def no_norm_seams(config: Any) -> str:
     return "" if config.layer_norm_elementwise_affine else "the norms have no weights (layer_norm_elementwise_affine)"
 
 
+def residual_at(config: Any) -> dict[str, str]:
+    """Attention and MLP add to what their norms read; behind post-norms, to what they read themselves."""
+    if config.do_layer_norm_before:
+        return {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"}
+    return {"self_attn.out_proj": "self_attn.q_proj", "fc2": "fc1"}
+
+
 def heads(config: Any) -> HeadLayout:
     """Separate projections, learned positions."""
     n = config.num_attention_heads
@@ -52,4 +59,5 @@ FAMILY = ModelFamily(
     heads,
     no_norm_seams=no_norm_seams,
     biases={"enable_bias": True},
+    residual_at=residual_at,
 )

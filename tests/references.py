@@ -12,9 +12,10 @@ from quant.solvers.plain import plain_descent, plain_gptq
 
 
 def make_stats(x: Tensor) -> GramStats:
-    """Statistics of inputs x [tokens, in]."""
+    """Statistics of inputs x [tokens, in], which are those of the original model too."""
     stats = GramStats(x.shape[1])
     stats.update(x)
+    stats.cross = stats.gram.clone()
     return stats
 
 

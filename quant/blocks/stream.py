@@ -231,8 +231,9 @@ class BlockStream:
         observe: Mapping[str, See] | Mapping[LinearRef, See] | None = None,
         advance: bool = False,
         act: ActSpec | None = None,
+        only: int | None = None,
     ) -> None:
-        """Run block ``index`` on every batch.
+        """Run block ``index`` on every batch. only: on the batch of this number alone, which cannot advance.
 
         observe: for linears of the block, by name or reference, what to do with their inputs; without ``advance`` a batch
         stops as soon as all have seen theirs. advance: the outputs become the next block's inputs, here and of held-out windows,
@@ -247,7 +248,9 @@ class BlockStream:
             own = stack.enter_context(instrument(block, weights, act))
             for linear, see in observed.items():
                 stack.enter_context(linear.observe(block, own, self._observer(linear, see, waiting, not advance)))
-            for rows, arguments in zip(self.rows, self.arguments, strict=True):
+            for number, (rows, arguments) in enumerate(zip(self.rows, self.arguments, strict=True)):
+                if only not in (None, number):
+                    continue
                 waiting.update(observed)
                 try:
                     output = self.call(index, own, rows, arguments)

@@ -261,6 +261,13 @@ SOLVER_FLAGS = (
         QUANTIZER: "linears of a block in order of execution, each seeing what is quantized already",
         LEARNER: "for solvers: linears in order of execution",
     }, {QUANTIZER: WHAT[QUANTIZER], LEARNER: ROUNDED}, type=bool),
+    Flag("target_correction", same_name("--target-correction"),
+         "solve for the outputs of the original model on its own inputs, not for those of its weights on the quantized "
+         "model's: 1 wholly, 0 not at all (default: 0)", METHODS, 0.0, float,
+         Valid(lambda x: 0 <= x <= 1, ": use a number from 0 to 1"), metavar="X"),
+    Flag("residual_correction", same_name("--residual-correction"),
+         "with --target-correction: linears that add to the residual stream also make up for its error", METHODS,
+         type=bool),
     Flag(OPTIONS, same_name("--num-iter"), {
         QUANTIZER: "quantease, gptq_quantease: coordinate-descent sweeps (default: 30)",
         LEARNER: "quantease: sweeps (default: 30)",

@@ -15,12 +15,14 @@ WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
 def quantizer_rules(args: argparse.Namespace) -> Rules:
     """Those of model_quantizer.py."""
     yield from solver_rules(args)
+    yield from correction_rules(args)
     yield from run_rules(args)
 
 
 def learner_rules(args: argparse.Namespace) -> Rules:
     """Those of main.py."""
     yield from grid_rules(args)
+    yield from correction_rules(args)
     yield from learning_rules(args)
     yield from file_rules(args)
 
@@ -49,6 +51,13 @@ def solver_rules(args: argparse.Namespace) -> Rules:
         yield args.methods.count(method) > 1, f"--quantization-method: {method} is named twice"
 
 
+def correction_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of the corrected target."""
+    corrects = args.target_correction > 0
+    yield corrects and args.wbits == FULL_BITS, "--target-correction is of what is rounded: give --wbits 1 to 8"
+    yield args.residual_correction and not corrects, "--residual-correction: give --target-correction 1 too"
+
+
 def run_rules(args: argparse.Namespace) -> Rules:
     """Of flags of the run."""
     yield args.compare_layers and args.wbits == FULL_BITS, "--compare-layers needs --wbits 1 to 8"
@@ -60,6 +69,10 @@ def run_rules(args: argparse.Namespace) -> Rules:
     yield args.tune is not None and args.compare_layers, "--compare-layers keeps no codes to tune: drop --tune"
     yield args.tune is None and bool(args.tune_iterations), "--tune-iterations: give --tune block or --tune model too"
     yield args.tune is None and args.tune_norms, "--tune-norms: give --tune block or --tune model too"
+    yield (
+        args.compare_layers and args.target_correction > 0,
+        "--compare-layers gives every method the original inputs, so that nothing is corrected: drop --target-correction",
+    )
     yield args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save"
     yield (
         args.format is not None and args.save is None and not args.dry_run,

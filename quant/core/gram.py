@@ -18,9 +18,10 @@ class GramStats:
     """Sums over the calibration inputs of one layer (or of several layers that share their input).
 
     gram: Ĥ = X̂ X̂ᵀ, float32 [in, in], the papers' Hessian without its factor 2 and divided by nothing. X̂ [in, tokens]
-    holds the inputs as the quantized model sees them, behind everything that is quantized already. cross: C = X X̂ᵀ,
-    float32 [in, in], with the inputs X of the original model at the same tokens; None where they were not given.
-    n_tokens: tokens seen, 0 where that is not known.
+    holds the inputs as the quantized model sees them, behind everything that is quantized already. cross: X X̂ᵀ,
+    float32 [in, in], with the inputs X of the original model at the same tokens; residual: (R - R̂) X̂ᵀ, float32 [out, in],
+    with what the residual stream that the layer adds to lacks there; None where they were not given. n_tokens: tokens
+    seen, 0 where that is not known.
     """
 
     def __init__(self, n_in: int, device: torch.device | str = "cpu") -> None:
@@ -29,19 +30,20 @@ class GramStats:
         self._mirrored = True
         self._rank: int | None = None
         self.cross: Tensor | None = None
+        self.residual: Tensor | None = None
         self.n_tokens = 0
 
     @classmethod
-    def from_gram(cls, gram: Tensor, n_tokens: int = 0) -> GramStats:
-        """Statistics whose Gram matrix is known; it is copied."""
+    def from_gram(cls, gram: Tensor, n_tokens: int = 0, rank: int | None = None) -> GramStats:
+        """Statistics whose Gram matrix is known; it is copied. rank: of the inputs, where damping hides it."""
         stats = cls(gram.shape[0], gram.device)
         stats._sum.copy_(gram)
-        stats.n_tokens = n_tokens
+        stats.n_tokens, stats._rank = n_tokens, rank
         return stats
 
-    def update(self, x: Tensor, full: Tensor | None = None) -> None:
+    def update(self, x: Tensor, full: Tensor | None = None, lacking: Tensor | None = None) -> None:
         """Add inputs x [..., in] of any floating dtype. full: those of the original model at the same tokens, of the same
-        shape; they are given always or never. Raises ValueError otherwise."""
+        shape; they are given always or never. lacking [..., out]: R - R̂ there. Raises ValueError otherwise."""
         if self.n_tokens and (full is None) != (self.cross is None):
             raise ValueError("inputs of the original model are given with every update, or with none")
         rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
@@ -54,6 +56,12 @@ class GramStats:
                 self.cross = torch.zeros_like(self._sum)
             for original, part in zip(full.reshape(rows.shape).split(CHUNK), rows.split(CHUNK), strict=True):
                 self.cross.addmm_(original.float().T, part.float())
+        if lacking is not None:
+            lacking = lacking.reshape(rows.shape[0], -1)
+            if self.residual is None:
+                self.residual = torch.zeros(lacking.shape[1], rows.shape[1], device=self._sum.device)
+            for missing, part in zip(lacking.split(CHUNK), rows.split(CHUNK), strict=True):
+                self.residual.addmm_(missing.float().T, part.float())
         self.n_tokens += rows.shape[0]
         self._mirrored, self._rank = False, None
 
@@ -114,13 +122,20 @@ class InputSample:
     matrix."""
 
     def __init__(self, every: int = 1) -> None:
-        self.every, self._parts = every, list[Tensor]()
+        self.every, self._parts, self._full = every, list[Tensor](), list[Tensor]()
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs x [..., in] of any floating dtype."""
-        self._parts.append(x.reshape(-1, x.shape[-1])[:: self.every].float())
+    def update(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Add inputs x [..., in] of any floating dtype. full: those of the original model at the same tokens."""
+        for parts, tensor in ((self._parts, x), (self._full, full)):
+            if tensor is not None:
+                parts.append(tensor.reshape(-1, tensor.shape[-1])[:: self.every].float())
 
     @property
     def inputs(self) -> Tensor:
         """What was kept, float32 [tokens, in]."""
         return torch.cat(self._parts)
+
+    @property
+    def full(self) -> Tensor | None:
+        """What was kept of the original model's inputs, float32 [tokens, in]; None where they were not given."""
+        return torch.cat(self._full) if self._full else None

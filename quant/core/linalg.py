@@ -107,19 +107,19 @@ def relative_errors(weight: Tensor, approximations: Iterable[Tensor], energy: Ca
     return errors
 
 
-def corrected_target(weight: Tensor, gram: Tensor, cross: Tensor, percdamp: float = 0.0) -> Tensor:
-    """W C (Ĥ + λI)⁻¹ for weight [out, in], with λ = percdamp · mean(diag Ĥ): what to solve for instead of W where the inputs
-    X̂ are not those X of the original model.
-
-    With Ĥ = X̂X̂ᵀ and C = XX̂ᵀ it minimizes ‖WX - W'X̂‖² (for λ > 0, that plus λ‖W'‖²), and ‖WX - ŴX̂‖² is ‖(W' - Ŵ)X̂‖² and a
-    number that no Ŵ changes. In the dtype of its arguments. Raises SingularGramError where the damped Ĥ is singular.
-    """
-    damped = gram.clone()
-    damped.diagonal().add_(percdamp * gram.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0:
-        raise SingularGramError(f"the Gram matrix is singular at percdamp={percdamp:g}: use a larger one")
-    return torch.cholesky_solve((weight @ cross).T, factor).T
+def output_errors(
+    weight: Tensor, approximations: Iterable[Tensor], inputs: Tensor, full: Tensor | None = None
+) -> list[float]:
+    """‖WX - ŴX̂‖² / ‖WX‖² of each Ŵ at inputs X̂ [tokens, in]. full: X, where it is not the same; 0 where both vanish."""
+    if full is None:
+        return relative_errors(weight, approximations, partial(output_energy, inputs=inputs))
+    factor = 2.0 ** -exponent_outside(weight)
+    both = torch.cat([full, inputs], 1)  # WX - ŴX̂ = [W, -Ŵ] of X above X̂
+    norm, errors = output_energy(weight * factor, full), []
+    for approximation in approximations:
+        error = output_energy(torch.cat([weight, -approximation], 1) * factor, both)
+        errors.append(error / norm if norm > 0 else (0.0 if error == 0 else float("inf")))
+    return errors
 
 
 def largest_eigenvalue(gram: Tensor, steps: int = 60) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from data.written import windows_of
 from quant.blocks.fake_quant import ActSpec
 from quant.core.names import DEFAULT_CACHE, DEQUANTIZED, FULL_BITS
+from quant.core.target import Correction
 from quant.learn.config import Learning
 from quant.tune.config import Tuning
 
@@ -53,7 +54,8 @@ class RunConfig:
     """What decides the codes of one run: every field is part of its identity, some by what they name.
 
     learner: the paper's method whose recipe ``learning`` is; solver: what rounds, with its own keyword ``options``.
-    learning, act: see `Recipe`. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
+    learning, act: see `Recipe`. target_correction, residual_correction: strength of a `Correction` (0: none), and whether
+    it takes the residual stream's error in. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
     files of generate_act_scale_shift.py.
     """
 
@@ -75,6 +77,8 @@ class RunConfig:
     act_scales: Path | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     act_shifts: Path | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     true_sequential: bool = False
+    target_correction: float = field(default=0.0, metadata=WHERE_IT_DIFFERS)
+    residual_correction: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
     num_layers: int = field(default=1000, metadata=BY_WHAT_IT_NAMES)
     solver_precision: str = "highest"
 
@@ -99,6 +103,13 @@ class RunConfig:
     def shifts(self) -> bool:
         """Whether something is learned that ends in biases."""
         return self.learning is not None and self.learning.transform.shift
+
+    @property
+    def correction(self) -> Correction | None:
+        """Of what is solved for."""
+        if not self.target_correction:
+            return None
+        return Correction(self.target_correction, float(self.residual_correction))
 
     @property
     def hidden_states(self) -> int:

@@ -33,7 +33,7 @@ from quant.run.content import check_format, content_of, spec_of
 from quant.run.quantize import Recipe, check_options
 from quant.run.request import cache_place, places_read
 from quant.run.writing import author_of
-from quant.solvers import get_solver
+from quant.solvers import declaration_for, get_solver
 from quant.tune.limits import check_tuning
 
 
@@ -142,13 +142,29 @@ class Inputs:
             run.solver_precision,
             run.learning,
             run.act,
+            run.correction,
         )
+        self._check_correction(recipe, run.method)
         if spec is not None:
             sample = check_options(recipe, self.device)
             if run.tuning is not None:
                 windows = len(self.calibration(run).ids)
                 check_tuning(self.model, run.tuning, sample, windows, self.seqlen, self.device)
         return recipe
+
+    def _check_correction(self, recipe: Recipe, method: str) -> None:
+        """Raise InputError where the target cannot be corrected as it is asked for."""
+        if recipe.correction is None:
+            return
+        if declaration_for(recipe.solver).uses_cross:
+            raise InputError(
+                f"--target-correction: {method} corrects its target itself; drop the flag or change the method"
+            )
+        if recipe.correction.residual and not self.model.family.residual_at(self.model.config):
+            raise InputError(
+                f"--residual-correction: in this {self.model.config.model_type} model a norm stands between the linears "
+                "and the residual stream; drop the flag"
+            )
 
     def content(self, run: RunConfig) -> Content:
         """What a checkpoint of this run has to hold."""

@@ -22,6 +22,7 @@ from quant.run.directory import BlockSummary, Record, RunDirectory
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress, measure
 from quant.run.linear import LinearRecord
+from quant.run.observe import original_beside
 from quant.run.quantize import compare_block, deploy, quantize_block
 from quant.run.resume import input_ranges
 from quant.run.tuning import BlockTuner, tune_model
@@ -51,7 +52,8 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
     if (short := shortage(job.run, inputs.model.linear_shapes(), inputs.seqlen)) is not None:
         log.warning("%s", short)
     pair = _Pair(inputs, stream, job, progress) if recipe.learning else None
-    tuner = BlockTuner(inputs, stream, job, progress) if job.tunes("block") else None
+    full = original_beside(stream) if recipe.asks_for_original else None
+    tuner = BlockTuner(inputs, stream, job, progress, full) if job.tunes("block") else None
     for index in range(n_blocks):
         weights = BlockWeights.read(inputs.model, index, inputs.device)
         if index < len(summaries):
@@ -65,7 +67,7 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
             before, started = dict(stream.seconds), time.perf_counter()
             learned = pair.learn(index, weights) if pair else None
             learning = time.perf_counter() - started if learned else 0.0
-            block = quantize_block(stream, index, weights, recipe, learned)
+            block = quantize_block(stream, index, weights, recipe, learned, full)
             more: dict[str, Any] = {}
             if tuner is not None:
                 block, more["tuning"], spent = tuner.tune(index, weights, block)
@@ -79,6 +81,8 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
                 more |= {"learned": learned.parameters, "learning": learned.log}
             summaries.append(target.write_block(index, block.solved, block.records, seconds, **more))
             note = _note(block.records, learned)
+        if full is not None and tuner is None and index + 1 < n_blocks:
+            full.run(index, weights, advance=True)
         progress("quantize", index + 1, n_blocks, note)
     return summaries
 

@@ -19,7 +19,9 @@ Memory (bytes)
 Time (seconds)
   calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
               --true-sequential one partial pass a group), at the measured matrix-product rate of the dtype;
-              Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate
+              Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate; with the
+              original model's inputs beside (--target-correction, gptaq, qronos) 2·in² more, every pass twice, and
+              twice the statistics and hidden states
   solve       out·(a·in + b·in²), a and b from the solver itself timed on two small layers
   learn       4·2·parameters flops a token and epoch (forward, backward, the loss at the end of the epoch), 5 with an
               attention loss, and one pass for the targets
@@ -111,7 +113,8 @@ def solver_cost(device: torch.device, run: RunConfig) -> tuple[float, float]:
     seconds = []
     for n_in in SAMPLES:
         stats = GramStats(n_in, device)
-        stats.update(torch.randn(2 * n_in, n_in, device=device))
+        x = torch.randn(2 * n_in, n_in, device=device)
+        stats.update(x, x)
         weight = torch.randn(SAMPLE_ROWS, n_in, device=device)
         work = partial(solver, weight, stats, spec, **run.options)
         seconds.append(_seconds(work, device, repeats=1))
@@ -142,7 +145,8 @@ def estimate(
     seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.windows * seqlen
     grams = [4 * group[0][2] ** 2 for group in shapes.groups]
-    statistics = max(grams) if run.true_sequential else sum(grams)
+    beside = 1 + (run.target_correction > 0 or _uses_cross(run))  # models that calibration runs through
+    statistics = beside * (max(grams) if run.true_sequential else sum(grams))
     workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
     batch = session.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
@@ -159,8 +163,9 @@ def estimate(
     sizes = [sum(out * n_in for _, out, n_in in group) for group in shapes.groups]
     before = [sum(sizes[:i]) / weights for i in range(len(sizes))]  # share of the block in front of each group
     passes = 1 + (sum(before) if run.true_sequential else 1)
-    forward = n_blocks * tokens * 2 * shapes.block * passes / rates[0]
-    gram = n_blocks * tokens * sum(_gram_flops(group[0][2]) for group in shapes.groups) / rates[1]
+    forward = beside * n_blocks * tokens * 2 * shapes.block * passes / rates[0]
+    products = (_gram_flops(group[0][2]) + 2 * (beside - 1) * group[0][2] ** 2 for group in shapes.groups)
+    gram = n_blocks * tokens * sum(products) / rates[1]
     solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     variants = 2 if session.full_precision_eval else 1
@@ -180,7 +185,7 @@ def estimate(
         f"{'disk' if session.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
         * shapes.hidden
         * itemsize
-        * run.hidden_states,
+        * (run.hidden_states + beside - 1),
         "disk bytes: run directory": n_blocks * weights,
         "disk bytes: checkpoint": total_parameters * 2 if request.output.save else 0,
         "quantized bytes": n_blocks * (weights * code_bits + side) / 8,
@@ -212,6 +217,10 @@ def _learning(run: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize
     kept = learning.batch * seqlen * (17 * shapes.hidden + 2.5 * shapes.heads * seqlen) * itemsize
     flops = min(run.num_layers, shapes.n_blocks) * tokens * 2.0 * shapes.block * passes
     return flops, 24 * shapes.block + kept
+
+
+def _uses_cross(run: RunConfig) -> bool:
+    return run.wbits != FULL_BITS and declaration_of(run.solver).uses_cross
 
 
 def _gram_flops(n_in: int) -> float:

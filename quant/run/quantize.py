@@ -20,20 +20,21 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.env import peak_bytes
 from quant.core.errors import InputError, RunError
-from quant.core.gram import GramStats, InputSample
+from quant.core.gram import GramStats
 from quant.core.grid import in_float16
-from quant.core.linalg import SingularGramError, objective, output_energy, products_in, relative_errors
+from quant.core.linalg import SingularGramError, objective, output_errors, products_in, relative_errors
 from quant.core.names import FULL_BITS
+from quant.core.target import Correction, corrected
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import describe as describe_kernels
 from quant.learn.config import Learning
 from quant.learn.learner import LearnedBlock
 from quant.run.linear import LinearRecord, input_rms, verdict, weight_peak
+from quant.run.observe import InputStats, Original, observe
 from quant.solvers import declaration_for, solver_options
 from quant.solvers.rtn import rtn
 
 log = logging.getLogger(__name__)
-HELDOUT_TOKENS = 2048  # that errors are measured on, of the windows that are kept out
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Recipe:
     true_sequential: every group of linears sees the outputs of those solved before it in the same block.
     precision: of float32 matrix products inside the solver (torch.set_float32_matmul_precision): ``highest``, or
     ``high`` (TF32, or bfloat16 in three parts) and ``medium``, which errors and objectives are never measured in.
+    correction: of what is solved for, towards the outputs of the original model; None: the weights themselves.
     """
 
     method: str
@@ -55,6 +57,12 @@ class Recipe:
     precision: str = "highest"
     learning: Learning | None = None
     act: ActSpec = field(default_factory=ActSpec)
+    correction: Correction | None = None
+
+    @property
+    def asks_for_original(self) -> bool:
+        """Whether it is solved with the original model's inputs beside those of the quantized one."""
+        return self.spec is not None and (self.correction is not None or declaration_for(self.solver).uses_cross)
 
 
 def deploy(
@@ -96,55 +104,29 @@ class SolvedBlock:
     seconds: float
 
 
-@dataclass(frozen=True)
-class InputStats:
-    """What is known of the inputs of a group of linears: the statistics that are solved with, and inputs at tokens that
-    were kept out of them, to measure on; None where there are none."""
-
-    calibration: GramStats
-    heldout: InputSample | None = None
-
-
-def observe(
-    stream: BlockStream,
-    index: int,
-    weights: BlockWeights,
-    groups: Sequence[Sequence[str]],
-    act: ActSpec | None = None,
-) -> dict[str, InputStats]:
-    """Inputs of block ``index`` by the first linear of each group; the stream stays in front of it."""
-    linears = [LinearRef.of_module(group[0]) for group in groups]
-    stats = {linear.name: GramStats(linear.weight(weights.parameters).shape[1], stream.device) for linear in linears}
-    stream.run(index, weights, observe={linear: stats[linear.name].update for linear in linears}, act=act)
-    heldout = stream.heldout
-    if heldout is None:
-        return {name: InputStats(one) for name, one in stats.items()}
-    every = -(-heldout.tokens.numel() // HELDOUT_TOKENS)
-    samples = {name: InputSample(every) for name in stats}
-    heldout.run(index, weights, observe={linear: samples[linear.name].update for linear in linears}, act=act)
-    return {name: InputStats(one, samples[name]) for name, one in stats.items()}
-
-
 def quantize_block(
     stream: BlockStream,
     index: int,
     weights: BlockWeights,
     recipe: Recipe,
     learned: LearnedBlock | None = None,
+    full: BlockStream | None = None,
 ) -> SolvedBlock:
     """Solve every linear of block ``index`` from the inputs that the stream holds; the stream stays in front of it.
 
-    learned: the block with its transforms, which then is what is solved. Raises InputError for non-finite inputs and RunError, with the linear's name, where a solver fails.
+    learned: the block with its transforms, which then is what is solved. full: the original model's stream in front of the
+    same block, where the recipe asks for it. Raises InputError for non-finite inputs and RunError, with the linear's name, where a solver fails.
     """
     groups = stream.model.groups
     stages = [[group] for group in groups] if recipe.true_sequential else [list(groups)]
     weights, changed = (learned.weights, learned.tensors) if learned else (weights, BlockWeights())
     if recipe.spec is None:
         stages = []
+    original = None if full is None else Original(full, weights, residual_places(stream.model, recipe))
     solved: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
     for stage in stages:
-        stats = observe(stream, index, weights, stage, recipe.act)
+        stats = observe(stream, index, weights, stage, recipe.act, original)
         for name, inputs in ((name, stats[group[0]]) for group in stage for name in group):
             weight, grid = weights.weight(name), None
             if learned is not None:
@@ -158,6 +140,12 @@ def quantize_block(
         changed = replace(changed, input_ranges=static_ranges(stream, index, weights, recipe.act))
     weights = deploy(weights, {}, stream.model, index, changed)
     return SolvedBlock(weights, solved, changed, records, sum(record.seconds for record in records))
+
+
+def residual_places(model: LazyModel, recipe: Recipe) -> Mapping[str, str]:
+    """For linears that add to the residual stream the module whose input it is, where the recipe asks for that."""
+    asked = recipe.correction is not None and recipe.correction.residual
+    return model.family.residual_at(model.config) if asked else {}
 
 
 def static_ranges(stream: BlockStream, index: int, weights: BlockWeights, act: ActSpec) -> dict[str, Tensor]:
@@ -182,7 +170,8 @@ def compare_block(
 ) -> list[LinearRecord]:
     """Records of every recipe for every linear of block ``index``, from one set of statistics; nothing is deployed."""
     groups = stream.model.groups
-    stats = observe(stream, index, weights, groups)
+    same = Original(stream, weights) if any(recipe.asks_for_original for recipe in recipes) else None
+    stats = observe(stream, index, weights, groups, original=same)
     return [
         solve_linear(index, name, weights.weight(name), stats[group[0]], recipe)[1]
         for group in groups
@@ -196,8 +185,10 @@ def check_options(recipe: Recipe, device: torch.device) -> QuantizedWeight:
     assert recipe.spec is not None
     n_in = max(1, 128 // recipe.spec.group_size) * recipe.spec.group_size if recipe.spec.group_size > 0 else 128
     weight = torch.linspace(-1, 1, 4 * n_in, device=device).view(4, n_in)
+    stats = GramStats.from_gram(torch.eye(n_in, device=device))
+    stats.cross = stats.gram.clone()
     with name_errors(f"{recipe.method} with these options"):
-        return solve(weight, GramStats.from_gram(torch.eye(n_in, device=device)), recipe)[0]
+        return solve(weight, stats, recipe)[0]
 
 
 @contextmanager
@@ -232,6 +223,15 @@ def solve(
     return answer, nearest, time.perf_counter() - started
 
 
+def target_of(weight: Tensor, calibration: GramStats, recipe: Recipe) -> tuple[Tensor, GramStats]:
+    """What an answer is measured against, and the statistics to solve with: the weight and those of calibration, or what
+    the original model's outputs ask for. Raises what `corrected` does."""
+    if not recipe.asks_for_original:
+        return weight, calibration
+    target, damped = corrected(weight, calibration, recipe.correction or Correction())
+    return target, damped if recipe.correction else calibration
+
+
 def store_in_float16(answer: QuantizedWeight, weight: Tensor, gram: Tensor) -> QuantizedWeight:
     """The answer as checkpoints can hold it (see `in_float16`); what that costs the layer is in its ``info``."""
     stored = in_float16(answer, weight)
@@ -246,25 +246,29 @@ def store_in_float16(answer: QuantizedWeight, weight: Tensor, gram: Tensor) -> Q
 def solve_linear(
     block: int, name: str, weight: Tensor, stats: InputStats, recipe: Recipe, grid: Grid | None = None
 ) -> tuple[QuantizedWeight, LinearRecord]:
-    """One linear's answer, on the learned grid if there is one, and its line of the journal (without memory)."""
+    """One linear's answer, on the learned grid if there is one, and its line of the journal (without memory). Errors are
+    those of its outputs from what it was solved for: its own, or with a correction the original model's."""
     spec, where = recipe.spec, f"block {block} {name}"
     assert spec is not None
     weight, calibration = weight.float(), stats.calibration.check(where)
     with name_errors(where):
-        quantized, nearest, seconds = solve(weight, calibration, recipe, grid)
-    quantized = store_in_float16(quantized, weight, calibration.gram)
+        target, known = target_of(weight, calibration, recipe)
+        quantized, nearest, seconds = solve(target if recipe.correction else weight, known, recipe, grid)
+    quantized = store_in_float16(quantized, target, calibration.gram)
     damping = quantized.info.get("percdamp")
     if damping is not None and damping != recipe.options.get("percdamp", damping):
         log.warning("%s: the Gram matrix was singular, damping raised to %g", where, damping)
 
-    def errors(energy: Callable[[Tensor], float]) -> tuple[float, float]:
-        answers = (quantized, rtn(weight, calibration, spec, grid=nearest))
-        own, of_nearest = relative_errors(weight, (answer.dequantize() for answer in answers), energy)
-        return own, of_nearest
+    def answers() -> Iterator[Tensor]:  # one matrix at a time
+        return (answer.dequantize() for answer in (quantized, rtn(weight, calibration, spec, grid=nearest)))
 
-    solved = errors(partial(objective, gram=calibration.gram))
-    heldout = None if stats.heldout is None else errors(partial(output_energy, inputs=stats.heldout.inputs))
-    rank = weight.shape[1] if recipe.solver is rtn else calibration.rank  # rounding to nearest takes nothing from it
+    solved = relative_errors(target, answers(), partial(objective, gram=calibration.gram))
+    heldout = None
+    if (sample := stats.heldout) is not None:
+        heldout = output_errors(weight, answers(), sample.inputs, sample.full)
+    judged = heldout or solved
+    takes_nothing = recipe.solver is rtn and recipe.correction is None
+    rank = weight.shape[1] if takes_nothing else calibration.rank
     bits, is_short = quantized.bits_per_weight(), rank < weight.shape[1]
     kept = 0 if quantized.outliers is None else quantized.outliers.value.numel()
     return quantized, LinearRecord(
@@ -281,7 +285,7 @@ def solve_linear(
         storage_bits=quantized.storage_bits(),
         scale_bits=quantized.grid.scale_bits,
         n_tokens=calibration.n_tokens,
-        verdict=verdict(*(heldout or solved), bits, is_short),
+        verdict=verdict(judged[0], judged[1], bits, is_short),
         kernels=describe_kernels(weight.device),
         input_rms=input_rms(calibration),
         weight_peak=weight_peak(weight),

@@ -46,12 +46,15 @@ def after_tuning(record: LinearRecord, answer: QuantizedWeight) -> LinearRecord:
 
 
 class BlockTuner:
-    """The full-precision stream beside the quantized one, and every block tuned as it is solved."""
+    """The full-precision stream beside the quantized one, and every block tuned as it is solved. full: that stream, where
+    there is one already; it moves on here."""
 
-    def __init__(self, inputs: Inputs, stream: BlockStream, job: Job, progress: Progress) -> None:
+    def __init__(
+        self, inputs: Inputs, stream: BlockStream, job: Job, progress: Progress, full: BlockStream | None = None
+    ) -> None:
         assert job.recipe is not None and job.run.tuning is not None
         self.inputs, self.job, self.recipe, self.tuning = inputs, job, job.recipe, job.run.tuning
-        self.progress, self.full = progress, stream.fork()
+        self.progress, self.full = progress, full or stream.fork()
         outside = inputs.model.outside_weights(inputs.device)
         self.training = stream.in_batches_of(batch_of(stream.tokens.shape[0]), outside)
 
