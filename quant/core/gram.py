@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,9 @@ class GramStats:
     gram: Ĥ = X̂ X̂ᵀ, float32 [in, in], the papers' Hessian without its factor 2 and divided by nothing. X̂ [in, tokens]
     holds the inputs as the quantized model sees them, behind everything that is quantized already. cross: X X̂ᵀ,
     float32 [in, in], with the inputs X of the original model at the same tokens; residual: (R - R̂) X̂ᵀ, float32 [out, in],
-    with what the residual stream that the layer adds to lacks there; None where they were not given. n_tokens: tokens
-    seen, 0 where that is not known.
+    with what the residual stream that the layer adds to lacks there; None where they were not given. Where tokens have
+    weights s, all of them are sums of s_t times the products at token t. n_tokens: tokens seen, whatever they weigh, 0 where
+    that is not known.
     """
 
     def __init__(self, n_in: int, device: torch.device | str = "cpu") -> None:
@@ -29,6 +32,7 @@ class GramStats:
         self._blocks = [slice(i, min(i + BLOCK, n_in)) for i in range(0, n_in, BLOCK)]
         self._mirrored = True
         self._rank: int | None = None
+        self._weightless = 0
         self.cross: Tensor | None = None
         self.residual: Tensor | None = None
         self.n_tokens = 0
@@ -41,28 +45,36 @@ class GramStats:
         stats.n_tokens, stats._rank = n_tokens, rank
         return stats
 
-    def update(self, x: Tensor, full: Tensor | None = None, lacking: Tensor | None = None) -> None:
+    def update(
+        self, x: Tensor, full: Tensor | None = None, lacking: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
         """Add inputs x [..., in] of any floating dtype. full: those of the original model at the same tokens, of the same
-        shape; they are given always or never. lacking [..., out]: R - R̂ there. Raises ValueError otherwise."""
+        shape; they are given always or never. lacking [..., out]: R - R̂ there. weights [tokens]: s, 0 or more; 1 where not
+        given. Raises ValueError otherwise."""
         if self.n_tokens and (full is None) != (self.cross is None):
             raise ValueError("inputs of the original model are given with every update, or with none")
         rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        for part in rows.split(CHUNK):
-            part = part.float()
+        if weights is not None and (weights.numel() != rows.shape[0] or bool((weights < 0).any())):
+            raise ValueError(f"{weights.numel()} token weights for {rows.shape[0]} tokens; all must be 0 or more")
+        root = (
+            None if weights is None else weights.reshape(-1, 1).float().sqrt()
+        )  # on both sides, so that sums stay symmetric
+        for part in _chunks(rows, root):
             for block in self._blocks:
                 self._sum[block, : block.stop].addmm_(part[:, block].T, part[:, : block.stop])
         if full is not None:
             if self.cross is None:
                 self.cross = torch.zeros_like(self._sum)
-            for original, part in zip(full.reshape(rows.shape).split(CHUNK), rows.split(CHUNK), strict=True):
-                self.cross.addmm_(original.float().T, part.float())
+            for original, part in zip(_chunks(full.reshape(rows.shape), root), _chunks(rows, root), strict=True):
+                self.cross.addmm_(original.T, part)
         if lacking is not None:
             lacking = lacking.reshape(rows.shape[0], -1)
             if self.residual is None:
                 self.residual = torch.zeros(lacking.shape[1], rows.shape[1], device=self._sum.device)
-            for missing, part in zip(lacking.split(CHUNK), rows.split(CHUNK), strict=True):
-                self.residual.addmm_(missing.float().T, part.float())
+            for missing, part in zip(_chunks(lacking, root), _chunks(rows, root), strict=True):
+                self.residual.addmm_(missing.T, part)
         self.n_tokens += rows.shape[0]
+        self._weightless += 0 if weights is None else int((weights == 0).sum())
         self._mirrored, self._rank = False, None
 
     @property
@@ -81,11 +93,11 @@ class GramStats:
 
     @property
     def rank(self) -> int:
-        """Directions in which the inputs are known to vary, at most in: as many as tokens where those are fewer; fewer yet
+        """Directions in which the inputs are known to vary, at most in: as many as tokens with a weight where those are fewer; fewer yet
         where most columns of a sample depend on the others (a text that repeats itself)."""
         if self._rank is None:
             n_in = self._sum.shape[0]
-            self._rank = min(n_in, self.n_tokens or n_in, self._sampled_rank())
+            self._rank = min(n_in, self.n_tokens - self._weightless or n_in, self._sampled_rank())
         return self._rank
 
     def _sampled_rank(self) -> int:
@@ -115,6 +127,13 @@ class GramStats:
     def order(self) -> Tensor:
         """Columns by decreasing Gram diagonal (act-order), ties by position."""
         return torch.argsort(self.diagonal, descending=True, stable=True)
+
+
+def _chunks(rows: Tensor, root: Tensor | None) -> Iterator[Tensor]:
+    """Float32 parts of rows [tokens, n], each row times its root [tokens, 1]."""
+    for start in range(0, rows.shape[0], CHUNK):
+        part = rows[start : start + CHUNK].float()
+        yield part if root is None else part * root[start : start + CHUNK]
 
 
 class InputSample:

@@ -131,3 +131,39 @@ def test_the_cross_term_is_the_sum_over_tokens_of_both_streams():
     with pytest.raises(ValueError, match="with every update, or with none"):
         alone.update(x, full)
     assert alone.cross is None
+
+
+@pytest.mark.parametrize("n_in", [1, 20, BLOCK + 3])
+def test_weighted_sums_are_those_of_a_loop_over_tokens(n_in):
+    generator = torch.Generator().manual_seed(n_in)
+    tokens = CHUNK + 5 if n_in == 20 else 37  # more than are cast at a time
+    x, full = (torch.randn(tokens, n_in, generator=generator) for _ in range(2))
+    lacking, s = torch.randn(tokens, 3, generator=generator), torch.rand(tokens, generator=generator) ** 4
+    s[::3] = 0
+    stats, half = GramStats(n_in), tokens // 2
+    for part in (slice(0, half), slice(half, tokens)):
+        stats.update(x[part], full[part], lacking[part], s[part])
+    gram, cross, residual = torch.zeros(3, max(n_in, 3), n_in, dtype=torch.float64)
+    for t in range(tokens):
+        gram[:n_in] += s[t].double() * torch.outer(x[t].double(), x[t].double())
+        cross[:n_in] += s[t].double() * torch.outer(full[t].double(), x[t].double())
+        residual[:3] += s[t].double() * torch.outer(lacking[t].double(), x[t].double())
+    torch.testing.assert_close(stats.gram.double(), gram[:n_in], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(stats.cross.double(), cross[:n_in], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(stats.residual.double(), residual[:3], rtol=1e-5, atol=1e-3)
+    assert torch.equal(stats.gram, stats.gram.T) and stats.n_tokens == tokens
+
+
+def test_weights_of_one_change_nothing_and_tokens_without_weight_bring_no_rank():
+    x = torch.randn(40, 24, generator=torch.Generator().manual_seed(5))
+    plain, ones, few = GramStats(24), GramStats(24), GramStats(24)
+    plain.update(x)
+    ones.update(x, weights=torch.ones(40))
+    few.update(x, weights=(torch.arange(40) % 4 == 0).float())
+    assert torch.equal(plain.gram, ones.gram) and plain.rank == ones.rank == 24
+    assert (few.n_tokens, few.rank) == (40, 10)
+    torch.testing.assert_close(few.gram, x[::4].T @ x[::4], rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="39 token weights for 40 tokens"):
+        plain.update(x, weights=torch.ones(39))
+    with pytest.raises(ValueError, match="all must be 0 or more"):
+        plain.update(x, weights=-torch.ones(40))
