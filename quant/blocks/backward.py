@@ -57,6 +57,10 @@ class Labels:
         """How often ℓ is differentiated."""
         return self.draws if self.kind == SAMPLED_LABELS else 1
 
+    def states_held(self, n_blocks: int) -> int:
+        """Sets of hidden states that the pass holds: in front of every block and behind the last, and gradients."""
+        return n_blocks + 1 + self.count
+
     def chances(self, shape: Sequence[int]) -> Tensor:
         """Numbers in [0, 1), float32 [draws, n, T], which decide what is sampled."""
         return torch.rand((self.count, *shape), generator=torch.Generator().manual_seed(self.seed))

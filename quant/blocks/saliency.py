@@ -22,15 +22,9 @@ from torch import Tensor
 from quant.blocks.backward import See
 from quant.blocks.stream import Activations, BlockStream
 from quant.blocks.weights import BlockWeights
+from quant.core.parts import row_parts
 
 CLAMP = 10.0  # times the mean
-
-
-def row_parts(n_out: int, parts: int) -> list[slice]:
-    """Rows of a linear as contiguous parts of nearly equal size; as many as rows where those are fewer."""
-    parts = min(parts, n_out)
-    ends = [n_out * (i + 1) // parts for i in range(parts)]
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def mean_square(gradient: Tensor, parts: int) -> Tensor:
@@ -53,12 +47,11 @@ class TokenWeights:
 
     def __init__(self, stream: BlockStream, parts: int, n_blocks: int) -> None:
         self.parts, self.n_blocks, self._stream = parts, n_blocks, stream
-        shapes = stream.model.linear_shapes()
-        ends, end = {}, 0
-        for name, (n_out, _) in shapes.items():
-            ends[name] = slice(end, end + len(row_parts(n_out, parts)))
-            end = ends[name].stop
-        self._columns, self._width = ends, end
+        self._rows = {name: row_parts(n_out, parts) for name, (n_out, _) in stream.model.linear_shapes().items()}
+        self._columns, self._width = dict[str, slice](), 0
+        for name, rows in self._rows.items():
+            self._columns[name] = slice(self._width, self._width + len(rows))
+            self._width += len(rows)
         self._kept: dict[int, Activations] = {}
         self._sums: dict[str, Tensor] = {}
 
@@ -67,11 +60,8 @@ class TokenWeights:
         if index >= self.n_blocks:
             return {}
         shape, device = self._stream.tokens.shape, self._stream.device
-        self._sums = {
-            name: torch.zeros(*shape, columns.stop - columns.start, device=device)
-            for name, columns in self._columns.items()
-        }
-        return {name: partial(self._see, name) for name in self._columns}
+        self._sums = {name: torch.zeros(*shape, len(rows), device=device) for name, rows in self._rows.items()}
+        return {name: partial(self._see, name) for name in self._rows}
 
     def _see(self, name: str, rows: slice, draw: int, x: Tensor, gradient: Tensor) -> None:
         self._sums[name][rows] += mean_square(gradient, self.parts)
@@ -83,10 +73,14 @@ class TokenWeights:
         model = self._stream.model
         dtype = torch.float16 if model.dtype.itemsize == 2 else torch.float32
         self._kept[index] = self._stream.new_store(self._width, dtype)
-        everything = torch.cat([normalized(self._sums[name]) for name in self._columns], -1).to(dtype)
+        everything = torch.cat([normalized(self._sums[name]) for name in self._rows], -1).to(dtype)
         for rows in self._stream.rows:
             self._kept[index][rows] = everything[rows]
         self._sums = {}
+
+    def rows(self, name: str) -> list[slice]:
+        """The parts of a linear's rows."""
+        return self._rows[name]
 
     def of(self, index: int, name: str, rows: slice) -> Tensor:
         """Those of some windows for a linear, float32 [tokens, parts]."""

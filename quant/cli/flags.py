@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.core.names import AUTO_GROUPS, DEFAULT_CACHE, DEQUANTIZED, DTYPES, FORMATS, RUNTIMES, TUNING_SCOPES
+from quant.core.names import (
+    AUTO_GROUPS,
+    DEFAULT_CACHE,
+    DEQUANTIZED,
+    DTYPES,
+    FORMATS,
+    LABELS,
+    RUNTIMES,
+    SAMPLED_LABELS,
+    TUNING_SCOPES,
+)
 
 QUANTIZER, LEARNER, SCALES = "model_quantizer.py", "main.py", "generate_act_scale_shift.py"
 SWEEP = "scripts/sweep.py"
@@ -39,6 +49,7 @@ class Valid:
 
 
 MOST = 10**7  # of whatever is counted: windows, tokens, sweeps, epochs
+MOST_PARTS = 8  # of the rows of a linear that have token weights of their own
 MOST_SEED = 2**63 - 1  # what generators of random numbers take
 
 
@@ -268,6 +279,13 @@ SOLVER_FLAGS = (
     Flag("residual_correction", same_name("--residual-correction"),
          "with --target-correction: linears that add to the residual stream also make up for its error", METHODS,
          type=bool),
+    Flag("saliency", same_name("--saliency"),
+         "weigh calibration tokens by the model's gradients, apart for each of N equal parts of the rows of every linear, 1 "
+         "to 8; one backward pass of the full-precision model, block by block (default: 0, all tokens alike)", METHODS, 0,
+         int, Valid(lambda n: 0 <= n <= MOST_PARTS, f": use 1 to {MOST_PARTS} parts, or 0"), metavar="N"),
+    Flag("saliency_labels", same_name("--saliency-labels"),
+         "what those gradients are taken for: tokens sampled from the model's own softmax (twice), or the text's next ones "
+         "(default: sampled)", METHODS, SAMPLED_LABELS, choices=LABELS),
     Flag(OPTIONS, same_name("--num-iter"), {
         QUANTIZER: "quantease, gptq_quantease: coordinate-descent sweeps (default: 30)",
         LEARNER: "quantease: sweeps (default: 30)",

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 from quant.cli.flags import PARTS, SEAMS
-from quant.core.names import FULL_BITS
+from quant.core.names import FULL_BITS, SAMPLED_LABELS
 
 Rules = Iterator[tuple[bool, str]]
 WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
@@ -16,6 +16,7 @@ def quantizer_rules(args: argparse.Namespace) -> Rules:
     """Those of model_quantizer.py."""
     yield from solver_rules(args)
     yield from correction_rules(args)
+    yield from saliency_rules(args)
     yield from run_rules(args)
 
 
@@ -23,6 +24,7 @@ def learner_rules(args: argparse.Namespace) -> Rules:
     """Those of main.py."""
     yield from grid_rules(args)
     yield from correction_rules(args)
+    yield from saliency_rules(args)
     yield from learning_rules(args)
     yield from file_rules(args)
 
@@ -58,6 +60,15 @@ def correction_rules(args: argparse.Namespace) -> Rules:
     yield args.residual_correction and not corrects, "--residual-correction: give --target-correction 1 too"
 
 
+def saliency_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of token weights."""
+    yield args.saliency > 0 and args.wbits == FULL_BITS, "--saliency is of what is rounded: give --wbits 1 to 8"
+    yield (
+        args.saliency == 0 and args.saliency_labels != SAMPLED_LABELS,
+        f"--saliency-labels {args.saliency_labels}: give --saliency 1 to 8 too",
+    )
+
+
 def run_rules(args: argparse.Namespace) -> Rules:
     """Of flags of the run."""
     yield args.compare_layers and args.wbits == FULL_BITS, "--compare-layers needs --wbits 1 to 8"
@@ -72,6 +83,14 @@ def run_rules(args: argparse.Namespace) -> Rules:
     yield (
         args.compare_layers and args.target_correction > 0,
         "--compare-layers gives every method the original inputs, so that nothing is corrected: drop --target-correction",
+    )
+    yield (
+        args.compare_layers and args.saliency > 0,
+        "--compare-layers solves all methods from one set of statistics, in which tokens count alike: drop --saliency",
+    )
+    yield (
+        args.saliency > 0 and args.structure_outlier,
+        "--structure-outlier keeps whole columns, --saliency solves rows in parts: drop one of them",
     )
     yield args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save"
     yield (

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data.written import windows_of
+from quant.blocks.backward import Labels
 from quant.blocks.fake_quant import ActSpec
-from quant.core.names import DEFAULT_CACHE, DEQUANTIZED, FULL_BITS
+from quant.core.names import DEFAULT_CACHE, DEQUANTIZED, FULL_BITS, SAMPLED_LABELS
 from quant.core.target import Correction
 from quant.learn.config import Learning
 from quant.tune.config import Tuning
@@ -55,7 +56,8 @@ class RunConfig:
 
     learner: the paper's method whose recipe ``learning`` is; solver: what rounds, with its own keyword ``options``.
     learning, act: see `Recipe`. target_correction, residual_correction: strength of a `Correction` (0: none), and whether
-    it takes the residual stream's error in. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
+    it takes the residual stream's error in. saliency: parts of a linear's rows with weights of tokens (0: none), from the
+    gradients for saliency_labels. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
     files of generate_act_scale_shift.py.
     """
 
@@ -79,6 +81,8 @@ class RunConfig:
     true_sequential: bool = False
     target_correction: float = field(default=0.0, metadata=WHERE_IT_DIFFERS)
     residual_correction: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
+    saliency: int = field(default=0, metadata=WHERE_IT_DIFFERS)
+    saliency_labels: str = field(default=SAMPLED_LABELS, metadata=WHERE_IT_DIFFERS)
     num_layers: int = field(default=1000, metadata=BY_WHAT_IT_NAMES)
     solver_precision: str = "highest"
 
@@ -105,17 +109,22 @@ class RunConfig:
         return self.learning is not None and self.learning.transform.shift
 
     @property
+    def gradient_labels(self) -> Labels | None:
+        """What gradients of the original model are taken for; None where they are not asked for."""
+        return Labels(self.saliency_labels, seed=self.seed) if self.saliency else None
+
+    @property
     def correction(self) -> Correction | None:
         """Of what is solved for."""
         if not self.target_correction:
             return None
         return Correction(self.target_correction, float(self.residual_correction))
 
-    @property
-    def hidden_states(self) -> int:
-        """How many sets of hidden states of the calibration windows are held at a time."""
-        learning = self.learning
-        return 1 if learning is None else 2 + learning.augmented + learning.attention
+    def hidden_states(self, n_blocks: int) -> int:
+        """How many sets of hidden states of the calibration windows are held at a time. n_blocks: of the model."""
+        learning, labels = self.learning, self.gradient_labels
+        solving = 1 if learning is None else 2 + learning.augmented + learning.attention
+        return solving if labels is None else max(solving, labels.states_held(n_blocks))
 
 
 @dataclass(frozen=True)

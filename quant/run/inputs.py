@@ -32,6 +32,7 @@ from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfi
 from quant.run.content import check_format, content_of, spec_of
 from quant.run.quantize import Recipe, check_options
 from quant.run.request import cache_place, places_read
+from quant.run.saliency import check_saliency
 from quant.run.writing import author_of
 from quant.solvers import declaration_for, get_solver
 from quant.tune.limits import check_tuning
@@ -143,10 +144,14 @@ class Inputs:
             run.learning,
             run.act,
             run.correction,
+            run.saliency,
         )
         self._check_correction(recipe, run.method)
         if spec is not None:
             sample = check_options(recipe, self.device)
+            if run.saliency:
+                ids = self.calibration(run).ids
+                check_saliency(self.model, run, ids.numel(), self.config.activation_store, self.device)
             if run.tuning is not None:
                 windows = len(self.calibration(run).ids)
                 check_tuning(self.model, run.tuning, sample, windows, self.seqlen, self.device)

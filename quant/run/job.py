@@ -118,7 +118,7 @@ def _check_space(inputs: Inputs, job: Job, tokens: int, together: int) -> None:
     if inputs.config.activation_store == "disk":  # those of calibration, then of full precision and the runs with it
         evaluated = sum(corpus.ids.numel() for corpus in inputs.evaluation.values())
         width = inputs.model.config.hidden_size * inputs.model.dtype.itemsize
-        need += width * max(tokens * job.run.hidden_states, evaluated * (1 + together))
+        need += width * max(tokens * job.run.hidden_states(len(inputs.model.blocks)), evaluated * (1 + together))
     weights = sum(file.stat().st_size for file in inputs.model.checkpoint.files)
     for place, size in ((job.target.path, need), (job.output.save, weights)):
         if place is not None:

@@ -25,6 +25,7 @@ from quant.run.linear import LinearRecord
 from quant.run.observe import original_beside
 from quant.run.quantize import compare_block, deploy, quantize_block
 from quant.run.resume import input_ranges
+from quant.run.saliency import token_weights
 from quant.run.tuning import BlockTuner, tune_model
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
     stream = calibration_stream(inputs, job.run, target.path)
     if (short := shortage(job.run, inputs.model.linear_shapes(), inputs.seqlen)) is not None:
         log.warning("%s", short)
+    tokens = token_weights(stream, job.run, n_blocks, progress)
     pair = _Pair(inputs, stream, job, progress) if recipe.learning else None
     full = original_beside(stream) if recipe.asks_for_original else None
     tuner = BlockTuner(inputs, stream, job, progress, full) if job.tunes("block") else None
@@ -67,7 +69,7 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
             before, started = dict(stream.seconds), time.perf_counter()
             learned = pair.learn(index, weights) if pair else None
             learning = time.perf_counter() - started if learned else 0.0
-            block = quantize_block(stream, index, weights, recipe, learned, full)
+            block = quantize_block(stream, index, weights, recipe, learned, full, tokens)
             more: dict[str, Any] = {}
             if tuner is not None:
                 block, more["tuning"], spent = tuner.tune(index, weights, block)
@@ -81,6 +83,8 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
                 more |= {"learned": learned.parameters, "learning": learned.log}
             summaries.append(target.write_block(index, block.solved, block.records, seconds, **more))
             note = _note(block.records, learned)
+        if tokens is not None:
+            tokens.drop(index)
         if full is not None and tuner is None and index + 1 < n_blocks:
             full.run(index, weights, advance=True)
         progress("quantize", index + 1, n_blocks, note)

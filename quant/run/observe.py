@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.linears import See
+from quant.blocks.saliency import TokenWeights
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.gram import GramStats, InputSample
@@ -19,10 +20,12 @@ HELDOUT_TOKENS = 2048  # that errors are measured on, of the windows that are ke
 @dataclass(frozen=True)
 class InputStats:
     """What is known of the inputs of a group of linears: the statistics that are solved with, and inputs at tokens that
-    were kept out of them, to measure on; None where there are none."""
+    were kept out of them, to measure on; None where there are none. weighted: by linear, the statistics that parts of its rows
+    are solved with instead, where tokens count differently for each."""
 
     calibration: GramStats
     heldout: InputSample | None = None
+    weighted: Mapping[str, Sequence[GramStats]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,13 @@ def observe(
     groups: Sequence[Sequence[str]],
     act: ActSpec | None = None,
     original: Original | None = None,
+    tokens: TokenWeights | None = None,
 ) -> dict[str, InputStats]:
     """Inputs of block ``index`` by the first linear of each group; the streams stay in front of it. original: whose inputs
-    the statistics hold besides."""
+    the statistics hold besides. tokens: what tokens weigh for each linear."""
     names = [group[0] for group in groups]
     shapes = {name: weights.weight(name).shape for name in names}
-    stats = {name: GramStats(shapes[name][1], stream.device) for name in names}
+    stats = {group[0]: Sums(group, index, stream, shapes[group[0]][1], tokens) for group in groups}
     heldout = stream.heldout
     samples: dict[str, InputSample] = {}
     if heldout is not None:
@@ -56,7 +60,7 @@ def observe(
         stream.run(index, weights, observe={name: stats[name].update for name in names}, act=act)
         if heldout is not None:
             heldout.run(index, weights, observe={name: samples[name].update for name in names}, act=act)
-        return {name: InputStats(stats[name], samples.get(name)) for name in names}
+        return {name: InputStats(stats[name].plain, samples.get(name), stats[name].weighted) for name in names}
     for batch in range(len(stream.rows)):
         pair = _Pair(original, index, batch, names)
         stream.run(index, weights, observe=pair.observers(stats), act=act, only=batch)
@@ -66,7 +70,32 @@ def observe(
         for batch in range(len(heldout.rows)):
             observers: dict[str, See] = _Pair(apart, index, batch, names).observers(samples)
             heldout.run(index, weights, observe=observers, act=act, only=batch)
-    return {name: InputStats(stats[name], samples.get(name)) for name in names}
+    return {name: InputStats(stats[name].plain, samples.get(name), stats[name].weighted) for name in names}
+
+
+class Sums:
+    """The statistics of a group of linears, as their shared input comes window by window: of all tokens alike, and where
+    tokens have weights, of every part of every linear."""
+
+    def __init__(
+        self, group: Sequence[str], index: int, stream: BlockStream, n_in: int, tokens: TokenWeights | None
+    ) -> None:
+        self.plain = GramStats(n_in, stream.device)
+        self._index, self._length, self._tokens, self._seen = index, stream.tokens.shape[1], tokens, 0
+        self.weighted: dict[str, list[GramStats]] = {}
+        if tokens is not None:
+            self.weighted = {name: [GramStats(n_in, stream.device) for _ in tokens.rows(name)] for name in group}
+
+    def update(self, x: Tensor, full: Tensor | None = None, lacking: Tensor | None = None) -> None:
+        """Add inputs of the next windows, as `GramStats.update` takes them."""
+        self.plain.update(x, full, lacking)
+        windows = x.numel() // x.shape[-1] // self._length
+        rows, self._seen = slice(self._seen, self._seen + windows), self._seen + windows
+        for name, stats in self.weighted.items():
+            assert self._tokens is not None
+            weights = self._tokens.of(self._index, name, rows)
+            for own, part, s in zip(stats, self._tokens.rows(name), weights.T, strict=True):
+                own.update(x, full, None if lacking is None else lacking[..., part], s)
 
 
 class _Pair:
@@ -85,7 +114,7 @@ class _Pair:
 
         return see
 
-    def observers(self, stats: Mapping[str, GramStats] | Mapping[str, InputSample]) -> dict[str, See]:
+    def observers(self, stats: Mapping[str, Sums] | Mapping[str, InputSample]) -> dict[str, See]:
         """What to do with the quantized model's inputs of the same batch."""
         places = {place: self._residual(place) for place in self.writers.values()}
         linears = {name: self._update(name, one, places.get(name)) for name, one in stats.items()}
@@ -97,12 +126,12 @@ class _Pair:
 
         return see
 
-    def _update(self, name: str, stats: GramStats | InputSample, also: See | None) -> See:
+    def _update(self, name: str, stats: Sums | InputSample, also: See | None) -> See:
         def see(x: Tensor) -> None:
             if also is not None:  # a linear that reads the stream itself
                 also(x)
             if name in self.writers:
-                assert isinstance(stats, GramStats)
+                assert isinstance(stats, Sums)
                 stats.update(x, self.full[name], self.lacking[self.writers[name]])
             else:
                 stats.update(x, self.full[name])

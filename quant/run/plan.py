@@ -13,6 +13,9 @@ Memory (bytes)
   quantized   codes, scales, zero points; 16 bits for every number of a matrix behind a norm; with --outlier of
               quantease 32 bits more for each outlier (16 for each weight of an outlier column); spqr's outliers depend
               on the weights and are not in it
+  saliency    with --saliency R: statistics of R parts of every linear besides; hidden states in front of all blocks and
+              gradients of every draw on the host; on the device the graph of --calib-batch windows, as in learning, and
+              20 for every logit that is held at a time
   device      block + the largest of statistics + solver, statistics + batch, and learning + embeddings and head while they are in use
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
               two of them, one more for --aug_loss and one for an attention loss
@@ -25,6 +28,8 @@ Time (seconds)
   solve       out·(a·in + b·in²), a and b from the solver itself timed on two small layers
   learn       4·2·parameters flops a token and epoch (forward, backward, the loss at the end of the epoch), 5 with an
               attention loss, and one pass for the targets
+  saliency    2·parameters flops a token forward, again in the backward pass, and for every draw; the R Gram matrices of
+              every linear are in gram
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
 """
@@ -42,6 +47,7 @@ from torch import Tensor, nn
 
 from models import family_of
 from models.load import build_meta
+from quant.blocks.backward import HEAD_ELEMENTS
 from quant.core.gram import BLOCK, GramStats
 from quant.core.names import DEQUANTIZED, FULL_BITS
 from quant.core.types import QuantSpec
@@ -144,9 +150,8 @@ def estimate(
     run, session = request.run, request.session
     seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.windows * seqlen
-    grams = [4 * group[0][2] ** 2 for group in shapes.groups]
     beside = 1 + (run.target_correction > 0 or _uses_cross(run))  # models that calibration runs through
-    statistics = beside * (max(grams) if run.true_sequential else sum(grams))
+    statistics, forward, gram = (n * beside for n in _calibration(run, shapes, tokens, beside, rates))
     workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
     batch = session.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
@@ -160,14 +165,9 @@ def estimate(
     if run.learning is not None and run.learning.transform.norm_matrix:
         side += 16 * shapes.norms * shapes.hidden**2
 
-    sizes = [sum(out * n_in for _, out, n_in in group) for group in shapes.groups]
-    before = [sum(sizes[:i]) / weights for i in range(len(sizes))]  # share of the block in front of each group
-    passes = 1 + (sum(before) if run.true_sequential else 1)
-    forward = beside * n_blocks * tokens * 2 * shapes.block * passes / rates[0]
-    products = (_gram_flops(group[0][2]) + 2 * (beside - 1) * group[0][2] ** 2 for group in shapes.groups)
-    gram = n_blocks * tokens * sum(products) / rates[1]
     solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
+    pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
     variants = 2 if session.full_precision_eval else 1
     evaluated = EVAL_TOKENS * len(session.eval_datasets) * variants
     total_parameters = shapes.outside + shapes.block * shapes.n_blocks
@@ -178,14 +178,15 @@ def estimate(
         "device bytes: solver": workspace,
         "device bytes: batch": batch,
         **({"device bytes: learning": learning} if run.learning else {}),
+        **({"device bytes: saliency": graph} if run.saliency else {}),
         "device bytes: peak": max(
-            shapes.block * itemsize + max(statistics + workspace, statistics + batch, learning),
-            shapes.outside * itemsize + batch,
+            shapes.block * itemsize + max(statistics + workspace, statistics + batch, learning, graph),
+            shapes.outside * itemsize + max(batch, graph),
         ),
         f"{'disk' if session.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
         * shapes.hidden
         * itemsize
-        * (run.hidden_states + beside - 1),
+        * (run.hidden_states(shapes.n_blocks) + beside - 1),
         "disk bytes: run directory": n_blocks * weights,
         "disk bytes: checkpoint": total_parameters * 2 if request.output.save else 0,
         "quantized bytes": n_blocks * (weights * code_bits + side) / 8,
@@ -194,8 +195,9 @@ def estimate(
         "seconds: gram": gram,
         "seconds: solve": solve,
         **({"seconds: learn": learn / rates[0]} if run.learning else {}),
+        **({"seconds: saliency": pass_flops / rates[0]} if run.saliency else {}),
         "seconds: evaluate": evaluate,
-        "seconds: total": forward + gram + solve + evaluate + learn / rates[0],
+        "seconds: total": forward + gram + solve + evaluate + (learn + pass_flops) / rates[0],
     }
 
 
@@ -214,13 +216,52 @@ def _learning(run: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize
     if learning is None:
         return 0.0, 0.0
     passes = 1 + learning.augmented + learning.epochs * (5 if learning.attention else 4)
-    kept = learning.batch * seqlen * (17 * shapes.hidden + 2.5 * shapes.heads * seqlen) * itemsize
+    kept = _graph_bytes(shapes, learning.batch, seqlen, itemsize)
     flops = min(run.num_layers, shapes.n_blocks) * tokens * 2.0 * shapes.block * passes
     return flops, 24 * shapes.block + kept
 
 
+def _calibration(
+    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: tuple[float, float]
+) -> tuple[float, float, float]:
+    """Bytes of the statistics, and seconds of the blocks' passes and of the sums, for each of the models beside each other."""
+    n_blocks = min(run.num_layers, shapes.n_blocks)
+    matrices = [1 + run.saliency * len(group) for group in shapes.groups]
+    grams = [4 * group[0][2] ** 2 * n for group, n in zip(shapes.groups, matrices, strict=True)]
+    sizes = [sum(out * n_in for _, out, n_in in group) for group in shapes.groups]
+    before = [sum(sizes[:i]) / sum(sizes) for i in range(len(sizes))]  # share of the block in front of each group
+    passes = 1 + (sum(before) if run.true_sequential else 1)
+    products = (
+        n * (_gram_flops(group[0][2]) + 2 * (beside - 1) * group[0][2] ** 2) / beside
+        for group, n in zip(shapes.groups, matrices, strict=True)
+    )
+    return (
+        max(grams) if run.true_sequential else sum(grams),
+        n_blocks * tokens * 2 * shapes.block * passes / rates[0],
+        n_blocks * tokens * sum(products) / rates[1],
+    )
+
+
 def _uses_cross(run: RunConfig) -> bool:
     return run.wbits != FULL_BITS and declaration_of(run.solver).uses_cross
+
+
+def _saliency(
+    run: RunConfig, batch: int, shapes: Shapes, tokens: int, seqlen: int, itemsize: int
+) -> tuple[float, float]:
+    """flops of the backward pass, and bytes on the device that it takes beside a block."""
+    labels = run.gradient_labels
+    if labels is None:
+        return 0.0, 0.0
+    blocks = 2.0 * shapes.block * shapes.n_blocks * (2 + labels.count)
+    kept = _graph_bytes(shapes, batch, seqlen, itemsize)
+    logits = min(HEAD_ELEMENTS, batch * seqlen * shapes.outside / shapes.hidden)
+    return tokens * (blocks + 2.0 * shapes.outside * (1 + labels.count)), max(kept, 20 * logits)
+
+
+def _graph_bytes(shapes: Shapes, batch: int, seqlen: int, itemsize: int) -> float:
+    """Bytes that a block keeps of so many windows for its gradients (Korthikanti et al. 2022, equation 2)."""
+    return batch * seqlen * (17 * shapes.hidden + 2.5 * shapes.heads * seqlen) * itemsize
 
 
 def _gram_flops(n_in: int) -> float:

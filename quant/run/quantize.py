@@ -16,6 +16,7 @@ from torch import Tensor
 from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.linears import LinearRef
+from quant.blocks.saliency import TokenWeights
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.env import peak_bytes
@@ -24,6 +25,7 @@ from quant.core.gram import GramStats
 from quant.core.grid import in_float16
 from quant.core.linalg import SingularGramError, objective, output_errors, products_in, relative_errors
 from quant.core.names import FULL_BITS
+from quant.core.parts import row_parts, rows_of, stacked, stacked_grids
 from quant.core.target import Correction, corrected
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import describe as describe_kernels
@@ -47,6 +49,7 @@ class Recipe:
     precision: of float32 matrix products inside the solver (torch.set_float32_matmul_precision): ``highest``, or
     ``high`` (TF32, or bfloat16 in three parts) and ``medium``, which errors and objectives are never measured in.
     correction: of what is solved for, towards the outputs of the original model; None: the weights themselves.
+    saliency: parts of the rows of every linear that are solved each with its own weights of tokens; 0: none.
     """
 
     method: str
@@ -58,6 +61,7 @@ class Recipe:
     learning: Learning | None = None
     act: ActSpec = field(default_factory=ActSpec)
     correction: Correction | None = None
+    saliency: int = 0
 
     @property
     def asks_for_original(self) -> bool:
@@ -111,11 +115,12 @@ def quantize_block(
     recipe: Recipe,
     learned: LearnedBlock | None = None,
     full: BlockStream | None = None,
+    tokens: TokenWeights | None = None,
 ) -> SolvedBlock:
     """Solve every linear of block ``index`` from the inputs that the stream holds; the stream stays in front of it.
 
     learned: the block with its transforms, which then is what is solved. full: the original model's stream in front of the
-    same block, where the recipe asks for it. Raises InputError for non-finite inputs and RunError, with the linear's name, where a solver fails.
+    same block, where the recipe asks for it. tokens: what tokens weigh, likewise. Raises InputError for non-finite inputs and RunError, with the linear's name, where a solver fails.
     """
     groups = stream.model.groups
     stages = [[group] for group in groups] if recipe.true_sequential else [list(groups)]
@@ -126,7 +131,7 @@ def quantize_block(
     solved: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
     for stage in stages:
-        stats = observe(stream, index, weights, stage, recipe.act, original)
+        stats = observe(stream, index, weights, stage, recipe.act, original, tokens)
         for name, inputs in ((name, stats[group[0]]) for group in stage for name in group):
             weight, grid = weights.weight(name), None
             if learned is not None:
@@ -188,7 +193,11 @@ def check_options(recipe: Recipe, device: torch.device) -> QuantizedWeight:
     stats = GramStats.from_gram(torch.eye(n_in, device=device))
     stats.cross = stats.gram.clone()
     with name_errors(f"{recipe.method} with these options"):
-        return solve(weight, stats, recipe)[0]
+        if not recipe.saliency:
+            return solve(weight, stats, recipe)[0]
+        uneven = GramStats.from_gram(torch.diag(torch.arange(1.0, n_in + 1, device=device)))
+        uneven.cross = uneven.gram.clone()  # other columns come first in another part of the rows
+        return solve_in_parts(weight, [stats, uneven], recipe)[0]
 
 
 @contextmanager
@@ -223,6 +232,22 @@ def solve(
     return answer, nearest, time.perf_counter() - started
 
 
+def solve_in_parts(
+    weight: Tensor, stats: Sequence[GramStats], recipe: Recipe, grid: Grid | None = None
+) -> tuple[QuantizedWeight, Grid, float]:
+    """`solve` for parts of the rows, each with statistics (and a target) of its own. Raises ValueError where the answers do
+    not fit together."""
+    if declaration_for(recipe.solver).rows_coupled:
+        raise ValueError("its rows depend on each other: --saliency solves them in parts")
+    answers = []
+    for rows, own in zip(row_parts(weight.shape[0], len(stats)), stats, strict=True):
+        target, known = target_of(weight[rows], own, recipe)
+        of_rows = None if grid is None else rows_of(grid, rows)
+        answers.append(solve(target if recipe.correction else weight[rows], known, recipe, of_rows))
+    whole, nearest, seconds = zip(*answers, strict=True)
+    return stacked(whole), stacked_grids(nearest), sum(seconds)
+
+
 def target_of(weight: Tensor, calibration: GramStats, recipe: Recipe) -> tuple[Tensor, GramStats]:
     """What an answer is measured against, and the statistics to solve with: the weight and those of calibration, or what
     the original model's outputs ask for. Raises what `corrected` does."""
@@ -253,7 +278,10 @@ def solve_linear(
     weight, calibration = weight.float(), stats.calibration.check(where)
     with name_errors(where):
         target, known = target_of(weight, calibration, recipe)
-        quantized, nearest, seconds = solve(target if recipe.correction else weight, known, recipe, grid)
+        if parts := stats.weighted.get(name):
+            quantized, nearest, seconds = solve_in_parts(weight, [own.check(where) for own in parts], recipe, grid)
+        else:
+            quantized, nearest, seconds = solve(target if recipe.correction else weight, known, recipe, grid)
     quantized = store_in_float16(quantized, target, calibration.gram)
     damping = quantized.info.get("percdamp")
     if damping is not None and damping != recipe.options.get("percdamp", damping):

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from models.load import load_model
 from quant.blocks.backward import Labels, backward, sample
-from quant.blocks.saliency import CLAMP, Sensitivities, TokenWeights, normalized, row_parts
+from quant.blocks.saliency import CLAMP, Sensitivities, TokenWeights, normalized
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
+from quant.core.parts import row_parts
 from tests.conftest import CONFIGS, VOCABULARY
 
 CPU = torch.device("cpu")
