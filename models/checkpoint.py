@@ -14,7 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from models.container import INDEX, SINGLE, Reader, SafetensorsReader, has_safetensors
-from models.names import check_name
+from models.gguf_file import LINK, GGUFReader
+from models.names import check_name, gguf_of
 from models.pickles import BIN_INDEX, BIN_SINGLE, convert_bin
 from models.side_files import SIDE_FILES, side_files
 from models.unsupported import of_directory
@@ -29,10 +30,15 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 def resolve(model: str, cache_dir: Path, with_weights: bool = True) -> Path:
     """The local directory of a model: itself, or the hub's snapshot of it (weights in safetensors only).
 
-    A checkpoint that has `.bin` files only is converted, shard by shard, under ``cache_dir``.
+    A checkpoint that has `.bin` files only is converted, shard by shard, under ``cache_dir``; of a GGUF file, or a directory
+    with one, what it says of the model is written there.
     Raises InputError where there is no such directory, no configuration, or no way to the hub.
     """
     check_name(model)
+    if file := gguf_of(Path(model)):
+        from models.gguf_config import unpack  # transformers, for these files alone
+
+        return unpack(file, cache_dir)
     path = Path(model) if Path(model).is_dir() else _download(model, with_weights)
     for file in side_files(path):
         check_plain_file(file)
@@ -60,7 +66,7 @@ def _download(model: str, with_weights: bool) -> Path:
 
 
 class Checkpoint:
-    """A model's tensors by their plain names, out of a container (a directory of safetensors where none is given).
+    """A model's tensors by their plain names, out of a container (where none is given, that of the directory).
 
     Raises InputError on opening where anything is not what the checkpoint's own results.json says was written.
     """
@@ -69,7 +75,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, reader: Reader | None = None) -> None:
         self.path = path
-        self.reader: Reader = SafetensorsReader(path) if reader is None else reader
+        self.reader: Reader = reader or (GGUFReader(path) if (path / LINK).exists() else SafetensorsReader(path))
         self.files = self.reader.files
         results = path / RESULTS
         if results.exists() and (changed := unlike_written(path, read_json(results))):

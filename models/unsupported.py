@@ -10,7 +10,7 @@ WHOLE = "give the full-precision model that it was made from"
 DIRECTORY = "--model takes a model directory or a hub id"
 # Endings of a file that somebody gives instead of a directory: what it is, and what to do
 FILES = {
-    ".gguf": ("a GGUF file, which is not read", WHOLE),
+    ".gguf": ("a GGUF file", "it is a model to quantize (--model); no codes in it are converted"),
     ".safetensors": ("a safetensors file", "give the directory that holds it with its config.json"),
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"),
                     ("a file of PyTorch", "give the model's directory, with config.json and pytorch_model.bin")),
@@ -23,7 +23,7 @@ DIRECTORIES = (
     ("adapter_config.json", "an adapter", "merge it into its base model first (merge_and_unload of peft)"),
     ("model_index.json", "a pipeline of diffusers", "give a causal language model"),
     ("modules.json", "a sentence encoder", "give a causal language model"),
-    ("*.gguf", "GGUF files, which are not read", WHOLE),
+    ("*.gguf", "GGUF files", "give one of them, and it has to be the whole model"),
     ("consolidated*.pth", "weights in Meta's own form", "convert them first (convert_llama_weights_to_hf.py of transformers)"),
     ("consolidated*.safetensors", "weights in Mistral's own form", "give the model in the form of Hugging Face"),
     ("adapter_model.*", "an adapter", "merge it into its base model first (merge_and_unload of peft)"),
@@ -52,14 +52,16 @@ METHODS = {
 
 def of_file(path: Path) -> str:
     """What a file is that is no model directory, and what to do."""
-    what, advice = FILES.get(".gguf" if _is_gguf(path) else path.suffix.lower(), ("a file", DIRECTORY))
+    what, advice = FILES.get(".gguf" if is_gguf(path) else path.suffix.lower(), ("a file", DIRECTORY))
     return f"{path} is {what}: {advice}"
 
 
-def _is_gguf(path: Path) -> bool:
-    """By the first bytes, whatever the name is; a pipe or a device is not opened."""
+def is_gguf(path: Path) -> bool:
+    """Whether a file says that it is GGUF, by its ending or its first bytes; a pipe or a device is not opened."""
     if not path.is_file():
         return False
+    if path.suffix.lower() == ".gguf":
+        return True
     with path.open("rb") as stream:
         return stream.read(4) == b"GGUF"
 

@@ -23,7 +23,8 @@ STOREYS = (  # a module imports its own room and those of lower storeys
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 EDGE = Path("quant/cli/errors.py")  # the edge of every command: what nobody foresaw becomes a line and exit code 1
 ONLY_IN = {
-    "transformers": {"models/load.py"},
+    "transformers": {"models/load.py", "models/gguf_config.py"},
+    "gguf": {"models/gguf_header.py", "models/gguf_file.py", "models/gguf_config.py"},
     "accelerate": {"models/load.py"},
     "datasets": {"data/corpora.py", "data/tasks/_items.py", "quant/evaluate/tasks.py"},  # there: what lm-eval raises
     "lm_eval": {"quant/evaluate/tasks.py"},

@@ -147,8 +147,8 @@ NO_MODEL = "--model is missing: a hub id or a local directory (models/demo/{} is
 QUANTIZED_FLAGS = (
     Flag(
         "model", same_name("--model", SESSIONS), {
-            **dict.fromkeys(RUNS, "hub id or local directory; the family comes from its config"),
-            SCALES: "hub id or local directory", EVALUATE: "hub id or directory, also one of --save",
+            **dict.fromkeys(RUNS, "hub id, local directory or GGUF file; the family comes from its config"),
+            SCALES: "hub id, local directory or GGUF file", EVALUATE: "hub id, directory or GGUF file, also one of --save",
         }, WHAT, metavar="ID|DIR", required=(EVALUATE,),
         missing={**dict.fromkeys(RUNS, NO_MODEL.format("llama")), SCALES: NO_MODEL.format("opt")},
     ),

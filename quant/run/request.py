@@ -99,7 +99,7 @@ def _as_field(kind: str, name: str, value: Any) -> Any:
 def places_read(session: SessionConfig, runs: Iterable[RunConfig] = ()) -> list[Place]:
     """The paths that a session and its runs read: what the hub or the project holds under a name has none."""
     model, runs = Path(session.model), tuple(runs)
-    places = [Place("--model", model)] if model.is_dir() else []
+    places = [Place("--model", model)] if model.exists() else []
     links = [file for file in model.iterdir() if file.is_symlink()] if model.is_dir() else []
     places += [Place("a file of --model,", target) for target in map(resolve_links, links)]
     calibration = [text for run in runs if not session.evaluates and (text := text_of(run.dataset)) is not None]

@@ -15,8 +15,6 @@ from quant.export.read import open_checkpoint
 from quant.run.convert import convert
 
 FILES = {
-    "model.gguf": (b"GGUF\x03", "is a GGUF file, which is not read: give the full-precision model"),
-    "model.Q4_K_M": (b"GGUF\x03", "is a GGUF file"),
     "model.safetensors": (b"", "is a safetensors file: give the directory that holds it"),
     "weights.pt": (b"PK", "is a file of PyTorch: give the model's directory"),
     "consolidated.00.pth": (b"PK", "is a file of PyTorch"),
@@ -39,8 +37,17 @@ def test_files_are_named(name, tmp_path):
         convert(tmp_path / name, "gptq", tmp_path / "out", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "model.Q4_K_M"])
+def test_gguf_files_are_models_and_not_converted(name, tmp_path):
+    """By the ending or the first bytes (tests/models/test_gguf.py reads them)."""
+    (tmp_path / name).write_bytes(b"GGUF\x03")
+    check_name(str(tmp_path / name))
+    with pytest.raises(InputError, match="is a GGUF file: it is a model to quantize"):
+        convert(tmp_path / name, "gptq", tmp_path / "out", cache_dir=tmp_path / "cache")
+
+
 DIRECTORIES = {
-    "gguf": (["model-q4.gguf"], "but GGUF files, which are not read .model-q4.gguf.: give the full-precision model"),
+    "gguf": (["model-q4.gguf", "model-q8.gguf"], "but GGUF files .model-q4.gguf.: give one of them"),
     "adapter": (["adapter_config.json", "adapter_model.safetensors"], "but an adapter .* merge it into its base model"),
     "meta": (["params.json", "consolidated.00.pth", "tokenizer.model"], "weights in Meta's own form .* convert them"),
     "mistral": (["params.json", "consolidated.safetensors"], "weights in Mistral's own form"),
