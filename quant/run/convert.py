@@ -71,7 +71,7 @@ def convert(
     check_places([Place("the source", source)], [Place("--out", target), cache_place(cache_dir)])
     if is_run(source):
         run = open_run(source, cache_dir, trust_remote_code=trust_remote_code)
-        if (origin := Path(run.request.session.model)).is_dir():
+        if (origin := Path(run.request.session.model)).exists():
             check_places([Place("the model of the run", origin)], [Place("--out", target)])
         conversion = _of_run(run, kind)
     elif (source / "config.json").exists():

@@ -82,7 +82,7 @@ def open_run(
     if request.run.wbits == FULL_BITS:
         raise InputError(f"{source}: no weight was quantized there")
     name = request.session.model
-    if not Path(name).is_dir() and (name.startswith(("/", ".")) or name.count("/") > 1):
+    if not Path(name).exists() and (name.startswith(("/", ".")) or name.count("/") > 1):
         raise InputError(f"{source} was made of {name}, which is not here: run this where that run was made")
     model = load_model(name, dtype=dtype, cache_dir=cache_dir, biases=request.session.biases,
                        trust_remote_code=request.session.trust_remote_code)  # fmt: skip
