@@ -245,6 +245,17 @@ def test_dry_run_sizes_are_right(tmp_path):
     assert plan["seconds: gram"] == pytest.approx(
         32 * 128 * 2048 * (3 * 4096**2 * (1 + 1 / 8) + 11008**2 * (1 + 1 / 22)) / 1e12
     )
+    evaluated = {
+        "eval_datasets": ("wikitext2",),
+        "limit": 5,
+        "seqlen": 2048,
+        "num_layers": 32,
+        "wbits": 3,
+        "calib_batch": 1,
+    }
+    limited = estimate(Request.of("x", **evaluated), shapes, 2, (1e12, 1e12), (0.0, 1e-9))
+    assert limited["seconds: evaluate"] == 5 * 2048 * 2 * 2 * (shapes.outside + 32 * shapes.block) / 1e12
+    assert limited["device bytes: peak"] >= 2 * shapes.outside + 5 * 4 * 2048 * 32000  # a window's logits, five times
     rows = {4096: 4 * 4096 + 2 * 11008, 11008: 4096}
     assert plan["seconds: solve"] == pytest.approx(32e-9 * sum(out * n**2 for n, out in rows.items()))
 
@@ -422,6 +433,7 @@ def test_an_option_that_no_method_takes_is_noted(command, small):
     assert code == 0 and "note: --num-iter is an option of gptq_quantease, quantease, not of rtn, spqr" in out
     code, out, _ = command(*small, "--quantization-method", "rtn,quantease", "--num-iter", 7, "--dry-run")
     assert code == 0 and "note:" not in out
+    assert out.count("checkpoint of this load?") == 1  # the methods have one answer
 
 
 def test_all_mistakes_at_once(command):

@@ -49,8 +49,12 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
     for line in dict.fromkeys(shortage(request.run, linears, length) for request in quantizing):
         if line is not None:
             console.print(line, soft_wrap=True)
+    told: list[object] = []
     for kind, content in contents:
-        console.print(loadability_table(kind, loadability(kind, content)))
+        answer = (kind, loadability(kind, content))
+        if answer not in told:  # several methods, one answer
+            console.print(loadability_table(*answer))
+            told.append(answer)
     console.print(f"configuration: {path}; formulas: quant/run/plan.py", soft_wrap=True)
 
 

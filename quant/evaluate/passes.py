@@ -13,7 +13,8 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 
 FULL = "fp"
-HEAD_ELEMENTS = 1 << 27  # logits computed at a time: half a gigabyte in float32
+HEAD_ELEMENTS = 1 << 25  # logits computed at a time, or those of one window: 128 MB in float32
+HELD_LOGITS = 5  # arrays of that size at once, where divergence to full precision is measured
 Deploy = Callable[[int, BlockWeights], BlockWeights]  # block index, full-precision weights -> the variant's weights
 
 

@@ -16,7 +16,9 @@ Memory (bytes)
   saliency    with --saliency R: statistics of R parts of every linear besides; hidden states in front of all blocks and
               gradients of every draw on the host; on the device the graph of --calib-batch windows, as in learning, and
               20 for every logit that is held at a time
-  device      block + the largest of statistics + solver, statistics + batch, and learning + embeddings and head while they are in use
+  device      the larger of block + the largest of statistics + solver, statistics + batch, and learning; and of embeddings
+              and head with what they are in use for: a batch, or five arrays of logits, 4 bytes each, while the head is
+              evaluated (HEAD_ELEMENTS at a time, at least a window)
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
               two of them, one more for --aug_loss and one for an attention loss
 Time (seconds)
@@ -30,7 +32,7 @@ Time (seconds)
               attention loss, and one pass for the targets
   saliency    2·parameters flops a token forward, again in the backward pass, and for every draw; the R Gram matrices of
               every linear are in gram
-  evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set
+  evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set, or --limit windows
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
 """
 
@@ -51,6 +53,7 @@ from quant.blocks.backward import HEAD_ELEMENTS
 from quant.core.gram import BLOCK, GramStats
 from quant.core.names import DEQUANTIZED, FULL_BITS
 from quant.core.types import QuantSpec
+from quant.evaluate import passes
 from quant.export.formats import Content
 from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
@@ -76,6 +79,7 @@ class Shapes:
     groups: list[list[tuple[str, int, int]]]
     heads: int = 1
     norms: int = 0
+    vocabulary: int = 0
 
     @property
     def linears(self) -> list[tuple[str, int, int]]:
@@ -99,7 +103,7 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
     longest = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQLEN)
     heads = family.heads(config).q[1].shape[0]
     norms = sum(seam.kind == "norm" for seam in family.seams(config))
-    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups, heads, norms)
+    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups, heads, norms, config.vocab_size)
 
 
 def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -169,9 +173,11 @@ def estimate(
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
     variants = 2 if session.full_precision_eval else 1
-    evaluated = EVAL_TOKENS * len(session.eval_datasets) * variants
+    windows = EVAL_TOKENS if session.limit is None else min(EVAL_TOKENS, session.limit * seqlen)
+    evaluated = windows * len(session.eval_datasets) * variants
     total_parameters = shapes.outside + shapes.block * shapes.n_blocks
     evaluate = evaluated * 2 * total_parameters / rates[0]
+    behind = _logits(shapes.vocabulary, seqlen, windows) if evaluated else 0
     return {
         "device bytes: block": shapes.block * itemsize,
         "device bytes: statistics": statistics,
@@ -181,7 +187,7 @@ def estimate(
         **({"device bytes: saliency": graph} if run.saliency else {}),
         "device bytes: peak": max(
             shapes.block * itemsize + max(statistics + workspace, statistics + batch, learning, graph),
-            shapes.outside * itemsize + max(batch, graph),
+            shapes.outside * itemsize + max(batch, graph, behind),
         ),
         f"{'disk' if session.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
         * shapes.hidden
@@ -199,6 +205,13 @@ def estimate(
         "seconds: evaluate": evaluate,
         "seconds: total": forward + gram + solve + evaluate + (learn + pass_flops) / rates[0],
     }
+
+
+def _logits(vocabulary: int, seqlen: int, tokens: int) -> int:
+    """Bytes that evaluation holds behind the head, of ``tokens`` in windows."""
+    window = seqlen * vocabulary
+    together = min(max(1, passes.HEAD_ELEMENTS // window), -(-tokens // seqlen)) if window else 0
+    return passes.HELD_LOGITS * 4 * together * window
 
 
 def solver_bytes(run: RunConfig, n_out: int, n_in: int) -> float:
