@@ -87,6 +87,7 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
     """The request of these flags."""
     from quant.blocks.fake_quant import ActSpec
     from quant.learn.abq import balanced_levels
+    from quant.learn.config import Rotation
     from quant.run.choice import in_packed_format, with_groups
     from quant.run.request import Request
 
@@ -98,6 +99,7 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
         "levels": balanced_levels(args.wbits, balance),
         "learning": learning,
         "act": ActSpec(**values_of(args, LEARNER, "act")),
+        "rotation": Rotation(**values_of(args, LEARNER, "rotation")) if args.rotate else None,
         "options": options_of(args, args.solver),
         "eval_datasets": args.corpora,
         "dtype": dtype_of(args),

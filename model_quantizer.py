@@ -67,6 +67,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
 
 def requests_of(args: argparse.Namespace) -> list[Any]:
     """One request for each method."""
+    from quant.learn.config import Rotation
     from quant.run.choice import in_packed_format, with_groups
     from quant.run.request import Request
     from quant.tune.config import Tuning
@@ -76,6 +77,7 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
     for method in args.methods:
         own = {"solver": method, "options": options_of(args, method)}
         own["tuning"] = Tuning(**values_of(args, QUANTIZER, "tuning")) if args.tune else None
+        own["rotation"] = Rotation(**values_of(args, QUANTIZER, "rotation")) if args.rotate else None
         own |= {name: given[name] / method for name in ("run_dir", "save") if given[name] and several}
         requests.append(with_groups(Request.of(**(given | own))))
     packs = (

@@ -16,6 +16,7 @@ from quant.core.names import (
     DTYPES,
     FORMATS,
     LABELS,
+    ROTATIONS,
     RUNTIMES,
     SAMPLED_LABELS,
     TUNING_SCOPES,
@@ -121,6 +122,12 @@ def split_words(given: str | None) -> tuple[str, ...]:
     return tuple(word for word in (given or "").split(",") if word)
 
 
+def rotations(given: str | None) -> tuple[str, ...]:
+    """The kinds of --rotate; ``all`` stands for every one."""
+    words = split_words(given)
+    return ROTATIONS if words == ("all",) else words
+
+
 AT_LEAST_0 = Valid(lambda n: n >= 0, ": use 0 or more")
 AT_LEAST_1 = Valid(lambda n: n >= 1, ": use 1 or more")
 AT_LEAST_2 = Valid(lambda n: n >= 2, ": use 2 or more")
@@ -212,6 +219,12 @@ QUANTIZED_FLAGS = (
          value=lambda given: given or 0),
     Flag("tuning.norms", {QUANTIZER: "--tune-norms"}, "--tune moves norms and biases too, in the checkpoint's dtype",
          WHAT, type=bool),
+    Flag("rotation.kinds", same_name("--rotate"),
+         f"before anything is solved, rotate by random Hadamard matrices: of {', '.join(ROTATIONS)}, or all. residual, vo: in "
+         "the weights (of every format); qk (for --kvbits), down: as the model runs (format bitplane)", WHAT,
+         metavar="A,B", value=rotations),
+    Flag("rotation.seed", same_name("--rotate-seed"), "of the random matrices (default: 0)", WHAT, type=int,
+         valid=AT_LEAST_0, most=MOST_SEED, metavar="N", value=lambda given: given or 0),
     Flag("num_layers", {QUANTIZER: "--num-layers-to-quantize"}, "only the first N blocks", WHAT, 1000, int, AT_LEAST_1,
          metavar="N"),
 )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from quant.cli.flags import PARTS, SEAMS
-from quant.core.names import FULL_BITS, SAMPLED_LABELS
+from quant.cli.flags import PARTS, SEAMS, rotations
+from quant.core.names import FULL_BITS, ROTATIONS, SAMPLED_LABELS
 
 Rules = Iterator[tuple[bool, str]]
 WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
@@ -18,6 +18,7 @@ def quantizer_rules(args: argparse.Namespace) -> Rules:
     yield from correction_rules(args)
     yield from saliency_rules(args)
     yield from run_rules(args)
+    yield from rotation_rules(args)
 
 
 def learner_rules(args: argparse.Namespace) -> Rules:
@@ -27,6 +28,7 @@ def learner_rules(args: argparse.Namespace) -> Rules:
     yield from saliency_rules(args)
     yield from learning_rules(args)
     yield from file_rules(args)
+    yield from rotation_rules(args)
 
 
 def solver_rules(args: argparse.Namespace) -> Rules:
@@ -97,6 +99,14 @@ def run_rules(args: argparse.Namespace) -> Rules:
         args.format is not None and args.save is None and not args.dry_run,
         f"--format {args.format} is of a checkpoint: give --save DIR too",
     )
+
+
+def rotation_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of rotations."""
+    for kind in rotations(args.rotate):
+        yield kind not in ROTATIONS, f"--rotate {kind}: use {', '.join(ROTATIONS)} or all"
+    yield args.rotate is not None and not rotations(args.rotate), f"--rotate: use {', '.join(ROTATIONS)} or all"
+    yield args.rotate is None and args.rotate_seed is not None, "--rotate-seed: give --rotate too"
 
 
 def grid_rules(args: argparse.Namespace) -> Rules:

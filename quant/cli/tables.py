@@ -149,8 +149,9 @@ def _remarks(results: dict[str, Any]) -> list[str]:
         lines.append(
             f"evaluated with packed weights: {packed / 1e6:.2f} MB in memory, {_number(counted, 2, 1e-6)} MB counted"
         )
-    online = sum(log["online_parameters"] or 0 for log in results["learning"])
-    flops = sum(log.get("online_flops") or 2 * (log["online_parameters"] or 0) for log in results["learning"])
+    logs = [*results["learning"], results.get("rotation") or {}]
+    online = sum(log.get("online_parameters") or 0 for log in logs)
+    flops = sum(log.get("online_flops") or 2 * (log.get("online_parameters") or 0) for log in logs)
     if online:
         lines.append(
             f"online matrices: {online} numbers in 16 bits (counted in bits per weight), {flops} flops a token"

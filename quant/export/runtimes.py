@@ -150,7 +150,7 @@ def _rule(runtime: str, kind: str, content: Content) -> Rule:
 RELAXED: dict[str, tuple[Any, str]] = {
     "reordered": (False, "without --act-order"),
     "outliers": (False, "without --outlier"),
-    "online": (False, "without --use_ln_matrix"),
+    "online": (False, "without --use_ln_matrix and --rotate qk,down"),
     "act": (ActSpec(), "--abits 16"),
 }
 

@@ -56,6 +56,9 @@ def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | Qu
                 yield full, torch.zeros(parameter.shape, dtype=model.storage_of(full))
             else:
                 yield full, model.checkpoint.stored(model.key(full))
+        prefix = f"{inside}{index}."
+        held = [name for name in model.checkpoint.extra if name.startswith(prefix)]
+        yield from ((name, model.checkpoint.stored(name)) for name in held if name.removeprefix(prefix) not in new)
         for name, extra in new.items():  # what no module of the library holds: matrices behind norms, input ranges
             assert isinstance(extra, Tensor)
             yield f"{inside}{index}.{name}", extra

@@ -23,12 +23,13 @@ from quant.blocks.weights import BlockWeights
 class Affine:
     """A by its inverse M, for each head: the diagonal's entries [heads, d], or dense [heads, d, d]. shift [heads, d].
 
-    Seams without heads have one. ``float64`` inverts dense matrices in that dtype.
+    Seams without heads have one. ``float64`` inverts dense matrices in that dtype; orthogonal ones are not inverted at all.
     """
 
     inverse: Tensor
     shift: Tensor | None = None
     float64: bool = False
+    orthogonal: bool = False
 
     @property
     def dense(self) -> bool:
@@ -37,6 +38,8 @@ class Affine:
 
     def matrix(self) -> Tensor:
         """A of a dense transform, [heads, d, d]."""
+        if self.orthogonal:
+            return self.inverse.mT
         inverse = self.inverse.double() if self.float64 else self.inverse
         # `inv` would wait for the device to say whether it is singular; numbers that are not finite are seen later
         return torch.linalg.inv_ex(inverse).inverse.to(self.inverse.dtype)
@@ -139,7 +142,7 @@ def rotate(
             scale = weights[f"{norm}.weight"] + norm_offset
             weights = rewrite(weights, seam, layout, Affine(scale[None]), norm_offset, outside)
             weights[f"{norm}.weight"] = torch.full_like(scale, 1 - norm_offset)  # also where the scale is 0
-    return rewrite(weights, stream.seam, layout, Affine(matrix.T[None]), norm_offset, outside)
+    return rewrite(weights, stream.seam, layout, Affine(matrix.T[None], orthogonal=True), norm_offset, outside)
 
 
 def _all_rows(weights: Weights, linear: str) -> Tensor:

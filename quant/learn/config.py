@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from quant.core.errors import InputError
+from quant.core.names import ONLINE_ROTATIONS, ROTATIONS
+
 
 @dataclass(frozen=True)
 class TransformSpec:
@@ -79,3 +82,30 @@ class Learning:
         """Names of the terms of the loss, in the order in which they are added up."""
         papers = {"distribution": self.distribution, "attention": self.attention}
         return ("reconstruction", *(name for name, taken in papers.items() if taken), *self.extra_terms)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What of a model is rotated before anything is solved, by random Hadamard matrices of a seed (QuaRot, Ashkboos et al.
+    2024, arXiv 2404.00456).
+
+    kinds: ``residual`` (the stream between the blocks), ``vo`` (values and what the output projection reads, every head of
+    keys and values by itself), ``qk`` (queries and keys behind rotary embedding, as the model runs), ``down`` (what the last linear of
+    a block reads, as the model runs).
+    """
+
+    kinds: tuple[str, ...] = ROTATIONS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in ROTATIONS:
+                raise InputError(f"--rotate {kind}: use {', '.join(ROTATIONS)} or all")
+        object.__setattr__(
+            self, "kinds", tuple(kind for kind in ROTATIONS if kind in self.kinds)
+        )  # one order, one name
+
+    @property
+    def online(self) -> tuple[str, ...]:
+        """The kinds that no weight can hold."""
+        return tuple(kind for kind in self.kinds if kind in ONLINE_ROTATIONS)

@@ -12,7 +12,7 @@ from quant.blocks.backward import Labels
 from quant.blocks.fake_quant import ActSpec
 from quant.core.names import DEFAULT_CACHE, DEQUANTIZED, FULL_BITS, SAMPLED_LABELS
 from quant.core.target import Correction
-from quant.learn.config import Learning
+from quant.learn.config import Learning, Rotation
 from quant.tune.config import Tuning
 
 DEFAULT_MAX_SEQLEN = 2048
@@ -26,7 +26,7 @@ class SessionConfig:
     """What is opened once, for several runs: model, data to evaluate on, machine. Runs with equal ones share a session.
 
     Paths are as given. biases: the runs need biases that the model may not have (a shift ends in them). evaluates: no run
-    quantizes, so that the model may be a quantized checkpoint. deterministic: on CUDA, only deterministic algorithms.
+    quantizes, so that the model may be a quantized checkpoint. rotated: what the runs rotate of the model. deterministic: on CUDA, only deterministic algorithms.
     """
 
     model: str
@@ -48,6 +48,7 @@ class SessionConfig:
     deterministic: bool = False
     biases: bool = False
     evaluates: bool = False
+    rotated: Rotation | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class RunConfig:
     it takes the residual stream's error in. saliency: parts of a linear's rows with weights of tokens (0: none), from the
     gradients for saliency_labels. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
     files of generate_act_scale_shift.py.
+    rotation: of the model before anything is solved (None: it stays as it is).
     """
 
     dataset: str = field(default="c4", metadata=BY_WHAT_IT_NAMES)
@@ -74,6 +76,7 @@ class RunConfig:
     learner: str | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     learning: Learning | None = None
     tuning: Tuning | None = field(default=None, metadata=WHERE_IT_DIFFERS)
+    rotation: Rotation | None = field(default=None, metadata=WHERE_IT_DIFFERS)
     act: ActSpec = field(default_factory=ActSpec)
     resume: Path | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     act_scales: Path | None = field(default=None, metadata=BY_WHAT_IT_NAMES)

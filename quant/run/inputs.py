@@ -27,6 +27,7 @@ from quant.core.types import LARGEST
 from quant.evaluate.tasks import Tasks, check_tasks, open_tasks
 from quant.export.formats import Content
 from quant.export.read import open_checkpoint
+from quant.learn.rotation import rotated
 from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfig
 from quant.run.content import check_format, content_of, spec_of
@@ -52,7 +53,8 @@ class Inputs:
             env.be_deterministic()
         self.device = env.pick_device(config.device)
         env.reset_peak(self.device)
-        self.model = self._open_model()
+        self.original = self._open_model()
+        self.model = self._rotated(self.original)
         self.act: ActSpec = getattr(
             self.model.checkpoint, "act", ActSpec()
         )  # of a checkpoint that is quantized already
@@ -89,6 +91,10 @@ class Inputs:
             opener=open_checkpoint if config.evaluates else None,
         )
 
+    def _rotated(self, model: LazyModel) -> LazyModel:
+        rotation = self.config.rotated
+        return rotated(model, rotation, self.device, self.config.trust_remote_code) if rotation else model
+
     def _open_evaluation(self) -> dict[str, Tokens]:
         """The tokens of every corpus to evaluate on, by its name."""
         corpora = [
@@ -112,7 +118,7 @@ class Inputs:
                 self.tokenizer,
                 nsamples=run.nsamples,
                 seed=run.seed,
-                author=author_of(self.model, self.device) if written(run.dataset) else None,
+                author=author_of(self.original, self.device) if written(run.dataset) else None,
                 **self._sources,
             )
             check_ids(tokens.ids, self.model.rows, tokens.name)
@@ -122,7 +128,7 @@ class Inputs:
 
     def recipe(self, run: RunConfig) -> Recipe:
         """The recipe of a run, checked against what was opened and against the model's shapes."""
-        if self.config.evaluates or (run.shifts and not self.config.biases):
+        if self.config.evaluates or (run.shifts and not self.config.biases) or run.rotation != self.config.rotated:
             raise InputError(
                 f"{self.config.model} was opened for other runs, not for {run.method}: open it again for that"
             )

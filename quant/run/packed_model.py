@@ -18,6 +18,7 @@ from quant.core.names import FULL_BITS
 from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.kernels.matmul.pack import pack_block
+from quant.learn.rotation import rotated
 from quant.run.directory import RunDirectory, check_manifest
 from quant.run.request import Request
 from quant.run.stored import Allowed
@@ -88,6 +89,9 @@ def open_run(
                        trust_remote_code=request.session.trust_remote_code)  # fmt: skip
     if model.checkpoint.sha256() != expected:
         raise InputError(f"{name} is not the model of the run any more: its weights have another hash")
+    if request.run.rotation is not None:
+        trusted = request.session.trust_remote_code
+        model = rotated(model, request.run.rotation, torch.device("cpu"), trusted)
     if not 0 <= n_blocks <= len(model.blocks):
         raise InputError(f"{origin} is no manifest of a run (it has {n_blocks} blocks); run it again")
     return FinishedRun(request, model, directory, n_blocks, results)

@@ -55,6 +55,7 @@ from quant.core.names import DEQUANTIZED, FULL_BITS
 from quant.core.types import QuantSpec
 from quant.evaluate import passes
 from quant.export.formats import Content
+from quant.learn.rotation import check_rotation
 from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
 from quant.run.content import check_format, content_of
@@ -290,6 +291,8 @@ def check_contents(requests: Sequence[Request], shapes: Shapes, model_config: An
     for run, output in ((r.run, r.output) for r in requests if r.run.quantizes):
         if run.learning is not None:
             check_seams(family_of(model_config.model_type), model_config, run.learning.transform)
+        if run.rotation is not None:
+            check_rotation(family_of(model_config.model_type), model_config, run.rotation)
         content = content_of(run, named, shapes.n_blocks, model_config.model_type)
         if output.save is not None or output.target is not None or output.format != DEQUANTIZED:
             check_format(output, content)

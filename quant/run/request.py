@@ -14,7 +14,7 @@ from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError, first_line
 from quant.core.files import resolve_links
 from quant.core.places import AROUND, INSIDE, Place
-from quant.learn.config import Learning, TransformSpec
+from quant.learn.config import Learning, Rotation, TransformSpec
 from quant.run.config import Output, RunConfig, SessionConfig
 from quant.run.directory import Record
 from quant.run.resume import method_that_learned
@@ -22,11 +22,13 @@ from quant.run.stored import Allowed, allowed_entries
 from quant.tune.config import Tuning
 
 PARTS = {"session": SessionConfig, "run": RunConfig, "output": Output}
-VALUES = {"act": ActSpec, "tuning": Tuning, "learning": Learning, "transform": TransformSpec}  # fields with own fields
+VALUES = {
+    "act": ActSpec, "tuning": Tuning, "learning": Learning, "transform": TransformSpec, "rotation": Rotation,
+}  # fields with own fields  # fmt: skip
 PLAIN: dict[str, Any] = {
     "str": str, "int": int, "float": (int, float), "bool": bool, "tuple": list, "Path": str, "Mapping": dict,
 }  # fmt: skip
-DERIVED = ("biases", "evaluates", "learner")  # fields that are not kept: they follow from others
+DERIVED = ("biases", "evaluates", "rotated", "learner")  # fields that are not kept: they follow from others
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Request:
         if changes:
             raise TypeError(f"no field of a request: {', '.join(changes)}")
         run = parts["run"]
-        return Request(replace(parts["session"], biases=run.shifts, evaluates=not run.quantizes), run, parts["output"])
+        derived = {"biases": run.shifts, "evaluates": not run.quantizes, "rotated": run.rotation}
+        return Request(replace(parts["session"], **derived), run, parts["output"])
 
     def to_json(self) -> Record:
         """The request as JSON can hold it, one flat object; `from_json` takes it back."""

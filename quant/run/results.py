@@ -14,6 +14,7 @@ import torch
 from data.calibration import Tokens
 from models.checkpoint import RESULTS, unlike_written
 from models.load import LazyModel
+from quant.blocks.weights import BlockWeights
 from quant.core import env
 from quant.core.files import read_json
 from quant.export.read import QuantizedCheckpoint
@@ -76,6 +77,8 @@ def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel)
             widths = [torch.finfo(model.storage_of(f"{name}.weight", i)).bits for i in range(len(blocks))]
             bits, count = bits + out * n_in * sum(widths), count + out * n_in * len(widths)
     bits += 16 * sum(log["online_parameters"] for log in learned)
+    turned = _online(model, len(blocks)) if run.rotation is not None else {}
+    bits += 16 * turned.get("online_parameters", 0)
     if not count and isinstance(model.checkpoint, QuantizedCheckpoint):
         bits, count = model.checkpoint.storage()
     tuned = [block.tuning for block in blocks if block.tuning]
@@ -102,10 +105,21 @@ def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel)
         "mean_relative_error_heldout": sum(heldout) / len(heldout) if heldout else None,
         "learning": learned,
         **({"tuning": tuned} if tuned else {}),
+        **({"rotation": turned} if turned else {}),
         "verdicts": {v: sum(r.verdict == v for r in records) for v in ("ok", "look", "bad")},
         "seconds": seconds
         | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0, "tasks": 0.0},
     }
+
+
+def _online(model: LazyModel, n_blocks: int) -> dict[str, int]:
+    """Numbers that the first blocks of a rotated model hold beside their parameters, and flops a token of products with
+    them; empty where all of a rotation is in the weights."""
+    if not model.checkpoint.extra or not n_blocks:
+        return {}
+    weights, layout = BlockWeights.read(model, 0, torch.device("cpu")), model.family.heads(model.config)
+    flops = weights.online_flops(layout.q[1].numel() + layout.k[1].numel())
+    return {"online_parameters": n_blocks * weights.online_numbers(), "online_flops": n_blocks * flops}
 
 
 def is_saved(save: Path, digest: str, kinds: Collection[str]) -> bool:

@@ -24,6 +24,10 @@ def check_ranges(run: RunConfig, model: LazyModel, model_sha256: str) -> None:
     for flag, path in (("--act-scales", run.act_scales), ("--act-shifts", run.act_shifts)):
         if path is None:
             continue
+        if run.rotation is not None:
+            raise InputError(
+                f"{flag} {path} was measured on the model as it is, not rotated: leave it out with --rotate"
+            )
         with _vectors(path) as file:
             digest = (file.metadata() or {}).get("model_sha256", model_sha256)  # others' files do not say
             if digest != model_sha256:
@@ -118,6 +122,7 @@ def _meaning_of(configuration: Record) -> Record:
     return (
         {"method": method_that_learned(configuration)}
         | {name: configuration[name] for name in ("wbits", "group_size", "symmetric", "levels")}
+        | {"rotation": configuration.get("rotation")}
         | {f"activations, {name}": value for name, value in configuration["act"].items()}
         | {name: learning.get(name) for name in ("clip", "compensation", "extra_ingredients")}
         | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}
