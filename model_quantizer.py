@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
 from quant.cli.arguments import build_parser, flag_mistakes, parse, place_mistakes, source_mistakes, values_of
 from quant.cli.errors import exit_code_of
 from quant.cli.flags import QUANTIZER, split_words
-from quant.cli.options import method_mistakes, options_of, unused_options
+from quant.cli.options import method_mistakes, options_of, solver_of, unused_options
 from quant.cli.rules import quantizer_rules
 from quant.core.errors import InputError
-from quant.core.names import FULL_BITS
+from quant.core.names import AUTOROUND, FULL_BITS, TUNED_METHODS
 
 EXAMPLES = """examples:
   # the embedded demo: no network, a minute on a laptop; one table compares the methods
@@ -70,13 +71,11 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
     from quant.learn.config import Rotation
     from quant.run.choice import in_packed_format, with_groups
     from quant.run.request import Request
-    from quant.tune.config import Tuning
 
     several, given = len(args.methods) > 1, values_of(args, QUANTIZER)
     requests = []
     for method in args.methods:
-        own = {"solver": method, "options": options_of(args, method)}
-        own["tuning"] = Tuning(**values_of(args, QUANTIZER, "tuning")) if args.tune else None
+        own = {"solver": solver_of(method), "options": options_of(args, method), "tuning": tuning_of(args, method)}
         own["rotation"] = Rotation(**values_of(args, QUANTIZER, "rotation")) if args.rotate else None
         own |= {name: given[name] / method for name in ("run_dir", "save") if given[name] and several}
         requests.append(with_groups(Request.of(**(given | own))))
@@ -84,6 +83,17 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
         args.real_quant and args.format is None and args.wbits != FULL_BITS and (args.save is not None or args.dry_run)
     )
     return [in_packed_format(request) for request in requests] if packs else requests
+
+
+def tuning_of(args: argparse.Namespace, method: str) -> Any:
+    """How the method's answers are tuned: as flags say, and as the method has it where they say nothing; None: not at all."""
+    from quant.tune.config import AUTOROUND_TUNING, Tuning
+
+    if method not in TUNED_METHODS and not args.tune:
+        return None
+    usual = AUTOROUND_TUNING if method == AUTOROUND else Tuning()
+    given = values_of(args, QUANTIZER, "tuning")
+    return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
 def request_from(words: list[str]) -> Any:

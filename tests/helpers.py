@@ -14,7 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.func import functional_call
 
+from models.load import LazyModel
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.cli.errors import exit_code_of
@@ -155,3 +159,14 @@ def same_codes(first: QuantizedWeight, second: QuantizedWeight) -> bool:
     if first.outliers is not None and second.outliers is not None:
         pairs += [(first.outliers.index, second.outliers.index), (first.outliers.value, second.outliers.value)]
     return all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)
+
+
+def whole_model_logits(
+    model: LazyModel, weights: BlockWeights, ids: torch.Tensor, act: ActSpec | None = None
+) -> Tensor:
+    """Logits float32 [batch, T, vocabulary] as the library's own model gives them. weights: of all blocks, by
+    ``<index>.<name>``."""
+    with instrument(model.blocks, weights, act) as own:
+        named = {f"{model.family.blocks}.{name}": tensor for name, tensor in own.items()}
+        given = {**model.outside_weights(CPU), **named}
+        return functional_call(model.module, given, (ids,), {"use_cache": False}).logits.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
@@ -112,10 +113,37 @@ def test_flags_of_solvers_are_declared_as_such():
     assert named & vars(args).keys() == set(args.solver_flags) and len(args.solver_flags) == 12
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rtn,autoround"], [None, {}]),
+        (
+            ["autoround", "--tune", "model", "--tune-iterations", "9", "--tune-last", "lm"],
+            [{"scope": "model", "iterations": 9, "last": "lm"}],
+        ),
+        (
+            ["rtn", "--tune", "block", "--tune-norms", "--tune-optimizer", "sign"],
+            [{"norms": True, "optimizer": "sign"}],
+        ),
+    ],
+)
+def test_flags_say_how_answers_are_tuned(words, expected):
+    from quant.tune.config import AUTOROUND_TUNING, Tuning
+
+    flags = ["--model", str(ROOT / "models/demo/llama"), "--wbits", "3", "--dataset", "demo", "--eval-datasets", "demo"]
+    args = model_quantizer.parser().parse_args([*flags, "--quantization-method", *words])
+    model_quantizer.prepare(args)
+    runs = [request.run for request in model_quantizer.requests_of(args)]
+    usual = {"rtn": Tuning(), "autoround": AUTOROUND_TUNING}
+    for run, method, fields in zip(runs, words[0].split(","), expected, strict=True):
+        assert (run.solver, run.method) == ("rtn", method)
+        assert run.tuning == (None if fields is None else dataclasses.replace(usual[method], **fields))
+
+
 def test_table_of_flags_sets_what_there_is():
     """Fields are those of the classes that are made of them, set once a command line; defaults of solvers are theirs."""
     from quant.blocks.fake_quant import ActSpec
-    from quant.learn.config import Learning, TransformSpec
+    from quant.learn.config import Learning, Rotation, TransformSpec
     from quant.run.config import Output, RunConfig, SessionConfig
     from quant.tune.config import Tuning
 
@@ -125,6 +153,7 @@ def test_table_of_flags_sets_what_there_is():
         "transform": (TransformSpec,),
         "act": (ActSpec,),
         "tuning": (Tuning,),
+        "rotation": (Rotation,),
     }
     for where in {name for flag in flags.TABLE for name in flag.names}:
         declared = arguments.flags_of(where)
@@ -343,6 +372,14 @@ BAD = {
     "a preset of another method": (
         ["--wbits", 3, "--quantization-method", "rtn", "--preset", "best"],
         "is for quantease",
+    ),
+    "a rate of nothing": (["--wbits", 3, "--tune-rate", 0.1], "--tune-rate: give --tune block or --tune model too"),
+    "a last block of nothing": (["--wbits", 3, "--tune-last", "lm"], "--tune-last: give --tune block"),
+    "a last block of no kind": (["--wbits", 3, "--tune", "block", "--tune-last", "x"], "invalid choice: 'x'"),
+    "a share of everything": (["--wbits", 3, "--tune", "block", "--tune-drop", 1], "--tune-drop 1: use a share"),
+    "comparing what is tuned": (
+        ["--wbits", 3, "--quantization-method", "rtn,autoround", "--compare-layers"],
+        "--compare-layers keeps no codes to tune: drop autoround",
     ),
     "two orders": (["--wbits", 3, "--act-order", "--group-aware"], "are two orders"),
     "comparing the base model": (["--compare-layers"], "--compare-layers needs --wbits"),

@@ -7,7 +7,7 @@ from rich.text import Text
 from data.corpora import CALIBRATION
 from models import FAMILIES
 from quant.cli.console import Console
-from quant.core.names import FORMATS
+from quant.core.names import FORMATS, TUNED_METHODS
 from quant.learn import recipe_entries
 from quant.solvers import entries
 
@@ -20,6 +20,10 @@ def show_list() -> None:
         console.print(f"  {name:15} {entry.about}")
         if options := ", ".join(f"{k}={v}" for k, v in (entry.options or {}).items()):
             console.print(f"{'':18}{options}")
+    for name, start in TUNED_METHODS.items():
+        console.print(
+            f"  {name:15} {start}, then offsets and ranges tuned block by block (--tune-...; docs/algorithms.md)"
+        )
     console.print(Text("learned recipes", style="bold"), "(main.py --method)")
     for name, entry in recipe_entries().items():
         console.print(f"  {name:15} {entry.about}")

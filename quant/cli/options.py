@@ -9,10 +9,16 @@ from typing import Any
 
 from quant.cli.flags import OPTIONS, QUANTIZER, TABLE, Flag
 from quant.core.errors import InputError
+from quant.core.names import TUNED_METHODS
 from quant.solvers import check_name as check_method
 from quant.solvers import entries
 
 OPTION_FLAGS = {flag.dest(QUANTIZER): flag for flag in TABLE if flag.field == OPTIONS}
+
+
+def solver_of(method: str) -> str:
+    """The solver that a method begins with."""
+    return TUNED_METHODS.get(method, method)
 
 
 def method_mistakes(args: argparse.Namespace, methods: Sequence[str], flag: str = "") -> list[str]:
@@ -20,7 +26,7 @@ def method_mistakes(args: argparse.Namespace, methods: Sequence[str], flag: str 
     lines: list[str] = []
     for method in methods:
         try:
-            check_method(method)
+            check_method(solver_of(method))
         except InputError as error:
             lines.append(f"{flag}{error}")
             continue
@@ -33,7 +39,7 @@ def method_mistakes(args: argparse.Namespace, methods: Sequence[str], flag: str 
 
 def options_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """The options that the method's function names, from the flags of `solver_flags` and from --solver-option."""
-    accepted = entries()[method].options or {}
+    accepted = entries()[solver_of(method)].options or {}
     options = {name: getattr(args, name) for name in accepted if name in args.solver_flags}
     for pair in args.solver_option:
         key, equals, value = pair.partition("=")
@@ -57,7 +63,7 @@ def options_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
 def unused_options(args: argparse.Namespace, parser: argparse.ArgumentParser, methods: Sequence[str]) -> list[str]:
     """A line for every flag of a method's option that was given, where none of the methods has that option."""
     known = {name: entry.options or {} for name, entry in entries().items()}
-    taken = {option for method in methods for option in known.get(method, {})}
+    taken = {option for method in methods for option in known.get(solver_of(method), {})}
     given = [
         option
         for option in dict.fromkeys(option for options in known.values() for option in options)

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Iterator
 
 from quant.cli.flags import PARTS, SEAMS, rotations
-from quant.core.names import FULL_BITS, ROTATIONS, SAMPLED_LABELS
+from quant.core.names import FULL_BITS, ROTATIONS, SAMPLED_LABELS, TUNED_METHODS
 
 Rules = Iterator[tuple[bool, str]]
+TUNING_OPTIONS = ("iterations", "rate", "grid_rate", "norms", "optimizer", "drop", "last", "recompute")
 WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
 
 
@@ -80,8 +81,14 @@ def run_rules(args: argparse.Namespace) -> Rules:
     )
     yield args.tune is not None and args.wbits == FULL_BITS, f"--tune {args.tune} moves codes: give --wbits 1 to 8"
     yield args.tune is not None and args.compare_layers, "--compare-layers keeps no codes to tune: drop --tune"
-    yield args.tune is None and bool(args.tune_iterations), "--tune-iterations: give --tune block or --tune model too"
-    yield args.tune is None and args.tune_norms, "--tune-norms: give --tune block or --tune model too"
+    tuned = args.tune is not None or bool(set(args.methods) & set(TUNED_METHODS))
+    for name in TUNING_OPTIONS:
+        yield (
+            not tuned and getattr(args, f"tune_{name}") not in (None, False),
+            (f"--tune-{name.replace('_', '-')}: give --tune block or --tune model too"),
+        )
+    for method in TUNED_METHODS:
+        yield args.compare_layers and method in args.methods, f"--compare-layers keeps no codes to tune: drop {method}"
     yield (
         args.compare_layers and args.target_correction > 0,
         "--compare-layers gives every method the original inputs, so that nothing is corrected: drop --target-correction",

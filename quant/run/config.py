@@ -10,7 +10,7 @@ from typing import Any
 from data.written import windows_of
 from quant.blocks.backward import Labels
 from quant.blocks.fake_quant import ActSpec
-from quant.core.names import DEFAULT_CACHE, DEQUANTIZED, FULL_BITS, SAMPLED_LABELS
+from quant.core.names import AUTOROUND, DEFAULT_CACHE, DEQUANTIZED, FULL_BITS, SAMPLED_LABELS
 from quant.core.target import Correction
 from quant.learn.config import Learning, Rotation
 from quant.tune.config import Tuning
@@ -91,7 +91,10 @@ class RunConfig:
 
     @property
     def method(self) -> str:
-        """What the run is called: by its solver, its learner, or both where the solver does not only round to nearest."""
+        """What the run is called: by its solver, its learner, or both where the solver does not only round to nearest; by
+        AutoRound where its parameters are tuned."""
+        if self.tuning is not None and self.tuning.form == "offset":
+            return AUTOROUND
         if self.learner is None:
             return self.solver
         return self.learner if self.solver == "rtn" else f"{self.learner}+{self.solver}"
@@ -127,6 +130,7 @@ class RunConfig:
         """How many sets of hidden states of the calibration windows are held at a time. n_blocks: of the model."""
         learning, labels = self.learning, self.gradient_labels
         solving = 1 if learning is None else 2 + learning.augmented + learning.attention
+        solving += self.tuning is not None
         return solving if labels is None else max(solving, labels.states_held(n_blocks))
 
 

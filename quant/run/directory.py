@@ -351,6 +351,12 @@ def _read_linear(file: Any, name: str, entry: Record) -> QuantizedWeight:
     return QuantizedWeight(part("codes"), grid, QuantSpec(**entry["spec"]), entry["info"], outliers)
 
 
+def answers_sha256(answers: Mapping[str, QuantizedWeight]) -> str:
+    """sha256 over the codes and grids of a block that is not written yet."""
+    parts = {name: (one.codes, one.grid.scale, one.grid.zero) for name, one in answers.items()}
+    return _digest({f"{name}.{i}": t.cpu().contiguous() for name, own in parts.items() for i, t in enumerate(own)})
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names and bytes, in the order of the names."""
     digest = hashlib.sha256()

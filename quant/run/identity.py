@@ -6,12 +6,14 @@ import hashlib
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from quant.core.files import json_sha256
 from quant.run.config import BY_WHAT_IT_NAMES, DECIDES_CODES, WHERE_IT_DIFFERS, Output, RunConfig
 from quant.run.directory import Record
 from quant.run.inputs import Inputs
 from quant.run.resume import check_source
+from quant.tune.config import Tuning
 
 
 def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
@@ -42,10 +44,14 @@ def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
     }
     if inputs.device.type == "cuda":
         decided["deterministic"] = inputs.config.deterministic  # a CPU always is
-    configuration: Record = json.loads(json.dumps(decided, default=asdict))  # as it will be read back: tuples are lists
+    configuration: Record = json.loads(json.dumps(decided, default=_plain))  # as it will be read back: tuples are lists
     if run.resume is not None:
         configuration["start"] = check_source(run.resume, configuration, inputs.model_sha256)
     return configuration
+
+
+def _plain(value: Any) -> Any:
+    return value.to_json() if isinstance(value, Tuning) else asdict(value)
 
 
 def _file_digest(path: Path | None) -> str | None:

@@ -159,6 +159,8 @@ class Inputs:
                 ids = self.calibration(run).ids
                 check_saliency(self.model, run, ids.numel(), self.config.activation_store, self.device)
             if run.tuning is not None:
+                if run.tuning.form == "offset" and run.solver != "rtn":
+                    raise InputError(f"autoround begins with rounding to nearest, not with {run.solver}: give rtn")
                 windows = len(self.calibration(run).ids)
                 check_tuning(self.model, run.tuning, sample, windows, self.seqlen, self.device)
         return recipe

@@ -37,6 +37,8 @@ def quantize(inputs: Inputs, job: Job, progress: Progress) -> None:
         job.blocks = _quantize_blocks(inputs, job, progress) if job.recipe else []
         if job.tunes("model"):
             job.blocks = tune_model(inputs, job, progress)
+        if job.tunes("block"):
+            job.target.drop_tuning()
     job.seconds = spent["quantize"]
 
 

@@ -10,6 +10,8 @@ Memory (bytes)
   learning    4·6 for every parameter of a block (original, transformed, rounded, and what their gradients need) and
               --batch_size x seqlen x (17·hidden + 2.5·heads·seqlen) x bytes of the dtype for the backward pass
               (Korthikanti et al. 2022, equation 2)
+  tuning      with --tune: for every weight that is tuned at a time its parameter, gradient, best iterate and moments, and
+              what its gradient needs; what a block keeps of a token, and the logits (quant/tune/limits.py)
   quantized   codes, scales, zero points; 16 bits for every number of a matrix behind a norm; with --outlier of
               quantease 32 bits more for each outlier (16 for each weight of an outlier column); spqr's outliers depend
               on the weights and are not in it
@@ -32,6 +34,8 @@ Time (seconds)
               attention loss, and one pass for the targets
   saliency    2·parameters flops a token forward, again in the backward pass, and for every draw; the R Gram matrices of
               every linear are in gram
+  tune        2·parameters flops a token forward and 4 backward in every step (2 more with --tune-recompute), 2 in every
+              validation, times 2 for all that is no matrix product
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set, or --limit windows
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
 """
@@ -61,6 +65,8 @@ from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
 from quant.run.content import check_format, content_of
 from quant.run.request import Request
 from quant.solvers import declaration_of, get_solver, with_defaults
+from quant.tune.config import batch_of
+from quant.tune.limits import OVERHEAD, Sizes, flops, memory
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
 SAMPLES = (512, 1024)  # inputs of the two layers that a solver is timed on
@@ -173,9 +179,9 @@ def estimate(
     solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
-    variants = 2 if session.full_precision_eval else 1
+    tune, tuning = _tuning(run, shapes, seqlen, itemsize)
     windows = EVAL_TOKENS if session.limit is None else min(EVAL_TOKENS, session.limit * seqlen)
-    evaluated = windows * len(session.eval_datasets) * variants
+    evaluated = windows * len(session.eval_datasets) * (2 if session.full_precision_eval else 1)
     total_parameters = shapes.outside + shapes.block * shapes.n_blocks
     evaluate = evaluated * 2 * total_parameters / rates[0]
     behind = _logits(shapes.vocabulary, seqlen, windows) if evaluated else 0
@@ -186,9 +192,11 @@ def estimate(
         "device bytes: batch": batch,
         **({"device bytes: learning": learning} if run.learning else {}),
         **({"device bytes: saliency": graph} if run.saliency else {}),
+        **({"device bytes: tuning": tuning} if run.tuning else {}),
         "device bytes: peak": max(
             shapes.block * itemsize + max(statistics + workspace, statistics + batch, learning, graph),
             shapes.outside * itemsize + max(batch, graph, behind),
+            tuning,
         ),
         f"{'disk' if session.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
         * shapes.hidden
@@ -203,8 +211,9 @@ def estimate(
         "seconds: solve": solve,
         **({"seconds: learn": learn / rates[0]} if run.learning else {}),
         **({"seconds: saliency": pass_flops / rates[0]} if run.saliency else {}),
+        **({"seconds: tune": tune / rates[0]} if run.tuning else {}),
         "seconds: evaluate": evaluate,
-        "seconds: total": forward + gram + solve + evaluate + (learn + pass_flops) / rates[0],
+        "seconds: total": forward + gram + solve + evaluate + (learn + pass_flops + tune) / rates[0],
     }
 
 
@@ -276,6 +285,19 @@ def _saliency(
 def _graph_bytes(shapes: Shapes, batch: int, seqlen: int, itemsize: int) -> float:
     """Bytes that a block keeps of so many windows for its gradients (Korthikanti et al. 2022, equation 2)."""
     return batch * seqlen * (17 * shapes.hidden + 2.5 * shapes.heads * seqlen) * itemsize
+
+
+def _tuning(run: RunConfig, shapes: Shapes, seqlen: int, itemsize: int) -> tuple[float, float]:
+    """flops of tuning, with what it takes besides matrix products as so many more, and bytes on the device."""
+    if run.tuning is None:
+        return 0.0, 0.0
+    linears = sum(out * n_in for _, out, n_in in shapes.linears)
+    sizes = Sizes(
+        linears, shapes.block, min(run.num_layers, shapes.n_blocks), shapes.n_blocks, shapes.outside, shapes.hidden,
+        shapes.vocabulary,
+    )  # fmt: skip
+    work = flops(sizes, run.tuning, run.windows, seqlen)
+    return OVERHEAD * work, memory(sizes, run.tuning, itemsize, batch_of(run.windows) * seqlen)
 
 
 def _gram_flops(n_in: int) -> float:

@@ -12,9 +12,14 @@ from quant.blocks.linears import LinearRef
 from quant.blocks.weights import BlockWeights
 from quant.core.rounding import RoundTo
 from quant.core.types import QuantizedWeight, QuantSpec
-from quant.tune.codes import FACTOR, POSITION, Parameters, TunedLinear
-from quant.tune.config import Tuning
+from quant.tune.codes import Parameters, TunedLinear
+from quant.tune.config import GRID_RATE, Tuning
+from quant.tune.offsets import OffsetLinear
 
+LINEARS: dict[str, type[TunedLinear] | type[OffsetLinear]] = {
+    "position": TunedLinear,
+    "offset": OffsetLinear,
+}  # by `Tuning.form`
 SHIFT = ".shift"  # name of what is added to a norm or a bias, behind its own
 
 
@@ -34,7 +39,10 @@ class TunedBlock:
         tuning: Tuning,
     ) -> None:
         self.model, self.index, self.tuning, self.weights = model, index, tuning, weights
-        self.linears = {name: TunedLinear(f"block {index} {name}", start, spec) for name, start in solved.items()}
+        form = LINEARS[tuning.form]
+        self.linears = {
+            name: form(f"block {index} {name}", start, spec, weights.weight(name)) for name, start in solved.items()
+        }
         solved_names = {LinearRef.of_module(name).parameter for name in solved}
         own = {name for name, _ in model.blocks[index].named_parameters()}
         self.moving = [
@@ -42,13 +50,13 @@ class TunedBlock:
             for name, tensor in weights.parameters.items()
             if tuning.norms and name in own - solved_names and tensor.is_floating_point()
         ]
+        self.names = [name + key for name, linear in self.linears.items() for key in linear.keys]
+        self.names += [name + SHIFT for name in self.moving]
 
     def initial(self) -> Parameters:
         """Parameters, float32 by ``<name>.<key>``, that give the solved block."""
         parameters = {
-            name + key: tensor
-            for name, linear in self.linears.items()
-            for key, tensor in linear.initial(self.weights.weight(name).float()).items()
+            name + key: tensor for name, linear in self.linears.items() for key, tensor in linear.initial().items()
         }
         return parameters | {
             name + SHIFT: torch.zeros_like(self.weights.parameters[name]).float() for name in self.moving
@@ -56,14 +64,19 @@ class TunedBlock:
 
     def rates(self) -> dict[str, float]:
         """The rate of every parameter."""
-        tuning = self.tuning
-        rates: dict[str, float] = {}
-        for name, linear in self.linears.items():
-            rates |= {name + POSITION: tuning.rate_of(linear.spec.bits), name + FACTOR: tuning.grid_rate}
-        return rates | {name + SHIFT: tuning.grid_rate for name in self.moving}
+        rates = {name + key: rate for name, one in self.linears.items() for key, rate in one.rates(self.tuning).items()}
+        return rates | {name + SHIFT: self.tuning.grid_rate or GRID_RATE for name in self.moving}
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """What parameters stay within, of those that do."""
+        return {name + key: ends for name, linear in self.linears.items() for key, ends in linear.bounds().items()}
+
+    def own(self, parameters: Mapping[str, Tensor]) -> Parameters:
+        """Those of this block among several blocks', which are by ``<index>.<name>``."""
+        return {name: parameters[f"{self.index}.{name}"] for name in self.names}
 
     def _of(self, name: str, parameters: Mapping[str, Tensor]) -> Parameters:
-        return {key: parameters[name + key] for key in (POSITION, FACTOR)}
+        return {key: parameters[name + key] for key in self.linears[name].keys}
 
     def weights_at(self, parameters: Mapping[str, Tensor]) -> BlockWeights:
         """The block's weights in the arithmetic's dtype, as its checkpoint holds them; gradients pass."""

@@ -3,7 +3,7 @@
     Ŵ = s · (Q - z),   Q = clip(⌊U⌉, 0, qmax),   s = s0 (1 + a)
 
 U [out, in] is in code units, so that a change of s changes no code; z stays, and so do outliers. ∂Q/∂U is taken as 1
-inside [-½, qmax + ½] and is 0 outside (the straight-through estimate of Bengio et al. 2013, arXiv 1308.3432; AutoRound,
+inside (-½, qmax + ½) and is 0 outside (the straight-through estimate of Bengio et al. 2013, arXiv 1308.3432; AutoRound,
 arXiv 2309.05516, rounds W/s + V alike). U starts at the weight's own place W/s + z, moved into the cell of its solved
 code: the start is the solved answer exactly, and a weight that the solver pushed away from the nearest code is close to
 the edge over which it would go back.
@@ -20,27 +20,70 @@ from torch import Tensor
 
 from quant.core.errors import InputError
 from quant.core.grid import at_least_finest, round_scale, within_largest
-from quant.core.types import QuantizedWeight, QuantSpec
+from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.tune.config import Tuning
 
 MARGIN = 0.02  # of a cell, between a start and the nearest edge
 POSITION, FACTOR = ".position", ".factor"  # names of a linear's parameters behind its own
 Parameters = dict[str, Tensor]
 
 
+class Groups:
+    """Which columns of a grid share a scale: what is looked up once, so that no step asks the device."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.index, self.count = grid.g_idx, grid.n_groups
+        sizes = torch.bincount(self.index, minlength=self.count)
+        self.equal = bool((sizes == sizes[0]).all())
+        self.sorted = bool((self.index[1:] >= self.index[:-1]).all())
+        self.order = torch.argsort(self.index, stable=True)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """[out, G] for every column: [out, in], or as they are where rows have one group."""
+        if self.count == 1:
+            return values
+        if self.equal and self.sorted:  # the gradient is a sum of neighbours and not one in any order
+            size = len(self.index) // self.count
+            return values.unsqueeze(-1).expand(-1, -1, size).reshape(len(values), -1)
+        return values[:, self.index]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[out, in] over the columns of every group: [out, G]."""
+        if self.equal:
+            ordered = values if self.sorted else values[:, self.order]
+            return ordered.view(len(values), self.count, -1).sum(-1)
+        return values.new_zeros(len(values), self.count).index_add_(1, self.index, values)
+
+
 class RoundPosition(torch.autograd.Function):
-    """Codes of positions, as floats: clip(⌊u⌉, 0, qmax). The gradient passes inside [-½, qmax + ½]."""
+    """Weights of positions u, float32 [out, in]: s (clip(⌊u⌉, 0, qmax) - z), with s and z [out, G].
+
+    Gradients: of u, s where -½ < u < qmax + ½ and 0 elsewhere; of s, Q - z; of z, if it is asked for, -s; the last two
+    are sums over a group. It takes as few passes over the weights as torch's own operations allow.
+    """
 
     @staticmethod
-    def forward(ctx: Any, position: Tensor, qmax: int) -> Tensor:
-        """Nearest codes; keeps a mask."""
-        ctx.save_for_backward((position >= -0.5) & (position <= qmax + 0.5))
-        return torch.round(position).clamp_(0, qmax)
+    def forward(ctx: Any, position: Tensor, scale: Tensor, zero: Tensor, groups: Groups, qmax: int) -> Tensor:
+        """Round, clip and scale; keeps the positions and one tensor of their size."""
+        levels = torch.round(position).clamp_(0, qmax).sub_(groups.expand(zero))
+        ctx.save_for_backward(position, levels, scale)
+        ctx.groups, ctx.qmax = groups, qmax
+        return levels * groups.expand(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         """Straight through, where a code could follow."""
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None
+        position, levels, scale = ctx.saved_tensors
+        of_scale = ctx.groups.sum(gradient * levels)
+        passed = gradient * ctx.groups.expand(scale)
+        of_zero = ctx.groups.sum(passed).neg_() if ctx.needs_input_grad[2] else None
+        of_position = torch.ops.aten.hardtanh_backward(passed, position, -0.5, ctx.qmax + 0.5)
+        return of_position, of_scale, of_zero, None, None
+
+
+def codes_at(position: Tensor, qmax: int) -> Tensor:
+    """clip(⌊u⌉, 0, qmax), uint8 [out, in]."""
+    return torch.round(position).clamp_(0, qmax).to(torch.uint8)
 
 
 class StoredScale(torch.autograd.Function):
@@ -59,27 +102,38 @@ class StoredScale(torch.autograd.Function):
 
 
 class TunedLinear:
-    """One solved linear. weight: float32 [out, in] that was solved; spec: the grid that was asked for.
+    """One solved linear. spec: the grid that was asked for; before: the weight [out, in] that was solved.
 
     Raises InputError for grids whose scales are quantized themselves: a factor would leave them.
     """
 
-    def __init__(self, where: str, start: QuantizedWeight, spec: QuantSpec) -> None:
+    keys = (POSITION, FACTOR)
+
+    def __init__(self, where: str, start: QuantizedWeight, spec: QuantSpec, before: Tensor) -> None:
         if start.grid.bilevel is not None:
             raise InputError(
                 f"{where}: --tune cannot hold scales that are quantized themselves (spqr); use another method"
             )
-        self.start, self.spec = start, spec
+        self.start, self.spec, self.groups, self.before = start, spec, Groups(start.grid), before
+        self.zero = start.grid.zero.float()
 
-    def initial(self, weight: Tensor) -> Parameters:
-        """Position and factor that give the solved answer. weight: float32 [out, in], as it was before it was solved."""
-        outliers, grid = self.start.outliers, self.start.grid
+    def initial(self) -> Parameters:
+        """Position and factor, float32, that give the solved answer."""
+        weight, outliers, grid = self.before.float(), self.start.outliers, self.start.grid
         if outliers is not None:  # they are added to the codes' values
             weight = weight.flatten().index_add(0, outliers.index, -outliers.value.float()).view_as(weight)
         scale, zero = grid.expand()
         codes = self.start.codes.float()
         position = torch.clamp(weight / scale + zero, codes - 0.5 + MARGIN, codes + 0.5 - MARGIN)
         return {POSITION: position, FACTOR: torch.zeros_like(grid.scale)}
+
+    def rates(self, tuning: Tuning) -> dict[str, float]:
+        """The rate of every parameter."""
+        return {POSITION: tuning.rate_of(self.spec.bits), FACTOR: tuning.grid_rate}
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """What parameters stay within: nothing."""
+        return {}
 
     def scale(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Scales [out, G] as they are stored."""
@@ -89,9 +143,8 @@ class TunedLinear:
 
     def weight(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The deployed weight, float32 [out, in]: what `answer` dequantizes to, bit for bit, with gradients."""
-        grid = replace(self.start.grid, scale=self.scale(parameters))
-        scale, zero = grid.expand()
-        weight = (RoundPosition.apply(parameters[POSITION], grid.qmax) - zero) * scale
+        scale, qmax = self.scale(parameters), self.start.grid.qmax
+        weight: Tensor = RoundPosition.apply(parameters[POSITION], scale, self.zero, self.groups, qmax)
         if (outliers := self.start.outliers) is not None:
             weight = weight.flatten().index_add(0, outliers.index, outliers.value.float()).view_as(weight)
         return weight
@@ -100,7 +153,7 @@ class TunedLinear:
     def answer(self, parameters: Mapping[str, Tensor]) -> QuantizedWeight:
         """Codes and scales at these parameters."""
         start = self.start
-        codes = RoundPosition.apply(parameters[POSITION], start.grid.qmax).to(torch.uint8)
+        codes = codes_at(parameters[POSITION], start.grid.qmax)
         moved = float((codes != start.codes).float().mean())
         grid = replace(start.grid, scale=self.scale(parameters))
         return replace(start, codes=codes, grid=grid, info={**start.info, "codes_moved": moved}).check()

@@ -8,22 +8,22 @@ of KL(p ‖ p̂) between what full precision and the quantized model say comes n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.func import functional_call
 
-from models.load import LazyModel, Weights
-from quant.blocks.fake_quant import ActSpec
-from quant.blocks.instrument import instrument
+from models.load import Weights
 from quant.blocks.stream import Activations, BlockStream
-from quant.blocks.weights import BlockWeights
-from quant.tune.block import TunedBlock
+from quant.core import env
+from quant.tune.chain import Chain
 from quant.tune.codes import Parameters
 from quant.tune.config import Tuning, split
 from quant.tune.optimize import Objective
+
+CACHE_SHARE = 0.25  # of the free memory that full precision's probabilities may take
 
 
 def trimmed_squared_error(out: Tensor, target: Tensor, drop: float) -> Tensor:
@@ -41,70 +41,108 @@ def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (log_q.numel() // log_q.shape[-1])
 
 
-def block_objective(
-    block: TunedBlock, training: BlockStream, targets: Activations, act: ActSpec, tuning: Tuning
-) -> Objective:
-    """The loss of one block. training: in front of it, in batches of a step; targets: full precision's outputs."""
-    rows, index = training.rows, block.index
+class Divergence(torch.autograd.Function):
+    """`divergence` of logits float32 [n, vocabulary] for training: the gradient, (q - p) / n, is made in place with the
+    value, for one backward pass. p: probabilities [n, vocabulary]; negentropy: the mean of Σ p log p over positions."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, p: Tensor, negentropy: Tensor) -> Tensor:
+        """Value; keeps the gradient."""
+        log_q = torch.log_softmax(logits, -1)
+        cross = torch.dot(p.flatten(), log_q.flatten()) / len(p)
+        ctx.own = log_q.exp_().sub_(p)
+        return negentropy - cross
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """As it was kept."""
+        own: Tensor = ctx.own
+        return own.mul_(gradient / len(own)), None, None
+
+
+class Teacher:
+    """What full precision says comes next. full: behind the last block, in batches of a step. What it says of a batch is
+    kept where all of it fits into CACHE_SHARE of the free memory, and computed again where not: the numbers are the same."""
+
+    def __init__(self, full: BlockStream, outside: Weights, vocabulary: int) -> None:
+        self.full, self.outside = full, outside
+        self.keeps = 4 * full.tokens.numel() * vocabulary <= CACHE_SHARE * env.free_bytes(full.device)
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def log_probabilities(self, batch: int) -> Tensor:
+        """[n, vocabulary], float32, n positions."""
+        return torch.log_softmax(self.full.logits(self.full.rows[batch], self.outside).clone().flatten(0, 1), -1)
+
+    @torch.no_grad()
+    def probabilities(self, batch: int) -> tuple[Tensor, Tensor]:
+        """[n, vocabulary], and the mean over positions of Σ p log p."""
+        if batch in self.kept:
+            return self.kept[batch]
+        log_p = self.log_probabilities(batch)
+        p = log_p.exp()
+        answer = p, torch.bmm(p.unsqueeze(1), log_p.unsqueeze(2)).mean()
+        if self.keeps:
+            self.kept[batch] = answer
+        return answer
+
+
+def block_objective(chain: Chain, targets: Activations, tuning: Tuning) -> Objective:
+    """The loss of the output of a block, or of the last of several. chain: in front of the first; targets: full
+    precision's outputs."""
+    stream = chain.training
 
     def loss(parameters: Parameters, batch: int) -> Tensor:
-        with instrument(training.model.blocks[index], block.weights_at(parameters), act) as own:
-            out = training.call(index, own, rows[batch], training.arguments[batch])
-        return trimmed_squared_error(out, targets[rows[batch]], tuning.drop)
+        rows = stream.rows[batch]
+        return trimmed_squared_error(chain(parameters, stream.hidden[rows], batch), targets[rows], tuning.drop)
 
-    return _objective(loss, rows)
+    return objective_of(loss, loss, stream.rows)
 
 
-def model_objective(
-    model: LazyModel,
-    blocks: Sequence[TunedBlock],
-    rest: BlockWeights,
-    outside: Weights,
-    full: BlockStream,
-    act: ActSpec,
-) -> Objective:
-    """The loss of the whole model. full: full precision behind the last block, in batches of a step. rest: weights of the
-    blocks that are not tuned, by ``<index>.<name>``."""
-    rows = full.rows
+def language_objective(chain: Chain, outside: Weights) -> Objective:
+    """The cross-entropy of the tokens that come next, where the chain ends behind the last block: what AutoRound's second
+    version may tune the last block for."""
+    stream = chain.training
 
     def loss(parameters: Parameters, batch: int) -> Tensor:
-        weights = rest | weights_of(blocks, parameters)
-        log_q = torch.log_softmax(logits_of(model, weights, outside, full.tokens[rows[batch]], act), -1)
-        with torch.no_grad():
-            log_p = torch.log_softmax(full.logits(rows[batch], outside).clone(), -1)
-        return divergence(log_q, log_p)
+        rows = stream.rows[batch]
+        logits = stream.head(chain(parameters, stream.hidden[rows], batch), rows, outside).float()
+        following = stream.tokens[rows][:, 1:].to(logits.device)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten())
 
-    return _objective(loss, rows)
-
-
-def weights_of(blocks: Sequence[TunedBlock], parameters: Mapping[str, Tensor]) -> BlockWeights:
-    """Weights of several blocks, by ``<index>.<name>``; their parameters are under the same prefix."""
-    weights = BlockWeights()
-    for block in blocks:
-        prefix = f"{block.index}."
-        own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
-        weights |= block.weights_at(own).within(block.index)
-    return weights
+    return objective_of(loss, loss, stream.rows)
 
 
-def logits_of(model: LazyModel, weights: BlockWeights, outside: Weights, ids: Tensor, act: ActSpec | None) -> Tensor:
-    """Logits float32 [batch, T, vocabulary] of the whole model. weights: of its blocks, by ``<index>.<name>``."""
-    device = next(iter(outside.values())).device
-    with instrument(model.blocks, weights, act) as own:
-        named = {f"{model.family.blocks}.{name}": tensor for name, tensor in own.items()}
-        out: Tensor = functional_call(
-            model.module, {**outside, **named}, (ids.to(device),), {"use_cache": False}
-        ).logits
-    return out.float()
+def model_objective(chain: Chain, full: BlockStream, outside: Weights) -> Objective:
+    """The loss of the whole model. chain: all blocks, in front of the first; full: full precision behind the last block, in
+    batches of a step."""
+    stream = chain.training
+    teacher = Teacher(full, outside, full.model.config.vocab_size)
+
+    def logits(parameters: Parameters, batch: int) -> Tensor:
+        rows = stream.rows[batch]
+        return stream.head(chain(parameters, stream.hidden[rows], batch), rows, outside).float().flatten(0, 1)
+
+    def loss(parameters: Parameters, batch: int) -> Tensor:
+        value: Tensor = Divergence.apply(logits(parameters, batch), *teacher.probabilities(batch))
+        return value
+
+    def exact(parameters: Parameters, batch: int) -> Tensor:
+        return divergence(torch.log_softmax(logits(parameters, batch), -1), teacher.log_probabilities(batch))
+
+    return objective_of(loss, exact, stream.rows)
 
 
-def _objective(loss: Callable[[Parameters, int], Tensor], rows: Sequence[slice]) -> Objective:
+def objective_of(
+    loss: Callable[[Parameters, int], Tensor], measured: Callable[[Parameters, int], Tensor], rows: Sequence[slice]
+) -> Objective:
+    """An objective from its loss of a batch, as it is trained on and as it is measured on held-out windows."""
     trained, held = split(len(rows), rows[0].stop - rows[0].start)
 
     @torch.no_grad()
     def held_out(parameters: Parameters) -> float:
         losses = torch.stack(
-            [loss(parameters, batch).double() * (rows[batch].stop - rows[batch].start) for batch in held]
+            [measured(parameters, batch).double() * (rows[batch].stop - rows[batch].start) for batch in held]
         )
         return float(losses.sum() / sum(rows[batch].stop - rows[batch].start for batch in held))
 

@@ -1,4 +1,4 @@
-"""Adam on what is tuned: batches by a seed, the best iterate on windows that are held out, and a state to go on from.
+"""Steps on what is tuned, of Adam or of the gradient's sign: batches by a seed, the best iterate on windows that are held out, and a state to go on from.
 
 Every number here depends on the step alone, so that a run that goes on from a state ends with the bits of one that was
 never stopped.
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from quant.core.errors import InputError
 from quant.tune.codes import Parameters
@@ -21,6 +22,7 @@ from quant.tune.config import Tuning
 
 BETAS, EPSILON = (0.9, 0.999), 1e-12  # squared gradients of large models are far below Adam's usual 1e-8
 WARM_UP = 0.02  # share of the steps over which the rate rises
+Bounds = Mapping[str, tuple[float, float]]
 VALIDATIONS = 20  # of a run, besides the one of the start
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, float, float], None]  # step, steps, held-out loss now, at the start
@@ -79,8 +81,11 @@ class State:
                 "losses": [loss if math.isfinite(loss) else None for loss in self.losses]}  # fmt: skip
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Share of the rate at a step: a linear rise over WARM_UP of the steps, then a cosine to 0."""
+def rate_at(step: int, steps: int, optimizer: str = "adam") -> float:
+    """Share of the rate at a step: of Adam's a linear rise over WARM_UP of the steps, then a cosine to 0; of the sign's a
+    line to 0, as AutoRound has it."""
+    if optimizer == "sign":
+        return 1 - step / steps
     return min((step + 1) / max(1.0, WARM_UP * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -91,14 +96,16 @@ def order_of(batches: Sequence[int], step: int, seed: int) -> int:
     return batches[int(order[place])]
 
 
-def begin(objective: Objective, parameters: Parameters) -> State:
-    """The state of a run that has not taken a step. Raises InputError where the loss is not finite there."""
+def begin(objective: Objective, parameters: Parameters, optimizer: str = "adam") -> State:
+    """The state of a run that has not taken a step; the sign has no moments. Raises InputError where the loss is not finite there."""
     start = objective.held_out(parameters)
     if not math.isfinite(start):
         raise InputError("--tune: the loss of the solved model is not finite; use --dtype float32")
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    moments = {name: tensor.clone() for name, tensor in zeros.items()}
-    return State(0, parameters, zeros, moments, _copy(parameters), [start], start)
+    first, second = (
+        {name: torch.zeros_like(tensor) for name, tensor in parameters.items()} if optimizer == "adam" else {}
+        for _ in range(2)
+    )
+    return State(0, parameters, first, second, _copy(parameters), [start], start)
 
 
 def optimize(
@@ -109,10 +116,11 @@ def optimize(
     seed: int,
     keep: Callable[[State], None] = lambda state: None,
     progress: Progress = lambda step, steps, now, first: None,
+    bounds: Bounds = {},  # noqa: B006 (only read)
 ) -> State:
     """Take the steps that are left; the state then holds the iterate with the lowest held-out loss, which may be the start.
 
-    keep: is given the state after every validation. A loss that is not finite ends the run at the best iterate.
+    keep: is given the state after every validation. bounds: what parameters stay within, by name, of those that do. A loss that is not finite ends the run at the best iterate.
     """
     steps = tuning.steps
     every = max(1, steps // VALIDATIONS)
@@ -120,7 +128,11 @@ def optimize(
         parameter.requires_grad_()
     while not state.is_finished(steps):
         objective.loss(state.parameters, order_of(objective.batches, state.step, seed)).backward()
-        _adam(state, rates, rate_at(state.step, steps))
+        take = _adam if tuning.optimizer == "adam" else _sign
+        take(state, rates, rate_at(state.step, steps, tuning.optimizer))
+        with torch.no_grad():
+            for name, ends in bounds.items():
+                state.parameters[name].clamp_(*ends)
         state.step += 1
         if state.step % every and state.step < steps:
             continue
@@ -138,16 +150,29 @@ def optimize(
 
 @torch.no_grad()
 def _adam(state: State, rates: Mapping[str, float], share: float) -> None:
-    """One step of Adam (Kingma and Ba 2015, Algorithm 1) in place; takes the gradients."""
-    one, two = (1 - beta ** (state.step + 1) for beta in BETAS)
+    """One step of Adam (Kingma and Ba 2015, Algorithm 1) in place, all tensors of a rate in one pass; takes the gradients."""
+    moved = [name for name, parameter in state.parameters.items() if parameter.grad is not None]
+    for rate in dict.fromkeys(rates[name] for name in moved):
+        names = [name for name in moved if rates[name] == rate]
+        parameters = [state.parameters[name] for name in names]
+        gradients = [parameter.grad for parameter in parameters]
+        first, second = ([part[name] for name in names] for part in (state.first, state.second))
+        steps = [torch.full((), float(state.step), device=parameter.device) for parameter in parameters]
+        adam(
+            parameters, gradients, first, second, [], steps, fused=True, amsgrad=False, maximize=False,  # type: ignore[arg-type]
+            beta1=BETAS[0], beta2=BETAS[1], lr=rate * share, weight_decay=0.0, eps=EPSILON,
+        )  # fmt: skip
+        for parameter in parameters:
+            parameter.grad = None
+
+
+@torch.no_grad()
+def _sign(state: State, rates: Mapping[str, float], share: float) -> None:
+    """θ ← θ - rate · sign(g), in place; takes the gradients (AutoRound, arXiv 2309.05516, equation 5)."""
     for name, parameter in state.parameters.items():
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        m = state.first[name].lerp_(gradient, 1 - BETAS[0])
-        v = state.second[name].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        parameter.addcdiv_(m, (v / two).sqrt_().add_(EPSILON), value=-rates[name] * share / one)
-        parameter.grad = None
+        if parameter.grad is not None:
+            parameter.add_(parameter.grad.sign_(), alpha=-rates[name] * share)
+            parameter.grad = None
 
 
 def _copy(parameters: Parameters) -> Parameters:

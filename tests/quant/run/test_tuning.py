@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from data.demo import text as stories
-from quant.blocks.fake_quant import ActSpec
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.run import tuning as stage
@@ -17,9 +18,9 @@ from quant.run.request import Request
 from quant.run.session import open_session
 from quant.run.stored import Allowed
 from quant.tune import limits
-from quant.tune.config import Tuning, batch_of, split
-from quant.tune.objectives import divergence, logits_of
-from tests.helpers import CPU, DEMO, config_for, perform
+from quant.tune.config import AUTOROUND_TUNING, Tuning, batch_of, split
+from quant.tune.objectives import divergence
+from tests.helpers import CPU, DEMO, config_for, perform, whole_model_logits
 
 STEPS = 10
 
@@ -88,9 +89,9 @@ def test_what_was_trained_is_what_is_deployed(demo_text, tmp_path, monkeypatch):
     seen = {}
     usual = stage.model_objective
 
-    def watched(model, blocks, rest, outside, full, act):
-        seen.update(model=model, blocks=blocks, full=full)
-        return usual(model, blocks, rest, outside, full, act)
+    def watched(chain, full, outside):
+        seen.update(full=full)
+        return usual(chain, full, outside)
 
     monkeypatch.setattr(stage, "model_objective", watched)
     session.quantize(config.run, config.output)
@@ -104,8 +105,8 @@ def test_what_was_trained_is_what_is_deployed(demo_text, tmp_path, monkeypatch):
     with torch.no_grad():
         for batch in split(len(rows), batch_of(32))[1]:
             ids = session.calibration(config.run).ids[rows[batch]]
-            q = torch.log_softmax(logits_of(model, weights, outside, ids, ActSpec()), -1)
-            p = torch.log_softmax(seen["full"].logits(rows[batch], outside), -1)
+            q = torch.log_softmax(whole_model_logits(model, weights, ids), -1).flatten(0, 1)
+            p = torch.log_softmax(seen["full"].logits(rows[batch], outside), -1).flatten(0, 1)
             losses.append(float(divergence(q, p)))
     assert sum(losses) / len(losses) == log["held_out_end"]
 
@@ -201,6 +202,80 @@ def test_solved_codes_stay_where_tuning_does_not_help(scope, demo_text, tmp_path
     assert same(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "plain"))
 
 
+AUTOROUND = replace(AUTOROUND_TUNING, iterations=STEPS)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scope": "model"}, {"last": "lm", "drop": 0.001}, {"last": "kl", "norms": True},
+                                     {"recompute": True}])  # fmt: skip
+def test_autoround_is_a_row_of_tuning(changes, demo_text, tmp_path):
+    config = tuned(demo_text, tmp_path, tuning=replace(AUTOROUND, **changes))
+    plain = config.but(tuning=None, run_dir=tmp_path / "plain")
+    session = open_session(config)
+    results, before = session.run(config.run, config.output), session.run(plain.run, plain.output)
+    assert (results["method"], results["solver"], before["method"]) == ("autoround", "rtn", "rtn")
+    assert results["perplexity"]["stories"]["quantized"] < before["perplexity"]["stories"]["quantized"]
+    assert results["bits_per_weight"] == before["bits_per_weight"]
+    logs = [summary.tuning for summary in summaries(tmp_path / "run")]
+    assert all(log["held_out_end"] <= log["held_out_start"] for log in logs)
+    assert sum(log["held_out_end"] < log["held_out_start"] for log in logs) >= 3
+
+
+def test_autoround_begins_with_rounding_to_nearest_alone(demo_text, tmp_path):
+    with pytest.raises(InputError, match="autoround begins with rounding to nearest, not with gptq"):
+        perform(tuned(demo_text, tmp_path, tuning=AUTOROUND, solver="gptq"))
+
+
+@pytest.mark.parametrize("last", ["lm", "kl"])
+def test_the_last_block_is_tuned_for_the_model_and_the_others_for_themselves(last, demo_text, tmp_path):
+    config = tuned(demo_text, tmp_path, "block", tuning=Tuning("block", STEPS, rate=0.02, last=last))
+    usual = config.but(tuning=Tuning("block", STEPS, rate=0.02), run_dir=tmp_path / "usual")
+    fewer = config.but(num_layers=3, run_dir=tmp_path / "fewer")
+    session = open_session(config)
+    for one in (config, usual, fewer):
+        session.quantize(one.run, one.output)
+    of_last, of_usual, of_fewer = (blocks_of(tmp_path / name) for name in ("run", "usual", "fewer"))
+    assert same(of_last[:3], of_usual[:3])
+    assert same(of_last[:3], of_fewer)
+    assert not same(of_last[3:], of_usual[3:])
+    log = summaries(tmp_path / "run")[3].tuning
+    assert log["held_out_end"] < log["held_out_start"]
+    assert log["held_out_start"] > 1 or last == "kl"  # nats of a token
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_recomputing_changes_no_bit(scope, demo_text, tmp_path):
+    config = tuned(demo_text, tmp_path, scope, tuning=Tuning(scope, 4, rate=0.05))
+    again = config.but(tuning=Tuning(scope, 4, rate=0.05, recompute=True), run_dir=tmp_path / "again")
+    session = open_session(config)
+    for one in (config, again):
+        session.quantize(one.run, one.output)
+    assert same(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "again"))
+
+
+def test_a_block_goes_on_in_the_middle_of_its_steps(demo_text, tmp_path, monkeypatch):
+    config = tuned(demo_text, tmp_path, tuning=AUTOROUND)
+    quantize(config)
+    assert not (tmp_path / "run" / TUNING).exists()
+    monkeypatch.setattr(stage, "KEEP_SECONDS", 0.0)
+    other = config.but(run_dir=tmp_path / "killed")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_in_training(patch, STEPS + 4)  # of the second block
+        quantize(other)
+    assert len(blocks_of(tmp_path / "killed")) == 1
+    steps = []
+    usual = stage.optimize
+
+    def watched(objective, state, *given):
+        steps.append(state.step)
+        return usual(objective, state, *given)
+
+    monkeypatch.setattr(stage, "optimize", watched)
+    quantize(other)
+    assert steps == [4, 0, 0]
+    assert same(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "killed"))
+    assert not (tmp_path / "killed" / TUNING).exists()
+
+
 @pytest.mark.parametrize("method", ["gptq", "quantease", "gptq_quantease"])
 def test_groups_outliers_and_some_blocks_alone(method, demo_text, tmp_path):
     options = {"quantease": {"num_iter": 3, "outlier": 0.01}, "gptq": {"act_order": True}}.get(method, {})
@@ -219,6 +294,9 @@ def test_another_configuration_has_another_name(demo_text, tmp_path):
     others = [config.but(tuning=t) for t in (None, Tuning("block"), Tuning("model", STEPS + 1, rate=0.05))]
     assert len({session.run_path(c.run, c.output) for c in (config, *others)}) == 4
     assert "tuning" not in session.configuration(others[0].run)
+    earlier = {"scope", "iterations", "rate", "grid_rate", "norms", "drop"}  # names of fields of runs that are there
+    assert session.configuration(others[1].run)["tuning"].keys() == earlier
+    assert session.configuration(config.but(tuning=AUTOROUND).run)["tuning"].keys() == earlier | {"form", "optimizer"}
 
 
 def test_a_request_keeps_what_is_tuned(demo_text, tmp_path):
@@ -226,7 +304,17 @@ def test_a_request_keeps_what_is_tuned(demo_text, tmp_path):
     stored, everything = request.to_json(), Allowed(False, paths=True)
     assert Request.from_json(stored, "manifest.json", everything).run.tuning == request.run.tuning
     assert Request.from_json(stored | {"tuning": None}, "manifest.json", everything).run.tuning is None
-    for wrong in ({"scope": "layer"}, {"iterations": "7"}, {"iterations": -1}, {"rate": float("nan")}, {"other": 1}, 7):
+    for wrong in (
+        {"scope": "layer"},
+        {"iterations": "7"},
+        {"iterations": -1},
+        {"rate": float("nan")},
+        {"other": 1},
+        {"last": "x"},
+        {"form": "x"},
+        {"optimizer": 1},
+        7,
+    ):
         with pytest.raises(InputError):
             Request.from_json(stored | {"tuning": wrong}, "manifest.json", everything)
 
@@ -250,6 +338,11 @@ def test_a_model_that_does_not_fit_is_refused_and_blocks_are_not(demo_text, tmp_
     config = tuned(demo_text, tmp_path)
     session = open_session(config)
     with pytest.raises(InputError, match=r"about 0\.\d GB .* use --tune block"):
+        session.recipe(config.run)
+    sizes = limits.Sizes.of(session.model, 4)
+    needs = [limits.memory(sizes, Tuning("model", recompute=again), 4, 4 * 32) for again in (True, False)]
+    monkeypatch.setattr(limits.env, "free_bytes", lambda device: sum(needs) / 2 / limits.SHARE)
+    with pytest.raises(InputError, match="use --tune-recompute"):
         session.recipe(config.run)
     session.recipe(config.but(tuning=Tuning("block")).run)
 

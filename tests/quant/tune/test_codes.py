@@ -7,9 +7,9 @@ import torch
 
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
-from quant.core.types import QuantSpec
+from quant.core.types import Grid, QuantSpec
 from quant.solvers import get_solver
-from quant.tune.codes import FACTOR, POSITION, RoundPosition, TunedLinear
+from quant.tune.codes import FACTOR, POSITION, Groups, RoundPosition, TunedLinear
 from tests.helpers import random_weight
 
 SPECS = [
@@ -38,8 +38,8 @@ def solved(spec, method="gptq", **options):
 @pytest.mark.parametrize("method", ["rtn", "gptq", "quantease"])
 def test_the_start_is_the_solved_answer(spec, method):
     weight, start = solved(spec, method)
-    linear = TunedLinear("w", start, spec)
-    parameters = linear.initial(weight)
+    linear = TunedLinear("w", start, spec, weight)
+    parameters = linear.initial()
     assert torch.equal(linear.weight(parameters), start.dequantize())
     answer = linear.answer(parameters)
     assert torch.equal(answer.codes, start.codes)
@@ -54,8 +54,8 @@ def test_the_start_is_the_solved_answer(spec, method):
 def test_column_orders_and_outliers_stay(method, options):
     spec = QuantSpec(3, group_size=8)
     weight, start = solved(spec, method, **options)
-    linear = TunedLinear("w", start, spec)
-    parameters = linear.initial(weight)
+    linear = TunedLinear("w", start, spec, weight)
+    parameters = linear.initial()
     assert torch.equal(linear.weight(parameters), start.dequantize())
     moved = {name: p + 0.3 * gaussian(*p.shape, seed=5) for name, p in parameters.items()}
     answer = linear.answer(moved)
@@ -68,7 +68,7 @@ def test_column_orders_and_outliers_stay(method, options):
 def test_a_position_stands_where_the_weight_does_unless_the_solver_chose_another_code():
     spec = QuantSpec(3)
     weight, start = solved(spec)
-    position = TunedLinear("w", start, spec).initial(weight)[POSITION]
+    position = TunedLinear("w", start, spec, weight).initial()[POSITION]
     place = weight / start.grid.scale + start.grid.zero
     inside = (place - start.codes.float()).abs() <= 0.48
     assert 0.3 < inside.float().mean() < 1
@@ -79,8 +79,8 @@ def test_a_position_stands_where_the_weight_does_unless_the_solver_chose_another
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_gradients_are_those_of_the_formula_in_float64(spec):
     weight, start = solved(spec)
-    linear = TunedLinear("w", start, spec)
-    parameters = {name: p.clone() for name, p in linear.initial(weight).items()}
+    linear = TunedLinear("w", start, spec, weight)
+    parameters = {name: p.clone() for name, p in linear.initial().items()}
     parameters[POSITION] += 1.5 * gaussian(12, 32, seed=3)  # some leave the range
     parameters[FACTOR] += 0.1 * gaussian(*parameters[FACTOR].shape, seed=4)
     for p in parameters.values():
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_formula_in_float64(spec):
     offsets = codes - grid.zero.double()[:, grid.g_idx]
     deployed = offsets * scale[:, grid.g_idx]
     upstream = 2 * (x.double() @ deployed.T - y.double()).T @ x.double()  # of Ŵ
-    inside = (u >= -0.5) & (u <= grid.qmax + 0.5)
+    inside = (u > -0.5) & (u < grid.qmax + 0.5)
     assert 0 < inside.double().mean() < 1
     of_position = upstream * scale[:, grid.g_idx] * inside
     of_factor = torch.zeros_like(scale).index_add_(1, grid.g_idx, upstream * offsets) * grid.scale.double()
@@ -106,8 +106,8 @@ def test_gradients_are_those_of_the_formula_in_float64(spec):
 def test_scales_stay_numbers_of_float16_and_positive():
     spec = QuantSpec(3, group_size=8)
     weight, start = solved(spec)
-    linear = TunedLinear("w", start, spec)
-    parameters = linear.initial(weight)
+    linear = TunedLinear("w", start, spec, weight)
+    parameters = linear.initial()
     parameters[FACTOR] = torch.linspace(-3, 3, parameters[FACTOR].numel()).view_as(parameters[FACTOR])
     answer = linear.answer(parameters)
     assert bool((answer.grid.scale > 0).all())
@@ -118,30 +118,44 @@ def test_scales_stay_numbers_of_float16_and_positive():
 
 def test_a_change_of_scale_changes_no_code():
     weight, start = solved(QuantSpec(2))
-    linear = TunedLinear("w", start, QuantSpec(2))
-    parameters = linear.initial(weight)
+    linear = TunedLinear("w", start, QuantSpec(2), weight)
+    parameters = linear.initial()
     parameters[FACTOR] = parameters[FACTOR] + 0.2
     assert torch.equal(linear.answer(parameters).codes, start.codes)
 
 
 def test_codes_end_at_the_range():
     position = torch.tensor([-9.0, -0.5, 0.49, 1.51, 3.5, 3.51], requires_grad=True)
-    codes = RoundPosition.apply(position, 3)
-    assert codes.tolist() == [0, 0, 0, 2, 3, 3]
+    grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(6, dtype=torch.int64), 3)
+    row = position.unsqueeze(0)
+    codes = RoundPosition.apply(row, grid.scale, grid.zero, Groups(grid), 3)
+    assert codes.tolist() == [[0, 0, 0, 2, 3, 3]]
     codes.sum().backward()
-    assert position.grad.tolist() == [0, 1, 1, 1, 1, 0]
+    assert position.grad.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("index", [[0, 0, 1, 1, 2, 2], [2, 0, 1, 0, 2, 1], [0, 0, 0, 0, 1, 1], [0] * 6])
+def test_sums_over_groups_in_any_order_and_of_any_size(index):
+    index = torch.tensor(index)
+    count = int(index.max()) + 1
+    groups = Groups(Grid(torch.ones(3, count), torch.zeros(3, count), index, 3))
+    values = gaussian(3, 6, seed=4).double()
+    by_hand = [[sum(float(row[j]) for j in range(6) if index[j] == g) for g in range(count)] for row in values]
+    assert torch.allclose(groups.sum(values), torch.tensor(by_hand, dtype=torch.float64))
+    wide = groups.expand(groups.sum(values)).expand(3, 6)
+    assert torch.equal(wide, groups.sum(values)[:, index])
 
 
 def test_scales_in_few_bits_are_refused_in_one_line():
-    _, start = solved(QuantSpec(3, group_size=16), "spqr")
+    weight, start = solved(QuantSpec(3, group_size=16), "spqr")
     with pytest.raises(InputError, match="--tune cannot hold scales that are quantized themselves"):
-        TunedLinear("block 0 w", start, QuantSpec(3, group_size=16))
+        TunedLinear("block 0 w", start, QuantSpec(3, group_size=16), weight)
 
 
 def test_the_answer_is_what_was_computed_with_also_far_from_the_start():
     spec = QuantSpec(4, group_size=16)
     start = random_weight(8, 64, spec)
-    linear = TunedLinear("w", start, spec)
+    linear = TunedLinear("w", start, spec, start.dequantize())
     parameters = {
         POSITION: gaussian(8, 64, seed=1) * 30, FACTOR: gaussian(8, 4, seed=2) * 0.5,
     }  # fmt: skip

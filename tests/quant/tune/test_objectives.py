@@ -13,17 +13,19 @@ from quant.core.gram import GramStats
 from quant.core.rounding import RoundTo
 from quant.core.types import QuantSpec
 from quant.solvers import get_solver
+from quant.tune import objectives
 from quant.tune.block import TunedBlock
+from quant.tune.chain import Chain
 from quant.tune.config import Tuning
 from quant.tune.objectives import (
+    Divergence,
+    Teacher,
     block_objective,
     divergence,
-    logits_of,
     model_objective,
     trimmed_squared_error,
-    weights_of,
 )
-from tests.helpers import CPU
+from tests.helpers import CPU, whole_model_logits
 
 SPEC = QuantSpec(3, group_size=8)
 MODEL = Tuning("model")
@@ -65,53 +67,101 @@ def test_divergence_is_its_definition():
     assert float(divergence(p.log(), p.log())) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize(("n", "size"), [(1, 3), (6, 40)])
+def test_the_loss_that_is_trained_on_is_the_divergence_with_its_gradient(n, size):
+    z = (3 * torch.randn(n, size)).requires_grad_()
+    log_p = torch.log_softmax(torch.randn(n, size), -1)
+    p = log_p.exp()
+    value = Divergence.apply(z, p, (p * log_p).sum() / n)
+    value.backward()
+    exact = z.detach().double().requires_grad_()
+    reference = (p.double() * (log_p.double() - torch.log_softmax(exact, -1))).sum() / n
+    reference.backward()
+    assert value.item() == pytest.approx(reference.item(), rel=1e-4)
+    assert torch.allclose(z.grad.double(), exact.grad, atol=1e-7)
+
+
+def advanced(model, stream):
+    """Full precision behind the last block, from a stream in front of the first."""
+    full = stream.fork()
+    for index in range(len(model.blocks)):
+        full.run(index, BlockWeights.read(model, index, CPU), advance=True)
+    return full
+
+
+def within(parameters, index):
+    return {f"{index}.{name}": tensor for name, tensor in parameters.items()}
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "bloom", "falcon 40b", "gemma2", "qwen3"])
 @pytest.mark.parametrize("act", [ActSpec(), ActSpec(8, kv_bits=8)], ids=["", "A8KV8"])
-def test_the_model_of_tuned_blocks_is_that_of_the_stream(family, act, model_dir):
+def test_a_chain_of_all_blocks_is_the_librarys_model(family, act, model_dir):
     model = opened(model_dir(family))
     blocks = [rounded_block(model, i, QuantSpec(3)) for i in range(len(model.blocks))]
-    parameters = {f"{b.index}.{k}": t for b in blocks for k, t in b.initial().items()}
+    parameters, weights = {}, BlockWeights()
+    for block in blocks:
+        parameters |= within(block.initial(), block.index)
+        weights |= block.weights_at(block.initial()).within(block.index)
     outside, ids = model.outside_weights(CPU), tokens(2)
     stream = BlockStream(model, ids, device=CPU, batch=2).capture(outside)
-    for block in blocks:
-        stream.run(block.index, block.weights_at(block.initial()), advance=True, act=act)
-    reference = stream.logits(slice(0, 2), outside)
     with torch.no_grad():
-        logits = logits_of(model, weights_of(blocks, parameters), outside, ids, act)
+        hidden = Chain(stream, dict(enumerate(blocks)), act)(parameters, stream.hidden[slice(0, 2)], 0)
+        logits = stream.head(hidden, slice(0, 2), outside)
+        reference = whole_model_logits(model, weights, ids, act)
     assert torch.allclose(logits, reference, atol=1e-4 * float(reference.abs().max()))
 
 
-def test_the_loss_of_the_model_is_the_divergence_from_full_precision(model_dir):
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_loss_of_the_model_is_the_divergence_from_full_precision(cached, model_dir, monkeypatch):
+    monkeypatch.setattr(objectives.env, "free_bytes", lambda device: 10**12 if cached else 0)
     model = opened(model_dir("llama"))
     outside, ids = model.outside_weights(CPU), tokens()
-    full = BlockStream(model, ids, device=CPU, batch=2).capture(outside)
-    one, two, three = (BlockWeights.read(model, i, CPU).within(i) for i in range(3))
-    first, rest = one | two | three, one | three
-    blocks = [rounded_block(model, 1)]  # the others stay
-    for index in range(3):
-        full.run(index, BlockWeights.read(model, index, CPU), advance=True)
-    objective = model_objective(model, blocks, rest, outside, full, ActSpec())
-    parameters = {f"1.{k}": t for k, t in blocks[0].initial().items()}
+    stream = BlockStream(model, ids, device=CPU, batch=2).capture(outside)
+    whole = [BlockWeights.read(model, i, CPU) for i in range(3)]
+    block = rounded_block(model, 1)  # the others stay
+    chain = Chain(stream, {0: whole[0], 1: block, 2: whole[2]}, ActSpec())
+    objective = model_objective(chain, advanced(model, stream), outside)
+    first = whole[0].within(0) | whole[1].within(1) | whole[2].within(2)
     with torch.no_grad():
-        weights = first | weights_of(blocks, parameters)
-        p = torch.log_softmax(logits_of(model, first, outside, ids[4:6], None).double(), -1)
-        q = torch.log_softmax(logits_of(model, weights, outside, ids[4:6], None).double(), -1)
+        weights = first | block.weights_at(block.initial()).within(1)
+        p = torch.log_softmax(whole_model_logits(model, first, ids[4:6]).double(), -1)
+        q = torch.log_softmax(whole_model_logits(model, weights, ids[4:6]).double(), -1)
     reference = float((p.exp() * (p - q)).sum(-1).mean())
     assert reference > 1e-4
-    assert float(objective.loss(parameters, 2)) == pytest.approx(reference, rel=1e-3)
+    for _ in range(2):
+        assert float(objective.loss(within(block.initial(), 1), 2)) == pytest.approx(reference, rel=1e-3)
 
 
-def test_gradients_of_the_model_reach_every_parameter(model_dir):
+def test_what_full_precision_says_is_the_same_from_the_cache(model_dir):
+    model = opened(model_dir("llama"))
+    outside = model.outside_weights(CPU)
+    stream = BlockStream(model, tokens(), device=CPU, batch=2).capture(outside)
+    teacher = Teacher(advanced(model, stream), outside, model.config.vocab_size)
+    assert teacher.keeps
+    first = teacher.probabilities(1)
+    assert teacher.probabilities(1)[0] is first[0]
+    teacher.kept, teacher.keeps = {}, False
+    again = teacher.probabilities(1)
+    assert teacher.kept == {}
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_the_model_reach_every_parameter(recompute, model_dir):
     model = opened(model_dir("opt"))
-    outside, ids = model.outside_weights(CPU), tokens()
-    full = BlockStream(model, ids, device=CPU, batch=2).capture(outside)
-    for index in range(3):
-        full.run(index, BlockWeights.read(model, index, CPU), advance=True)
+    outside = model.outside_weights(CPU)
+    stream = BlockStream(model, tokens(), device=CPU, batch=2).capture(outside)
     blocks = [rounded_block(model, i, tuning=Tuning("model", norms=True)) for i in range(3)]
-    parameters = {f"{b.index}.{k}": t.requires_grad_() for b in blocks for k, t in b.initial().items()}
-    model_objective(model, blocks, BlockWeights(), outside, full, ActSpec()).loss(parameters, 0).backward()
-    without = {name for name, p in parameters.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)}
+    parameters = {k: t for b in blocks for k, t in within(b.initial(), b.index).items()}
+    gradients = []
+    for again in (recompute, False):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
+        chain = Chain(stream, dict(enumerate(blocks)), ActSpec(), again)
+        model_objective(chain, advanced(model, stream), outside).loss(leaves, 0).backward()
+        gradients.append({name: leaf.grad for name, leaf in leaves.items()})
+    without = {name for name, g in gradients[0].items() if g is None or not bool(g.abs().sum() > 0)}
     assert not without - {f"{i}.self_attn.k_proj.bias.shift" for i in range(3)}  # softmax is blind to it
+    assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items() if g is not None)
 
 
 def test_a_block_is_trained_as_it_is_deployed(model_dir):
@@ -136,12 +186,12 @@ def test_the_loss_of_a_block_is_that_of_its_outputs(model_dir):
     full.run(0, BlockWeights.read(model, 0, CPU), advance=True)
     block = rounded_block(model, 0, tuning=Tuning("block", drop=0.0))
     training = quantized.in_batches_of(2, outside)
-    objective = block_objective(block, training, full.hidden, ActSpec(), block.tuning)
+    objective = block_objective(Chain(training, {0: block}, ActSpec()), full.hidden, block.tuning)
     with torch.no_grad():
         behind = quantized.fork()
         behind.run(0, block.weights_at(block.initial()), advance=True)
         reference = (behind.hidden.data[6:8] - full.hidden.data[6:8]).square().mean()
-    parameters = block.initial()
+    parameters = within(block.initial(), 0)
     assert float(objective.loss(parameters, 3)) == pytest.approx(float(reference), rel=1e-4)
     assert objective.batches == [0, 1, 2, 3, 4, 5, 6]
     assert objective.held_out(parameters) == pytest.approx(float(objective.loss(parameters, 7)), rel=1e-6)

@@ -60,6 +60,37 @@ def test_rates_rise_over_two_percent_and_fall_as_a_cosine():
     assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
 
 
+def test_rates_of_the_sign_fall_as_a_line():
+    assert [rate_at(step, 4, "sign") for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+
+
+@pytest.mark.parametrize("stop", [None, 4, 20])
+def test_steps_of_the_sign_are_those_of_the_gradient_and_stay_within_bounds(stop):
+    objective, tuning, kept = quadratic(), Tuning("model", 40, optimizer="sign"), []
+
+    def keep(state):
+        kept.append(({n: t.clone() for n, t in state.tensors().items()}, state.numbers() | {"losses": [*state.losses]}))
+        if state.step == stop:
+            raise KeyboardInterrupt
+
+    def go(state):
+        with contextlib.suppress(KeyboardInterrupt):
+            optimize(objective, state, {"x": 0.1}, tuning, 0, keep, bounds={"x": (-0.1, 0.3)})
+        return state
+
+    state = go(begin(objective, {"x": torch.zeros(5)}, "sign"))
+    if stop is not None:
+        (tensors, numbers), stop = kept[-1], None
+        state = go(State.of(tensors, numbers))
+    x, lowest = torch.zeros(5).double(), 0.0
+    for step in range(40):
+        gradient = 2 * (x - TARGETS[order_of(range(5), step, 0)].double())
+        x = (x - 0.1 * (1 - step / 40) * gradient.sign()).clamp(-0.1, 0.3)
+        lowest = min(lowest, float(x.min()))
+    assert torch.allclose(state.parameters["x"].detach().double(), x, atol=1e-6)
+    assert lowest == -0.1
+
+
 def test_every_batch_comes_once_an_epoch_in_another_order():
     epochs = [[order_of([3, 5, 7, 9], 4 * e + i, 1) for i in range(4)] for e in range(6)]
     assert all(sorted(epoch) == [3, 5, 7, 9] for epoch in epochs)
