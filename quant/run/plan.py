@@ -162,7 +162,7 @@ def estimate(
     seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.windows * seqlen
     beside = 1 + (run.target_correction > 0 or _uses_cross(run))  # models that calibration runs through
-    statistics, forward, gram = (n * beside for n in _calibration(run, shapes, tokens, beside, rates))
+    statistics, forward, gram = _calibration(run, shapes, tokens, beside, rates)
     workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
     batch = session.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
@@ -247,7 +247,8 @@ def _learning(run: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize
 def _calibration(
     run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: tuple[float, float]
 ) -> tuple[float, float, float]:
-    """Bytes of the statistics, and seconds of the blocks' passes and of the sums, for each of the models beside each other."""
+    """Bytes of the statistics, and seconds of the blocks' passes and of the sums. beside: models that calibration runs
+    through."""
     n_blocks = min(run.num_layers, shapes.n_blocks)
     matrices = [1 + run.saliency * len(group) for group in shapes.groups]
     grams = [4 * group[0][2] ** 2 * n for group, n in zip(shapes.groups, matrices, strict=True)]
@@ -255,12 +256,12 @@ def _calibration(
     before = [sum(sizes[:i]) / sum(sizes) for i in range(len(sizes))]  # share of the block in front of each group
     passes = 1 + (sum(before) if run.true_sequential else 1)
     products = (
-        n * (_gram_flops(group[0][2]) + 2 * (beside - 1) * group[0][2] ** 2) / beside
+        n * (_gram_flops(group[0][2]) + 2 * (beside - 1) * group[0][2] ** 2)
         for group, n in zip(shapes.groups, matrices, strict=True)
     )
     return (
-        max(grams) if run.true_sequential else sum(grams),
-        n_blocks * tokens * 2 * shapes.block * passes / rates[0],
+        beside * (max(grams) if run.true_sequential else sum(grams)),
+        beside * n_blocks * tokens * 2 * shapes.block * passes / rates[0],
         n_blocks * tokens * sum(products) / rates[1],
     )
 
