@@ -20,7 +20,7 @@ from quant.run.packed_model import load_resident, open_quantized, open_run
 from quant.run.request import Request
 from quant.run.stored import Allowed
 from quant.tune.config import Tuning
-from tests.helpers import CPU, called, config_for, perform, replace
+from tests.helpers import CPU, asked, called, config_for, perform, replace
 
 FOLDED, ALL = Rotation(("residual", "vo")), Rotation()
 
@@ -137,9 +137,18 @@ def test_an_interrupted_run_goes_on_with_the_same_codes(run, tmp_path):
     assert perform(replace(request, run_dir=tmp_path / "third", rotation=Rotation(seed=1)))["codes_sha256"] != whole
 
 
-def test_what_is_tuned_and_learned_is_rotated(run, text, tmp_path):
-    tuned = run(tuning=Tuning(iterations=3), nsamples=16, save=tmp_path / "saved")
-    results = perform(tuned)
+WITH: dict[str, dict] = {
+    "tuning": {"tuning": Tuning(iterations=3), "nsamples": 16},
+    "corrected target": {"solver": "quantease", "target_correction": 1.0, "residual_correction": True},
+    "saliency": {"solver": "quantease", "saliency": 2},
+    "learning": {"learner": "omniquant", "learning": asked(epochs=1, batch=2), "act": ActSpec(8, 8)},
+}
+
+
+@pytest.mark.parametrize("part", WITH)
+@pytest.mark.parametrize("rotation", [FOLDED, ALL], ids=["folded", "all"])
+def test_what_else_a_run_does_is_done_to_the_rotated_model(part, rotation, run, text, tmp_path):
+    results = perform(run(**WITH[part], rotation=rotation, save=tmp_path / "saved", format="bitplane"))
     expected = results["perplexity"]["words"]["quantized"]
     assert measured(tmp_path / "saved", text, tmp_path) == pytest.approx(expected, rel=1e-6)
 
