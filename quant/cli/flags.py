@@ -319,6 +319,10 @@ SOLVER_FLAGS = (
     Flag("saliency_labels", same_name("--saliency-labels"),
          "what those gradients are taken for: tokens sampled from the model's own softmax (twice), or the text's next ones "
          "(default: sampled)", METHODS, SAMPLED_LABELS, choices=LABELS),
+    Flag("column_scales", same_name("--column-scales"),
+         "before a block is solved, scales that make inputs and weight columns alike go into norms and the rows of linears "
+         "in front: exact, no bits; takes outlier channels away", {QUANTIZER: WHAT[QUANTIZER], LEARNER: WHAT[LEARNER]},
+         type=bool),
     Flag(OPTIONS, same_name("--num-iter"), {
         QUANTIZER: "quantease, gptq_quantease: coordinate-descent sweeps (default: 30)",
         LEARNER: "quantease: sweeps (default: 30)",

@@ -20,6 +20,7 @@ def quantizer_rules(args: argparse.Namespace) -> Rules:
     yield from saliency_rules(args)
     yield from run_rules(args)
     yield from rotation_rules(args)
+    yield from column_rules(args)
 
 
 def learner_rules(args: argparse.Namespace) -> Rules:
@@ -27,6 +28,7 @@ def learner_rules(args: argparse.Namespace) -> Rules:
     yield from grid_rules(args)
     yield from correction_rules(args)
     yield from saliency_rules(args)
+    yield from column_rules(args)
     yield from learning_rules(args)
     yield from file_rules(args)
     yield from rotation_rules(args)
@@ -102,6 +104,7 @@ def run_rules(args: argparse.Namespace) -> Rules:
         "--structure-outlier keeps whole columns, --saliency solves rows in parts: drop one of them",
     )
     yield args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save"
+    yield args.compare_layers and args.column_scales, "--compare-layers solves layers as they are: drop --column-scales"
     yield (
         args.format is not None and args.save is None and not args.dry_run,
         f"--format {args.format} is of a checkpoint: give --save DIR too",
@@ -114,6 +117,14 @@ def rotation_rules(args: argparse.Namespace) -> Rules:
         yield kind not in ROTATIONS, f"--rotate {kind}: use {', '.join(ROTATIONS)} or all"
     yield args.rotate is not None and not rotations(args.rotate), f"--rotate: use {', '.join(ROTATIONS)} or all"
     yield args.rotate is None and args.rotate_seed is not None, "--rotate-seed: give --rotate too"
+
+
+def column_rules(args: argparse.Namespace) -> Rules:
+    """Of scales that are folded, on both command lines."""
+    yield (
+        args.column_scales and args.wbits == FULL_BITS,
+        "--column-scales makes weights easy to quantize: give --wbits 1 to 8",
+    )
 
 
 def grid_rules(args: argparse.Namespace) -> Rules:
@@ -152,7 +163,15 @@ def learning_rules(args: argparse.Namespace) -> Rules:
         yield part not in PARTS, f"--without {part}: use {', '.join(PARTS)}"
     for seam in args.seams:
         yield seam not in SEAMS, f"--let-seams {seam}: use {', '.join(SEAMS)}"
+    yield (
+        args.resume is not None and args.column_scales,
+        "--resume takes what was learned on other columns: drop --column-scales, or learn anew",
+    )
     yield args.act_scales is not None and not args.let, "--act-scales only matters with --let"
+    yield (
+        args.act_scales is not None and args.column_scales,
+        "--act-scales was measured on inputs that --column-scales changes: drop one of them",
+    )
     yield args.act_shifts is not None and args.act_scales is None, "--act-shifts needs --act-scales"
 
 

@@ -61,6 +61,8 @@ class RunConfig:
     gradients for saliency_labels. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
     files of generate_act_scale_shift.py.
     rotation: of the model before anything is solved (None: it stays as it is).
+    learning, act: see `Recipe`. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
+    files of generate_act_scale_shift.py. column_scales: folded into every block before it is learned or solved.
     """
 
     dataset: str = field(default="c4", metadata=BY_WHAT_IT_NAMES)
@@ -86,6 +88,7 @@ class RunConfig:
     residual_correction: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
     saliency: int = field(default=0, metadata=WHERE_IT_DIFFERS)
     saliency_labels: str = field(default=SAMPLED_LABELS, metadata=WHERE_IT_DIFFERS)
+    column_scales: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
     num_layers: int = field(default=1000, metadata=BY_WHAT_IT_NAMES)
     solver_precision: str = "highest"
 

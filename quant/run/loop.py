@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from models.load import LazyModel
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
@@ -19,6 +17,7 @@ from quant.learn.loop import learn_block
 from quant.run.calibration import calibration_stream, shortage
 from quant.run.config import RunConfig
 from quant.run.directory import BlockSummary, Record, RunDirectory
+from quant.run.folding import exact_behind, exact_weights, fold_block, folded_before, learned_behind
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress, measure
 from quant.run.linear import LinearRecord
@@ -63,13 +62,18 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
         if index < len(summaries):
             note = "from disk"
             stream.run(index, read_block(inputs.model, target, index, weights), advance=True, act=act)
+            weights = folded_before(inputs.model, target, index, weights)
             if pair is not None:
                 pair.full.run(index, weights, advance=True)
             if tuner is not None:
                 tuner.pass_on(index, weights)
         else:
             before, started = dict(stream.seconds), time.perf_counter()
-            learned = pair.learn(index, weights) if pair else None
+            learned = fold_block(stream, index, weights) if job.run.column_scales else None
+            if learned is not None:
+                weights = learned.weights
+            if pair is not None:
+                learned = pair.learn(index, weights, learned)
             learning = time.perf_counter() - started if learned else 0.0
             block = quantize_block(stream, index, weights, recipe, learned, full, tokens)
             more: dict[str, Any] = {}
@@ -103,7 +107,8 @@ def _note(records: Sequence[LinearRecord], learned: LearnedBlock | None) -> str:
     """What a person sees of a finished block."""
     errors = [record.relative_error for record in records]
     error = f"relative error {sum(errors) / len(errors):.4f}" if errors else ""
-    loss = f"loss {learned.log['loss_start']:.3e} -> {learned.log['loss_end']:.3e}" if learned else ""
+    log = learned.log if learned else {}
+    loss = f"loss {log['loss_start']:.3e} -> {log['loss_end']:.3e}" if log else ""
     return ", ".join(part for part in (loss, error) if part)
 
 
@@ -119,15 +124,16 @@ class _Pair:
         self.training = quantized.in_batches_of(self.learning.batch, outside)
         self.start = None if job.run.resume is None else RunDirectory(job.run.resume)
 
-    def learn(self, index: int, weights: BlockWeights) -> LearnedBlock:
-        """Learn block ``index`` from the usual start, or from the parameters of the run that is resumed."""
+    def learn(self, index: int, weights: BlockWeights, folded: LearnedBlock | None) -> LearnedBlock:
+        """Learn block ``index`` from the usual start, or from the parameters of the run that is resumed. folded: the block
+        where scales were folded into it before, with these weights."""
         n_blocks, epochs = self.job.n_blocks, self.learning.epochs
 
         def progress(epoch: int, _: int, now: float, first: float) -> None:
             note = f"block {index + 1} of {n_blocks}: loss {now:.3e} (start {first:.3e})"
             self.progress("learn", index * epochs + epoch, n_blocks * epochs, note)
 
-        return learn_block(
+        learned = learn_block(
             self.full,
             self.quantized,
             self.training,
@@ -136,19 +142,12 @@ class _Pair:
             self.recipe.spec,
             self.recipe.act,
             self.learning,
-            exact=self._exact(index),
+            exact=exact_weights(self.inputs.model, index, weights) if folded is None else exact_behind(folded),
             ranges=input_ranges(self.job.run, self.inputs.model, index),
             start=None if self.start is None else self.start.read_learned(index),
             progress=progress,
         )
-
-    def _exact(self, index: int) -> BlockWeights | None:
-        """The block's weights in float32 where the arithmetic would round those of the checkpoint."""
-        model = self.inputs.model
-        held = {dtype for name, dtype in model.storage.items() if name.startswith(f"{model.family.blocks}.{index}.")}
-        if held == {model.dtype} or model.dtype in (torch.float32, torch.float64):
-            return None
-        return BlockWeights.read(model, index, self.inputs.device, torch.float32)
+        return learned if folded is None else learned_behind(folded, learned)
 
 
 def compare_layers(inputs: Inputs, runs: Sequence[RunConfig], progress: Progress) -> list[Record]:

@@ -135,7 +135,7 @@ def quantize_block(
         for name, inputs in ((name, stats[group[0]]) for group in stage for name in group):
             weight, grid = weights.weight(name), None
             if learned is not None:
-                weight, grid = learned.targets[name], learned.grids[name]
+                weight, grid = learned.targets[name], learned.grids.get(name)
             solved[name], record = solve_linear(index, name, weight, inputs, recipe, grid)
             peak = peak_bytes(stream.device)
             records.append(replace(record, peak_bytes=peak["device"] or peak["host"]))

@@ -123,6 +123,7 @@ def _meaning_of(configuration: Record) -> Record:
         {"method": method_that_learned(configuration)}
         | {name: configuration[name] for name in ("wbits", "group_size", "symmetric", "levels")}
         | {"rotation": configuration.get("rotation")}
+        | {"column_scales": configuration.get("column_scales", False)}
         | {f"activations, {name}": value for name, value in configuration["act"].items()}
         | {name: learning.get(name) for name in ("clip", "compensation", "extra_ingredients")}
         | {f"transform, {k}": v for k, v in transform.items() if k not in ("alpha", "stability", "precise")}

@@ -23,6 +23,7 @@ from quant.core.errors import InputError
 from quant.core.files import check_plain_file, write_atomically
 from quant.core.types import QuantizedWeight
 from quant.run.directory import TUNING, BlockSummary, Record, RunDirectory, answers_sha256
+from quant.run.folding import folded_before
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress
 from quant.run.linear import LinearRecord
@@ -76,7 +77,8 @@ class BlockTuner:
         assert self.recipe.spec is not None
         model, n_blocks, steps = self.inputs.model, self.job.n_blocks, self.tuning.steps
         self.pass_on(index, weights)
-        tuned = TunedBlock(model, index, weights, block.solved, self.recipe.spec, self.tuning)
+        start = weights | block.changed.to(weights.device, model.dtype)
+        tuned = TunedBlock(model, index, start, block.solved, self.recipe.spec, self.tuning)
         objective = self._objective(index, tuned)
         kept = _Kept(self.job.target, f"{index} {answers_sha256(block.solved)}", rarely=True)
 
@@ -135,11 +137,16 @@ def tune_model(inputs: Inputs, job: Job, progress: Progress) -> list[BlockSummar
 def _tuned_blocks(inputs: Inputs, job: Job, indices: list[int]) -> list[TunedBlock]:
     assert job.recipe is not None and job.recipe.spec is not None and job.run.tuning is not None
     model, spec = inputs.model, job.recipe.spec
+
+    def start(index: int) -> BlockWeights:
+        weights = folded_before(model, job.target, index, BlockWeights.read(model, index, inputs.device))
+        return weights | job.target.read_changed(index).to(inputs.device, model.dtype)
+
     return [
         TunedBlock(
             model,
             index,
-            BlockWeights.read(model, index, inputs.device),
+            start(index),
             {name: answer.to(inputs.device) for name, answer in job.target.read_weights(index).items()},
             spec,
             job.run.tuning,
@@ -190,8 +197,10 @@ def _write(job: Job, block: TunedBlock, summary: BlockSummary, state: State, sec
     answers = block.answers(own)
     records = [after_tuning(record, answers[record.name]) for record in summary.records]
     spent = dict(summary.seconds) | {"learn": summary.seconds.get("learn", 0.0) + seconds}
+    changed = job.target.read_changed(block.index) | block.changes_at(own)
+    learned = job.target.read_learned(block.index)
     job.target.write_block(
-        block.index, answers, records, spent, changed=block.changes_at(own), tuning=state.record()
+        block.index, answers, records, spent, changed=changed, learned=learned, tuning=state.record()
     )  # fmt: skip
 
 

@@ -1,0 +1,51 @@
+"""Column scales in a run (``--column-scales``): measured on a block as its turn comes, kept with it, read again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from models.load import LazyModel
+from quant.blocks.linears import LinearRef
+from quant.blocks.stream import BlockStream
+from quant.blocks.weights import BlockWeights
+from quant.learn.column_scales import KEY, column_scales, fold, mean_squares
+from quant.learn.learner import LearnedBlock
+from quant.run.directory import RunDirectory
+
+
+def fold_block(stream: BlockStream, index: int, weights: BlockWeights) -> LearnedBlock:
+    """Block ``index`` with scales for the inputs that the stream holds, in full precision behind it; the stream stays in
+    front of it."""
+    exact = exact_weights(stream.model, index, weights)
+    return fold(stream.model, index, exact, column_scales(stream.model, exact, mean_squares(stream, index, weights)))
+
+
+def folded_before(model: LazyModel, target: RunDirectory, index: int, weights: BlockWeights) -> BlockWeights:
+    """The weights that a finished block was learned or solved from: with the scales that its file keeps, if any."""
+    kept = {name: scale for name, scale in target.read_learned(index).items() if name.startswith(KEY)}
+    return fold(model, index, exact_weights(model, index, weights), kept).weights if kept else weights
+
+
+def learned_behind(folded: LearnedBlock, learned: LearnedBlock) -> LearnedBlock:
+    """A block that was learned from a folded one, with what both changed."""
+    return replace(
+        learned,
+        tensors=folded.tensors | learned.tensors,
+        parameters={**folded.parameters, **learned.parameters},
+    )
+
+
+def exact_behind(folded: LearnedBlock) -> BlockWeights:
+    """The folded block with all that is known of what changed, whatever the arithmetic's dtype."""
+    linears = {LinearRef.of_module(name).parameter: target for name, target in folded.targets.items()}
+    return folded.weights.with_parameters({**linears, **folded.tensors.parameters})
+
+
+def exact_weights(model: LazyModel, index: int, weights: BlockWeights) -> BlockWeights:
+    """The block's weights in float32 where the arithmetic would round those of the checkpoint; else as they are."""
+    held = {dtype for name, dtype in model.storage.items() if name.startswith(f"{model.family.blocks}.{index}.")}
+    if held == {model.dtype} or model.dtype in (torch.float32, torch.float64):
+        return weights
+    return BlockWeights.read(model, index, weights.device, torch.float32)
