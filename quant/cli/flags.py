@@ -323,6 +323,9 @@ SOLVER_FLAGS = (
          "before a block is solved, scales that make inputs and weight columns alike go into norms and the rows of linears "
          "in front: exact, no bits; takes outlier channels away", {QUANTIZER: WHAT[QUANTIZER], LEARNER: WHAT[LEARNER]},
          type=bool),
+    Flag("bias_correction", same_name("--bias-correction"),
+         "where a linear has a bias, it takes up the mean error of what was solved", {QUANTIZER: WHAT[QUANTIZER],
+         LEARNER: ROUNDED}, type=bool),
     Flag(OPTIONS, same_name("--num-iter"), {
         QUANTIZER: "quantease, gptq_quantease: coordinate-descent sweeps (default: 30)",
         LEARNER: "quantease: sweeps (default: 30)",

@@ -20,7 +20,7 @@ def quantizer_rules(args: argparse.Namespace) -> Rules:
     yield from saliency_rules(args)
     yield from run_rules(args)
     yield from rotation_rules(args)
-    yield from column_rules(args)
+    yield from block_rules(args)
 
 
 def learner_rules(args: argparse.Namespace) -> Rules:
@@ -28,7 +28,7 @@ def learner_rules(args: argparse.Namespace) -> Rules:
     yield from grid_rules(args)
     yield from correction_rules(args)
     yield from saliency_rules(args)
-    yield from column_rules(args)
+    yield from block_rules(args)
     yield from learning_rules(args)
     yield from file_rules(args)
     yield from rotation_rules(args)
@@ -104,6 +104,7 @@ def run_rules(args: argparse.Namespace) -> Rules:
         "--structure-outlier keeps whole columns, --saliency solves rows in parts: drop one of them",
     )
     yield args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save"
+    yield args.compare_layers and args.bias_correction, "--compare-layers deploys nothing: drop --bias-correction"
     yield args.compare_layers and args.column_scales, "--compare-layers solves layers as they are: drop --column-scales"
     yield (
         args.format is not None and args.save is None and not args.dry_run,
@@ -119,8 +120,12 @@ def rotation_rules(args: argparse.Namespace) -> Rules:
     yield args.rotate is None and args.rotate_seed is not None, "--rotate-seed: give --rotate too"
 
 
-def column_rules(args: argparse.Namespace) -> Rules:
-    """Of scales that are folded, on both command lines."""
+def block_rules(args: argparse.Namespace) -> Rules:
+    """Of what is done to a block besides, on both command lines."""
+    yield (
+        args.bias_correction and args.wbits == FULL_BITS,
+        "--bias-correction takes up the error of quantized weights: give --wbits 1 to 8",
+    )
     yield (
         args.column_scales and args.wbits == FULL_BITS,
         "--column-scales makes weights easy to quantize: give --wbits 1 to 8",

@@ -23,7 +23,8 @@ class GramStats:
     holds the inputs as the quantized model sees them, behind everything that is quantized already. cross: X X̂ᵀ,
     float32 [in, in], with the inputs X of the original model at the same tokens; residual: (R - R̂) X̂ᵀ, float32 [out, in],
     with what the residual stream that the layer adds to lacks there; None where they were not given. Where tokens have
-    weights s, all of them are sums of s_t times the products at token t. n_tokens: tokens seen, whatever they weigh, 0 where
+    weights s, all of them are sums of s_t times the products at token t. total, full_total: sums of x̂ and of x, float32
+    [in], where every token counts once; None where x was not given. n_tokens: tokens seen, whatever they weigh, 0 where
     that is not known.
     """
 
@@ -35,6 +36,8 @@ class GramStats:
         self._weightless = 0
         self.cross: Tensor | None = None
         self.residual: Tensor | None = None
+        self.total = torch.zeros(n_in, device=device)
+        self.full_total: Tensor | None = None
         self.n_tokens = 0
 
     @classmethod
@@ -73,6 +76,10 @@ class GramStats:
                 self.residual = torch.zeros(lacking.shape[1], rows.shape[1], device=self._sum.device)
             for missing, part in zip(_chunks(lacking, root), _chunks(rows, root), strict=True):
                 self.residual.addmm_(missing.T, part)
+        self.total += rows.sum(0, dtype=torch.float32)
+        if full is not None:
+            total = full.reshape(rows.shape).sum(0, dtype=torch.float32)
+            self.full_total = total if self.full_total is None else self.full_total + total
         self.n_tokens += rows.shape[0]
         self._weightless += 0 if weights is None else int((weights == 0).sum())
         self._mirrored, self._rank = False, None

@@ -88,6 +88,7 @@ class RunConfig:
     residual_correction: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
     saliency: int = field(default=0, metadata=WHERE_IT_DIFFERS)
     saliency_labels: str = field(default=SAMPLED_LABELS, metadata=WHERE_IT_DIFFERS)
+    bias_correction: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
     column_scales: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
     num_layers: int = field(default=1000, metadata=BY_WHAT_IT_NAMES)
     solver_precision: str = "highest"

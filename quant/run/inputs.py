@@ -29,6 +29,7 @@ from quant.export.formats import Content
 from quant.export.read import open_checkpoint
 from quant.learn.rotation import rotated
 from quant.learn.transforms import check_seams
+from quant.run.bias import check_biases
 from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfig
 from quant.run.content import check_format, content_of, spec_of
 from quant.run.quantize import Recipe, check_options
@@ -134,6 +135,8 @@ class Inputs:
             )
         if run.learning is not None:
             check_seams(self.model.family, self.model.config, run.learning.transform)
+        if run.bias_correction:
+            check_biases(self.model)
         spec = spec_of(run, self.model.linear_shapes())
         if spec is not None:  # what is written out, and what is evaluated
             names = [f"{name}.weight" for name in self.model.linear_shapes()]
@@ -151,6 +154,7 @@ class Inputs:
             run.act,
             run.correction,
             run.saliency,
+            bias_correction=run.bias_correction,
         )
         self._check_correction(recipe, run.method)
         if spec is not None:

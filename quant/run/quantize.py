@@ -31,6 +31,7 @@ from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import describe as describe_kernels
 from quant.learn.config import Learning
 from quant.learn.learner import LearnedBlock
+from quant.run.bias import corrected_biases
 from quant.run.linear import LinearRecord, input_rms, verdict, weight_peak
 from quant.run.observe import InputStats, Original, observe
 from quant.solvers import declaration_for, solver_options
@@ -50,6 +51,7 @@ class Recipe:
     ``high`` (TF32, or bfloat16 in three parts) and ``medium``, which errors and objectives are never measured in.
     correction: of what is solved for, towards the outputs of the original model; None: the weights themselves.
     saliency: parts of the rows of every linear that are solved each with its own weights of tokens; 0: none.
+    bias_correction: see `corrected_biases`.
     """
 
     method: str
@@ -62,6 +64,7 @@ class Recipe:
     act: ActSpec = field(default_factory=ActSpec)
     correction: Correction | None = None
     saliency: int = 0
+    bias_correction: bool = False
 
     @property
     def asks_for_original(self) -> bool:
@@ -140,7 +143,12 @@ def quantize_block(
             peak = peak_bytes(stream.device)
             records.append(replace(record, peak_bytes=peak["device"] or peak["host"]))
         new = {name: solved[name] for group in stage for name in group}
+        originals = {name: learned.targets[name] if learned else weights.weight(name) for name in new}
         weights = deploy(weights, new, stream.model, index)
+        if recipe.bias_correction:
+            by_linear = {name: stats[group[0]].calibration for group in stage for name in group}
+            biases = corrected_biases(stream.model, index, originals, weights, by_linear)
+            weights, changed = deploy(weights, {}, stream.model, index, biases), changed | biases
     if recipe.act.method == "static":
         changed = replace(changed, input_ranges=static_ranges(stream, index, weights, recipe.act))
     weights = deploy(weights, {}, stream.model, index, changed)
