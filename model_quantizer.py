@@ -7,6 +7,7 @@ was interrupted, with identical bits.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -53,6 +54,10 @@ def prepare(args: argparse.Namespace, here: bool = True) -> None:
     which must have the model and the device."""
     if args.preset == "best":
         args.range, args.search_grid, args.refit_grid = "mse", True, True
+    if args.avg_bits is not None:
+        if args.wbits != FULL_BITS:
+            raise InputError(f"--avg-bits {args.avg_bits:g} chooses the widths: drop --wbits {args.wbits}")
+        args.wbits = min(8, max(2, int(args.avg_bits))) if math.isfinite(args.avg_bits) else 2
     args.methods = list(split_words(args.quantization_method)) if args.wbits != FULL_BITS else ["quantease"]
     args.corpora = split_words(args.eval_datasets)
     if lines := mistakes(args) + (place_mistakes(args) if here else []):
@@ -96,6 +101,13 @@ def tuning_of(args: argparse.Namespace, method: str) -> Any:
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
+def _bits(args: argparse.Namespace) -> str:
+    """Of the title of a table."""
+    if args.avg_bits is not None:
+        return f"{args.avg_bits:g} bits on average"
+    return f"{args.wbits} bits" if args.wbits != FULL_BITS else "base model"
+
+
 def request_from(words: list[str]) -> Any:
     """The request of a command of one method given as words, for sweeps. Raises InputError for what is wrong with it."""
     args = parser().parse_args(words)
@@ -117,7 +129,7 @@ def main() -> None:
     if args.compare_layers and not args.dry_run:
         compare_layers(args, requests, notes)
         return
-    carry_out(args, requests, f"{args.wbits} bits" if args.wbits != FULL_BITS else "base model", notes)
+    carry_out(args, requests, _bits(args), notes)
 
 
 if __name__ == "__main__":

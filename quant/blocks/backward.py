@@ -36,8 +36,9 @@ class Watcher(Protocol):
     """Who sees gradients. They come block by block from the last to the first, in batches of the stream, and of every batch
     draw after draw; inputs in the arithmetic's dtype, gradients in float32, or float64 where the arithmetic is."""
 
-    def begin(self, index: int, weights: BlockWeights) -> Mapping[str, See]:
-        """What is to see the linears of block ``index``, by name; linears that are not named cost nothing."""
+    def begin(self, index: int, weights: BlockWeights, stream: BlockStream) -> Mapping[str, See]:
+        """What is to see the linears of block ``index``, by name; linears that are not named cost nothing. stream: full
+        precision in front of that block, where it has to stay."""
 
     def end(self, index: int) -> None:
         """All of block ``index`` was seen."""
@@ -94,7 +95,8 @@ def backward(
     gradients = _head(states.pop(), labels)
     for index in reversed(range(n_blocks)):
         weights = BlockWeights.read(model, index, stream.device)
-        _block(states.pop(), index, weights, gradients, [watcher.begin(index, weights) for watcher in watchers])
+        front = states.pop()
+        _block(front, index, weights, gradients, [watcher.begin(index, weights, front) for watcher in watchers])
         for watcher in watchers:
             watcher.end(index)
         progress(2 * n_blocks - index, 2 * n_blocks)

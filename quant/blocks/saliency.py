@@ -55,7 +55,7 @@ class TokenWeights:
         self._kept: dict[int, Activations] = {}
         self._sums: dict[str, Tensor] = {}
 
-    def begin(self, index: int, weights: BlockWeights) -> Mapping[str, See]:
+    def begin(self, index: int, weights: BlockWeights, stream: BlockStream) -> Mapping[str, See]:
         """All linears of the blocks that are quantized."""
         if index >= self.n_blocks:
             return {}
@@ -91,7 +91,8 @@ class TokenWeights:
         del self._kept[index]
 
 
-Candidates = Callable[[int, BlockWeights], Mapping[str, Sequence[Tensor]]]  # of a block: changes [out, in] by linear
+# Of a block, in front of which a stream of full precision stands: changes [out, in] by linear
+Candidates = Callable[[int, BlockWeights, BlockStream], Mapping[str, Sequence[Tensor]]]
 
 
 @dataclass
@@ -115,9 +116,9 @@ class Sensitivities:
         self._candidates, self._of_block = candidates, dict[str, Sensitivity]()
         self.by_block: dict[int, dict[str, Sensitivity]] = {}
 
-    def begin(self, index: int, weights: BlockWeights) -> Mapping[str, See]:
+    def begin(self, index: int, weights: BlockWeights, stream: BlockStream) -> Mapping[str, See]:
         """Linears that have candidates."""
-        changes = self._candidates(index, weights)
+        changes = self._candidates(index, weights, stream)
         self._of_block = {
             name: Sensitivity(*(torch.zeros(len(own), dtype=torch.float64) for _ in range(2)))
             for name, own in changes.items()

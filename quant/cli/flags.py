@@ -175,6 +175,10 @@ QUANTIZED_FLAGS = (
             LEARNER: Valid(lambda bits: bits in WEIGHT_BITS, ": use 1 to 8, or 16 to leave weights alone"),
         },
     ),
+    Flag("avg_bits", {QUANTIZER: "--avg-bits"},
+         "in place of --wbits: every linear the width, of 2 to 8, that costs the model least, within so many stored bits a "
+         "weight on average, scales and zero points counted; linears are solved at up to four widths first", WHAT,
+         type=float, valid=Valid(lambda bits: 2 <= bits <= 16, ": use a number from 2 to 16"), metavar="B"),
     Flag("act.bits", {LEARNER: "--abits"}, "bits of an activation, 2 to 15, or 16 (default: 16; affinequant: 4)", WHAT,
          type=int, valid=ACT_BITS),
     Flag("act.kv_bits", {LEARNER: "--kvbits"}, "bits of keys and values (default: as --abits)", WHAT, type=int,

@@ -40,7 +40,7 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
     )
     table = Table("estimate", header_style="bold")
     for run in (request.run for request in requests):
-        table.add_column(f"{run.method} w{run.wbits}", justify="right")
+        table.add_column(f"{run.method} w{run.width}", justify="right")
     for key in plans[0] if plans else ():
         table.add_row(key.replace(" bytes", ""), *(_readable(key, plan[key]) for plan in plans))
     console.print(table)

@@ -76,6 +76,7 @@ def saliency_rules(args: argparse.Namespace) -> Rules:
 
 def run_rules(args: argparse.Namespace) -> Rules:
     """Of flags of the run."""
+    yield args.avg_bits is not None and args.compare_layers, "--compare-layers compares at one width: drop --avg-bits"
     yield args.compare_layers and args.wbits == FULL_BITS, "--compare-layers needs --wbits 1 to 8"
     yield (
         args.compare_layers and args.true_sequential,

@@ -38,7 +38,7 @@ class Bitplane:
 
     def refuses(self, content: Content) -> str | None:
         """What is not quantized at all, and groups of others that do not divide the inputs."""
-        return refuses_codes(replace(content, outliers=False, online=False), self.name) or uneven_groups(
+        return refuses_codes(replace(content, outliers=False, online=False, mixed=False), self.name) or uneven_groups(
             content, self.name
         )
 
@@ -46,7 +46,7 @@ class Bitplane:
         """Everything that `QuantizedWeight.storage_bits` counts, and nothing else."""
         grid = weight.grid
         check_grid(weight, content, self.name)
-        tensors = {"planes": pack_planes(weight.codes, content.bits)}
+        tensors = {"planes": pack_planes(weight.codes, weight.spec.code_bits)}
         if weight.codes.shape[1] % 32:
             tensors["in_features"] = torch.tensor(weight.codes.shape[1])
         if grid.bilevel is not None:
@@ -64,12 +64,13 @@ class Bitplane:
         return tensors
 
     def config(self, content: Content, layers: Layers) -> dict[str, Any]:
-        """Grid and activations."""
+        """Grid and activations; mixed: every linear has as many bits as planes."""
         assert content.spec is not None
         return {
             "quant_method": self.name,
             "version": VERSION,
             "spec": content.spec.to_json(),
+            **({"mixed": True} if content.mixed else {}),
             "activations": asdict(content.act),
             "ignore": list(layers.untouched),
         }
@@ -86,6 +87,8 @@ class Bitplane:
             raise InputError(f"bitplane of version {config.get('version')} is not read, only version {VERSION}")
         spec = QuantSpec(**config["spec"])
         part = {part: linear[part] for part in PARTS if part in linear}
+        if config.get("mixed") is True:
+            spec = replace(spec, bits=part["planes"].shape[0])
         n_out = part["planes"].shape[1]
         bilevel = None
         if "scale_codes" in part:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,8 @@ class Content:
     spec: None where weights stay in full precision. shapes: (out, in) of the linears. reordered: columns change their
     group (act-order without static groups). outliers, online: sparse parts, matrices behind norms or in front of linears. whole: whether
     every block is quantized. model_type: of config.json. true_sequential, static_groups: what GPTQ's config tells of
-    how the codes came about. misfit: a linear whose scales float16 cannot hold, and why, in words.
+    how the codes came about. misfit: a linear whose scales float16 cannot hold, and why, in words. mixed: linears have several
+    numbers of bits, of which ``spec`` says one.
     """
 
     spec: QuantSpec | None
@@ -40,6 +41,7 @@ class Content:
     true_sequential: bool = False
     static_groups: bool = False
     misfit: str | None = None
+    mixed: bool = False
 
     @property
     def bits(self) -> int:
@@ -112,6 +114,8 @@ def refuses_codes(content: Content, name: str) -> str | None:
     """Why a format of nothing but codes and scales cannot hold this; None if it can, as far as that goes."""
     if content.spec is None:
         return f"{name} holds quantized weights, and these stay in full precision: use format dequantized"
+    if content.mixed:
+        return f"{name} holds one number of bits, and linears have several: use format bitplane or dequantized"
     if content.outliers or content.online:
         what = "sparse outliers" if content.outliers else "matrices behind norms or in front of linears"
         return f"{name} cannot hold {what}: use format bitplane"
@@ -148,6 +152,9 @@ def check_encodable(weight: QuantizedWeight, content: Content, name: str) -> Non
 
 def check_grid(weight: QuantizedWeight, content: Content, name: str) -> None:
     """Raise InputError where an answer's grid is not the one that config.json will name for every linear."""
+    assert content.spec is not None
+    if content.mixed:
+        content = replace(content, spec=replace(content.spec, bits=weight.spec.bits))
     assert content.spec is not None
     if weight.spec.code_bits != content.bits:
         raise InputError(

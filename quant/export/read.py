@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,12 @@ class QuantizedCheckpoint(Checkpoint):
             weight = self.quantized(name)
             specs[weight.spec], shapes[linear] = linear, (weight.codes.shape[0], weight.codes.shape[1])
             reordered = reordered or not in_order(weight)
-        if len(specs) > 1:
+        alike = {replace(spec, bits=8) for spec in specs}
+        if len(alike) > 1:
             first, second = list(specs.values())[:2]
-            raise InputError(f"{first} and {second} have different grids; only one grid for all linears is converted")
+            raise InputError(
+                f"{first} and {second} have grids that differ in more than bits; only one grid for all linears is converted"
+            )
         outliers = any(name.endswith((SPARSE, "scale_codes")) for name in self.reader.names())
         return Content(
             next(iter(specs)),
@@ -147,6 +151,7 @@ class QuantizedCheckpoint(Checkpoint):
             model_type=self.declared["model_type"],
             true_sequential=bool(self.quantization.get("true_sequential")),  # GPTQ's config tells, the others' do not
             static_groups=bool(self.quantization.get("static_groups")),
+            mixed=len(specs) > 1,
         )
 
 

@@ -99,17 +99,20 @@ def fold(model: LazyModel, index: int, weights: BlockWeights, scales: Parameters
     """Block ``index`` with its scales folded, which is what is solved then; it has no grids yet.
 
     weights: of the block as it stands in the checkpoint, computed with in float32 (or float64). The norms and biases are as a checkpoint
-    stores them, and the columns take what the norms became in that dtype, so that only biases are rounded.
+    stores them, and the columns take what the norms became in that dtype, so that only biases are rounded; the answer's
+    parameters are the scales with that in them, and fold to the same again.
     """
     layout, offset = model.family.heads(model.config).to(weights.device), model.family.norm_offset
     wide = torch.promote_types(model.dtype, torch.float32)
     floats = {name: t.to(wide) for name, t in weights.parameters.items() if t.is_floating_point()}
     weights = folded = weights.with_parameters(floats)
+    effective = Parameters()
     for seam in _seams(model):
         scale = scales[_name(seam)].to(weights.device)
         if seam.kind == "norm":
             name = f"{seam.producer}.weight"
             scale = _as_stored(folded.parameters[name] + offset, scale, offset, model.storage_of(name, index))
+        effective[_name(seam)] = scale.to(wide)
         folded = apply_seam(folded, seam, layout, Affine(scale.to(wide)), offset)
     linears = {LinearRef.of_module(name).parameter: name for group in model.groups for name in group}
     new = folded.since(weights).parameters
@@ -121,9 +124,18 @@ def fold(model: LazyModel, index: int, weights: BlockWeights, scales: Parameters
         targets={name: folded.weight(name).float() for name in linears.values()},
         grids={},
         tensors=BlockWeights(changed),
-        parameters=dict(scales),
+        parameters=effective,
         log={},
     )
+
+
+def unfold(model: LazyModel, weights: BlockWeights, scales: Parameters) -> BlockWeights:
+    """A block's weights with the columns and rows that they had before scales were folded. scales: those of `fold`'s answer."""
+    layout = model.family.heads(model.config).to(weights.device)
+    for seam in _seams(model):
+        inverse = Affine(1 / scales[_name(seam)].to(weights.device))
+        weights = apply_seam(weights, seam, layout, inverse, model.family.norm_offset)
+    return weights
 
 
 def _as_stored(norm: Tensor, scale: Tensor, offset: float, dtype: torch.dtype) -> Tensor:

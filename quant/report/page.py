@@ -109,7 +109,8 @@ def page(runs: Sequence[Run], title: str, out: Path) -> tuple[str, dict[str, byt
     if drawn := plots.accuracy_plot(runs):
         drawings["zero-shot"] = drawn
     if len(runs) == 1:
-        for name, plot in (("losses", plots.losses_plot), ("ranges", plots.ranges_plot), ("memory", plots.memory_plot)):
+        of_one = {"bits": plots.bits_plot, "losses": plots.losses_plot, "ranges": plots.ranges_plot}
+        for name, plot in (of_one | {"memory": plots.memory_plot}).items():
             if drawn := plot(runs[0]):
                 drawings[name] = drawn
     drawings["seconds"] = plots.stages_plot(runs)

@@ -259,6 +259,32 @@ def losses_plot(run: Run) -> tuple[str, bytes] | None:
         return _draw(figure, "Loss of every block over its epochs")
 
 
+def bits_plot(run: Run) -> tuple[str, bytes] | None:
+    """Bits of every linear: a column a block, a row a linear; None where all have the same, or for journals without them."""
+    bits = {(r["block"], r["name"]): r["bits"] for r in run.records if r["bits"]}
+    widths = sorted(set(bits.values()))
+    if len(widths) < 2:
+        return None
+    names, n_blocks = list(dict.fromkeys(name for _, name in bits)), 1 + max(block for block, _ in bits)
+    with _figure(7.2, 1.2 + 0.3 * len(names)) as figure:
+        axes = figure.subplots()
+        import matplotlib as mpl
+
+        shades = mpl.colormaps["cividis"].reversed()
+        for i, width in enumerate(widths):
+            own = [place for place, its in bits.items() if its == width]
+            shade = shades(0.05 + 0.9 * i / (len(widths) - 1))
+            axes.barh([names.index(name) for _, name in own], 1, left=[block - 0.5 for block, _ in own], height=1,
+                      color=shade, edgecolor="white", linewidth=0.5, label=f"{width} bits")  # fmt: skip
+        axes.set_yticks(range(len(names)), [_name(name.split(".")[-1], IN_LEGEND) for name in names])
+        axes.set_xlim(-0.5, n_blocks - 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.invert_yaxis()
+        axes.set_xlabel("block")
+        axes.legend(frameon=False, fontsize=9, ncols=len(widths), loc="lower left", bbox_to_anchor=(0, 1))
+        return _draw(figure, "Bits of every linear, by block")
+
+
 def ranges_plot(run: Run) -> tuple[str, bytes] | None:
     """Input channels (median and largest root mean square) and weights (largest over root mean square, outliers kept)
     of every linear in order; None for journals without them."""

@@ -31,6 +31,8 @@ def setting_of(results: Mapping[str, Any]) -> str:
     abits = results.get("abits") or 16
     if results["wbits"] == abits == 16:
         return FULL
+    if results.get("avg_bits"):
+        return f"W{results['avg_bits']:g} mixed"
     acts = f"A{abits}" if abits < 16 else ""
     entropy = results.get("entropy_bits")
     star = "*" if entropy is not None and entropy > results["wbits"] else ""

@@ -32,7 +32,8 @@ class Run:
         r = self.results
         acts = f"A{r['abits']}" if (r["abits"] or 16) < 16 else ""
         group = f" g{r['group_size']}" if r["group_size"] > 0 else ""
-        return f"{method_of(r)} W{r['wbits']}{acts}{group}"
+        width = f"{r['avg_bits']:g} mixed" if r["avg_bits"] else r["wbits"]
+        return f"{method_of(r)} W{width}{acts}{group}"
 
     @property
     def peak_bytes(self) -> int | None:

@@ -63,6 +63,7 @@ class RunConfig:
     rotation: of the model before anything is solved (None: it stays as it is).
     learning, act: see `Recipe`. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
     files of generate_act_scale_shift.py. column_scales: folded into every block before it is learned or solved.
+    avg_bits: stored bits of a weight, scales and all, that widths of the linears keep to; wbits is then a number near it.
     """
 
     dataset: str = field(default="c4", metadata=BY_WHAT_IT_NAMES)
@@ -89,6 +90,7 @@ class RunConfig:
     saliency: int = field(default=0, metadata=WHERE_IT_DIFFERS)
     saliency_labels: str = field(default=SAMPLED_LABELS, metadata=WHERE_IT_DIFFERS)
     bias_correction: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
+    avg_bits: float | None = field(default=None, metadata=WHERE_IT_DIFFERS)
     column_scales: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
     num_layers: int = field(default=1000, metadata=BY_WHAT_IT_NAMES)
     solver_precision: str = "highest"
@@ -102,6 +104,11 @@ class RunConfig:
         if self.learner is None:
             return self.solver
         return self.learner if self.solver == "rtn" else f"{self.learner}+{self.solver}"
+
+    @property
+    def width(self) -> str:
+        """Bits of its weights, as names and tables have them."""
+        return str(self.wbits) if self.avg_bits is None else f"{self.avg_bits:g}"
 
     @property
     def windows(self) -> int:

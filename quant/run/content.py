@@ -39,9 +39,41 @@ def group_sizes(inputs: Iterable[int]) -> list[int]:
     return [size for size in range(2, common + 1) if common % size == 0]
 
 
+MIXED = range(2, 9)  # bits that linears of a run with mixed bits may have
+
+
+def expected_bits(run: RunConfig, shapes: Mapping[str, tuple[int, int]], bits: int | None = None) -> float:
+    """Stored bits of a block's linears, as far as they are known beforehand: codes, scales in 16 bits, zero points, and
+    outliers where their number is asked for. bits: of codes, where not the run's own."""
+    spec = QuantSpec(bits or run.wbits, run.group_size, run.symmetric, levels=run.levels)
+    weights = sum(out * n_in for out, n_in in shapes.values())
+    group_bits = 16 + (0 if spec.symmetric else spec.code_bits)
+    side = sum(out * spec.n_groups(n_in) * group_bits for out, n_in in shapes.values())
+    outliers = declaration_of(run.solver).outlier_bits(with_defaults(run.solver, run.options))
+    return weights * (spec.code_bits + outliers) + side
+
+
+def candidate_widths(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
+    """Bits that every linear of a run with mixed bits may have: the widest that all could have within the average, one
+    below and two above. Raises InputError where the average is out of reach."""
+    assert run.avg_bits is not None
+    weights = sum(out * n_in for out, n_in in shapes.values())
+    uniform = {bits: expected_bits(run, shapes, bits) / weights for bits in MIXED}
+    if not uniform[MIXED[0]] <= run.avg_bits <= uniform[MIXED[-1]]:
+        raise InputError(
+            f"--avg-bits {run.avg_bits:g}: with scales and zero points, linears of {MIXED[0]} to {MIXED[-1]} bits take "
+            f"{uniform[MIXED[0]]:.3f} to {uniform[MIXED[-1]]:.3f} bits a weight: use a number between them"
+        )
+    widest = max(bits for bits, stored in uniform.items() if stored <= run.avg_bits)
+    return tuple(bits for bits in range(widest - 1, widest + 3) if bits in MIXED)
+
+
 def content_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int, model_type: str) -> Content:
-    """What a checkpoint of a run has to hold, before work begins. Raises InputError where `spec_of` does."""
+    """What a checkpoint of a run has to hold, before work begins. Raises InputError where `spec_of` or
+    `candidate_widths` does."""
     options = run.options
+    if run.avg_bits is not None:
+        candidate_widths(run, shapes)
     ordered = options.get("static_groups") or options.get("group_aware") or run.group_size == -1
     return Content(
         spec_of(run, shapes),
@@ -55,6 +87,7 @@ def content_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: 
         model_type=model_type,
         true_sequential=run.true_sequential,
         static_groups=bool(options.get("static_groups")),
+        mixed=run.avg_bits is not None,
     )
 
 

@@ -45,7 +45,8 @@ Record = dict[str, Any]
 SCHEMA = 1
 LOCK = "run.lock"
 TUNING = "tuning.safetensors"  # where tuning the model stands
-OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD, TUNING)
+PLAN = "bits.json"  # widths of the linears of a run with mixed bits
+OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD, TUNING, PLAN)
 BLOCK_FILE = re.compile(r"[0-9]{5,}\.safetensors")
 CHANGED, LEARNED = "changed/", "learned/"  # prefixes of a block file's other tensors
 

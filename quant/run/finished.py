@@ -128,6 +128,7 @@ class Results(TypedDict):
     solver: str | None
     options: dict[str, Any]
     wbits: int
+    avg_bits: float | None
     abits: int | None
     group_size: int
     bits_per_weight: float

@@ -65,7 +65,7 @@ def path_of(inputs: Inputs, run: RunConfig, output: Output) -> Path:
     if output.run_dir is not None:
         return output.run_dir
     digest = json_sha256(configuration_of(inputs, run))[:8]
-    bits = f"w{run.wbits}" + (f"a{run.act.bits}" if run.act.active else "")
+    bits = f"w{run.width}" + (f"a{run.act.bits}" if run.act.active else "")
     bits += f"g{run.group_size}" if run.group_size > 0 else ""
     model = inputs.config.model
     name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")

@@ -31,7 +31,7 @@ from quant.learn.rotation import rotated
 from quant.learn.transforms import check_seams
 from quant.run.bias import check_biases
 from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfig
-from quant.run.content import check_format, content_of, spec_of
+from quant.run.content import candidate_widths, check_format, content_of, spec_of
 from quant.run.quantize import Recipe, check_options
 from quant.run.request import cache_place, places_read
 from quant.run.saliency import check_saliency
@@ -158,6 +158,8 @@ class Inputs:
         )
         self._check_correction(recipe, run.method)
         if spec is not None:
+            if run.avg_bits is not None:
+                candidate_widths(run, self.model.linear_shapes())
             sample = check_options(recipe, self.device)
             if run.saliency:
                 ids = self.calibration(run).ids

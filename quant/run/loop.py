@@ -14,6 +14,7 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.learn.learner import LearnedBlock
 from quant.learn.loop import learn_block
+from quant.run.allocation import planned
 from quant.run.calibration import calibration_stream, shortage
 from quant.run.config import RunConfig
 from quant.run.directory import BlockSummary, Record, RunDirectory
@@ -49,6 +50,8 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
         progress("quantize", n_blocks, n_blocks, "finished before")
         return summaries
     assert job.recipe is not None
+    if job.run.avg_bits is not None:
+        job.recipe = planned(inputs, job, progress)
     recipe, act = job.recipe, job.recipe.act
     stream = calibration_stream(inputs, job.run, target.path)
     if (short := shortage(job.run, inputs.model.linear_shapes(), inputs.seqlen)) is not None:

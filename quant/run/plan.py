@@ -62,7 +62,7 @@ from quant.export.formats import Content
 from quant.learn.rotation import check_rotation
 from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
-from quant.run.content import check_format, content_of
+from quant.run.content import candidate_widths, check_format, content_of, expected_bits
 from quant.run.request import Request
 from quant.solvers import declaration_of, get_solver, with_defaults
 from quant.tune.config import batch_of
@@ -167,16 +167,16 @@ def estimate(
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
     batch = session.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
-    code_bits, side = 16, 0.0
-    if run.wbits != FULL_BITS:
-        spec = QuantSpec(run.wbits, run.group_size, run.symmetric, levels=run.levels)
-        code_bits, group_bits = spec.code_bits, 16 + (0 if spec.symmetric else spec.code_bits)
-        side = sum(out * spec.n_groups(n_in) * group_bits for _, out, n_in in shapes.linears)
-        side += weights * declaration_of(run.solver).outlier_bits(with_defaults(run.solver, run.options))
+    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
+    stored, times = 16.0 * weights, 1
+    if run.avg_bits is not None:  # at most; all candidates are solved once before
+        stored, times = run.avg_bits * weights, 1 + len(candidate_widths(run, named))
+    elif run.wbits != FULL_BITS:
+        stored = expected_bits(run, named)
     if run.learning is not None and run.learning.transform.norm_matrix:
-        side += 16 * shapes.norms * shapes.hidden**2
+        stored += 16 * shapes.norms * shapes.hidden**2
 
-    solve = n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
+    solve = times * n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
     tune, tuning = _tuning(run, shapes, seqlen, itemsize)
@@ -204,8 +204,8 @@ def estimate(
         * (run.hidden_states(shapes.n_blocks) + beside - 1),
         "disk bytes: run directory": n_blocks * weights,
         "disk bytes: checkpoint": total_parameters * 2 if request.output.save else 0,
-        "quantized bytes": n_blocks * (weights * code_bits + side) / 8,
-        "bits per weight": code_bits + side / weights,
+        "quantized bytes": n_blocks * stored / 8,
+        "bits per weight": stored / weights,
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,

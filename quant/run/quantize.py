@@ -52,6 +52,7 @@ class Recipe:
     correction: of what is solved for, towards the outputs of the original model; None: the weights themselves.
     saliency: parts of the rows of every linear that are solved each with its own weights of tokens; 0: none.
     bias_correction: see `corrected_biases`.
+    widths: bits by block and linear, where they are mixed.
     """
 
     method: str
@@ -65,6 +66,16 @@ class Recipe:
     correction: Correction | None = None
     saliency: int = 0
     bias_correction: bool = False
+    widths: Mapping[tuple[int, str], int] | None = None
+
+    def with_bits(self, bits: int) -> Recipe:
+        """The same on a grid of so many bits."""
+        assert self.spec is not None
+        return replace(self, spec=replace(self.spec, bits=bits))
+
+    def of(self, block: int, linear: str) -> Recipe:
+        """The recipe of one linear."""
+        return self if self.widths is None else self.with_bits(self.widths[block, linear])
 
     @property
     def asks_for_original(self) -> bool:
@@ -139,7 +150,7 @@ def quantize_block(
             weight, grid = weights.weight(name), None
             if learned is not None:
                 weight, grid = learned.targets[name], learned.grids.get(name)
-            solved[name], record = solve_linear(index, name, weight, inputs, recipe, grid)
+            solved[name], record = solve_linear(index, name, weight, inputs, recipe.of(index, name), grid)
             peak = peak_bytes(stream.device)
             records.append(replace(record, peak_bytes=peak["device"] or peak["host"]))
         new = {name: solved[name] for group in stage for name in group}

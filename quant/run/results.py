@@ -22,6 +22,7 @@ from quant.export.target import OWN, is_complete
 from quant.kernels.columns import describe as describe_kernels
 from quant.run.config import RunConfig
 from quant.run.directory import BlockSummary, Record
+from quant.run.linear import LinearRecord
 from quant.run.request import Request
 
 
@@ -88,6 +89,7 @@ def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel)
         "schema": 1,
         "method": run.method if run.quantizes else "base",
         "wbits": run.wbits,
+        **({} if run.avg_bits is None else {"avg_bits": run.avg_bits}),
         "abits": run.act.bits,
         "kv_bits": run.act.kv_bits,
         "solver": run.solver,
@@ -96,7 +98,7 @@ def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel)
         "symmetric": run.symmetric,
         "bits_per_weight": bits / count if count else float(stored),
         "outlier_share": sum(r.outlier_share * r.n_weights for r in records) / count if records else 0.0,
-        "entropy_bits": math.log2(run.levels or 2**run.wbits) if records else None,
+        "entropy_bits": _entropy(run, records),
         "quantized_bytes": (bits + 7) // 8,
         "checkpoint_bytes": 0,
         "codes_sha256": digest,
@@ -120,6 +122,13 @@ def _online(model: LazyModel, n_blocks: int) -> dict[str, int]:
     weights, layout = BlockWeights.read(model, 0, torch.device("cpu")), model.family.heads(model.config)
     flops = weights.online_flops(layout.q[1].numel() + layout.k[1].numel())
     return {"online_parameters": n_blocks * weights.online_numbers(), "online_flops": n_blocks * flops}
+
+
+def _entropy(run: RunConfig, records: Sequence[LinearRecord]) -> float | None:
+    """Bits of a code if all were equally likely, on average over the weights; None where nothing was solved."""
+    if not records or run.avg_bits is None:
+        return math.log2(run.levels or 2**run.wbits) if records else None
+    return sum(r.bits * r.n_weights for r in records) / sum(r.n_weights for r in records)
 
 
 def is_saved(save: Path, digest: str, kinds: Collection[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class TunedBlock:
         self.model, self.index, self.tuning, self.weights = model, index, tuning, weights
         form = LINEARS[tuning.form]
         self.linears = {
-            name: form(f"block {index} {name}", start, spec, weights.weight(name)) for name, start in solved.items()
+            name: form(f"block {index} {name}", start, replace(spec, bits=start.spec.bits), weights.weight(name))
+            for name, start in solved.items()
         }
         solved_names = {LinearRef.of_module(name).parameter for name in solved}
         own = {name for name, _ in model.blocks[index].named_parameters()}

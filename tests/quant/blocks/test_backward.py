@@ -24,7 +24,7 @@ class Everything:
     def __init__(self, names):
         self.names, self.seen, self.order = names, {}, []
 
-    def begin(self, index, weights):
+    def begin(self, index, weights, stream):
         self.index = index
         return {name: self.see(name) for name in self.names}
 
@@ -141,7 +141,7 @@ def test_sensitivities_are_those_of_a_loop(model_dir, tmp_path):
     asked = {1: ["mlp.down_proj", "self_attn.k_proj"], 2: ["self_attn.o_proj"]}
     changes = {}
 
-    def candidates(index, weights):
+    def candidates(index, weights, stream):
         for name in asked.get(index, []):
             generator = torch.Generator().manual_seed(index)
             changes[index, name] = [torch.randn(weights.weight(name).shape, generator=generator) for _ in range(2)]
@@ -169,7 +169,7 @@ def test_half_a_sensitivity_is_the_divergence_of_a_small_change(model_dir, tmp_p
     ids, labels, name = torch.randint(1, VOCABULARY, (N, T)), Labels(draws=400, seed=6), "mlp.up_proj"
     change = 1e-3 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     stream = opened(model_dir("llama"), tmp_path, ids, batch=N)
-    found = Sensitivities(stream, labels.count, lambda index, weights: {name: [change]} if index == 1 else {})
+    found = Sensitivities(stream, labels.count, lambda index, weights, stream: {name: [change]} if index == 1 else {})
     backward(stream, labels, [found])
     reference = AutoModelForCausalLM.from_pretrained(model_dir("llama"), dtype=torch.float64).eval()
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_what_is_not_finite_names_its_block(model_dir, tmp_path, monkeypatch):
     stream = opened(model_dir("llama"), tmp_path, ids, torch.float32)
 
     class Broken(Everything):
-        def begin(self, index, weights):
+        def begin(self, index, weights, stream):
             if index == 1:
                 weights.parameters["mlp.down_proj.weight"] = torch.full((32, 64), torch.inf)
             return {}
