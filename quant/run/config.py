@@ -61,8 +61,7 @@ class RunConfig:
     gradients for saliency_labels. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
     files of generate_act_scale_shift.py.
     rotation: of the model before anything is solved (None: it stays as it is).
-    learning, act: see `Recipe`. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
-    files of generate_act_scale_shift.py. column_scales: folded into every block before it is learned or solved.
+    bias_correction: of what was solved. column_scales: folded into every block before it is learned or solved.
     avg_bits: stored bits of a weight, scales and all, that widths of the linears keep to; wbits is then a number near it.
     """
 
