@@ -154,6 +154,11 @@ def same_codes(first: QuantizedWeight, second: QuantizedWeight) -> bool:
     grids = [(w.spec.bits, w.spec.levels, w.spec.group_size, w.spec.symmetric, w.grid.qmax) for w in (first, second)]
     pairs = [(first.codes, second.codes), (first.grid.scale, second.grid.scale), (first.grid.zero, second.grid.zero),
              (first.grid.g_idx, second.grid.g_idx)]  # fmt: skip
+    minima = (first.grid.minimum, second.grid.minimum)
+    if (minima[0] is None) != (minima[1] is None):
+        return False
+    if minima[0] is not None and minima[1] is not None:
+        pairs.append((minima[0], minima[1]))
     if grids[0] != grids[1] or (first.outliers is None) != (second.outliers is None):
         return False
     if first.outliers is not None and second.outliers is not None:

@@ -353,6 +353,12 @@ BAD = {
     "bits": (["--wbits", 11], "--wbits 11: use 1 to 8, or 16"),
     "one symmetric bit": (["--wbits", 1, "--sym"], "drop --sym"),
     "group": (["--groupsize", 0], "--groupsize 0"),
+    "a symmetric grid with a minimum": (["--wbits", 3, "--grid", "real", "--sym"], "drop one of them"),
+    "two levels of scales with a minimum": (
+        ["--wbits", 3, "--grid", "real", "--quantization-method", "spqr"],
+        "--grid real: spqr's scales",
+    ),
+    "a grid of no codes": (["--grid", "real"], "--grid real is of quantized weights: give --wbits 1 to 8"),
     "negative outliers": (["--outlier", -0.1], "--outlier -0.1"),
     "outliers with gptq": (
         ["--wbits", 3, "--quantization-method", "gptq", "--outlier", 0.01],

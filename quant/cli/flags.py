@@ -15,6 +15,7 @@ from quant.core.names import (
     DEQUANTIZED,
     DTYPES,
     FORMATS,
+    GRIDS,
     LABELS,
     LAST_LOSSES,
     OPTIMIZERS,
@@ -213,6 +214,9 @@ QUANTIZED_FLAGS = (
     Flag("range", {QUANTIZER: "--range"},
          "grid range: min-max, or the shrink with the least error weighted by the Gram diagonal", WHAT, "minmax",
          choices=("minmax", "mse")),
+    Flag("grid_kind", {QUANTIZER: "--grid"},
+         "what a code of 0 stands for: an integer number of steps below 0, or real: a 16-bit minimum of its own, finer at few "
+         "bits, which --format bitplane and dequantized hold", WHAT, "integer", choices=GRIDS),
     Flag(None, {QUANTIZER: "--preset"},
          "best: --range mse --search-grid --refit-grid, what measured best with quantease at 2 to 4 bits", WHAT,
          choices=("best",)),

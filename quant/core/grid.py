@@ -1,15 +1,15 @@
-"""Fitting a uniform grid to weights: min-max or searched range, symmetric or not, per row or grouped."""
+"""Fitting a uniform grid to weights: min-max or searched range, symmetric or not, per row or grouped; refitting zero points."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from quant.core.types import FINEST, LARGEST, Grid, QuantizedWeight, QuantSpec, group_index
+from quant.core.real_grid import fit_scale_minimum
+from quant.core.stored import at_least_finest, round_scale, within_largest
+from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
 
 SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released code: 1.00, 0.99, ... 0.21
 ENDS = [1.0 + 0.05 * i for i in range(-10, 11) if i]  # then either end of the range by itself
@@ -79,46 +79,6 @@ def range_to_grid(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tens
     return within_largest(scale, zero, spec), zero
 
 
-def round_scale(scale: Tensor) -> Tensor:
-    """The nearest fp16 number where that is within 1/64 (checkpoints store fp16), else the scale itself."""
-    half = scale.half().float()
-    return torch.where((half - scale).abs() <= scale / 64, half, scale)
-
-
-def multiple_of_finest(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The next multiple of ``spec.finest``, which every float32 is of float32's own."""
-    return scale if spec.finest == FINEST else (scale / spec.finest).ceil() * spec.finest
-
-
-def at_least_finest(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The scale as float32 can hold it besides the weights: none is 0."""
-    return multiple_of_finest(scale, spec).clamp(min=spec.finest)
-
-
-def within_largest(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales that let no level exceed ``spec.largest``: as they are, or the largest that is stored (fp16 if it is near).
-
-    scale float32, zero int32 or float32 of the same shape.
-    """
-    # Of weights that are not finite, as learning may make them before it goes back, zero points are no numbers either.
-    steps = torch.maximum(zero, spec.qmax - zero).long().clamp_(0, spec.qmax)
-    highest = largest_scales(spec.qmax, spec.largest, scale.device)[steps]
-    return torch.where(scale > highest, highest, scale)
-
-
-@lru_cache(maxsize=256)
-def largest_scales(qmax: int, largest: float, device: torch.device) -> Tensor:
-    """float32 [qmax + 1]: the largest scale of which 0, 1, ... qmax steps stay within ``largest``, rounded down."""
-    exact = min(largest, LARGEST) / np.arange(1, qmax + 1)
-    wide = exact.astype(np.float32)
-    wide = np.where(wide > exact, np.nextafter(wide, np.float32(0)), wide)
-    with np.errstate(over="ignore"):
-        half = wide.astype(np.float16)
-    half = np.where(half > wide, np.nextafter(half, np.float16(0)), half).astype(np.float32)
-    stored = np.where(wide - half <= wide / 64, half, wide)
-    return torch.tensor([LARGEST, *stored.tolist()], dtype=torch.float32, device=device)
-
-
 def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, order: Tensor | None = None) -> Grid:
     """Grid of a whole layer, weight float32 [out, in].
 
@@ -134,26 +94,34 @@ def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, 
         group = torch.empty_like(group).index_copy_(0, order, group)
     grouped = weight.reshape(n_out, n_groups, -1)
     weights_of_error = None if importance is None else importance.view(n_groups, -1)
-    parts = [fit_scale_zero(rows, spec, weights_of_error) for rows in grouped.split(max(1, CHUNK // n_in))]
-    scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Grid(scale, zero, group, spec.qmax)
+    is_real = spec.kind == "real"
+    fit = fit_scale_minimum if is_real else fit_scale_zero
+    parts = [fit(rows, spec, weights_of_error) for rows in grouped.split(max(1, CHUNK // n_in))]
+    scale, base = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Grid.real(scale, base, group, spec.qmax) if is_real else Grid(scale, base, group, spec.qmax)
 
 
 def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
-    """The answer for weight [out, in] with every scale a float16 number, as most checkpoints store them: of a row or group
-    that is almost zero the nearest one, at least float16's smallest, with its values rounded again to the new grid.
+    """The answer for weight [out, in] with every scale, and minimum, a float16 number, as most checkpoints store them: of a
+    row or group that is almost zero the nearest one, at least float16's smallest, with its values rounded again to the new
+    grid.
 
     The answer itself where all are that already, where scales are stored in two levels, and where the layer as a whole is
     out of float16's range: then its scales are needed as they are.
     """
     grid = answer.grid
-    if grid.bilevel is not None or grid.scale_bits == 16 or misfit_float16(largest_of(weight), grid.qmax):
+    if grid.bilevel is not None or 32 not in (grid.scale_bits, grid.minimum_bits):
+        return answer
+    if misfit_float16(largest_of(weight), grid.qmax):
         return answer
     scale = grid.scale.clamp(min=SMALLEST_HALF).half().float()
-    if not bool(torch.isfinite(scale).all()):
+    stored, changed = replace(grid, scale=scale), scale != grid.scale
+    if grid.minimum is not None:
+        stored = replace(stored, minimum=grid.minimum.half().float())
+        changed |= stored.minimum != grid.minimum
+    if not all(bool(torch.isfinite(t).all()) for t in (scale, stored.minimum) if t is not None):
         return answer
-    stored = replace(grid, scale=scale)
-    moved = (scale != grid.scale)[:, grid.g_idx]
+    moved = changed[:, grid.g_idx]
     codes = torch.where(moved, stored.quantize(grid.dequantize(answer.codes)), answer.codes)
     return replace(answer, codes=codes, grid=stored)
 

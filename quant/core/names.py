@@ -9,6 +9,7 @@ RUNTIMES = ("transformers", "gptqmodel", "vllm", "llama.cpp", "auto-gptq", "this
 FULL_BITS = 16  # of weights and activations that are not quantized
 AUTO_GROUPS = 0  # a group size that the shapes of the model decide
 DEFAULT_CACHE = Path(os.path.expanduser("~/.cache/llm-quantizer"))  # noqa: PTH111 (~ stays where nobody has a home)
+GRIDS = ("integer", "real")  # kinds of grids: of what a code of 0 stands for
 TUNING_SCOPES = ("block", "model")  # what is tuned after solving
 ROTATIONS = ("residual", "vo", "qk", "down")  # what is rotated before anything is solved
 ONLINE_ROTATIONS = ("qk", "down")  # of these, what no weight can hold

@@ -31,7 +31,8 @@ def exponent_outside(weight: Tensor) -> int:
 def scaled_grid(grid: Grid, factor: float) -> Grid:
     """The grid of weights ``factor`` times as large, a power of two; two-level scales become float32 ones."""
     if grid.bilevel is None:
-        return replace(grid, scale=grid.scale * factor)
+        minimum = None if grid.minimum is None else grid.minimum * factor
+        return replace(grid, scale=grid.scale * factor, minimum=minimum)
     level = grid.bilevel
     level = replace(level, base=level.base.float() * factor, step=level.step.float() * factor)
     return replace(grid, scale=level.expand(grid.scale.shape[0]), bilevel=level)

@@ -1,7 +1,7 @@
 """What a solver takes and returns: QuantSpec, Grid, QuantizedWeight.
 
 One convention everywhere: codes are unsigned, ``0 <= code <= qmax``, and ``w = scale * (code - zero)``
-with an integer zero point. Codes are the truth: perplexity, sizes and checkpoints derive from them.
+with an integer zero point, or ``w = scale * code + minimum`` with a real minimum. Codes are the truth: perplexity, sizes and checkpoints derive from them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.core.names import GRIDS
 from quant.core.rounding import NumberFormat
 
 RANGES = ("minmax", "mse")
@@ -28,7 +29,7 @@ class QuantSpec:
     bits: 1..8. group_size: columns that share one scale and zero point, -1 for the whole row.
     symmetric: zero point fixed at the middle of the codes (2^(bits-1)). range: ``minmax`` or ``mse``
     (search of the shrink with the least weighted squared error). levels: number of codes where it is
-    not 2^bits (ABQ-LLM's bit balance uses 5 levels at 2 bits).
+    not 2^bits (ABQ-LLM's bit balance uses 5 levels at 2 bits). kind: ``integer`` zero points, or a ``real`` minimum.
 
     largest: magnitude that no level exceeds, that of the dtype in which weights are written out. finest: a scale is a
     multiple of it (a power of two), above float32's own where the weights are solved scaled up. Both belong to the
@@ -40,6 +41,7 @@ class QuantSpec:
     symmetric: bool = False
     range: str = "minmax"
     levels: int | None = None
+    kind: str = "integer"
     largest: float = field(default=LARGEST, compare=False, repr=False)
     finest: float = field(default=FINEST, compare=False, repr=False)
 
@@ -52,6 +54,12 @@ class QuantSpec:
             raise ValueError(f"range={self.range!r}: use one of {', '.join(RANGES)}")
         if self.levels is not None and not 2 <= self.levels <= 256:
             raise ValueError(f"levels={self.levels}: a grid has 2 to 256 levels")
+        if self.kind not in GRIDS:
+            raise ValueError(f"kind={self.kind!r}: use one of {', '.join(GRIDS)}")
+        if self.symmetric and self.kind == "real":
+            raise ValueError(
+                "a symmetric grid has its zero point in the middle and no real minimum: leave one of them out"
+            )
         if self.symmetric and self.numbers.levels == 2:
             raise ValueError("a symmetric grid of 2 levels holds {-scale, 0} only: use an asymmetric one or levels=3")
 
@@ -72,7 +80,8 @@ class QuantSpec:
 
     def to_json(self) -> dict[str, Any]:
         """What files keep; ``QuantSpec(**...)`` takes it back."""
-        return {name: value for name, value in asdict(self).items() if name not in ("largest", "finest")}
+        left_out = ("largest", "finest", *(["kind"] if self.kind == "integer" else []))  # files before it have no kind
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def n_groups(self, in_features: int) -> int:
         """Groups along the inputs of a layer. Raises ValueError where the group size does not divide."""
@@ -123,11 +132,12 @@ class BilevelScales:
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales and zero points of one layer.
+    """Scales and zero points of one layer, or scales and minima.
 
     scale: float32 [out, G], positive, fp16-representable wherever that costs less than 1/64 (then it is
     stored in 16 bits). zero: int32 [out, G]. g_idx: int64 [in], the group of every column. bilevel: how the scales
-    are stored where they are quantized themselves (SpQR).
+    are stored where they are quantized themselves (SpQR). minimum: float32 [out, G], the value of code 0 (see
+    `quant.core.stored.stored_real`); None where there are zero points, else these are [out, 0].
     """
 
     scale: Tensor
@@ -135,6 +145,12 @@ class Grid:
     g_idx: Tensor
     qmax: int
     bilevel: BilevelScales | None = None
+    minimum: Tensor | None = None
+
+    @classmethod
+    def real(cls, scale: Tensor, minimum: Tensor, g_idx: Tensor, qmax: int) -> Grid:
+        """One with a real minimum."""
+        return cls(scale, scale.new_empty((scale.shape[0], 0), dtype=torch.int32), g_idx, qmax, minimum=minimum)
 
     @property
     def numbers(self) -> NumberFormat:
@@ -151,6 +167,13 @@ class Grid:
         """16 if every scale is exactly an fp16 number, else 32."""
         return 16 if torch.equal(self.scale.half().float(), self.scale) else 32
 
+    @property
+    def minimum_bits(self) -> int:
+        """16 if every minimum is exactly an fp16 number, else 32; 0 where there is none."""
+        if self.minimum is None:
+            return 0
+        return 16 if torch.equal(self.minimum.half().float(), self.minimum) else 32
+
     def scale_storage_bits(self) -> int:
         """Bits of all scales."""
         return self.scale.numel() * self.scale_bits if self.bilevel is None else self.bilevel.storage_bits()
@@ -158,24 +181,54 @@ class Grid:
     def to(self, device: torch.device | str) -> Grid:
         """The same grid on a device."""
         bilevel = self.bilevel and self.bilevel.to(device)
+        minimum = None if self.minimum is None else self.minimum.to(device)
         return replace(
-            self, scale=self.scale.to(device), zero=self.zero.to(device), g_idx=self.g_idx.to(device), bilevel=bilevel
+            self,
+            scale=self.scale.to(device),
+            zero=self.zero.to(device),
+            g_idx=self.g_idx.to(device),
+            bilevel=bilevel,
+            minimum=minimum,
         )
 
+    def float_zero(self) -> Tensor:
+        """Where 0 lies among the codes, a new float32 [out, G] for the loops over columns: the zero points, or
+        -minimum / scale, with which scale * (code - zero) is the value but for float32's own rounding."""
+        return self.zero.to(torch.float32, copy=True) if self.minimum is None else -self.minimum / self.scale
+
+    def of_group(self, g: int) -> Grid:
+        """The grid of one group, for a column of it; its tensors are parts of this one's."""
+        one = slice(g, g + 1)
+        minimum = None if self.minimum is None else self.minimum[:, one]
+        zero = self.zero if self.minimum is not None else self.zero[:, one]
+        return Grid(self.scale[:, one], zero, torch.zeros_like(self.g_idx[:1]), self.qmax, minimum=minimum)
+
     def expand(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of every column, float32: [out, in], or [out, 1] where rows have one group."""
+        """Scale of every column, and zero point or minimum, float32: [out, in], or [out, 1] where rows have one group."""
+        base = self.zero.float() if self.minimum is None else self.minimum
         if self.n_groups == 1:
-            return self.scale, self.zero.float()
-        return self.scale[:, self.g_idx], self.zero.float()[:, self.g_idx]
+            return self.scale, base
+        return self.scale[:, self.g_idx], base[:, self.g_idx]
+
+    def positions(self, weight: Tensor) -> Tensor:
+        """Where weight [out, in] lies among the codes, float32 and not rounded."""
+        scale, base = self.expand()
+        return weight / scale + base if self.minimum is None else (weight - base) / scale
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Values of codes [out, in] that are float32 numbers, with gradients."""
+        scale, base = self.expand()
+        return (codes - base) * scale if self.minimum is None else codes * scale + base
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Nearest codes of weight [out, in], uint8."""
-        return self.numbers.codes(weight, *self.expand()).to(torch.uint8)
+        if self.minimum is None:
+            return self.numbers.codes(weight, *self.expand()).to(torch.uint8)
+        return self.positions(weight).round_().clamp_(0, self.qmax).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of codes [out, in], float32."""
-        scale, zero = self.expand()
-        return (codes.float() - zero) * scale
+        return self.values(codes.float())
 
 
 @dataclass(frozen=True)
@@ -232,7 +285,9 @@ class QuantizedWeight:
         bits = n_out * n_in * self.spec.code_bits + self.grid.scale_storage_bits()
         if self.outliers is not None:
             bits += self.outliers.storage_bits(n_out, n_in)
-        if not self.spec.symmetric:
+        if self.grid.minimum is not None:
+            bits += self.grid.minimum.numel() * self.grid.minimum_bits
+        elif not self.spec.symmetric:
             bits += self.grid.zero.numel() * self.spec.code_bits
         if not self.has_plain_groups():
             bits += n_in * 32
@@ -253,14 +308,12 @@ class QuantizedWeight:
         grid = self.grid
         if self.codes.dtype != torch.uint8 or int(self.codes.max()) > grid.qmax:
             raise ValueError(f"codes must be uint8 in 0..{grid.qmax}")
-        if grid.scale.shape != (n_out, grid.n_groups) or grid.zero.shape != grid.scale.shape:
+        base = grid.zero if grid.minimum is None else grid.minimum
+        if grid.scale.shape != (n_out, grid.n_groups) or base.shape != grid.scale.shape:
             raise ValueError(f"grid of shape {tuple(grid.scale.shape)} does not fit codes {n_out}x{n_in}")
         if not bool(torch.isfinite(grid.scale).all()) or bool((grid.scale <= 0).any()):
             raise ValueError("scales must be finite and positive")
-        if bool((grid.zero < 0).any()) or bool((grid.zero > grid.qmax).any()):
-            raise ValueError(f"zero points must lie in 0..{grid.qmax}")
-        if not bool(torch.isfinite(grid.scale * torch.maximum(grid.zero, grid.qmax - grid.zero)).all()):
-            raise ValueError("scales are so large that the ends of the grid are infinite")
+        _check_base(grid, self.spec)
         if grid.g_idx.shape != (n_in,) or int(grid.g_idx.max()) >= grid.n_groups or int(grid.g_idx.min()) < 0:
             raise ValueError(f"g_idx must hold {n_in} group numbers in 0..{grid.n_groups - 1}")
         if grid.bilevel is not None and not torch.equal(grid.bilevel.expand(n_out), grid.scale):
@@ -275,3 +328,19 @@ class QuantizedWeight:
             if value.dtype not in OUTLIER_DTYPES or not bool(torch.isfinite(value).all()):
                 raise ValueError("outliers must be finite numbers in float16 or float32")
         return self
+
+
+def _check_base(grid: Grid, spec: QuantSpec) -> None:
+    """Raise ValueError where zero points, or minima, are none, or ends of the grid are not finite."""
+    if (grid.minimum is not None) != (spec.kind == "real"):
+        raise ValueError(f"a grid of kind {spec.kind} has {'no ' if grid.minimum is None else 'a '}real minimum")
+    if grid.minimum is not None:
+        if grid.zero.numel() or not bool(torch.isfinite(grid.minimum).all()):
+            raise ValueError("minima must be finite, and stand in the place of zero points")
+        top = grid.scale * grid.qmax + grid.minimum
+    else:
+        if bool((grid.zero < 0).any()) or bool((grid.zero > grid.qmax).any()):
+            raise ValueError(f"zero points must lie in 0..{grid.qmax}")
+        top = grid.scale * torch.maximum(grid.zero, grid.qmax - grid.zero)
+    if not bool(torch.isfinite(top).all()):
+        raise ValueError("scales are so large that the ends of the grid are infinite")

@@ -2,7 +2,8 @@
 activation settings and clips, matrices behind norms and in front of linears.
 
 For a linear [O, I]: ``planes`` int32 [bits, O, ceil(I/32)] (plane b holds bit b of 32 codes a word), ``scales`` [O, G]
-float16 or float32, or ``scale_codes``, ``scale_base`` and ``scale_step``; ``zeros`` uint8 [O, G] for asymmetric grids;
+float16 or float32, or ``scale_codes``, ``scale_base`` and ``scale_step``; ``zeros`` uint8 [O, G] for asymmetric grids
+of integer zero points, or ``minima`` [O, G] float16 or float32 of real ones;
 ``in_features`` where I is no multiple of 32;
 ``scale_layout``: bits and rows of two-level scales; ``g_idx`` int32 [I] where columns are not in order; outliers as compressed rows (``outlier_rows`` int32 [O + 1],
 ``outlier_columns`` int32, ``outlier_values`` float16 or float32) or as whole columns. config.json names the grid of every linear.
@@ -27,7 +28,7 @@ from quant.export.packing import pack_planes, unpack_planes
 VERSION = 1
 SCALES = ("scale_codes", "scale_base", "scale_step")
 OUTLIERS = ("outlier_rows", "outlier_columns", "outlier_values")
-PARTS = ("planes", "in_features", "scales", *SCALES, "scale_layout", "zeros", "g_idx", *OUTLIERS)
+PARTS = ("planes", "in_features", "scales", *SCALES, "scale_layout", "zeros", "minima", "g_idx", *OUTLIERS)
 
 
 class Bitplane:
@@ -55,7 +56,9 @@ class Bitplane:
             tensors["scale_layout"] = torch.tensor([level.bits, level.rows])
         else:
             tensors["scales"] = grid.scale.half() if grid.scale_bits == 16 else grid.scale
-        if not weight.spec.symmetric:
+        if grid.minimum is not None:
+            tensors["minima"] = grid.minimum.half() if grid.minimum_bits == 16 else grid.minimum
+        elif not weight.spec.symmetric:
             tensors["zeros"] = grid.zero.to(torch.uint8)
         if not in_order(weight):
             tensors["g_idx"] = grid.g_idx.to(torch.int32)
@@ -102,16 +105,20 @@ class Bitplane:
             raise InputError(
                 f"{name}: planes {tuple(part['planes'].shape)} and scales {tuple(scale.shape)} do not fit {spec.code_bits} bits"
             )
-        if scale.shape[1] != spec.n_groups(n_in) or spec.symmetric == ("zeros" in part):
+        is_real = spec.kind == "real"
+        has_zeros = not spec.symmetric and not is_real
+        if scale.shape[1] != spec.n_groups(n_in) or has_zeros != ("zeros" in part) or is_real != ("minima" in part):
+            kind = "symmetric" if spec.symmetric else f"asymmetric, of {spec.kind} kind"
             raise InputError(
                 f"{name} has {scale.shape[1]} groups of {n_in} inputs and {'' if 'zeros' in part else 'no '}zero points, "
-                f"but config.json says group_size {spec.group_size} and {'symmetric' if spec.symmetric else 'asymmetric'}"
+                f"{'' if 'minima' in part else 'no '}minima, but config.json says group_size {spec.group_size} and {kind}"
             )
-        zero = (
-            part["zeros"].int() if "zeros" in part else torch.full(scale.shape, spec.numbers.middle, dtype=torch.int32)
-        )
         g_idx = part["g_idx"].long() if "g_idx" in part else group_index(n_in, spec.group_size)
-        grid = Grid(scale, zero, g_idx, spec.qmax, bilevel)
+        if is_real:
+            grid = Grid.real(scale, part["minima"].float(), g_idx, spec.qmax)
+        else:
+            middle = torch.full(scale.shape, spec.numbers.middle, dtype=torch.int32)
+            grid = Grid(scale, part["zeros"].int() if has_zeros else middle, g_idx, spec.qmax, bilevel)
         codes = unpack_planes(part["planes"], n_in)
         return QuantizedWeight(codes, grid, spec, outliers=_decode_outliers(part, n_out, n_in))
 

@@ -25,6 +25,7 @@ from quant.export.formats import (
     half_scales,
     matches,
     misfit_linear,
+    real_minimum,
     refuses_codes,
     uneven_groups,
 )
@@ -46,7 +47,7 @@ class CompressedTensors:
 
     def refuses(self, content: Content) -> str | None:
         """Sparse parts, act-order, activations other than W8A8."""
-        if against := refuses_codes(content, self.name):
+        if against := refuses_codes(content, self.name) or real_minimum(content, self.name):
             return against
         if content.reordered:
             return f"{self.name} cannot hold groups in act-order: use format gptq, or --group-aware or --static-groups"

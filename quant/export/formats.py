@@ -122,6 +122,13 @@ def refuses_codes(content: Content, name: str) -> str | None:
     return None
 
 
+def real_minimum(content: Content, name: str) -> str | None:
+    """Why a format of integer zero points cannot hold this; None if it can."""
+    if content.spec is None or content.spec.kind == "integer":
+        return None
+    return f"{name} stores integer zero points and cannot hold real minima (--grid real): use format bitplane"
+
+
 def uneven_groups(content: Content, name: str) -> str | None:
     """Why a format that counts in equal groups cannot hold this; None if all are equal."""
     assert content.spec is not None
@@ -160,9 +167,9 @@ def check_grid(weight: QuantizedWeight, content: Content, name: str) -> None:
         raise InputError(
             f"{name} holds one number of bits, {content.bits}, and this linear has {weight.spec.code_bits}"
         )
-    settings = (weight.spec.group_size, weight.grid.qmax, weight.spec.symmetric)
-    asked = (content.spec.group_size, content.spec.qmax, content.spec.symmetric)
-    for what, own, whole in zip(("group_size", "largest code", "symmetric"), settings, asked, strict=True):
+    settings = (weight.spec.group_size, weight.grid.qmax, weight.spec.symmetric, weight.spec.kind)
+    asked = (content.spec.group_size, content.spec.qmax, content.spec.symmetric, content.spec.kind)
+    for what, own, whole in zip(("group_size", "largest code", "symmetric", "kind"), settings, asked, strict=True):
         if own != whole:
             raise InputError(f"{name} holds one grid, of {what} {whole}, and this linear has {own}: quantize it again")
     if content.centered and bool((weight.grid.zero != 2 ** (content.bits - 1)).any()):

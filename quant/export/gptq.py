@@ -25,6 +25,7 @@ from quant.export.formats import (
     half_scales,
     matches,
     misfit_linear,
+    real_minimum,
     refuses_codes,
 )
 from quant.export.packing import pack, unpack
@@ -44,7 +45,7 @@ class Gptq:
 
     def refuses(self, content: Content) -> str | None:
         """Bits, shapes, sparse parts, activations."""
-        if against := refuses_codes(content, self.name):
+        if against := refuses_codes(content, self.name) or real_minimum(content, self.name):
             return against
         if content.act.active:
             return f"{self.name} is weight-only and cannot hold activation quantization: use format bitplane"

@@ -56,9 +56,10 @@ class RunConfig:
     """What decides the codes of one run: every field is part of its identity, some by what they name.
 
     learner: the paper's method whose recipe ``learning`` is; solver: what rounds, with its own keyword ``options``.
-    learning, act: see `Recipe`. target_correction, residual_correction: strength of a `Correction` (0: none), and whether
-    it takes the residual stream's error in. saliency: parts of a linear's rows with weights of tokens (0: none), from the
-    gradients for saliency_labels. tuning: of what was solved (None: it stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
+    grid_kind: of the weights' grid (see `QuantSpec`). learning, act: see `Recipe`. target_correction, residual_correction:
+    strength of a `Correction` (0: none), and whether it takes the residual stream's error in. saliency: parts of a linear's
+    rows with weights of tokens (0: none), from the gradients for saliency_labels. tuning: of what was solved (None: it
+    stays). resume: a run directory whose learned parameters are the start. act_scales, act_shifts:
     files of generate_act_scale_shift.py.
     rotation: of the model before anything is solved (None: it stays as it is).
     bias_correction: of what was solved. column_scales: folded into every block before it is learned or solved.
@@ -75,6 +76,7 @@ class RunConfig:
     symmetric: bool = False
     range: str = "minmax"
     levels: int | None = None
+    grid_kind: str = field(default="integer", metadata=WHERE_IT_DIFFERS)
     learner: str | None = field(default=None, metadata=BY_WHAT_IT_NAMES)
     learning: Learning | None = None
     tuning: Tuning | None = field(default=None, metadata=WHERE_IT_DIFFERS)

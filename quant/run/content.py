@@ -28,7 +28,7 @@ def spec_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec 
                 f"use one of {', '.join(map(str, [*sizes, -1]))}, which fit every linear{auto}"
             )
     try:
-        return QuantSpec(run.wbits, run.group_size, run.symmetric, run.range, run.levels)
+        return QuantSpec(run.wbits, run.group_size, run.symmetric, run.range, run.levels, run.grid_kind)
     except ValueError as error:
         raise InputError(f"the grid: {error}") from error
 
@@ -45,9 +45,9 @@ MIXED = range(2, 9)  # bits that linears of a run with mixed bits may have
 def expected_bits(run: RunConfig, shapes: Mapping[str, tuple[int, int]], bits: int | None = None) -> float:
     """Stored bits of a block's linears, as far as they are known beforehand: codes, scales in 16 bits, zero points, and
     outliers where their number is asked for. bits: of codes, where not the run's own."""
-    spec = QuantSpec(bits or run.wbits, run.group_size, run.symmetric, levels=run.levels)
+    spec = QuantSpec(bits or run.wbits, run.group_size, run.symmetric, levels=run.levels, kind=run.grid_kind)
     weights = sum(out * n_in for out, n_in in shapes.values())
-    group_bits = 16 + (0 if spec.symmetric else spec.code_bits)
+    group_bits = 16 + (16 if spec.kind == "real" else 0 if spec.symmetric else spec.code_bits)
     side = sum(out * spec.n_groups(n_in) * group_bits for out, n_in in shapes.values())
     outliers = declaration_of(run.solver).outlier_bits(with_defaults(run.solver, run.options))
     return weights * (spec.code_bits + outliers) + side

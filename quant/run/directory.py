@@ -224,7 +224,8 @@ class RunDirectory:
         linears: dict[str, Any] = {}
         for name, weight in weights.items():
             grid = weight.grid
-            parts = {"codes": weight.codes, "scale": grid.scale, "zero": grid.zero, "g_idx": grid.g_idx}
+            parts = {"codes": weight.codes, "scale": grid.scale, "g_idx": grid.g_idx}
+            parts |= {"zero": grid.zero} if grid.minimum is None else {"minimum": grid.minimum}
             linears[name] = {"spec": weight.spec.to_json(), "qmax": grid.qmax, "info": dict(weight.info)}
             if weight.outliers is not None:
                 parts |= {"outlier_index": weight.outliers.index, "outlier_value": weight.outliers.value}
@@ -348,8 +349,12 @@ def _read_linear(file: Any, name: str, entry: Record) -> QuantizedWeight:
         bilevel = BilevelScales(part("scale_codes"), part("scale_base"), part("scale_step"), **entry["bilevel"])
     if "whole_columns" in entry:
         outliers = Outliers(part("outlier_index"), part("outlier_value"), entry["whole_columns"])
-    grid = Grid(part("scale"), part("zero"), part("g_idx"), entry["qmax"], bilevel)
-    return QuantizedWeight(part("codes"), grid, QuantSpec(**entry["spec"]), entry["info"], outliers)
+    spec, scale, g_idx, qmax = QuantSpec(**entry["spec"]), part("scale"), part("g_idx"), entry["qmax"]
+    if spec.kind == "real":
+        grid = Grid.real(scale, part("minimum"), g_idx, qmax)
+    else:
+        grid = Grid(scale, part("zero"), g_idx, qmax, bilevel)
+    return QuantizedWeight(part("codes"), grid, spec, entry["info"], outliers)
 
 
 def answers_sha256(answers: Mapping[str, QuantizedWeight]) -> str:

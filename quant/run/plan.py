@@ -12,7 +12,7 @@ Memory (bytes)
               (Korthikanti et al. 2022, equation 2)
   tuning      with --tune: for every weight that is tuned at a time its parameter, gradient, best iterate and moments, and
               what its gradient needs; what a block keeps of a token, and the logits (quant/tune/limits.py)
-  quantized   codes, scales, zero points; 16 bits for every number of a matrix behind a norm; with --outlier of
+  quantized   codes, scales, zero points or minima; 16 bits for every number of a matrix behind a norm; with --outlier of
               quantease 32 bits more for each outlier (16 for each weight of an outlier column); spqr's outliers depend
               on the weights and are not in it
   saliency    with --saliency R: statistics of R parts of every linear besides; hidden states in front of all blocks and
@@ -126,7 +126,7 @@ def solver_cost(device: torch.device, run: RunConfig) -> tuple[float, float]:
     if run.wbits == FULL_BITS:
         return 0.0, 0.0
     solver = get_solver(run.solver)
-    spec = QuantSpec(run.wbits, -1, run.symmetric, run.range, run.levels)
+    spec = QuantSpec(run.wbits, -1, run.symmetric, run.range, run.levels, run.grid_kind)
     seconds = []
     for n_in in SAMPLES:
         stats = GramStats(n_in, device)

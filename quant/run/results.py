@@ -96,6 +96,7 @@ def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel)
         "options": dict(run.options),
         "group_size": run.group_size,
         "symmetric": run.symmetric,
+        **({"grid_kind": run.grid_kind} if run.grid_kind != "integer" else {}),
         "bits_per_weight": bits / count if count else float(stored),
         "outlier_share": sum(r.outlier_share * r.n_weights for r in records) / count if records else 0.0,
         "entropy_bits": _entropy(run, records),

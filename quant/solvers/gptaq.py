@@ -19,6 +19,7 @@ from torch import Tensor
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, fit_scale_zero
 from quant.core.linalg import damped_factor
+from quant.core.real_grid import fit_scale_minimum
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import Options, solver
 from quant.solvers.gptq import gptq_bytes, keeps_first_grid, visiting_order
@@ -61,6 +62,8 @@ def gptaq(
     if grid is None:
         grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
     visited = replace(grid, scale=grid.scale.clone(), zero=grid.zero.clone(), g_idx=grid.g_idx[order])
+    if grid.minimum is not None:
+        visited = replace(visited, minimum=grid.minimum.clone())
     codes = sweep(weight[:, order], upper, pull, visited, spec, stats.diagonal[order] if fits else None, block_size)
     fitted = replace(visited, g_idx=grid.g_idx)
     return QuantizedWeight(codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
@@ -83,10 +86,14 @@ def sweep(
             g = int(grid.g_idx[j])
             if importance is not None and j % size == 0:
                 group = slice(j, j + size)
-                grid.scale[:, g], grid.zero[:, g] = fit_scale_zero(work[:, group], spec, importance[group])
-            column, scale, zero = work[:, j], grid.scale[:, g], grid.zero[:, g].float()
-            codes[:, j] = grid.numbers.codes(column, scale, zero).to(torch.uint8)
-            errors[:, j - start] = (column - (codes[:, j].float() - zero) * scale) / upper[j, j]
+                if grid.minimum is None:
+                    grid.scale[:, g], grid.zero[:, g] = fit_scale_zero(work[:, group], spec, importance[group])
+                else:
+                    fitted = fit_scale_minimum(work[:, group], spec, importance[group])
+                    grid.scale[:, g], grid.minimum[:, g] = fitted
+            column, own = work[:, j], grid.of_group(g)
+            codes[:, j] = own.quantize(column[:, None]).squeeze(1)
+            errors[:, j - start] = (column - own.dequantize(codes[:, j, None]).squeeze(1)) / upper[j, j]
             rest = slice(j + 1, end)
             work[:, rest] += torch.outer(column, pull[j, rest]) - torch.outer(errors[:, j - start], upper[j, rest])
         work[:, end:] += work[:, start:end] @ pull[start:end, end:] - errors @ upper[start:end, end:]

@@ -14,6 +14,7 @@ from torch import Tensor
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, fit_scale_zero
 from quant.core.linalg import damped_factor
+from quant.core.real_grid import fit_scale_minimum
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import ColumnBlock, kernels
 from quant.solvers import Options, solver
@@ -65,17 +66,32 @@ def gptq(
     gram = stats.gram[order][:, order] if act_order or group_aware else stats.gram
     upper, used_damp = damped_factor(gram, percdamp, auto_damp)
     del gram
-    fit: Fit | None = None
+    fits_groups = grid is None and not static_groups and spec.group_size != -1
     if grid is None:
-        if not static_groups and spec.group_size != -1:
-            importance = stats.diagonal[order]
-            fit = lambda part, columns: fit_scale_zero(part, spec, importance[columns])  # noqa: E731
         grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
     visited = replace(grid, g_idx=grid.g_idx[order])
     target = weight[:, order] if act_order or group_aware else weight
+    minimum = None if grid.minimum is None else grid.minimum.clone()
+    fit = group_fit(spec, stats.diagonal[order], visited.g_idx, minimum) if fits_groups else None
     layer = feedback_rounding(target, upper, visited, spec, fit, block_size)
     fitted = Grid(layer.scale, layer.zero.to(torch.int32), grid.g_idx, grid.qmax)
+    if minimum is not None:
+        fitted = Grid.real(layer.scale, minimum, grid.g_idx, grid.qmax)
     return QuantizedWeight(layer.codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
+
+
+def group_fit(spec: QuantSpec, importance: Tensor, group: Tensor, minimum: Tensor | None) -> Fit:
+    """Fits the grid of a group. importance, group [in]: Gram diagonal and group of every column in visiting order.
+    minimum [out, G]: of real grids, receives what is fitted; the zeros returned are then what the sweep takes for it."""
+
+    def fit(part: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        if minimum is None:
+            return fit_scale_zero(part, spec, importance[columns])
+        scale, lowest = fit_scale_minimum(part, spec, importance[columns])
+        minimum[:, int(group[columns.start])] = lowest
+        return scale, -lowest / scale
+
+    return fit
 
 
 def visiting_order(diagonal: Tensor, spec: QuantSpec, act_order: bool, group_aware: bool = False) -> Tensor:
@@ -113,7 +129,7 @@ def feedback_rounding(
         raise ValueError(f"block_size={block_size}: use 1 or more columns")
     work, n_in = weight.clone(memory_format=torch.contiguous_format), weight.shape[1]
     feedback = upper.div_(upper.diagonal().clone())  # V_jk / V_kk, [in, in]: what column k takes of column j's error
-    scale, zero, group = grid.scale.clone(), grid.zero.float(), grid.g_idx
+    scale, zero, group = grid.scale.clone(), grid.float_zero(), grid.g_idx
     codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     kernel = kernels(work.device)
     layer = ColumnBlock(

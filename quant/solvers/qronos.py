@@ -60,8 +60,8 @@ def qronos(
     if float(stats.diagonal[order[0]]) > 0:
         first = first + ((target - weight[:, order]) @ gram[:, 0]) / gram[0, 0]
     visited = replace(grid, g_idx=grid.g_idx[order])
-    scale, zero = grid.scale[:, visited.g_idx[0]], grid.zero[:, visited.g_idx[0]].float()
-    first = grid.numbers.values(first, scale, zero)
+    own = visited.of_group(int(visited.g_idx[0]))
+    first = own.dequantize(own.quantize(first[:, None])).squeeze(1)
     # The others' optimum behind it, in which the first column stands at its level and leaves GPTQ no error:
     # t_F - (t_1 - q_1) H⁻¹_1F / H⁻¹_11, with H⁻¹_1F / H⁻¹_11 = U_1F / U_11 and U the inverse of the factor.
     one = torch.zeros(1, len(order), device=upper.device)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from quant.core.gram import GramStats
-from quant.core.grid import at_least_finest, fit_grid, refit_scale_zero, round_scale, within_largest
+from quant.core.grid import fit_grid, refit_scale_zero
 from quant.core.linalg import largest_eigenvalue
 from quant.core.outliers import kept_outliers
+from quant.core.real_grid import refit_scale_minimum
+from quant.core.stored import at_least_finest, round_scale, stored_real, within_largest
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.columns import ColumnBlock, kernels
 from quant.solvers import Options, solver
@@ -35,14 +37,15 @@ class Descent:
     """Coordinate descent in progress; columns are in visiting order.
 
     target [out, in]; residual = target - Ŵ; correlation = residual @ gram; codes uint8, those of the last rounding
-    sweep. free [out, in] bool: entries that are not rounded.
+    sweep. free [out, in] bool: entries that are not rounded. zero: where the minimum is real, what the loops take for it.
     """
 
     def __init__(self, target: Tensor, gram: Tensor, grid: Grid, block_size: int) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: use 1 or more columns")
         self.target, self.gram, self.block_size = target, gram, block_size
-        self.scale, self.zero = grid.scale.clone(), grid.zero.float()
+        self.scale, self.zero = grid.scale.clone(), grid.float_zero()
+        self.minimum = None if grid.minimum is None else grid.minimum.clone()
         self.group, self.numbers = grid.g_idx, grid.numbers
         self.residual, self.correlation = torch.zeros_like(target), torch.zeros_like(target)
         self.codes = torch.empty_like(target, dtype=torch.uint8)
@@ -71,10 +74,20 @@ class Descent:
         self.residual += change
         self.kernels.propagate_(self.correlation, change, self.gram)
 
+    def grid(self, g_idx: Tensor) -> Grid:
+        """The grid as it is now, for columns in these groups."""
+        if self.minimum is not None:
+            return Grid.real(self.scale, self.minimum, g_idx, self.numbers.qmax)
+        return Grid(self.scale, self.zero.to(torch.int32), g_idx, self.numbers.qmax)
+
     def refit(self, spec: QuantSpec) -> None:
-        """Scale and zero point of every group in closed form for the codes as they are; never raises the objective."""
+        """Scale and zero point, or minimum, of every group in closed form for the codes as they are; never raises the
+        objective."""
         for g in range(self.scale.shape[1]):
             columns = (self.group == g).nonzero().squeeze(1)  # [n]
+            if self.minimum is not None:
+                self._refit_line(g, columns, self.minimum, spec)
+                continue
             offsets = self.codes[:, columns].float() - self.zero[:, g, None]  # [out, n]: Ŵ / scale
             if self.free is not None:
                 offsets.masked_fill_(self.free[:, columns], 0)  # free entries do not scale with the grid
@@ -90,6 +103,21 @@ class Descent:
             self.residual[:, columns] += change
             self.kernels.propagate_(self.correlation, change, rows)
 
+    def _refit_line(self, g: int, columns: Tensor, minimum: Tensor, spec: QuantSpec) -> None:
+        """The same for scale and minimum of group g, which has these columns."""
+        codes, rows = self.codes[:, columns].float(), self.gram[columns]  # [out, n], [n, in]
+        free = None if self.free is None else self.free[:, columns]
+        scale, lowest = self.scale[:, g].clone(), minimum[:, g].clone()
+        self.scale[:, g], minimum[:, g] = refit_scale_minimum(
+            codes, scale, lowest, rows[:, columns], self.correlation[:, columns], spec=spec, free=free
+        )
+        self.zero[:, g] = -minimum[:, g] / self.scale[:, g]
+        change = codes * (scale - self.scale[:, g])[:, None] + (lowest - minimum[:, g])[:, None]
+        if free is not None:
+            change.masked_fill_(free, 0)  # free entries do not move with the grid
+        self.residual[:, columns] += change
+        self.kernels.propagate_(self.correlation, change, rows)
+
 
 def is_rounding_sweep(sweep: int, num_iter: int) -> bool:
     """Whether a sweep rounds. Sweeps 1, 4, ..., 25 store the unrounded minimizer (released code's schedule)."""
@@ -99,18 +127,29 @@ def is_rounding_sweep(sweep: int, num_iter: int) -> bool:
 def search_scales(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, block_size: int) -> Grid:
     """The grid with each row's scales times the factor whose descent of SEARCH_SWEEPS sweeps ends lowest."""
     best = torch.full_like(target[:, 0], torch.inf)
-    scale = grid.scale
+    found = grid
     for factor in FACTORS:
-        wanted = at_least_finest(round_scale(grid.scale * factor), spec)
-        trial = replace(grid, scale=within_largest(wanted, grid.zero, spec))
+        trial = scaled_by(grid, factor, spec)
         descent = Descent(target, gram, trial, block_size)
         for sweep in range(SEARCH_SWEEPS):
             descent.sweep(is_rounding_sweep(sweep, SEARCH_SWEEPS))
         objective = (descent.residual * descent.correlation).sum(1)
         better = objective < best
         best = torch.where(better, objective, best)
-        scale = torch.where(better[:, None], trial.scale, scale)
-    return replace(grid, scale=scale)
+        found = replace(found, scale=torch.where(better[:, None], trial.scale, found.scale))
+        if trial.minimum is not None and found.minimum is not None:
+            found = replace(found, minimum=torch.where(better[:, None], trial.minimum, found.minimum))
+    return found
+
+
+def scaled_by(grid: Grid, factor: float, spec: QuantSpec) -> Grid:
+    """The grid with its scales times a factor: zero points stay, and of real grids the middle."""
+    wanted = at_least_finest(round_scale(grid.scale * factor), spec)
+    if grid.minimum is None:
+        return replace(grid, scale=within_largest(wanted, grid.zero, spec))
+    middle = grid.minimum + grid.scale * (grid.qmax / 2)
+    scale, minimum = stored_real(wanted, middle - wanted * (grid.qmax / 2), spec)
+    return replace(grid, scale=scale, minimum=minimum)
 
 
 def damped_gram(stats: GramStats) -> tuple[Tensor, float]:
@@ -224,7 +263,7 @@ def quantease(
         descent.start_from(init.dequantize()[:, order])
     descent.target = inliers
     descend(descent, target, outliers, num_iter, relax, spec if refit_grid else None)
-    fitted = Grid(descent.scale, descent.zero.to(torch.int32), grid.g_idx, grid.qmax)
+    fitted = descent.grid(grid.g_idx)
     kept = None if outliers is None else outliers.collect(descent, back, spec)
     info = {"num_iter": num_iter} | ({"damping": damping} if damping else {})
     return QuantizedWeight(descent.codes[:, back].contiguous(), fitted, spec, info, kept)
@@ -311,7 +350,7 @@ class OutlierSet:
     def collect(self, descent: Descent, back: Tensor, spec: QuantSpec) -> Outliers:
         """What must be added to the values of the codes, in the layer's own order of columns."""
         group = descent.group
-        coded = (descent.codes.float() - descent.zero[:, group]) * descent.scale[:, group]
+        coded = descent.grid(group).dequantize(descent.codes)
         # Target minus residual is Ŵ. Free entries of Ŵ are the outliers; before the last third they stand beside it, in H.
         extra = descent.target - descent.residual - coded + (0 if descent.free is not None else self.values)
         chosen = self.chosen[:, back]

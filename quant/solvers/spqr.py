@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.core.gram import GramStats
-from quant.core.grid import fit_grid, fit_scale_zero, largest_scales, multiple_of_finest, range_to_grid
+from quant.core.grid import fit_grid, fit_scale_zero, range_to_grid
 from quant.core.linalg import damped_factor
 from quant.core.outliers import kept_outliers
+from quant.core.stored import largest_scales, multiple_of_finest
 from quant.core.types import BilevelScales, Grid, QuantizedWeight, QuantSpec
 from quant.solvers import Options, solver
 from quant.solvers.gptq import feedback_rounding, gptq_bytes, visiting_order
@@ -47,10 +48,9 @@ def spqr(
     simplified_outliers. Scales are stored in scale_bits, with a base and a step shared by scale_group rows.
     Deviation: zero points are integers (``round_zero`` of the released code) and need no second level.
     A given grid is used as it is, in one level. With act_order groups are formed in visiting order, which must be stored.
-    Raises SingularGramError, see there.
+    Raises SingularGramError, see there, and ValueError for a grid with a real minimum, which two-level scales do not have.
     """
-    if not 1 <= scale_bits <= 8 or scale_group < 1:
-        raise ValueError(f"scale_bits={scale_bits}, scale_group={scale_group}: use 1 to 8 bits and 1 or more rows")
+    check_levels(spec, scale_bits, scale_group)
     weight = weight.detach().float()
     stats.check()
     order = visiting_order(stats.diagonal, spec, act_order)
@@ -82,6 +82,16 @@ def spqr(
         grid = Grid(bilevel.expand(weight.shape[0]), zero, grid.g_idx, grid.qmax, bilevel)
     info = {"percdamp": used_damp, "outlier_fraction": extra.numel() / weight.numel()}
     return QuantizedWeight(layer.codes[:, back].contiguous(), grid, spec, info, outliers)
+
+
+def check_levels(spec: QuantSpec, scale_bits: int, scale_group: int) -> None:
+    """Raise ValueError where scales of two levels cannot be those of the grid."""
+    if spec.kind == "real":
+        raise ValueError(
+            "spqr's scales of two levels have integer zero points: drop --grid real, or use another method"
+        )
+    if not 1 <= scale_bits <= 8 or scale_group < 1:
+        raise ValueError(f"scale_bits={scale_bits}, scale_group={scale_group}: use 1 to 8 bits and 1 or more rows")
 
 
 class GroupFit:

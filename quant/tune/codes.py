@@ -1,10 +1,11 @@
 """A solved linear as a function of what is tuned of it: a position for every weight, and a factor for every scale.
 
-    Ŵ = s · (Q - z),   Q = clip(⌊U⌉, 0, qmax),   s = s0 (1 + a)
+    Ŵ = s · (Q - z),   Q = clip(⌊U⌉, 0, qmax),   s = s0 (1 + a),        or with a real minimum
+    Ŵ = s · Q + m,     m = m0 + s0 b
 
-U [out, in] is in code units, so that a change of s changes no code; z stays, and so do outliers. ∂Q/∂U is taken as 1
+U [out, in] is in code units, so that a change of s or m changes no code; z stays, and so do outliers. ∂Q/∂U is taken as 1
 inside (-½, qmax + ½) and is 0 outside (the straight-through estimate of Bengio et al. 2013, arXiv 1308.3432; AutoRound,
-arXiv 2309.05516, rounds W/s + V alike). U starts at the weight's own place W/s + z, moved into the cell of its solved
+arXiv 2309.05516, rounds W/s + V alike). U starts at the weight's own place W/s + z or (W - m)/s, moved into the cell of its solved
 code: the start is the solved answer exactly, and a weight that the solver pushed away from the nearest code is close to
 the edge over which it would go back.
 """
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 from quant.core.errors import InputError
-from quant.core.grid import at_least_finest, round_scale, within_largest
+from quant.core.stored import at_least_finest, round_scale, stored_real, within_largest
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.tune.config import Tuning
 
 MARGIN = 0.02  # of a cell, between a start and the nearest edge
-POSITION, FACTOR = ".position", ".factor"  # names of a linear's parameters behind its own
+POSITION, FACTOR, OFFSET = ".position", ".factor", ".offset"  # names of a linear's parameters behind its own
 Parameters = dict[str, Tensor]
 
 
@@ -101,13 +102,27 @@ class StoredScale(torch.autograd.Function):
         return gradient, None, None
 
 
+class StoredLine(torch.autograd.Function):
+    """Scales and minima as real grids store them (see `stored_real`); the gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, minimum: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """Round and bound."""
+        return stored_real(scale, minimum, spec)
+
+    @staticmethod
+    def backward(ctx: Any, of_scale: Tensor, of_minimum: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Straight through."""
+        return of_scale, of_minimum, None
+
+
 class TunedLinear:
     """One solved linear. spec: the grid that was asked for; before: the weight [out, in] that was solved.
 
     Raises InputError for grids whose scales are quantized themselves: a factor would leave them.
     """
 
-    keys = (POSITION, FACTOR)
+    keys: tuple[str, ...] = (POSITION, FACTOR)
 
     def __init__(self, where: str, start: QuantizedWeight, spec: QuantSpec, before: Tensor) -> None:
         if start.grid.bilevel is not None:
@@ -116,44 +131,51 @@ class TunedLinear:
             )
         self.start, self.spec, self.groups, self.before = start, spec, Groups(start.grid), before
         self.zero = start.grid.zero.float()
+        if start.grid.minimum is not None:
+            self.keys, self.zero = (POSITION, FACTOR, OFFSET), torch.zeros_like(start.grid.scale)
 
     def initial(self) -> Parameters:
-        """Position and factor, float32, that give the solved answer."""
+        """Position and factor (and offset), float32, that give the solved answer."""
         weight, outliers, grid = self.before.float(), self.start.outliers, self.start.grid
         if outliers is not None:  # they are added to the codes' values
             weight = weight.flatten().index_add(0, outliers.index, -outliers.value.float()).view_as(weight)
-        scale, zero = grid.expand()
         codes = self.start.codes.float()
-        position = torch.clamp(weight / scale + zero, codes - 0.5 + MARGIN, codes + 0.5 - MARGIN)
-        return {POSITION: position, FACTOR: torch.zeros_like(grid.scale)}
+        position = torch.clamp(grid.positions(weight), codes - 0.5 + MARGIN, codes + 0.5 - MARGIN)
+        return {POSITION: position} | {key: torch.zeros_like(grid.scale) for key in self.keys if key != POSITION}
 
     def rates(self, tuning: Tuning) -> dict[str, float]:
         """The rate of every parameter."""
-        return {POSITION: tuning.rate_of(self.spec.bits), FACTOR: tuning.grid_rate}
+        return dict.fromkeys(self.keys, tuning.grid_rate) | {POSITION: tuning.rate_of(self.spec.bits)}
 
     def bounds(self) -> dict[str, tuple[float, float]]:
         """What parameters stay within: nothing."""
         return {}
 
-    def scale(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Scales [out, G] as they are stored."""
+    def grid(self, parameters: Mapping[str, Tensor]) -> Grid:
+        """Scales, and minima, as they are stored."""
         grid = self.start.grid
-        scale: Tensor = StoredScale.apply(grid.scale * (1 + parameters[FACTOR]), grid.zero, self.spec)
-        return scale
+        scale = grid.scale * (1 + parameters[FACTOR])
+        if grid.minimum is None:
+            return replace(grid, scale=StoredScale.apply(scale, grid.zero, self.spec))
+        scale, minimum = StoredLine.apply(scale, grid.minimum + grid.scale * parameters[OFFSET], self.spec)
+        return replace(grid, scale=scale, minimum=minimum)
 
     def weight(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The deployed weight, float32 [out, in]: what `answer` dequantizes to, bit for bit, with gradients."""
-        scale, qmax = self.scale(parameters), self.start.grid.qmax
-        weight: Tensor = RoundPosition.apply(parameters[POSITION], scale, self.zero, self.groups, qmax)
+        grid = self.grid(parameters)
+        weight: Tensor = RoundPosition.apply(parameters[POSITION], grid.scale, self.zero, self.groups, grid.qmax)
+        if grid.minimum is not None:
+            weight = weight + self.groups.expand(grid.minimum)
         if (outliers := self.start.outliers) is not None:
             weight = weight.flatten().index_add(0, outliers.index, outliers.value.float()).view_as(weight)
         return weight
 
     @torch.no_grad()
     def answer(self, parameters: Mapping[str, Tensor]) -> QuantizedWeight:
-        """Codes and scales at these parameters."""
+        """Codes and grid at these parameters."""
         start = self.start
         codes = codes_at(parameters[POSITION], start.grid.qmax)
         moved = float((codes != start.codes).float().mean())
-        grid = replace(start.grid, scale=self.scale(parameters))
-        return replace(start, codes=codes, grid=grid, info={**start.info, "codes_moved": moved}).check()
+        return replace(
+            start, codes=codes, grid=self.grid(parameters), info={**start.info, "codes_moved": moved}
+        ).check()

@@ -47,7 +47,8 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
                 row = first + o
                 u = weight[row, j] - residual[row, j] + c[j, o] * inv
                 if codes.size:
-                    code = np.rint(u / scale[row, g]) + zero[row, g]
+                    whole = np.rint(zero[row, g])
+                    code = np.rint(u / scale[row, g] + (zero[row, g] - whole)) + whole
                     code = min(max(code, np.float32(0)), qmax)
                     codes[row, j] = np.uint8(code)
                     if not (free.size and free[row, j]):
@@ -80,7 +81,8 @@ def _gptq(weight, target, feedback, scale, zero, group, qmax, codes, errors, out
             g = group[j]
             for o in range(n):
                 row, kept = first + o, w[j, o]
-                code = np.rint(kept / scale[row, g]) + zero[row, g]
+                whole = np.rint(zero[row, g])
+                code = np.rint(kept / scale[row, g] + (zero[row, g] - whole)) + whole
                 code = min(max(code, np.float32(0)), qmax)
                 value = (code - zero[row, g]) * scale[row, g]
                 off = kept - value

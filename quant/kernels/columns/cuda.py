@@ -27,9 +27,11 @@ def _round_half_even(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 @triton.jit
 def _nearest(u, scale, zero, qmax):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Codes of u. Far outside the grid the exact integer does not matter, only that the sum stays in range."""
-    steps = tl.minimum(tl.maximum(tl.math.div_rn(u, scale), -4096.0), 4096.0)
-    return tl.minimum(tl.maximum(_round_half_even(steps) + zero, 0.0), qmax)
+    """Codes of u. Far outside the grid the exact integer does not matter, only that the sum stays in range: a zero is at most
+    about 2^11 steps away (`quant.core.stored.FINEST_STEP`)."""
+    whole = _round_half_even(zero)
+    steps = tl.minimum(tl.maximum(tl.math.div_rn(u, scale) + (zero - whole), -4096.0), 4096.0)
+    return tl.minimum(tl.maximum(_round_half_even(steps) + whole, 0.0), qmax)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

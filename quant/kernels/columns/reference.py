@@ -23,7 +23,7 @@ class ColumnBlock(NamedTuple):
     incoming float32 [out, B]: what the columns outside the block ask of these. In coordinate descent the block's columns
     of (W - Ŵ) Σ at the start, read only. In GPTQ the target plus the feedback of earlier columns; updated.
     matrix float32 [B, B]: Σ between these columns. In GPTQ the feedback instead, unit upper triangular.
-    scale, zero float32 [out, G]: of the whole layer. group int64 [B]: the group of each column. numbers: what codes stand for.
+    scale, zero float32 [out, G]: of the whole layer; a zero may lie between two integers (a real minimum). group int64 [B]: the group of each column. numbers: what codes stand for.
     codes uint8 [out, B]: receives the codes. rounding: False for a relaxed pass of coordinate descent, which writes none.
     free bool [out, B]: entries that coordinate descent never rounds (outliers).
     outlier_above float32 [B]: GPTQ keeps an entry as it is where (incoming - Q(incoming))² is larger (SpQR, Alg. 1).
@@ -59,7 +59,8 @@ class ColumnBlock(NamedTuple):
         """Nearest codes (as floats) and values of u [out] for one column of the block."""
         g = int(self.group[column])
         scale, zero = self.scale[:, g], self.zero[:, g]
-        code = self.numbers.codes(u, scale, zero)
+        whole = zero.round()  # u is rounded beside what an integer zero lacks, which is nothing
+        code = (u / scale).add_(zero - whole).round_().add_(whole).clamp_(0, self.numbers.qmax)
         return code, (code - zero) * scale
 
 

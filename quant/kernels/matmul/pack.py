@@ -65,9 +65,13 @@ def pack_weight(weight: QuantizedWeight, device: torch.device | str = "cpu") -> 
     codes = F.pad(arrange(codes, grid.n_groups, group), (0, 0, 0, rows))
     bits = weight.spec.code_bits
     zero: SmallInts | int = weight.spec.numbers.middle
-    if not weight.spec.symmetric:
+    minimum = None
+    if grid.minimum is not None:
+        zero, minimum = 0, _stored(F.pad(grid.minimum.T, (0, rows)).contiguous(), grid.minimum_bits)
+    elif not weight.spec.symmetric:
         zero = pack_small(F.pad(grid.zero.T, (0, rows)), bits)
-    packed_grid = PackedGrid(_scales(F.pad(grid.scale.T, (0, rows)).contiguous(), grid.scale_bits), zero)
+    scale = _stored(F.pad(grid.scale.T, (0, rows)).contiguous(), grid.scale_bits)
+    packed_grid = PackedGrid(scale, zero, minimum=minimum)
     if grid.bilevel is not None:
         packed_grid = _bilevel(grid.bilevel, packed_grid, rows)
     outliers = None if weight.outliers is None else _pack_outliers(weight.outliers, n_out, n_in)
@@ -79,8 +83,8 @@ def pack_block(solved: Mapping[str, QuantizedWeight], device: torch.device) -> d
     return {name: pack_weight(weight, device) for name, weight in solved.items()}
 
 
-def _scales(scale: Tensor, bits: int) -> Tensor:
-    return scale.half() if bits == 16 else scale
+def _stored(numbers: Tensor, bits: int) -> Tensor:
+    return numbers.half() if bits == 16 else numbers
 
 
 def _bilevel(level: BilevelScales, grid: PackedGrid, rows: int) -> PackedGrid:

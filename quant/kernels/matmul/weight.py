@@ -2,7 +2,7 @@
 
     y[o] = Σ_g scale[g, o] (Σ_i code[o, i] x[i] - zero[g, o] Σ_i x[i]),    i over the columns of group g,
 
-plus sparse outliers. How codes are kept is the matter of a `Layout`, one for each kind of device: bit planes in tiles of
+plus sparse outliers; with a real minimum, zero is 0 and Σ_g minimum[g, o] Σ_i x[i] is added. How codes are kept is the matter of a `Layout`, one for each kind of device: bit planes in tiles of
 rows on a CPU (`packed_cpu`), words of 1, 2, 4 and 8 bits on CUDA (`packed_cuda`). Scales, zero points and outliers take
 the bits that `QuantizedWeight.storage_bits` counts, but for zero points of 3 bits, kept in 4, and of 5 to 7, kept in 8.
 """
@@ -77,7 +77,8 @@ class PackedGrid:
     """Scales and zero points, groups first.
 
     scale [G, rows] float16, or float32 where that would round them. zero: [G, rows], or one number for all (symmetric).
-    codes, step: scales in few bits are scale + codes · step, with scale and step [G, ceil(out / shared)] (SpQR).
+    codes, step: scales in few bits are scale + codes · step, with scale and step [G, ceil(out / shared)] (SpQR). minimum:
+    [G, rows], float16 or float32, of real grids.
     """
 
     scale: Tensor
@@ -85,6 +86,7 @@ class PackedGrid:
     codes: SmallInts | None = None
     step: Tensor | None = None
     shared: int = 1
+    minimum: Tensor | None = None
 
     def scales(self) -> Tensor:
         """Float32 [G, rows]."""
@@ -104,7 +106,7 @@ class PackedGrid:
     def tensors(self) -> list[Tensor]:
         """Everything that is kept."""
         small = [part.data for part in (self.zero, self.codes) if isinstance(part, SmallInts)]
-        return [self.scale, *small, *([] if self.step is None else [self.step])]
+        return [self.scale, *small, *(t for t in (self.step, self.minimum) if t is not None)]
 
 
 @dataclass(frozen=True)
@@ -209,18 +211,32 @@ class PackedWeight:
             return values.expand(self.n_groups, -1).repeat_interleave(own, 0).T[: self.n_out, : self.n_in]
 
         values = (self.codes().float() - of_columns(self.grid.zeros())) * of_columns(self.grid.scales())
+        if self.grid.minimum is not None:
+            values += of_columns(self.grid.minimum.float())
         if self.order is not None:
             values = torch.empty_like(values).index_copy_(1, self.order, values)
         return values if self.outliers is None else self.outliers.add_to(values)
 
+    def _with_minima(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [n, rows] with minimum times the sums of inputs over groups, for x float32 [n, columns] as codes are arranged."""
+        if self.grid.minimum is None:
+            return y
+        sums = x[:, : self.n_groups * self.group].reshape(x.shape[0], self.n_groups, self.group).sum(-1)
+        return y.addmm(sums, self.grid.minimum.float())
+
     def matmul(self, x: Tensor) -> Tensor:
         """x [n, in] times the weight transposed, float32 [n, out]."""
-        y = self.layout.matmul(self.arrange(x), self)[:, : self.n_out]
+        arranged = self.arrange(x)
+        y = self._with_minima(self.layout.matmul(arranged, self), arranged.float())[:, : self.n_out]
         return y if self.outliers is None else y + self.outliers.matmul(x.float())
 
     def integer_matmul(self, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """As `matmul` for inputs scale[n] · (x[n] + offset[n]), x int8 [n, in]."""
-        y = self.layout.integer_matmul(self.arrange(x), scale, offset, self)[:, : self.n_out]
+        arranged = self.arrange(x)
+        y = self.layout.integer_matmul(arranged, scale, offset, self)
+        if self.grid.minimum is not None:
+            y = self._with_minima(y, floats_of(arranged, scale, offset, self))
+        y = y[:, : self.n_out]
         if self.outliers is None:
             return y
         return y + self.outliers.matmul((x.float() + offset[:, None]) * scale[:, None])

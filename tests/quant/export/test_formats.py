@@ -87,6 +87,32 @@ def test_round_trip_is_exact(kind, bits, symmetric, group):
     assert back.storage_bits() == weight.storage_bits()
 
 
+@pytest.mark.parametrize("group", [-1, 32])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("scale", [0.05, 1e-8])
+def test_real_minima_come_back_bit_for_bit(bits, group, scale):
+    weight = random_weight(33, 96, QuantSpec(bits, group, kind="real"), scale)
+    weight = replace(weight, outliers=Outliers(torch.tensor([5, 40]), torch.tensor([1.0, -2.0]).half()))
+    back, tensors = round_trip("bitplane", weight)
+    assert same_codes(weight, back) and torch.equal(weight.dequantize(), back.dequantize())
+    assert back.spec == weight.spec and back.storage_bits() == weight.storage_bits()
+    assert tensors["layer.minima"].dtype == (torch.float16 if scale == 0.05 else torch.float32)
+    assert "layer.zeros" not in tensors
+    for kind in ("gptq", "gptq_v2", "compressed-tensors"):
+        with pytest.raises(InputError, match="of kind integer, and this linear has real|cannot hold these exactly"):
+            PACKED[kind].encode(replace(weight, outliers=None), replace(content_for(weight), spec=replace(weight.spec, kind="integer")))  # fmt: skip
+
+
+def test_a_checkpoint_whose_config_names_the_other_kind_is_refused():
+    for written, named in (("real", "integer"), ("integer", "real")):
+        weight = random_weight(8, 32, QuantSpec(3, kind=written))
+        content = content_for(weight)
+        tensors = {f"layer.{part}": t for part, t in PACKED["bitplane"].encode(weight, content).items()}
+        config = PACKED["bitplane"].config(replace(content, spec=replace(weight.spec, kind=named)), LAYERS)
+        with pytest.raises(InputError, match=f"asymmetric, of {named} kind"):
+            PACKED["bitplane"].decode(StoredLinear("layer", Tensors(tensors), config))
+
+
 @pytest.mark.parametrize("shape", [(1, 32), (33, 100), (7, 1)])
 @pytest.mark.parametrize("kind", ["compressed-tensors", "bitplane"])
 def test_shapes_that_no_word_divides(kind, shape):
@@ -245,6 +271,8 @@ REFUSED = {
     "ct, groups": ("compressed-tensors", {"spec": QuantSpec(4, 96)}, "groups that divide the inputs, a has 128: use format gptq_v2"),
     "plain, matrices": ("dequantized", {"online": True}, "plain checkpoint cannot hold matrices behind norms"),
     "ct, matrices": ("compressed-tensors", {"online": True}, "cannot hold matrices behind norms or in front of linears: use format bitplane"),
+    "gptq, real minima": ("gptq_v2", {"spec": QuantSpec(4, 32, kind="real")}, "cannot hold real minima (--grid real): use format bitplane"),
+    "ct, real minima": ("compressed-tensors", {"spec": QuantSpec(4, kind="real")}, "cannot hold real minima (--grid real): use format bitplane"),
     "bitplane, W16": ("bitplane", {"spec": None}, "use format dequantized"),
 }  # fmt: skip
 

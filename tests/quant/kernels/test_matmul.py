@@ -25,6 +25,10 @@ from tests.helpers import ROOT, random_weight
 def values(weight, sign=-1):
     """Codes to values one at a time in float64; sign=1: the sizes of the two terms of each instead."""
     grid = weight.grid
+    if grid.minimum is not None:
+        scale, minimum = (t.double()[:, grid.g_idx] for t in (grid.scale, grid.minimum))
+        whole = weight.codes.double() * scale + (minimum if sign == -1 else minimum.abs())
+        return whole if weight.outliers is None else whole.flatten().index_add(0, weight.outliers.index, weight.outliers.value.double()).view_as(whole)  # fmt: skip
     whole = (weight.codes.double() + sign * grid.zero.double()[:, grid.g_idx]) * grid.scale.double()[:, grid.g_idx]
     if weight.outliers is not None:
         whole.view(-1)[weight.outliers.index] += weight.outliers.value.double()
@@ -75,6 +79,20 @@ def test_every_width(bits, layout):
 @pytest.mark.parametrize("group", [-1, 4, 8, 16, 32, 64, 128])
 def test_every_group_and_number_of_tokens(group, tokens, layout):
     check(random_weight(48, 256, QuantSpec(3, group)), tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize("group", [-1, 4, 12, 32])
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_real_minima(bits, group, tokens, layout):
+    weight = random_weight(33, 96, QuantSpec(bits, group, kind="real"))
+    own = check(weight, tokens)
+    assert own.grid.minimum.dtype == torch.float16 and own.grid.zero == 0
+    counted = (weight.storage_bits() - 33 * 96 * bits) / 8  # scales and minima, and the rows that fill up the tiles
+    assert sum(t.nbytes for t in own.grid.tensors()) == counted / 33 * 64
+    outliers = Outliers(torch.tensor([5, 700]), torch.tensor([1.0, -2.0]).half())
+    check(replace(weight, outliers=outliers), tokens)
+    check(random_weight(33, 96, QuantSpec(bits, group, kind="real"), 1e-8), tokens)  # minima in float32
 
 
 def test_many_tokens_are_expanded(monkeypatch):

@@ -82,7 +82,7 @@ def test_a_session_refuses_what_it_was_not_opened_for(model_dir, text, tmp_path)
 OTHER = {"seed": 1, "nsamples": 3, "solver": "rtn", "options": {"num_iter": 5}, "wbits": 4, "group_size": 16, "symmetric": True,
          "range": "mse", "levels": 5, "learner": "abq", "act": ActSpec(8, 8), "true_sequential": True, "num_layers": 1,
          "solver_precision": "high", "tuning": Tuning(), "rotation": Rotation(), "column_scales": True, "bias_correction": True,
-         "avg_bits": 2.5,
+         "avg_bits": 2.5, "grid_kind": "real",
          "target_correction": 0.5, "residual_correction": True, "saliency": 2, "saliency_labels": "data"}  # fmt: skip
 
 

@@ -15,9 +15,10 @@ from quant.core.errors import InputError
 from quant.core.names import FORMATS, RUNTIMES
 from quant.export.read import QuantizedCheckpoint
 from quant.run.convert import convert
+from quant.run.directory import RunDirectory
 from quant.run.request import Request
 from quant.run.session import open_session
-from tests.helpers import DEMO, called, demo_config, perform, perplexity, replace
+from tests.helpers import DEMO, called, config_for, demo_config, perform, perplexity, replace
 
 
 def test_every_format_measures_what_the_run_measured(exported, whole):
@@ -157,6 +158,44 @@ def test_real_quant_of_learned_methods_saves_packed(flags, expected, model_dir, 
     assert read_back(tmp_path / "out", text, tmp_path) == pytest.approx(results, rel=1e-5)
     code, _, err = called(main_command, monkeypatch, capsys, *words, "--limit", 2, "--overwrite", "--save_dir", DEMO)
     assert code == 2 and "holds no checkpoint" in err and "--save " not in err
+
+
+def test_real_minima_are_kept_resumed_packed_and_read_back(model_dir, text, tmp_path):
+    """Run directory, every format that holds them, and a run that stops after its first block."""
+    config = config_for(
+        model_dir("llama"), text, tmp_path, wbits=2, group_size=16, grid_kind="real", range="mse", limit=4,
+        options={"num_iter": 4, "refit_grid": True}, save=tmp_path / "out", format="bitplane",
+    )  # fmt: skip
+    results = perform(config)
+    assert results["grid_kind"] == "real" and results["bits_per_weight"] == 2 + 32 / 16
+    solved = RunDirectory(tmp_path / "run").read_weights(0)
+    assert all(weight.spec.kind == "real" and weight.grid.minimum is not None for weight in solved.values())
+    expected = results["perplexity"]["words"]["quantized"]
+    assert read_back(tmp_path / "out", text, tmp_path) == expected
+    assert read_back(tmp_path / "out", text, tmp_path, packed=True, overwrite=True) == pytest.approx(expected, rel=1e-5)
+    convert(tmp_path / "run", "dequantized", tmp_path / "plain")
+    assert read_back(tmp_path / "plain", text, tmp_path) == expected
+    for source in ("run", "out"):
+        for kind in ("gptq", "gptq_v2", "compressed-tensors"):
+            with pytest.raises(InputError, match="cannot hold real minima .*use format bitplane"):
+                convert(tmp_path / source, kind, tmp_path / "no")
+    first = RunDirectory(tmp_path / "run").block_file(0).read_bytes()
+    for block in range(1, 8):
+        RunDirectory(tmp_path / "run").block_file(block).unlink(missing_ok=True)
+    again = perform(replace(config, save=None, format="dequantized"))
+    assert again["codes_sha256"] == results["codes_sha256"]
+    assert RunDirectory(tmp_path / "run").block_file(0).read_bytes() == first
+
+
+def test_formats_of_integer_zeros_refuse_real_minima_before_work(monkeypatch, capsys, tmp_path):
+    asked = ["--model", DEMO / "llama", "--dataset", "demo", "--wbits", 4, "--grid", "real", *QUICK]
+    for kind in ("gptq", "gptq_v2", "compressed-tensors"):
+        words = [*asked, "--run-dir", tmp_path / "run", "--save", tmp_path / "out", "--format", kind]
+        code, _, err = called(model_quantizer, monkeypatch, capsys, *words)
+        assert code == 2 and "cannot hold real minima (--grid real): use format bitplane" in err
+        assert not (tmp_path / "run").exists()
+    code, out, _ = called(model_quantizer, monkeypatch, capsys, *asked, "--real_quant", "--dry-run")
+    assert code == 0 and "will a bitplane checkpoint of this load?" in out
 
 
 def test_weights_that_are_only_transformed_are_saved(model_dir, text, monkeypatch, capsys, tmp_path):

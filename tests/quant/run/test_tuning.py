@@ -65,9 +65,9 @@ def summaries(path):
     return RunDirectory(path).finished_blocks()
 
 
-@pytest.mark.parametrize("scope", ["block", "model"])
-def test_tuning_helps_on_windows_that_it_did_not_see(scope, demo_text, tmp_path):
-    config = tuned(demo_text, tmp_path, scope)
+@pytest.mark.parametrize(("scope", "kind"), [("block", "integer"), ("model", "integer"), ("model", "real")])
+def test_tuning_helps_on_windows_that_it_did_not_see(scope, kind, demo_text, tmp_path):
+    config = tuned(demo_text, tmp_path, scope, grid_kind=kind)
     plain = config.but(tuning=None, run_dir=tmp_path / "plain")
     session = open_session(config)
     results, before = session.run(config.run, config.output), session.run(plain.run, plain.output)

@@ -9,7 +9,7 @@ from quant.core.errors import InputError
 from quant.core.gram import GramStats
 from quant.core.types import Grid, QuantSpec
 from quant.solvers import get_solver
-from quant.tune.codes import FACTOR, POSITION, Groups, RoundPosition, TunedLinear
+from quant.tune.codes import FACTOR, OFFSET, POSITION, Groups, RoundPosition, TunedLinear
 from tests.helpers import random_weight
 
 SPECS = [
@@ -19,6 +19,9 @@ SPECS = [
     QuantSpec(3, group_size=8),
     QuantSpec(4, group_size=16, symmetric=True),
     QuantSpec(8),
+    QuantSpec(1, kind="real"),
+    QuantSpec(2, group_size=8, kind="real", range="mse"),
+    QuantSpec(4, kind="real"),
 ]
 
 
@@ -44,6 +47,8 @@ def test_the_start_is_the_solved_answer(spec, method):
     answer = linear.answer(parameters)
     assert torch.equal(answer.codes, start.codes)
     assert torch.equal(answer.grid.scale, start.grid.scale)
+    assert start.grid.minimum is None or torch.equal(answer.grid.minimum, start.grid.minimum)
+    assert set(parameters) == set(linear.keys) and (OFFSET in parameters) == (spec.kind == "real")
     assert answer.info["codes_moved"] == 0
     assert answer.storage_bits() == start.storage_bits()
 
@@ -82,23 +87,28 @@ def test_gradients_are_those_of_the_formula_in_float64(spec):
     linear = TunedLinear("w", start, spec, weight)
     parameters = {name: p.clone() for name, p in linear.initial().items()}
     parameters[POSITION] += 1.5 * gaussian(12, 32, seed=3)  # some leave the range
-    parameters[FACTOR] += 0.1 * gaussian(*parameters[FACTOR].shape, seed=4)
+    for key in linear.keys[1:]:
+        parameters[key] += 0.1 * gaussian(*parameters[FACTOR].shape, seed=4)
     for p in parameters.values():
         p.requires_grad_()
     x, y = gaussian(20, 32, seed=6), gaussian(20, 12, seed=7)
     (x @ linear.weight(parameters).T - y).square().sum().backward()
 
     u, grid = parameters[POSITION].detach().double(), start.grid
-    scale = linear.scale(parameters).detach().double()
+    own = linear.grid({name: p.detach() for name, p in parameters.items()})
+    scale = own.scale.double()
     codes = u.round().clamp(0, grid.qmax)
-    offsets = codes - grid.zero.double()[:, grid.g_idx]
+    offsets = codes if grid.minimum is not None else codes - grid.zero.double()[:, grid.g_idx]
     deployed = offsets * scale[:, grid.g_idx]
+    if own.minimum is not None:
+        deployed += own.minimum.double()[:, grid.g_idx]
     upstream = 2 * (x.double() @ deployed.T - y.double()).T @ x.double()  # of Ŵ
     inside = (u > -0.5) & (u < grid.qmax + 0.5)
     assert 0 < inside.double().mean() < 1
     of_position = upstream * scale[:, grid.g_idx] * inside
     of_factor = torch.zeros_like(scale).index_add_(1, grid.g_idx, upstream * offsets) * grid.scale.double()
-    for name, reference in ((POSITION, of_position), (FACTOR, of_factor)):
+    of_offset = torch.zeros_like(scale).index_add_(1, grid.g_idx, upstream) * grid.scale.double()
+    for name, reference in zip(linear.keys, (of_position, of_factor, of_offset), strict=False):
         gradient = parameters[name].grad.double()
         assert (gradient - reference).norm() < 1e-5 * reference.norm()
 
@@ -116,12 +126,20 @@ def test_scales_stay_numbers_of_float16_and_positive():
     assert torch.allclose(answer.grid.scale[usual], (start.grid.scale * (1 + parameters[FACTOR]))[usual], rtol=1e-3)
 
 
-def test_a_change_of_scale_changes_no_code():
-    weight, start = solved(QuantSpec(2))
-    linear = TunedLinear("w", start, QuantSpec(2), weight)
+@pytest.mark.parametrize("kind", ["integer", "real"])
+def test_a_change_of_scale_or_minimum_changes_no_code(kind):
+    spec = QuantSpec(2, kind=kind)
+    weight, start = solved(spec)
+    linear = TunedLinear("w", start, spec, weight)
     parameters = linear.initial()
-    parameters[FACTOR] = parameters[FACTOR] + 0.2
-    assert torch.equal(linear.answer(parameters).codes, start.codes)
+    for key in linear.keys[1:]:
+        parameters[key] = parameters[key] + 0.2
+    answer = linear.answer(parameters)
+    assert torch.equal(answer.codes, start.codes)
+    assert torch.allclose(answer.grid.scale, 1.2 * start.grid.scale, rtol=1e-3)
+    if kind == "real":
+        expected = start.grid.minimum + 0.2 * start.grid.scale
+        assert torch.allclose(answer.grid.minimum, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_codes_end_at_the_range():
@@ -152,11 +170,12 @@ def test_scales_in_few_bits_are_refused_in_one_line():
         TunedLinear("block 0 w", start, QuantSpec(3, group_size=16), weight)
 
 
-def test_the_answer_is_what_was_computed_with_also_far_from_the_start():
-    spec = QuantSpec(4, group_size=16)
+@pytest.mark.parametrize("kind", ["integer", "real"])
+def test_the_answer_is_what_was_computed_with_also_far_from_the_start(kind):
+    spec = QuantSpec(4, group_size=16, kind=kind)
     start = random_weight(8, 64, spec)
     linear = TunedLinear("w", start, spec, start.dequantize())
     parameters = {
-        POSITION: gaussian(8, 64, seed=1) * 30, FACTOR: gaussian(8, 4, seed=2) * 0.5,
+        POSITION: gaussian(8, 64, seed=1) * 30, FACTOR: gaussian(8, 4, seed=2) * 0.5, OFFSET: gaussian(8, 4, seed=3) * 9,
     }  # fmt: skip
     assert torch.equal(linear.weight(parameters), linear.answer(parameters).dequantize())

@@ -15,6 +15,7 @@ from quant.solvers import get_solver
 from quant.tune.config import AUTOROUND_TUNING, Tuning
 from quant.tune.offsets import HIGH, LOW, OFFSET, OffsetLinear
 from quant.tune.optimize import Objective, begin, optimize
+from tests.helpers import random_weight
 
 SPECS = [QuantSpec(2), QuantSpec(3, group_size=8), QuantSpec(4, group_size=16, symmetric=True), QuantSpec(2, range="mse"),
          QuantSpec(1), QuantSpec(3, symmetric=True, range="mse", group_size=8)]  # fmt: skip
@@ -174,3 +175,9 @@ def test_weights_of_lower_precision_are_widened():
     linear = OffsetLinear("w", start, spec, weight)
     assert linear.weight(linear.initial()).dtype == torch.float32
     assert torch.equal(linear.answer(linear.initial()).codes, start.codes)
+
+
+def test_real_minima_are_refused_in_one_line():
+    start = random_weight(4, 16, QuantSpec(2, kind="real"))
+    with pytest.raises(InputError, match="drop --grid real, or use --tune"):
+        OffsetLinear("w", start, start.spec, start.dequantize())
