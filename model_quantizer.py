@@ -16,9 +16,10 @@ from quant.cli.arguments import build_parser, flag_mistakes, parse, place_mistak
 from quant.cli.errors import exit_code_of
 from quant.cli.flags import QUANTIZER, split_words
 from quant.cli.options import method_mistakes, options_of, solver_of, unused_options
+from quant.cli.presets import apply_preset
 from quant.cli.rules import quantizer_rules
 from quant.core.errors import InputError
-from quant.core.names import AUTOROUND, FULL_BITS, TUNED_METHODS
+from quant.core.names import AUTO_SCOPE, AUTOROUND, FULL_BITS, TUNED_METHODS
 
 EXAMPLES = """examples:
   # the embedded demo: no network, a minute on a laptop; one table compares the methods
@@ -52,12 +53,12 @@ def parser() -> argparse.ArgumentParser:
 def prepare(args: argparse.Namespace, here: bool = True) -> None:
     """What flags imply. Raises InputError for everything that is wrong with them. here: the run is to be on this machine,
     which must have the model and the device."""
-    if args.preset == "best":
-        args.range, args.search_grid, args.refit_grid = "mse", True, True
     if args.avg_bits is not None:
         if args.wbits != FULL_BITS:
             raise InputError(f"--avg-bits {args.avg_bits:g} chooses the widths: drop --wbits {args.wbits}")
         args.wbits = min(8, max(2, int(args.avg_bits))) if math.isfinite(args.avg_bits) else 2
+    if args.wbits != FULL_BITS:
+        apply_preset(args, parser())
     args.methods = list(split_words(args.quantization_method)) if args.wbits != FULL_BITS else ["quantease"]
     args.corpora = split_words(args.eval_datasets)
     if lines := mistakes(args) + (place_mistakes(args) if here else []):
@@ -74,7 +75,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
 def requests_of(args: argparse.Namespace) -> list[Any]:
     """One request for each method."""
     from quant.learn.config import Rotation
-    from quant.run.choice import in_packed_format, with_groups
+    from quant.run.choice import in_packed_format, with_groups, with_residual_where_added, with_scope
     from quant.run.request import Request
 
     several, given = len(args.methods) > 1, values_of(args, QUANTIZER)
@@ -83,7 +84,10 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
         own = {"solver": solver_of(method), "options": options_of(args, method), "tuning": tuning_of(args, method)}
         own["rotation"] = Rotation(**values_of(args, QUANTIZER, "rotation")) if args.rotate else None
         own |= {name: given[name] / method for name in ("run_dir", "save") if given[name] and several}
-        requests.append(with_groups(Request.of(**(given | own))))
+        request = with_groups(Request.of(**(given | own)))
+        if args.preset and request.run.residual_correction:
+            request = with_residual_where_added(request)
+        requests.append(with_scope(request) if args.tune == AUTO_SCOPE else request)
     packs = (
         args.real_quant and args.format is None and args.wbits != FULL_BITS and (args.save is not None or args.dry_run)
     )
@@ -98,6 +102,8 @@ def tuning_of(args: argparse.Namespace, method: str) -> Any:
         return None
     usual = AUTOROUND_TUNING if method == AUTOROUND else Tuning()
     given = values_of(args, QUANTIZER, "tuning")
+    if args.tune == AUTO_SCOPE:
+        given["scope"] = "model"
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -64,7 +64,9 @@ WEIGHTS = {  # model_quantizer.py
     "quantease": "--quantization-method quantease --wbits 3 --true-sequential",
     "quantease, outliers": "--quantization-method quantease --wbits 3 --outlier 0.01",
     "quantease, outlier columns": "--quantization-method quantease --wbits 3 --outlier 0.02 --structure-outlier",
-    "quantease, preset best": "--quantization-method quantease --wbits 2 --group-size 64 --preset best",
+    "quantease, searched and refitted": (
+        "--quantization-method quantease --wbits 2 --group-size 64 --range mse --search-grid --refit-grid"
+    ),
     "gptq_quantease": "--quantization-method gptq_quantease --wbits 4 --sym",
     "spqr": "--quantization-method spqr --wbits 3 --group-size 16 --outlier 0.2",
 }

@@ -657,3 +657,28 @@ def test_a_place_that_no_shell_filled_in_is_refused(command, monkeypatch, capsys
         module = importlib.import_module(f"quant.cli.{name}")
         code, _, err = called(module, monkeypatch, capsys, *words, "--cache-dir", "~/x")
         assert code == 2 and "--cache-dir ~/x: ~ is no directory here" in err
+
+
+def requests(*words):
+    args = model_quantizer.parser().parse_args([str(word) for word in words])
+    model_quantizer.prepare(args)
+    return model_quantizer.requests_of(args)
+
+
+def test_a_preset_is_its_flags_and_flags_that_are_given_stay(small, model_dir, text, monkeypatch):
+    flags_of = {
+        "fast": ["--range", "mse"],
+        "balanced": ["--range", "mse", "--search-grid", "--refit-grid", "--true-sequential", "--target-correction", 1,
+                     "--residual-correction"],
+    }  # fmt: skip
+    flags_of["best"] = [*flags_of["balanced"], "--tune", "model", "--tune-norms"]
+    for preset, words in flags_of.items():
+        assert requests(*small, "--preset", preset) == requests(*small, *words)
+    mixed = requests(*small, "--preset", "best", "--tune", "block", "--target-correction", 0.5)[0].run
+    assert (mixed.tuning.scope, mixed.target_correction, mixed.options["search_grid"]) == ("block", 0.5, True)
+    assert requests("--model", model_dir("gemma2"), "--dataset", text, "--eval-datasets", text, "--wbits", 3,
+                    "--preset", "balanced")[0].run.residual_correction is False  # fmt: skip
+    base = requests(*small, "--wbits", 16, "--preset", "best")[0].run
+    assert not base.quantizes and not base.target_correction and base.tuning is None
+    monkeypatch.setattr("quant.core.env.total_bytes", lambda device: 1_000_000)
+    assert requests(*small, "--preset", "best")[0].run.tuning.scope == "block"

@@ -11,6 +11,7 @@ from typing import Any
 
 from quant.core.names import (
     AUTO_GROUPS,
+    AUTO_SCOPE,
     DEFAULT_CACHE,
     DEQUANTIZED,
     DTYPES,
@@ -218,12 +219,14 @@ QUANTIZED_FLAGS = (
          "what a code of 0 stands for: an integer number of steps below 0, or real: a 16-bit minimum of its own, finer at few "
          "bits, which --format bitplane and dequantized hold", WHAT, "integer", choices=GRIDS),
     Flag(None, {QUANTIZER: "--preset"},
-         "best: --range mse --search-grid --refit-grid, what measured best with quantease at 2 to 4 bits", WHAT,
-         choices=("best",)),
+         "a set of flags, with quantease; flags that are given besides stay. fast: grids searched under the inputs; "
+         "balanced: also refitted grids and the original model's outputs as the target, about three times as long; best: "
+         "also --tune auto --tune-norms, minutes for a small model (docs/which-method.md has what each is worth)", WHAT,
+         choices=("fast", "balanced", "best")),
     Flag("tuning.scope", {QUANTIZER: "--tune"},
          "after solving, move codes and scales by gradients: block by block on the block's output, or all together on the "
-         "model's logits (slower and better; the model must fit in memory); what does not help on held-out windows is not "
-         "kept", WHAT, choices=TUNING_SCOPES),
+         "model's logits (slower and better; the model must fit in memory); auto: the model where it fits, else blocks; what "
+         "does not help on held-out windows is not kept", WHAT, choices=(*TUNING_SCOPES, AUTO_SCOPE)),
     Flag("tuning.iterations", {QUANTIZER: "--tune-iterations"},
          "steps of --tune (default: 200 a block, 400 for the model)", WHAT, type=int, valid=AT_LEAST_1, metavar="N",
          ),

@@ -113,6 +113,13 @@ def commit() -> str | None:
     return described.stdout.strip()
 
 
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device, on a CPU of the machine, whatever is free of it now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that work on the device may still take: of the device, on a CPU of the machine."""
     if device.type == "cuda":

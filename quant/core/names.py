@@ -11,6 +11,7 @@ AUTO_GROUPS = 0  # a group size that the shapes of the model decide
 DEFAULT_CACHE = Path(os.path.expanduser("~/.cache/llm-quantizer"))  # noqa: PTH111 (~ stays where nobody has a home)
 GRIDS = ("integer", "real")  # kinds of grids: of what a code of 0 stands for
 TUNING_SCOPES = ("block", "model")  # what is tuned after solving
+AUTO_SCOPE = "auto"  # the one of them that the memory decides
 ROTATIONS = ("residual", "vo", "qk", "down")  # what is rotated before anything is solved
 ONLINE_ROTATIONS = ("qk", "down")  # of these, what no weight can hold
 LAST_LOSSES = ("mse", "kl", "lm")  # what the last block is tuned for

@@ -1,19 +1,27 @@
-"""What the shapes of the model decide where a command leaves it open: the group size, and the format of --real_quant."""
+"""What the shapes of the model decide where a command leaves it open: the group size, the scope of --tune, and the format of
+--real_quant."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import torch
+
+from models import family_of
 from models.load import load_config
+from quant.core import env
 from quant.core.errors import InputError
 from quant.core.names import AUTO_GROUPS, FULL_BITS
 from quant.export import first_holding
-from quant.run.config import SessionConfig
+from quant.run.config import DEFAULT_MAX_SEQLEN, SessionConfig
 from quant.run.content import content_of
-from quant.run.plan import Shapes, shapes_of
+from quant.run.plan import Shapes, shapes_of, tuning_cost
 from quant.run.request import Request
 
 MOST_GROUPED = 128  # columns of a group, a power of two
+SHARE = 0.6  # of all memory, beside what the machine does otherwise
+HALF = torch.bfloat16  # of a checkpoint's own dtype, which is not read here
 FALLBACK = "bitplane"  # holds every answer of every solver, also scales that turn out not to be fp16 numbers
 
 
@@ -31,6 +39,29 @@ def with_groups(request: Request) -> Request:
             "--group-size auto: a linear has an odd number of inputs; leave the flag out for one scale a row"
         )
     return request.but(group_size=common)
+
+
+def with_residual_where_added(request: Request) -> Request:
+    """The request, which makes up for the residual stream's error where the model's family says how. Raises InputError
+    where the model cannot be described."""
+    session = request.session
+    declared, _ = load_config(session.model, session.cache_dir, session.trust_remote_code, with_weights=False)
+    return request.but(residual_correction=bool(family_of(declared.model_type).residual_at(declared)))
+
+
+def with_scope(request: Request) -> Request:
+    """The request, which tunes the whole model, or its blocks where the whole would take more than SHARE of the memory that
+    the machine or the device has: the same command on one machine means the same, whatever is free. Raises InputError where
+    the model cannot be described."""
+    run, session = request.run, request.session
+    assert run.tuning is not None
+    shapes, _ = _shapes(session)
+    device = env.pick_device(session.device)
+    seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
+    itemsize = (env.pick_dtype(session.dtype, device) or HALF).itemsize
+    need = tuning_cost(run, shapes, seqlen, itemsize)[1]
+    fits = need <= SHARE * env.total_bytes(device)
+    return request if fits else request.but(tuning=replace(run.tuning, scope="block"))
 
 
 def in_packed_format(request: Request) -> Request:

@@ -179,7 +179,7 @@ def estimate(
     solve = times * n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
-    tune, tuning = _tuning(run, shapes, seqlen, itemsize)
+    tune, tuning = tuning_cost(run, shapes, seqlen, itemsize)
     windows = EVAL_TOKENS if session.limit is None else min(EVAL_TOKENS, session.limit * seqlen)
     evaluated = windows * len(session.eval_datasets) * (2 if session.full_precision_eval else 1)
     total_parameters = shapes.outside + shapes.block * shapes.n_blocks
@@ -288,7 +288,7 @@ def _graph_bytes(shapes: Shapes, batch: int, seqlen: int, itemsize: int) -> floa
     return batch * seqlen * (17 * shapes.hidden + 2.5 * shapes.heads * seqlen) * itemsize
 
 
-def _tuning(run: RunConfig, shapes: Shapes, seqlen: int, itemsize: int) -> tuple[float, float]:
+def tuning_cost(run: RunConfig, shapes: Shapes, seqlen: int, itemsize: int) -> tuple[float, float]:
     """flops of tuning, with what it takes besides matrix products as so many more, and bytes on the device."""
     if run.tuning is None:
         return 0.0, 0.0

@@ -1,0 +1,174 @@
+"""Quality at equal bits: every part alone, all together, and all but one; AutoRound on the same windows beside it.
+
+    python -m benchmarks.quality --models text/llama-small text/opt-small --text text/brown.txt \\
+        --evaluate text/reviews.txt text/wikitext2-test.txt text/ptb-test.txt [--peer .venv-peers/bin/python] [--out FILE]
+
+Rows are by row of the weight, asymmetric, true-sequential, with the flags of model_quantizer.py that the table names; 128
+windows of 128 tokens of the text are the data, and where it says "+ self" as many windows more as it says that the model wrote
+itself. AutoRound gets the same windows and is evaluated by the same code. Ratios are to full precision, with the 95%
+interval of a paired bootstrap over windows; one seed, so that what differs between rows by less than the seeds do is not
+told apart. Bits are the stored ones. Seconds are those of solving and tuning (of AutoRound: of its own).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from benchmarks.measuring import about, flags, machine_line, report
+from model_quantizer import request_from
+from models.load import load_model
+from quant.blocks.weights import BlockWeights
+from quant.core import env
+from quant.core.errors import InputError
+from quant.evaluate.passes import Variant
+from quant.evaluate.perplexity import evaluate
+from quant.evaluate.perplexity import report as entries
+from quant.run.request import Request
+from quant.run.scoring import FullPrecision
+from quant.run.session import Session, open_session
+
+SEQLEN, WINDOWS = 128, 128
+SEARCHED = "--quantization-method quantease --range mse --search-grid --refit-grid"
+CORRECTED = "--target-correction 1 --residual-correction"
+PARTS = {  # what `best` is made of, each by itself
+    "corrected target": CORRECTED,
+    "token weights": "--saliency 4",
+    "column scales": "--column-scales",
+    "tuned": "--tune model --tune-norms",
+}
+PLAIN = {name: f"--quantization-method {name}" for name in ("rtn", "gptq", "gptaq", "qronos", "quantease")}
+PEER = "autoround, its own code"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: what the table calls it, the flags, and how many windows the model writes itself."""
+
+    label: str
+    words: str
+    own: int = 0
+
+
+def rows_of(own: int) -> Iterator[Row]:
+    """The rows of a model at a width; those with ``own`` windows too, where there are any."""
+    for name, words in PLAIN.items():
+        yield Row(name, words)
+    yield Row("searched quantease", SEARCHED)
+    for name, words in PARTS.items():
+        yield Row(f"searched quantease + {name}", f"{SEARCHED} {words}")
+    yield Row("searched quantease + block by block", f"{SEARCHED} --tune block")
+    everything = " ".join((SEARCHED, *PARTS.values()))
+    yield Row("all", everything)
+    yield Row(PEER, "")
+    if own:
+        yield Row("searched quantease", SEARCHED, own)
+        yield Row("all", everything, own)
+        for name in PARTS:
+            rest = " ".join((SEARCHED, *(words for part, words in PARTS.items() if part != name)))
+            yield Row(f"all but {name}", rest, own)
+        yield Row(PEER, "", own)
+
+
+def main() -> None:
+    """Measure row by row."""
+    parser = flags(__doc__, "cpu")
+    parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--text", type=Path, required=True, help="calibration")
+    parser.add_argument("--evaluate", nargs="+", required=True)
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--rows", nargs="+", help="only rows whose names hold one of these words")
+    parser.add_argument("--more", default="", help="flags of model_quantizer.py that every row gets besides")
+    parser.add_argument("--own", type=int, default=896, help="windows that the model writes (0: no such rows)")
+    parser.add_argument("--limit", type=int, default=300, help="evaluation windows")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="where finished rows are kept")
+    parser.add_argument("--peer", type=Path, help="Python of an environment with auto-round")
+    args = parser.parse_args()
+    about_it = f"{args.text.name}; {machine_line(env.describe(env.pick_device(args.device)), env.versions())}"
+    head = ["# Quality at equal bits", "", about(__doc__), "", f"Calibration {about_it}.", ""]
+    report(head, records_of(args), args.out)
+
+
+def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
+    """Every row of every model at every width."""
+    chosen = [row for row in rows_of(args.own) if not args.rows or any(word in row.label for word in args.rows)]
+    for model in args.models:
+        session, full = open_session(request_of(args, model, args.bits[0], Row("rtn", PLAIN["rtn"]))), FullPrecision()
+        for bits in args.bits:
+            for row in chosen:
+                start = {"model": Path(model).name, "bits": str(bits), "method": row.label, "windows": windows(row)}
+                if row.label == PEER:
+                    if args.peer:
+                        yield start | peer_figures(args, session, model, bits, row)
+                    continue
+                request = request_of(args, model, bits, row)
+                try:
+                    results = session.run_all([(request.run, request.output)], kept=full)[0]
+                except InputError as error:  # a row that this model cannot have; the others are measured all the same
+                    sys.stderr.write(f"{model} {row.label}: {error}\n")
+                    continue
+                seconds = sum(results["seconds"][stage] for stage in ("forward", "gram", "solve", "learn"))
+                figures = cells(results["perplexity"], results["fidelity"])
+                stored = {"stored": f"{results['bits_per_weight']:.3f}"}
+                yield start | stored | figures | {"seconds": f"{seconds:.0f}"}
+
+
+def windows(row: Row) -> str:
+    """What a row is calibrated on."""
+    return f"{WINDOWS}" + (f" + {row.own} self" if row.own else "")
+
+
+def request_of(args: argparse.Namespace, model: str, bits: int, row: Row) -> Request:
+    """The request of one row."""
+    dataset = str(args.text) + (f"+self:{row.own}" if row.own else "")
+    fixed = {
+        "model": model, "dataset": dataset, "nsamples": WINDOWS, "seqlen": SEQLEN, "wbits": bits,
+        "eval-datasets": ",".join(args.evaluate), "limit": args.limit, "device": args.device, "dtype": "float32",
+        "calib-batch": 16,
+    }  # fmt: skip
+    words = [word for name, value in fixed.items() for word in (f"--{name}", str(value))]
+    request: Request = request_from([*words, "--true-sequential", *row.words.split(), *args.more.split()])
+    return request.but(runs=args.runs)
+
+
+def cells(perplexity: Mapping[str, Any], fidelity: Mapping[str, Any]) -> dict[str, str]:
+    """Figures of every corpus."""
+    columns: dict[str, str] = {}
+    for name, entry in perplexity.items():
+        before, after, (low, high) = entry["fp"], entry["quantized"], entry["ratio_ci95"]
+        columns[f"{name}: ppl"] = f"{before:.2f} → {after:.2f}"
+        columns[f"{name}: ratio"] = f"{after / before:.4f} ({low:.4f}-{high:.4f})"
+        columns[f"{name}: KL"] = f"{fidelity[name]['kl_divergence']:.4f}"
+    return columns
+
+
+def peer_figures(args: argparse.Namespace, session: Session, model: str, bits: int, row: Row) -> dict[str, str]:
+    """AutoRound's weights on our evaluation."""
+    tokens = session.calibration(request_of(args, model, bits, Row("", PLAIN["rtn"], row.own)).run)
+    with tempfile.TemporaryDirectory() as name:
+        file, out = Path(name) / "tokens.safetensors", Path(name) / "out"
+        save_file({"ids": tokens.ids}, file)
+        command = [str(args.peer), str(Path(__file__).with_name("autoround.py")), model, str(file), str(out)]
+        done = subprocess.run([*command, str(bits), "200"], capture_output=True, text=True, check=True)
+        other = load_model(str(out), dtype=session.model.dtype, cache_dir=out)
+        variant = Variant(lambda index, weights: BlockWeights.read(other, index, session.device))
+        scores = evaluate(session.model, session.evaluation, {"peer": variant}, device=session.device, batch=16)
+    figures = entries(session.evaluation, scores, "peer")
+    said = json.loads(done.stdout.splitlines()[-1])
+    shapes = session.model.linear_shapes().values()  # a scale of 16 bits and a zero point of ``bits`` for every row
+    stored = bits + (16 + bits) * sum(out for out, _ in shapes) / sum(out * n_in for out, n_in in shapes)
+    seconds = {"stored": f"{stored:.3f}", **cells(figures["perplexity"], figures["fidelity"])}
+    return seconds | {"seconds": f"{said['seconds']:.0f}"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Presets: names for sets of flags, decided by measurement (docs/which-method.md), so that nobody has to know the flags.
+
+A flag that is given by itself stays as it was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from quant.core.names import AUTO_SCOPE
+
+FAST: dict[str, Any] = {"range": "mse"}
+BALANCED: dict[str, Any] = FAST | {
+    "search_grid": True,
+    "refit_grid": True,
+    "true_sequential": True,
+    "target_correction": 1.0,
+    "residual_correction": True,
+}
+BEST: dict[str, Any] = BALANCED | {"tune": AUTO_SCOPE, "tune_norms": True}
+PRESETS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
+
+
+def apply_preset(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Set what the preset of ``args`` says, where the flag has its default still."""
+    for name, value in PRESETS.get(args.preset or "", {}).items():
+        if getattr(args, name) == parser.get_default(name):
+            setattr(args, name, value)
