@@ -440,6 +440,17 @@ def test_a_plan_refuses_what_the_run_refuses_and_nothing_else(command, small, tm
         assert code == 2 and "matrices behind norms" in err and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("abits", [4, 16])
+def test_planned_bits_of_online_matrices(command, small, model_dir, abits, tmp_path):
+    words = [*map(str, small), "--wbits", "4", "--abits", str(abits), "--let", "--lwc", "--method", "flatquant"]
+    assert command(*words, "--epochs", "0")[0] == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
+    plan = estimate(main_command.request_from(words), shapes, 4, (1e12, 1e12), (0.0, 0.0))
+    assert plan["bits per weight"] == pytest.approx(results["bits_per_weight"])
+    assert all(log["online_parameters"] and log["online_flops"] for log in results["learning"])
+
+
 @pytest.mark.parametrize("wbits", [4, 16])
 def test_planned_bits_are_the_bits_of_the_run(command, small, model_dir, wbits, tmp_path):
     """Matrices behind norms are in both, also where no weight is quantized; the tiny model is kept in 32 bits."""

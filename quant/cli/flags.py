@@ -262,7 +262,7 @@ QUANTIZED_FLAGS = (
 
 LEARNED_FLAGS = (
     Flag(None, {LEARNER: "--method"}, "default: affinequant with --use_matrix or --use_ln_matrix, else omniquant",
-         LEARNED, choices=("omniquant", "affinequant", "abq")),
+         LEARNED, choices=("omniquant", "affinequant", "abq", "flatquant")),
     Flag("learning.clip", {LEARNER: "--lwc"}, "learnable weight clipping", LEARNED, type=bool),
     Flag("transform.let", {LEARNER: "--let"}, "learnable equivalent transforms", LEARNED, type=bool),
     Flag("transform.matrix", {LEARNER: "--use_matrix"}, "affine matrices for each head on q-k and v-o", LEARNED,

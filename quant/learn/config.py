@@ -8,6 +8,8 @@ from typing import Any
 from quant.core.errors import InputError
 from quant.core.names import ONLINE_ROTATIONS, ROTATIONS
 
+ONLINE = frozenset(("kronecker", "heads", "activation clips"))  # ingredients that stay beside the weights
+
 
 @dataclass(frozen=True)
 class TransformSpec:
@@ -39,7 +41,8 @@ class Learning:
     compensation: a matrix of rank one added to the last linear of the first 3 and last 4 blocks (ABQ-LLM).
     augmented: the loss also asks for the full-precision block's answer to the quantized prefix (``--aug_loss``).
     distribution, attention: ABQ-LLM's log-cosine and attention terms. patience: epochs without a better loss after
-    which a block is done; 0 trains them all. extra_ingredients, extra_terms: registered ones without a field here.
+    which a block is done; 0 trains them all. decay: the rates fall by a cosine to a thousandth. extra_ingredients,
+    extra_terms: registered ones without a field here.
     """
 
     transform: TransformSpec = field(default_factory=TransformSpec)
@@ -56,6 +59,7 @@ class Learning:
     patience: int = 0
     extra_ingredients: tuple[str, ...] = ()
     extra_terms: tuple[str, ...] = ()
+    decay: bool = False
 
     def __post_init__(self) -> None:  # from JSON they come as lists
         for name in ("extra_ingredients", "extra_terms"):
@@ -63,13 +67,18 @@ class Learning:
 
     def to_json(self) -> dict[str, Any]:
         """What a run's configuration holds, and hashes, of it."""
-        extra = ("extra_ingredients", "extra_terms")  # absent in runs that were made before there were any
+        extra = ("extra_ingredients", "extra_terms", "decay")  # absent in runs that were made before there were any
         return {k: v for k, v in asdict(self).items() if v or k not in extra}
 
     @property
     def ranges(self) -> bool:
         """Whether the starting scales need the ranges of the inputs."""
-        return self.transform.let and bool(self.transform.kinds)
+        return (self.transform.let and bool(self.transform.kinds)) or "values" in self.extra_ingredients
+
+    @property
+    def online(self) -> bool:
+        """Whether something is learned that no weight holds, so that it stays in the model beside them."""
+        return self.transform.norm_matrix or not ONLINE.isdisjoint(self.extra_ingredients)
 
     @property
     def ingredients(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from quant.learn.losses import BlockLoss, watches_attention
 from quant.learn.parametrization import InputRange, Parameters
 
 log = logging.getLogger(__name__)
+LEAST_RATE = 1e-3  # of the rate at the start, where it falls (FlatQuant's code)
 Progress = Callable[[int, int, float, float], None]  # epoch, epochs, loss now, loss at the start
 
 
@@ -84,7 +85,7 @@ def train(
     optimizer, stale, rate = optimizer_for(learner, 1.0), 0, 1.0
     for epoch in range(learning.epochs):
         opened = epoch / (learning.epochs - 1) if learning.epochs > 1 else 1.0
-        train_epoch(learner, loss, training, optimizer, opened)
+        train_epoch(learner, loss, training, optimizer, opened, rate_shares(learning, epoch, len(training.rows)))
         effective = _copy(learner.effective(raw, opened))
         now = loss.over_all(stream, effective)
         record["epochs"] = epoch + 1
@@ -124,14 +125,32 @@ def optimizer_for(learner: Learner, factor: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=learner.learning.weight_decay, fused=True)
 
 
+def rate_shares(learning: Learning, epoch: int, batches: int) -> list[float] | None:
+    """Of the rates, at every step of an epoch: a cosine from 1 to LEAST_RATE over all of them; None where they stay."""
+    if not learning.decay:
+        return None
+    turns = [(epoch + batch / batches) / learning.epochs for batch in range(batches)]
+    return [LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * turn)) for turn in turns]
+
+
 def train_epoch(
-    learner: Learner, loss: BlockLoss, training: BlockStream, optimizer: torch.optim.Optimizer, opened: float
+    learner: Learner,
+    loss: BlockLoss,
+    training: BlockStream,
+    optimizer: torch.optim.Optimizer,
+    opened: float,
+    shares: Sequence[float] | None = None,
 ) -> None:
-    """One step for every batch, in order, with masks opened that far."""
-    for rows, arguments in zip(training.rows, training.arguments, strict=True):
+    """One step for every batch, in order, with masks opened that far. shares: of the optimizer's rates, by batch."""
+    full = [group["lr"] for group in optimizer.param_groups]
+    for batch, (rows, arguments) in enumerate(zip(training.rows, training.arguments, strict=True)):
+        for group, rate in zip(optimizer.param_groups, full, strict=True):
+            group["lr"] = rate if shares is None else rate * shares[batch]
         weights = learner.materialize(learner.effective(learner.parameters, opened))
         optimizer.zero_grad(set_to_none=True)
         loss(training, weights, rows, arguments).backward()
         before = learner.before_step()
         optimizer.step()
         learner.after_step(before, opened)
+    for group, rate in zip(optimizer.param_groups, full, strict=True):
+        group["lr"] = rate

@@ -81,7 +81,7 @@ def content_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: 
         run.act,
         reordered=bool(options.get("act_order")) and not ordered,
         outliers=declaration_of(run.solver).outliers(with_defaults(run.solver, options)),
-        online=(run.learning is not None and run.learning.transform.norm_matrix)
+        online=(run.learning is not None and run.learning.online)
         or (run.rotation is not None and bool(run.rotation.online)),
         whole=run.num_layers >= n_blocks,
         model_type=model_type,

@@ -12,7 +12,7 @@ Memory (bytes)
               (Korthikanti et al. 2022, equation 2)
   tuning      with --tune: for every weight that is tuned at a time its parameter, gradient, best iterate and moments, and
               what its gradient needs; what a block keeps of a token, and the logits (quant/tune/limits.py)
-  quantized   codes, scales, zero points or minima; 16 bits for every number of a matrix behind a norm; with --outlier of
+  quantized   codes, scales, zero points or minima; 16 bits for every number of an online matrix; with --outlier of
               quantease 32 bits more for each outlier (16 for each weight of an outlier column); spqr's outliers depend
               on the weights and are not in it
   saliency    with --saliency R: statistics of R parts of every linear besides; hidden states in front of all blocks and
@@ -59,6 +59,7 @@ from quant.core.names import DEQUANTIZED, FULL_BITS
 from quant.core.types import QuantSpec
 from quant.evaluate import passes
 from quant.export.formats import Content
+from quant.learn.flatquant import numbers_beside
 from quant.learn.rotation import check_rotation
 from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
@@ -76,7 +77,7 @@ SAMPLE_ROWS = 256
 @dataclass(frozen=True)
 class Shapes:
     """Sizes of a model: blocks, parameters of one block and outside, linears as groups of (name, out, in), norms of a
-    block that a matrix may stand behind."""
+    block that a matrix may stand behind, the linear behind the heads, and the size of one."""
 
     n_blocks: int
     block: int
@@ -87,6 +88,8 @@ class Shapes:
     heads: int = 1
     norms: int = 0
     vocabulary: int = 0
+    output: str = ""
+    head_dim: int = 0
 
     @property
     def linears(self) -> list[tuple[str, int, int]]:
@@ -108,9 +111,13 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
     per_block = sum(p.numel() for p in blocks[0].parameters())
     outside = sum(p.numel() for p in module.parameters()) - per_block * len(blocks)
     longest = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQLEN)
-    heads = family.heads(config).q[1].shape[0]
+    layout = family.heads(config)
+    heads, head_dim = layout.q[1].shape
     norms = sum(seam.kind == "norm" for seam in family.seams(config))
-    return Shapes(len(blocks), per_block, outside, config.hidden_size, longest, groups, heads, norms, config.vocab_size)
+    return Shapes(
+        len(blocks), per_block, outside, config.hidden_size, longest, groups, heads, norms, config.vocab_size,
+        layout.output, head_dim,
+    )  # fmt: skip
 
 
 def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -173,8 +180,7 @@ def estimate(
         stored, times = run.avg_bits * weights, 1 + len(candidate_widths(run, named))
     elif run.wbits != FULL_BITS:
         stored = expected_bits(run, named)
-    if run.learning is not None and run.learning.transform.norm_matrix:
-        stored += 16 * shapes.norms * shapes.hidden**2
+    stored += 16 * _online_numbers(run, shapes)
 
     solve = times * n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
@@ -222,6 +228,15 @@ def _logits(vocabulary: int, seqlen: int, tokens: int) -> int:
     window = seqlen * vocabulary
     together = min(max(1, passes.HEAD_ELEMENTS // window), -(-tokens // seqlen)) if window else 0
     return passes.HELD_LOGITS * 4 * together * window
+
+
+def _online_numbers(run: RunConfig, shapes: Shapes) -> int:
+    """How many numbers of a block learning leaves beside its weights."""
+    if run.learning is None:
+        return 0
+    inputs = {tuple(name for name, _, _ in group): group[0][2] for group in shapes.groups}
+    in_front = numbers_beside(run.learning, inputs, shapes.output, shapes.heads, shapes.head_dim)
+    return in_front + (shapes.norms * shapes.hidden**2 if run.learning.transform.norm_matrix else 0)
 
 
 def solver_bytes(run: RunConfig, n_out: int, n_in: int) -> float:

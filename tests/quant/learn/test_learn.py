@@ -68,6 +68,7 @@ FORMS = {
     "norm matrices": lambda abits: asked("affinequant", abits=abits, norm_matrix=True, stability=0.3),
     "head matrices": lambda abits: asked("affinequant", abits=abits, matrix=True, stability=0.3),
     "abq": lambda abits: asked("abq", abits=abits),
+    "flatquant": lambda abits: asked("flatquant", abits=abits),
 }
 
 
@@ -179,7 +180,8 @@ def test_what_is_deployed_is_what_was_trained(name, form, model_dir, tmp_path):
         norms = {k: t for k, t in stored.items() if "norm" in k}
         assert any(not torch.equal(expected.parameters[k], t) for k, t in norms.items()) == (form != "lwc")
     assert all(torch.equal(learned.parameters[k], v) for k, v in run.read_learned(0).items())
-    behind_norms = run.read_changed(0).online
+    behind_norms, in_front = run.read_changed(0).online, run.read_changed(0).lefts
+    assert (form == "flatquant") == bool(in_front)
     assert (form == "norm matrices") == bool(behind_norms)
     assert all(matrix.dtype == torch.float16 for matrix in behind_norms.values())
     # The loss that was reported is that of the deployed block.

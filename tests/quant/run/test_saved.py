@@ -221,6 +221,7 @@ LEARNED = {
         "--let --lwc --use_matrix --wbits 4 --abits 16",
         ("gptq_v2", "compressed-tensors", "bitplane", "dequantized"),
     ),
+    "flatquant": ("--method flatquant --let --lwc --wbits 4 --abits 8 --attn_implementation sdpa", ("bitplane",)),
     "matrix behind norms": ("--let --use_matrix --use_ln_matrix --wbits 4 --abits 16", ("bitplane",)),
 }
 
