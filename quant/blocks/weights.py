@@ -17,9 +17,10 @@ from quant.blocks.linears import LinearRef
 from quant.blocks.online import AND, flops_of
 from quant.kernels.matmul.weight import PackedWeight
 
+ONLINE, INPUT_RANGE = ".online_affine", ".input_range"
 ENDINGS = {  # of names in files, by part; of the linears that read one tensor, the names are joined
-    "online": ".online_affine",  # [n, n], behind a norm that no weight can hold: the norm's output times it
-    "input_ranges": ".input_range",  # [2]: lowest and highest input of a linear over the calibration data, for ``static``
+    "online": ONLINE,  # [n, n], behind a norm that no weight can hold: the norm's output times it
+    "input_ranges": INPUT_RANGE,  # [2]: lowest and highest input of a linear over the calibration data, for ``static``
     "lefts": ".online_left",
     "rights": ".online_right",
     "input_clips": ".input_clip",
