@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 from quant.cli.flags import PARTS, SEAMS, rotations
-from quant.core.names import FULL_BITS, ROTATIONS, SAMPLED_LABELS, TUNED_METHODS
+from quant.core.names import FULL_BITS, ONLINE_ROTATIONS, ROTATIONS, SAMPLED_LABELS, TUNED_METHODS
 
 Rules = Iterator[tuple[bool, str]]
 TUNING_OPTIONS = ("iterations", "rate", "grid_rate", "norms", "optimizer", "drop", "last", "recompute")
@@ -176,6 +176,10 @@ def learning_rules(args: argparse.Namespace) -> Rules:
     )
     yield (args.use_matrix or args.use_ln_matrix) and not args.let, "--use_matrix and --use_ln_matrix need --let"
     yield args.let_seams is not None and not args.let, "--let-seams needs --let"
+    yield (
+        args.method == "flatquant" and args.let and bool(set(ONLINE_ROTATIONS) & set(rotations(args.rotate))),
+        "--method flatquant learns its own matrices in front of down projections and of heads: give --rotate residual,vo",
+    )
     yield args.without is not None and args.method != "abq", "--without leaves out parts of abq: give --method abq"
     for part in args.left_out:
         yield part not in PARTS, f"--without {part}: use {', '.join(PARTS)}"

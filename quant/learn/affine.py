@@ -17,6 +17,7 @@ from models.family import HeadLayout, ResidualStream, Seam, places
 from models.load import Weights
 from quant.blocks.online import AND, kronecker
 from quant.blocks.weights import BlockWeights
+from quant.core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def apply_online(
 ) -> BlockWeights:
     """A block with x' = x (left ⊗ right) in front of all linears that read x, which take it back: W' = W (left ⊗ right)⁻ᵀ.
 
-    left [p1, p1], right [p2, p2], either may be missing; inverted in float64, not finite where they are singular.
+    left [p1, p1], right [p2, p2], either may be missing; inverted in float64, not finite where they are singular. Raises InputError where one stands there.
     """
 
     def undoing(matrix: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -92,6 +93,8 @@ def apply_online(
         name, weight = f"{linear}.weight", weights.weight(linear)
         new[name] = kronecker(weight, undoing(left, weight.dtype), undoing(right, weight.dtype))
     key = AND.join(readers)
+    if key in weights.lefts or key in weights.rights:
+        raise InputError(f"a matrix stands in front of {key} already, as --rotate down puts it: leave one of them out")
     lefts = weights.lefts if left is None else {**weights.lefts, key: left}
     rights = weights.rights if right is None else {**weights.rights, key: right}
     return replace(weights.with_parameters(new), lefts=lefts, rights=rights)

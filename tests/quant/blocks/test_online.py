@@ -9,6 +9,7 @@ from quant.blocks.instrument import instrument
 from quant.blocks.online import AND, HeadForm, flops_of, kronecker
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
+from quant.core.errors import InputError
 from quant.core.types import QuantSpec
 from quant.kernels.matmul.pack import pack_block
 from quant.learn.affine import apply_online
@@ -183,3 +184,12 @@ def test_costs_and_names(model_dir, tmp_path):
     again = BlockWeights.from_named(whole.named())
     assert again.lefts.keys() == whole.lefts.keys() and again.head_matrices.keys() == {"self_attn"}
     assert "2.self_attn.q_proj+2.self_attn.k_proj+2.self_attn.v_proj" in whole.within(2).rights
+
+
+def test_nothing_is_put_in_front_twice(model_dir, tmp_path):
+    """The second would take the first one's place, and the block would compute something else."""
+    bench = Bench(model_dir("llama gqa, tied"), tmp_path)
+    for group, left, right in bench.pairs():
+        for first in ((left, right), (left, None), (None, right)):
+            with pytest.raises(InputError, match="leave one of them out"):
+                apply_online(apply_online(bench.weights, group, *first), group, left, right)
