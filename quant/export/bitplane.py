@@ -39,7 +39,7 @@ class Bitplane:
 
     def refuses(self, content: Content) -> str | None:
         """What is not quantized at all, and groups of others that do not divide the inputs."""
-        return refuses_codes(replace(content, outliers=False, online=False, mixed=False), self.name) or uneven_groups(
+        return refuses_codes(replace(content, outliers=False, online=(), mixed=False), self.name) or uneven_groups(
             content, self.name
         )
 
@@ -108,10 +108,12 @@ class Bitplane:
         is_real = spec.kind == "real"
         has_zeros = not spec.symmetric and not is_real
         if scale.shape[1] != spec.n_groups(n_in) or has_zeros != ("zeros" in part) or is_real != ("minima" in part):
-            kind = "symmetric" if spec.symmetric else f"asymmetric, of {spec.kind} kind"
+            kind = "symmetric" if spec.symmetric else "asymmetric with real minima" if is_real else "asymmetric"
+            told = ["zeros", "minima"] if is_real or "minima" in part else ["zeros"]
+            held = [("" if one in part else "no ") + {"zeros": "zero points", "minima": "minima"}[one] for one in told]
             raise InputError(
-                f"{name} has {scale.shape[1]} groups of {n_in} inputs and {'' if 'zeros' in part else 'no '}zero points, "
-                f"{'' if 'minima' in part else 'no '}minima, but config.json says group_size {spec.group_size} and {kind}"
+                f"{name} has {scale.shape[1]} groups of {n_in} inputs and {' and '.join(held)}, "
+                f"but config.json says group_size {spec.group_size} and {kind}"
             )
         g_idx = part["g_idx"].long() if "g_idx" in part else group_index(n_in, spec.group_size)
         if is_real:

@@ -24,10 +24,11 @@ class Content:
     """What a checkpoint is to hold, as far as it is known before work begins.
 
     spec: None where weights stay in full precision. shapes: (out, in) of the linears. reordered: columns change their
-    group (act-order without static groups). outliers, online: sparse parts, matrices behind norms or in front of linears. whole: whether
-    every block is quantized. model_type: of config.json. true_sequential, static_groups: what GPTQ's config tells of
-    how the codes came about. misfit: a linear whose scales float16 cannot hold, and why, in words. mixed: linears have several
-    numbers of bits, of which ``spec`` says one.
+    group (act-order without static groups). outliers: sparse parts. online: what puts matrices behind norms or in front of
+    linears, in flags where a run asks for it. whole: whether every block is quantized. model_type: of config.json.
+    true_sequential, static_groups: what GPTQ's config tells of how the codes came about. misfit: a linear whose scales
+    float16 cannot hold, and why, in words. mixed: linears have several numbers of bits,
+    of which ``spec`` says one.
     """
 
     spec: QuantSpec | None
@@ -35,7 +36,7 @@ class Content:
     act: ActSpec = field(default_factory=ActSpec)
     reordered: bool = False
     outliers: bool = False
-    online: bool = False
+    online: tuple[str, ...] = ()
     whole: bool = True
     model_type: str = ""
     true_sequential: bool = False

@@ -146,7 +146,7 @@ class QuantizedCheckpoint(Checkpoint):
             self.act,
             reordered,
             outliers,
-            online=any(map(is_online, self.extra)),
+            online=("matrices of the checkpoint",) if any(map(is_online, self.extra)) else (),
             whole=whole,
             model_type=self.declared["model_type"],
             true_sequential=bool(self.quantization.get("true_sequential")),  # GPTQ's config tells, the others' do not

@@ -150,7 +150,8 @@ def _rule(runtime: str, kind: str, content: Content) -> Rule:
 RELAXED: dict[str, tuple[Any, str]] = {
     "reordered": (False, "without --act-order"),
     "outliers": (False, "without --outlier"),
-    "online": (False, "without --use_ln_matrix and --rotate qk,down"),
+    "online": ((), "without {online}"),
+    "mixed": (False, "without --avg-bits"),
     "act": (ActSpec(), "--abits 16"),
 }
 
@@ -163,21 +164,24 @@ def nearest(runtime: str, kind: str, content: Content) -> str | None:
     if spec is None:
         return None
     kinds = [kind, *(f for f in FORMATS if f not in (kind, DEQUANTIZED))]
-    grids = [(sym, group) for group in (spec.group_size, 128, 64, 32, -1) for sym in (spec.symmetric, True)]
+    sizes = (spec.group_size, 128, 64, 32, -1)
+    grids = [(False, group, "real") for group in sizes if spec.kind == "real"]
+    grids += [(sym, group, "integer") for group in sizes for sym in (spec.symmetric, True)]
     for bits in dict.fromkeys((spec.bits, 4, 8)):
         for relax in (False, True):
-            for sym, group in dict.fromkeys(grids):
+            for sym, group, kind_of_grid in dict.fromkeys(grids):
                 if bits == 1 and sym:
                     continue
                 for other in kinds:
-                    asked = replace(content, spec=QuantSpec(bits, group, sym))
+                    asked = replace(content, spec=QuantSpec(bits, group, sym, kind=kind_of_grid))
                     given_up = _given_up(runtime, other, asked) if relax else []
                     if (
                         uneven_groups(asked, other) is None
                         and given_up is not None
                         and (relax or not objections(runtime, other, asked))
                     ):
-                        flags = f"--wbits {bits} --group-size {group}{' --sym' if sym else ''} --format {other}"
+                        grid = (" --sym" if sym else "") + (" --grid integer" if kind_of_grid != spec.kind else "")
+                        flags = f"--wbits {bits} --group-size {group}{grid} --format {other}"
                         return " ".join([flags, *given_up])
     return None
 
@@ -191,7 +195,7 @@ def _given_up(runtime: str, kind: str, content: Content) -> list[str] | None:
     for name, (_, flag) in RELAXED.items():
         with_it = replace(taken, **{name: getattr(content, name)})
         if objections(runtime, kind, with_it):
-            words.append(flag)
+            words.append(flag.format(online=" and ".join(content.online)))
         else:
             taken = with_it
     return words

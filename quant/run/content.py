@@ -11,6 +11,7 @@ from quant.core.types import QuantSpec
 from quant.export import refusal
 from quant.export.formats import Content
 from quant.export.runtimes import nearest, objections
+from quant.learn.config import ONLINE
 from quant.run.config import Output, RunConfig
 from quant.solvers import declaration_of, with_defaults
 
@@ -81,14 +82,24 @@ def content_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: 
         run.act,
         reordered=bool(options.get("act_order")) and not ordered,
         outliers=declaration_of(run.solver).outliers(with_defaults(run.solver, options)),
-        online=(run.learning is not None and run.learning.online)
-        or (run.rotation is not None and bool(run.rotation.online)),
+        online=_matrices(run),
         whole=run.num_layers >= n_blocks,
         model_type=model_type,
         true_sequential=run.true_sequential,
         static_groups=bool(options.get("static_groups")),
         mixed=run.avg_bits is not None,
     )
+
+
+def _matrices(run: RunConfig) -> tuple[str, ...]:
+    """The flags by which a run has matrices that no weight holds."""
+    learning, turned = run.learning, () if run.rotation is None else run.rotation.online
+    asked = {
+        "--use_ln_matrix": learning is not None and learning.transform.norm_matrix,
+        "--method flatquant": learning is not None and not ONLINE.isdisjoint(learning.extra_ingredients),
+        f"--rotate {','.join(turned)}": bool(turned),
+    }
+    return tuple(flag for flag, given in asked.items() if given)
 
 
 def check_format(output: Output, content: Content) -> None:

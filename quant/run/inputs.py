@@ -192,9 +192,9 @@ class Inputs:
     def check_export(self, run: RunConfig, output: Output) -> None:
         """Raise InputError where the format cannot hold the run, or the target does not take it."""
         if output.save is not None or output.target is not None:
-            online = any(map(is_online, self.model.checkpoint.extra))
             content = self.content(run)
-            content = replace(content, online=content.online or online)
+            if not content.online and any(map(is_online, self.model.checkpoint.extra)):
+                content = replace(content, online=("matrices of the checkpoint",))
             check_format(output, content)
             if output.save is not None and self.n_blocks(run):
                 misfit = self._misfit_linear(run, content)  # where it does not matter, for the sake of damaged tensors
