@@ -40,11 +40,13 @@ from quant.run.session import Session, open_session
 SEQLEN, WINDOWS = 128, 128
 SEARCHED = "--quantization-method quantease --range mse --search-grid --refit-grid"
 CORRECTED = "--target-correction 1 --residual-correction"
-PARTS = {  # what `best` is made of, each by itself
-    "corrected target": CORRECTED,
+TUNED = "--tune model --tune-norms"
+BEST = f"{SEARCHED} {CORRECTED} {TUNED}"  # the flags of --preset best, whatever fits in memory
+EXTRAS = {  # parts that no preset has
     "token weights": "--saliency 4",
     "column scales": "--column-scales",
-    "tuned": "--tune model --tune-norms",
+    "real minimum": "--grid real",
+    "bias correction": "--bias-correction",
 }
 PLAIN = {name: f"--quantization-method {name}" for name in ("rtn", "gptq", "gptaq", "qronos", "quantease")}
 PEER = "autoround, its own code"
@@ -64,19 +66,22 @@ def rows_of(own: int) -> Iterator[Row]:
     for name, words in PLAIN.items():
         yield Row(name, words)
     yield Row("searched quantease", SEARCHED)
-    for name, words in PARTS.items():
+    for name, words in EXTRAS.items():
         yield Row(f"searched quantease + {name}", f"{SEARCHED} {words}")
-    yield Row("searched quantease + block by block", f"{SEARCHED} --tune block")
-    everything = " ".join((SEARCHED, *PARTS.values()))
-    yield Row("all", everything)
+    yield Row("searched quantease + tuned", f"{SEARCHED} {TUNED}")
+    yield Row("preset balanced", f"{SEARCHED} {CORRECTED}")
+    yield Row("preset balanced + tuned block by block", f"{SEARCHED} {CORRECTED} --tune block --tune-norms")
+    yield Row("preset best", BEST)
     yield Row(PEER, "")
     if own:
         yield Row("searched quantease", SEARCHED, own)
-        yield Row("all", everything, own)
-        for name in PARTS:
-            rest = " ".join((SEARCHED, *(words for part, words in PARTS.items() if part != name)))
-            yield Row(f"all but {name}", rest, own)
+        yield Row("searched quantease + tuned", f"{SEARCHED} {TUNED}", own)
+        yield Row("preset balanced", f"{SEARCHED} {CORRECTED}", own)
+        yield Row("preset best", BEST, own)
+        for name, words in EXTRAS.items():
+            yield Row(f"preset best + {name}", f"{BEST} {words}", own)
         yield Row(PEER, "", own)
+        yield Row("preset best, 700 steps", f"{BEST} --tune-iterations 700", 2 * own + 256)
 
 
 def main() -> None:
@@ -86,7 +91,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="calibration")
     parser.add_argument("--evaluate", nargs="+", required=True)
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3])
-    parser.add_argument("--rows", nargs="+", help="only rows whose names hold one of these words")
+    parser.add_argument("--rows", nargs="+", help="only rows of these names")
     parser.add_argument("--more", default="", help="flags of model_quantizer.py that every row gets besides")
     parser.add_argument("--own", type=int, default=896, help="windows that the model writes (0: no such rows)")
     parser.add_argument("--limit", type=int, default=300, help="evaluation windows")
@@ -100,7 +105,7 @@ def main() -> None:
 
 def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """Every row of every model at every width."""
-    chosen = [row for row in rows_of(args.own) if not args.rows or any(word in row.label for word in args.rows)]
+    chosen = [row for row in rows_of(args.own) if not args.rows or row.label in args.rows]
     for model in args.models:
         session, full = open_session(request_of(args, model, args.bits[0], Row("rtn", PLAIN["rtn"]))), FullPrecision()
         for bits in args.bits:
@@ -110,8 +115,8 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
                     if args.peer:
                         yield start | peer_figures(args, session, model, bits, row)
                     continue
-                request = request_of(args, model, bits, row)
                 try:
+                    request = request_of(args, model, bits, row)
                     results = session.run_all([(request.run, request.output)], kept=full)[0]
                 except InputError as error:  # a row that this model cannot have; the others are measured all the same
                     sys.stderr.write(f"{model} {row.label}: {error}\n")
