@@ -75,7 +75,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
 def requests_of(args: argparse.Namespace) -> list[Any]:
     """One request for each method."""
     from quant.learn.config import Rotation
-    from quant.run.choice import in_packed_format, with_groups, with_residual_where_added, with_scope
+    from quant.run.choice import in_packed_format, with_groups, with_own_text, with_residual_where_added, with_scope
     from quant.run.request import Request
 
     several, given = len(args.methods) > 1, values_of(args, QUANTIZER)
@@ -87,7 +87,8 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
         request = with_groups(Request.of(**(given | own)))
         if args.preset and request.run.residual_correction:
             request = with_residual_where_added(request)
-        requests.append(with_scope(request) if args.tune == AUTO_SCOPE else request)
+        request = with_scope(request) if args.tune == AUTO_SCOPE else request
+        requests.append(with_own_text(request) if args.preset == "best" else request)
     packs = (
         args.real_quant and args.format is None and args.wbits != FULL_BITS and (args.save is not None or args.dry_run)
     )

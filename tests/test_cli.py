@@ -671,7 +671,7 @@ def test_a_preset_is_its_flags_and_flags_that_are_given_stay(small, model_dir, t
         "balanced": ["--range", "mse", "--search-grid", "--refit-grid", "--true-sequential", "--target-correction", 1,
                      "--residual-correction"],
     }  # fmt: skip
-    flags_of["best"] = [*flags_of["balanced"], "--tune", "model", "--tune-norms"]
+    flags_of["best"] = [*flags_of["balanced"], "--tune", "model", "--tune-norms", "--dataset", f"{text}+self:28"]
     for preset, words in flags_of.items():
         assert requests(*small, "--preset", preset) == requests(*small, *words)
     mixed = requests(*small, "--preset", "best", "--tune", "block", "--target-correction", 0.5)[0].run
@@ -681,4 +681,5 @@ def test_a_preset_is_its_flags_and_flags_that_are_given_stay(small, model_dir, t
     base = requests(*small, "--wbits", 16, "--preset", "best")[0].run
     assert not base.quantizes and not base.target_correction and base.tuning is None
     monkeypatch.setattr("quant.core.env.total_bytes", lambda device: 1_000_000)
-    assert requests(*small, "--preset", "best")[0].run.tuning.scope == "block"
+    best = requests(*small, "--preset", "best")[0].run
+    assert best.tuning.scope == "block" and best.dataset == str(text)

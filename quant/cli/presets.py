@@ -1,6 +1,7 @@
 """Presets: names for sets of flags, decided by measurement (docs/which-method.md), so that nobody has to know the flags.
 
-A flag that is given by itself stays as it was given.
+A flag that is given by itself stays as it was given. ``best`` also adds text that the model writes itself, where it fits in
+memory (`quant.run.choice.with_own_text`).
 """
 
 from __future__ import annotations

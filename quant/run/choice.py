@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from data.written import written
 from models import family_of
 from models.load import load_config
 from quant.core import env
@@ -20,6 +21,7 @@ from quant.run.plan import Shapes, shapes_of, tuning_cost
 from quant.run.request import Request
 
 MOST_GROUPED = 128  # columns of a group, a power of two
+OWN, OWN_TOKENS = 7, 1 << 17  # what measured best on a text that nothing was decided on otherwise; docs/which-method.md
 SHARE = 0.6  # of all memory, beside what the machine does otherwise
 HALF = torch.bfloat16  # of a checkpoint's own dtype, which is not read here
 FALLBACK = "bitplane"  # holds every answer of every solver, also scales that turn out not to be fp16 numbers
@@ -62,6 +64,18 @@ def with_scope(request: Request) -> Request:
     need = tuning_cost(run, shapes, seqlen, itemsize)[1]
     fits = need <= SHARE * env.total_bytes(device)
     return request if fits else request.but(tuning=replace(run.tuning, scope="block"))
+
+
+def with_own_text(request: Request) -> Request:
+    """The request, with OWN times as many windows that the model writes itself behind those of the data, up to OWN_TOKENS
+    tokens, where the whole model is tuned, and so fits in memory, and nothing is said of windows of its own."""
+    run, session = request.run, request.session
+    if run.tuning is None or run.tuning.scope != "model" or written(run.dataset):
+        return request
+    shapes, _ = _shapes(session)
+    seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
+    windows = min(OWN * run.nsamples, OWN_TOKENS // seqlen)
+    return request.but(dataset=f"{run.dataset}+self:{windows}") if windows else request
 
 
 def in_packed_format(request: Request) -> Request:
