@@ -667,7 +667,7 @@ def requests(*words):
 
 def test_a_preset_is_its_flags_and_flags_that_are_given_stay(small, model_dir, text, monkeypatch):
     flags_of = {
-        "fast": ["--range", "mse"],
+        "fast": ["--range", "mse", "--search-grid", "--refit-grid"],
         "balanced": ["--range", "mse", "--search-grid", "--refit-grid", "--true-sequential", "--target-correction", 1,
                      "--residual-correction"],
     }  # fmt: skip

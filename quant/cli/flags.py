@@ -219,10 +219,10 @@ QUANTIZED_FLAGS = (
          "what a code of 0 stands for: an integer number of steps below 0, or real: a 16-bit minimum of its own, finer at few "
          "bits, which --format bitplane and dequantized hold", WHAT, "integer", choices=GRIDS),
     Flag(None, {QUANTIZER: "--preset"},
-         "a set of flags, with quantease; flags that are given besides stay. fast: grids searched under the inputs; "
-         "balanced: also refitted grids and the original model's outputs as the target, about three times as long; best: "
-         "also --tune auto --tune-norms, and behind the data seven times as many windows that the model writes itself where "
-         "it fits in memory: minutes for a small model (docs/which-method.md has what each is worth)", WHAT,
+         "a set of flags, with quantease; flags that are given besides stay. fast: searched and refitted grids, seconds for "
+         "a small model; balanced: also one linear after the other, for the original model's outputs, about twice as long; "
+         "best: also --tune auto --tune-norms, and behind the data seven times as many windows that the model writes "
+         "itself where it fits in memory, minutes for a small model (docs/which-method.md has what each is worth)", WHAT,
          choices=("fast", "balanced", "best")),
     Flag("tuning.scope", {QUANTIZER: "--tune"},
          "after solving, move codes and scales by gradients: block by block on the block's output, or all together on the "

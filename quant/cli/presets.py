@@ -11,14 +11,8 @@ from typing import Any
 
 from quant.core.names import AUTO_SCOPE
 
-FAST: dict[str, Any] = {"range": "mse"}
-BALANCED: dict[str, Any] = FAST | {
-    "search_grid": True,
-    "refit_grid": True,
-    "true_sequential": True,
-    "target_correction": 1.0,
-    "residual_correction": True,
-}
+FAST: dict[str, Any] = {"range": "mse", "search_grid": True, "refit_grid": True}
+BALANCED: dict[str, Any] = FAST | {"true_sequential": True, "target_correction": 1.0, "residual_correction": True}
 BEST: dict[str, Any] = BALANCED | {"tune": AUTO_SCOPE, "tune_norms": True}
 PRESETS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
 
