@@ -9,7 +9,7 @@ from quant.core.errors import InputError
 from quant.core.gram import GramStats
 from quant.core.types import Grid, QuantSpec
 from quant.solvers import get_solver
-from quant.tune.codes import FACTOR, OFFSET, POSITION, Groups, RoundPosition, TunedLinear
+from quant.tune.codes import FACTOR, MARGIN, OFFSET, POSITION, Groups, RoundPosition, TunedLinear
 from tests.helpers import random_weight
 
 SPECS = [
@@ -75,10 +75,10 @@ def test_a_position_stands_where_the_weight_does_unless_the_solver_chose_another
     weight, start = solved(spec)
     position = TunedLinear("w", start, spec, weight).initial()[POSITION]
     place = weight / start.grid.scale + start.grid.zero
-    inside = (place - start.codes.float()).abs() <= 0.48
+    inside = (place - start.codes.float()).abs() <= 0.5 - MARGIN
     assert 0.3 < inside.float().mean() < 1
     assert torch.equal(position[inside], place[inside])
-    assert torch.allclose((position - start.codes.float()).abs()[~inside], torch.tensor(0.48), atol=1e-5)
+    assert torch.allclose((position - start.codes.float()).abs()[~inside], torch.tensor(0.5 - MARGIN), atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
