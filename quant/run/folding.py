@@ -10,9 +10,28 @@ from models.load import LazyModel
 from quant.blocks.linears import LinearRef
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
-from quant.learn.column_scales import KEY, column_scales, fold, mean_squares
+from quant.core.errors import InputError
+from quant.learn.column_scales import KEY, KINDS, column_scales, fold, mean_squares
+from quant.learn.config import TransformSpec
 from quant.learn.learner import LearnedBlock
+from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
+
+
+def check_turned(model: LazyModel, run: RunConfig) -> None:
+    """Raise InputError where scales would go into the columns of a linear whose input a rotation turns: they are other
+    channels' then."""
+    transform = TransformSpec() if run.learning is None else run.learning.transform
+    asked = {"--column-scales": KINDS if run.column_scales else (), "--let": transform.kinds if transform.let else ()}
+    if run.rotation is None or "down" not in run.rotation.kinds:
+        return
+    turned = model.groups[-1][-1]
+    for flag, kinds in asked.items():
+        if any(turned in seam.consumers for seam in model.family.seams(model.config) if seam.kind in kinds):
+            raise InputError(
+                f"{flag} scales the columns of {turned}, whose inputs --rotate down turns: leave down out of --rotate, "
+                f"or drop {flag}"
+            )
 
 
 def fold_block(stream: BlockStream, index: int, weights: BlockWeights) -> LearnedBlock:

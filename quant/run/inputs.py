@@ -32,6 +32,7 @@ from quant.learn.transforms import check_seams
 from quant.run.bias import check_biases
 from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfig
 from quant.run.content import candidate_widths, check_format, content_of, spec_of
+from quant.run.folding import check_turned
 from quant.run.quantize import Recipe, check_options
 from quant.run.request import cache_place, places_read
 from quant.run.saliency import check_saliency
@@ -135,6 +136,7 @@ class Inputs:
             )
         if run.learning is not None:
             check_seams(self.model.family, self.model.config, run.learning.transform)
+        check_turned(self.model, run)
         if run.bias_correction:
             check_biases(self.model)
         spec = spec_of(run, self.model.linear_shapes())
