@@ -108,11 +108,12 @@ class Bitplane:
         is_real = spec.kind == "real"
         has_zeros = not spec.symmetric and not is_real
         if scale.shape[1] != spec.n_groups(n_in) or has_zeros != ("zeros" in part) or is_real != ("minima" in part):
-            kind = "symmetric" if spec.symmetric else "asymmetric with real minima" if is_real else "asymmetric"
-            told = ["zeros", "minima"] if is_real or "minima" in part else ["zeros"]
-            held = [("" if one in part else "no ") + {"zeros": "zero points", "minima": "minima"}[one] for one in told]
+            told = {"zeros": "zero points"} | ({"minima": "minima"} if is_real or "minima" in part else {})
+            held = [what if one in part else f"no {what}" for one, what in told.items()]
+            kind = "symmetric" if spec.symmetric else "asymmetric"
+            kind += f", of {spec.kind} kind" if "minima" in told else ""
             raise InputError(
-                f"{name} has {scale.shape[1]} groups of {n_in} inputs and {' and '.join(held)}, "
+                f"{name} has {scale.shape[1]} groups of {n_in} inputs and {', and '.join(held)}, "
                 f"but config.json says group_size {spec.group_size} and {kind}"
             )
         g_idx = part["g_idx"].long() if "g_idx" in part else group_index(n_in, spec.group_size)
