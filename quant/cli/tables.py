@@ -140,7 +140,7 @@ def show_published(model: str, finished: Sequence[dict[str, Any]], console: Cons
 def _remarks(results: dict[str, Any]) -> list[str]:
     """What the numbers of a table do not show: levels that are no power of two, matrices kept beside the weights."""
     lines, entropy = [], results["entropy_bits"]
-    if entropy is not None and entropy != int(entropy):
+    if entropy is not None and entropy != int(entropy) and results.get("avg_bits") is None:
         lines.append(f"codes of {2**entropy:.0f} levels: {entropy:.2f} bits of entropy, stored in {math.ceil(entropy)}")
     if share := results.get("outlier_share"):
         lines.append(f"{share:.2%} of the weights are kept as outliers (counted in bits per weight)")
