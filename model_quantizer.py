@@ -115,6 +115,12 @@ def _bits(args: argparse.Namespace) -> str:
     return f"{args.wbits} bits" if args.wbits != FULL_BITS else "base model"
 
 
+def choices_made(args: argparse.Namespace, requests: list[Any]) -> list[str]:
+    """A line for every run of which the memory decided what is tuned, on which text."""
+    runs = [request.run for request in requests] if args.tune == AUTO_SCOPE else []
+    return [f"{run.method}: --tune auto is --tune {run.tuning.scope} here; data {run.dataset}" for run in runs]
+
+
 def request_from(words: list[str]) -> Any:
     """The request of a command of one method given as words, for sweeps. Raises InputError for what is wrong with it."""
     args = parser().parse_args(words)
@@ -133,6 +139,7 @@ def main() -> None:
 
     requests = requests_of(args)
     notes = unused_options(args, parser(), args.methods) if args.wbits != FULL_BITS else []
+    notes += choices_made(args, requests)
     if args.compare_layers and not args.dry_run:
         compare_layers(args, requests, notes)
         return

@@ -665,6 +665,12 @@ def requests(*words):
     return model_quantizer.requests_of(args)
 
 
+def test_what_the_memory_decides_is_said(command, small, text):
+    code, out, err = command(*small, "--preset", "best", "--dry-run")
+    said = " ".join((out + err).split())
+    assert code == 0 and "quantease: --tune auto is --tune model here; data" in said and "+self:28" in said
+
+
 def test_a_preset_is_its_flags_and_flags_that_are_given_stay(small, model_dir, text, monkeypatch):
     flags_of = {
         "fast": ["--range", "mse", "--search-grid", "--refit-grid"],
