@@ -3,11 +3,12 @@
     python -m benchmarks.quality --models text/llama-small text/opt-small --text text/brown.txt \\
         --evaluate text/reviews.txt text/wikitext2-test.txt text/ptb-test.txt [--peer .venv-peers/bin/python] [--out FILE]
 
-Rows are by row of the weight, asymmetric, true-sequential, with the flags of model_quantizer.py that the table names; 128
-windows of 128 tokens of the text are the data, and where it says "+ self" as many windows more as it says that the model wrote
-itself. AutoRound gets the same windows and is evaluated by the same code. Ratios are to full precision, with the 95%
+Rows are by row of the weight (or in groups of --group-size), asymmetric, true-sequential, with the flags of
+model_quantizer.py that the table names; 128 windows of 128 tokens of the text (--windows, --seqlen) are the data, and where it
+says "+ self" as many windows more as it says that the model wrote itself. AutoRound gets the same windows and is evaluated by the same code. Ratios are to full precision, with the 95%
 interval of a paired bootstrap over windows; one seed, so that what differs between rows by less than the seeds do is not
-told apart. Bits are the stored ones. Seconds are those of solving and tuning (of AutoRound: of its own).
+told apart. Bits are the stored ones. Seconds are those of solving and tuning (of AutoRound: of its own); memory is the peak of the process, evaluation
+included (of AutoRound: of its own).
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from quant.run.request import Request
 from quant.run.scoring import FullPrecision
 from quant.run.session import Session, open_session
 
-SEQLEN, WINDOWS = 128, 128
 SEARCHED = "--quantization-method quantease --range mse --search-grid --refit-grid"
 CORRECTED = "--target-correction 1 --residual-correction"
 TUNED = "--tune model --tune-norms"
@@ -46,6 +46,7 @@ EXTRAS = {  # parts that no preset has
     "token weights": "--saliency 4",
     "column scales": "--column-scales",
     "real minimum": "--grid real",
+    "fractional zeros": "--grid fractional",
     "bias correction": "--bias-correction",
 }
 PLAIN = {name: f"--quantization-method {name}" for name in ("rtn", "gptq", "gptaq", "qronos", "quantease")}
@@ -82,6 +83,9 @@ def rows_of(own: int) -> Iterator[Row]:
             yield Row(f"preset best + {name}", f"{BEST} {words}", own)
         yield Row(PEER, "", own)
         yield Row("preset best, 700 steps", f"{BEST} --tune-iterations 700", 2 * own + 256)
+        for steps, times in ((700, 2), (1400, 4)):
+            words = f"{BEST} --saliency 4 --grid fractional --tune-iterations {steps}"
+            yield Row(f"preset best + fractional zeros + token weights, {steps} steps", words, times * (own + 128))
 
 
 def main() -> None:
@@ -94,6 +98,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="only rows of these names")
     parser.add_argument("--more", default="", help="flags of model_quantizer.py that every row gets besides")
     parser.add_argument("--own", type=int, default=896, help="windows that the model writes (0: no such rows)")
+    parser.add_argument("--windows", type=int, default=128, help="calibration windows")
+    parser.add_argument("--seqlen", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--group-size", type=int, default=-1, help="columns that share a scale")
+    parser.add_argument("--peer-steps", type=int, default=200, help="steps a block of AutoRound")
     parser.add_argument("--limit", type=int, default=300, help="evaluation windows")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="where finished rows are kept")
     parser.add_argument("--peer", type=Path, help="Python of an environment with auto-round")
@@ -110,7 +118,8 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
         session, full = open_session(request_of(args, model, args.bits[0], Row("rtn", PLAIN["rtn"]))), FullPrecision()
         for bits in args.bits:
             for row in chosen:
-                start = {"model": Path(model).name, "bits": str(bits), "method": row.label, "windows": windows(row)}
+                start = {"model": Path(model).name, "bits": str(bits), "method": row.label}
+                start["windows"] = f"{args.windows}" + (f" + {row.own} self" if row.own else "")
                 if row.label == PEER:
                     if args.peer:
                         yield start | peer_figures(args, session, model, bits, row)
@@ -124,21 +133,17 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
                 seconds = sum(results["seconds"][stage] for stage in ("forward", "gram", "solve", "learn"))
                 figures = cells(results["perplexity"], results["fidelity"])
                 stored = {"stored": f"{results['bits_per_weight']:.3f}"}
-                yield start | stored | figures | {"seconds": f"{seconds:.0f}"}
-
-
-def windows(row: Row) -> str:
-    """What a row is calibrated on."""
-    return f"{WINDOWS}" + (f" + {row.own} self" if row.own else "")
+                memory = f"{results['peak_bytes']['host'] / 1e9:.2f}"
+                yield start | stored | figures | {"seconds": f"{seconds:.0f}", "GB": memory}
 
 
 def request_of(args: argparse.Namespace, model: str, bits: int, row: Row) -> Request:
     """The request of one row."""
     dataset = str(args.text) + (f"+self:{row.own}" if row.own else "")
     fixed = {
-        "model": model, "dataset": dataset, "nsamples": WINDOWS, "seqlen": SEQLEN, "wbits": bits,
+        "model": model, "dataset": dataset, "nsamples": args.windows, "seqlen": args.seqlen, "wbits": bits,
         "eval-datasets": ",".join(args.evaluate), "limit": args.limit, "device": args.device, "dtype": "float32",
-        "calib-batch": 16,
+        "calib-batch": 16, "group-size": args.group_size,
     }  # fmt: skip
     words = [word for name, value in fixed.items() for word in (f"--{name}", str(value))]
     request: Request = request_from([*words, "--true-sequential", *row.words.split(), *args.more.split()])
@@ -163,16 +168,18 @@ def peer_figures(args: argparse.Namespace, session: Session, model: str, bits: i
         file, out = Path(name) / "tokens.safetensors", Path(name) / "out"
         save_file({"ids": tokens.ids}, file)
         command = [str(args.peer), str(Path(__file__).with_name("autoround.py")), model, str(file), str(out)]
-        done = subprocess.run([*command, str(bits), "200"], capture_output=True, text=True, check=True)
+        numbers = (bits, args.peer_steps, args.group_size)
+        done = subprocess.run([*command, *map(str, numbers)], capture_output=True, text=True, check=True)
         other = load_model(str(out), dtype=session.model.dtype, cache_dir=out)
         variant = Variant(lambda index, weights: BlockWeights.read(other, index, session.device))
         scores = evaluate(session.model, session.evaluation, {"peer": variant}, device=session.device, batch=16)
     figures = entries(session.evaluation, scores, "peer")
     said = json.loads(done.stdout.splitlines()[-1])
-    shapes = session.model.linear_shapes().values()  # a scale of 16 bits and a zero point of ``bits`` for every row
-    stored = bits + (16 + bits) * sum(out for out, _ in shapes) / sum(out * n_in for out, n_in in shapes)
+    shapes = session.model.linear_shapes().values()  # a scale of 16 bits and a zero point of ``bits`` for every group
+    groups = sum(out * (1 if args.group_size == -1 else n_in // args.group_size) for out, n_in in shapes)
+    stored = bits + (16 + bits) * groups / sum(out * n_in for out, n_in in shapes)
     seconds = {"stored": f"{stored:.3f}", **cells(figures["perplexity"], figures["fidelity"])}
-    return seconds | {"seconds": f"{said['seconds']:.0f}"}
+    return seconds | {"seconds": f"{said['seconds']:.0f}", "GB": f"{said['peak_bytes'] / 1e9:.2f}"}
 
 
 if __name__ == "__main__":

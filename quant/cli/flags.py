@@ -216,8 +216,9 @@ QUANTIZED_FLAGS = (
          "grid range: min-max, or the shrink with the least error weighted by the Gram diagonal", WHAT, "minmax",
          choices=("minmax", "mse")),
     Flag("grid_kind", {QUANTIZER: "--grid"},
-         "what a code of 0 stands for: an integer number of steps below 0, or real: a 16-bit minimum of its own, finer at few "
-         "bits, which --format bitplane and dequantized hold", WHAT, "integer", choices=GRIDS),
+         "what a code of 0 stands for: an integer number of steps below 0; real: a 16-bit minimum of its own, finer at few "
+         "bits; fractional: a number of 1/32 steps, in the bits of an integer one (the scale has fewer digits). The last two are "
+         "held by --format bitplane and dequantized", WHAT, "integer", choices=GRIDS),
     Flag(None, {QUANTIZER: "--preset"},
          "a set of flags, with quantease; flags that are given besides stay. fast: searched and refitted grids, seconds for "
          "a small model; balanced: also one linear after the other, for the original model's outputs, about twice as long; "

@@ -42,12 +42,12 @@ def solver_rules(args: argparse.Namespace) -> Rules:
         "--wbits 1 --sym: a symmetric grid of one bit has no positive level; drop --sym",
     )
     yield (
-        args.grid == "real" and args.sym,
-        "--grid real --sym: a symmetric grid has its zero point in the middle; drop one of them",
+        args.grid != "integer" and args.sym,
+        f"--grid {args.grid} --sym: a symmetric grid has its zero point in the middle; drop one of them",
     )
     yield (
-        args.grid == "real" and "spqr" in methods,
-        "--grid real: spqr's scales of two levels have integer zero points; drop --grid real, or use another method",
+        args.grid != "integer" and "spqr" in methods,
+        f"--grid {args.grid}: spqr's scales of two levels have integer zero points; drop --grid {args.grid}, or use another method",
     )
     yield (
         args.outlier > 0 and {"quantease", "spqr"} <= methods,
@@ -87,8 +87,8 @@ def run_rules(args: argparse.Namespace) -> Rules:
     yield args.avg_bits is not None and args.compare_layers, "--compare-layers compares at one width: drop --avg-bits"
     yield args.compare_layers and args.wbits == FULL_BITS, "--compare-layers needs --wbits 1 to 8"
     yield (
-        args.grid == "real" and args.wbits == FULL_BITS,
-        "--grid real is of quantized weights: give --wbits 1 to 8, or drop --grid",
+        args.grid != "integer" and args.wbits == FULL_BITS,
+        f"--grid {args.grid} is of quantized weights: give --wbits 1 to 8, or drop --grid",
     )
     yield (
         args.compare_layers and args.true_sequential,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from quant.core.real_grid import fit_scale_minimum
-from quant.core.stored import at_least_finest, round_scale, within_largest
-from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
+from quant.core.stored import at_least_finest, round_scale, short_scale, stored_fraction, within_largest
+from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index, is_short
 
 SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released code: 1.00, 0.99, ... 0.21
 ENDS = [1.0 + 0.05 * i for i in range(-10, 11) if i]  # then either end of the range by itself
@@ -94,11 +94,10 @@ def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, 
         group = torch.empty_like(group).index_copy_(0, order, group)
     grouped = weight.reshape(n_out, n_groups, -1)
     weights_of_error = None if importance is None else importance.view(n_groups, -1)
-    is_real = spec.kind == "real"
-    fit = fit_scale_minimum if is_real else fit_scale_zero
+    fit = fit_scale_minimum if spec.has_minimum else fit_scale_zero
     parts = [fit(rows, spec, weights_of_error) for rows in grouped.split(max(1, CHUNK // n_in))]
     scale, base = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Grid.real(scale, base, group, spec.qmax) if is_real else Grid(scale, base, group, spec.qmax)
+    return Grid.real(scale, base, group, spec.qmax) if spec.has_minimum else Grid(scale, base, group, spec.qmax)
 
 
 def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
@@ -110,20 +109,29 @@ def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     out of float16's range: then its scales are needed as they are.
     """
     grid = answer.grid
-    if grid.bilevel is not None or 32 not in (grid.scale_bits, grid.minimum_bits):
+    fractional = answer.spec.kind == "fractional"
+    narrow = is_short(grid, answer.spec) if fractional else 32 not in (grid.scale_bits, grid.minimum_bits)
+    if grid.bilevel is not None or narrow:
         return answer
     if misfit_float16(largest_of(weight), grid.qmax):
         return answer
     scale = grid.scale.clamp(min=SMALLEST_HALF).half().float()
     stored, changed = replace(grid, scale=scale), scale != grid.scale
     if grid.minimum is not None:
-        stored = replace(stored, minimum=grid.minimum.half().float())
+        stored = _short(grid, answer.spec) if fractional else replace(stored, minimum=grid.minimum.half().float())
+        scale, changed = stored.scale, stored.scale != grid.scale
         changed |= stored.minimum != grid.minimum
     if not all(bool(torch.isfinite(t).all()) for t in (scale, stored.minimum) if t is not None):
         return answer
     moved = changed[:, grid.g_idx]
     codes = torch.where(moved, stored.quantize(grid.dequantize(answer.codes)), answer.codes)
     return replace(answer, codes=codes, grid=stored)
+
+
+def _short(grid: Grid, spec: QuantSpec) -> Grid:
+    """A grid of fractional zero points with short scales."""
+    scale, minimum = stored_fraction(short_scale(grid.scale), grid.base, spec)
+    return replace(grid, scale=scale, minimum=minimum)
 
 
 def largest_of(weight: Tensor) -> float:

@@ -1,4 +1,5 @@
-"""Grids with a real minimum, w = scale * code + minimum: fitted to weights, and refitted to codes as they are.
+"""Grids with a minimum, w = scale * code + minimum: fitted to weights, and refitted to codes as they are. The minimum is
+real, or as many parts of a step below 0 as a fractional zero point says.
 
 The fit (NeUQI, arXiv 2505.17595): for a given scale s let x = w / s and z = -minimum / s. A weight's code is
 clip(⌊x + z⌉, 0, qmax), and Σ h (x + z - code)² is a quadratic in z between the breakpoints z = k - ½ - x, k = 1..qmax.
@@ -13,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from quant.core.stored import FINEST_STEP, at_least_finest, round_scale, stored_real
+from quant.core.stored import FINEST_STEP, stored_base, stored_scale
 from quant.core.types import QuantSpec
 
 STEPS_BELOW = 20  # scales are searched down to a grid that is so many steps shorter than the range
@@ -29,8 +30,10 @@ def fit_scale_minimum(weight: Tensor, spec: QuantSpec, importance: Tensor | None
     zero. importance: [..., n], broadcastable (the Gram diagonal).
     """
     lo, hi = weight.amin(-1), weight.amax(-1)
+    if spec.kind == "fractional":  # its range holds 0
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     step = hi / spec.qmax - lo / spec.qmax
-    best = stored_real(step.where((lo != 0) | (hi != 0), 1.0), lo, spec)
+    best = stored_base(step.where((lo != 0) | (hi != 0), 1.0), lo, spec)
     if spec.range == "minmax":
         return best
     rows = weight.reshape(-1, weight.shape[-1])
@@ -42,8 +45,8 @@ def fit_scale_minimum(weight: Tensor, spec: QuantSpec, importance: Tensor | None
 
     def consider(tried: Tensor) -> None:
         nonlocal scale, minimum, factor, error
-        s = at_least_finest(round_scale(torch.maximum(step * tried, finest)), spec)
-        s, m = stored_real(s, -s * best_zero(rows / s[:, None], h, spec.qmax), spec)
+        s = stored_scale(torch.maximum(step * tried, finest), spec)
+        s, m = stored_base(s, -s * best_zero(rows / s[:, None], h, spec.qmax), spec)
         e = weighted_error(rows, h, s, m, spec.qmax)
         better = e < error
         scale, minimum = torch.where(better, s, scale), torch.where(better, m, minimum)
@@ -132,10 +135,10 @@ def refit_scale_minimum(
     best, best_gain = (scale, minimum), torch.zeros_like(vv)
     for wanted in (scale + change, scale.to(wide)):
         legal = (wanted > 0) & torch.isfinite(wanted)
-        new = at_least_finest(round_scale(wanted.where(legal, scale.to(wide)).float()), spec)
+        new = stored_scale(wanted.where(legal, scale.to(wide)).float(), spec)
         ds = new.to(wide) - scale
         dc = torch.where(uu > 0, (cu - ds * vu) / uu.where(uu > 0, 1.0), 0.0)
-        stored = stored_real(new, (minimum + dc - ds * centre).float(), spec)
+        stored = stored_base(new, (minimum + dc - ds * centre).float(), spec)
         ds = stored[0].to(wide) - scale
         dc = stored[1].to(wide) - minimum + ds * centre
         gain = ds * (ds * vv + 2 * dc * vu - 2 * cv) + dc * (dc * uu - 2 * cu)

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.core.types import FINEST, LARGEST, QuantSpec
+from quant.core.types import CUT, FINEST, LARGEST, ZERO_STEPS, QuantSpec, minimum_at, most_steps
 
 FINEST_STEP = 2.0**-11  # of a minimum: a step is no finer than float16 is there; 0 then lies at most 2^11 steps away
+SHORT_FINEST, SHORT_LARGEST = 2.0 ** (CUT - 24), (2 - 2.0 ** (CUT - 10)) * 2.0**15  # float16 numbers without last bits
+SHORT_DIGITS = 11 - CUT  # binary ones of a short scale
 HALF_BELOW, BELOW = 1 - 2.0**-10, 1 - 2.0**-20  # times a number: what float16 and float32 round to no more than it
 
 
@@ -52,6 +54,36 @@ def largest_scales(qmax: int, largest: float, device: torch.device) -> Tensor:
     half = np.where(half > wide, np.nextafter(half, np.float16(0)), half).astype(np.float32)
     stored = np.where(wide - half <= wide / 64, half, wide)
     return torch.tensor([LARGEST, *stored.tolist()], dtype=torch.float32, device=device)
+
+
+def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale that a grid of this kind stores for one, as far as it depends on nothing else."""
+    if spec.kind != "fractional":
+        return at_least_finest(round_scale(scale), spec)
+    highest = min(spec.largest, LARGEST) * BELOW / 2**spec.code_bits  # no level is further from 0
+    scale = scale.clamp(spec.finest * (ZERO_STEPS << SHORT_DIGITS), highest * (1 - 2.0**-SHORT_DIGITS))
+    mantissa, exponent = torch.frexp(scale)
+    nearest = torch.ldexp((mantissa * 2.0**SHORT_DIGITS).round_(), exponent - SHORT_DIGITS)
+    short = short_scale(nearest)
+    return torch.where((short - nearest).abs() <= nearest / 64, short, nearest)
+
+
+def short_scale(scale: Tensor) -> Tensor:
+    """Scales of SHORT_DIGITS binary digits as float16 numbers whose last CUT bits are 0, at least the smallest of them."""
+    fine = (scale / SHORT_FINEST).round() * SHORT_FINEST
+    return torch.where(scale < 2.0**-14, fine, scale).clamp(SHORT_FINEST, SHORT_LARGEST)
+
+
+def stored_base(scale: Tensor, minimum: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The scale and minimum that a grid with minima stores for these, float32 of one shape."""
+    return stored_fraction(scale, minimum, spec) if spec.kind == "fractional" else stored_real(scale, minimum, spec)
+
+
+def stored_fraction(scale: Tensor, minimum: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The same for fractional zero points: -minimum / scale is a multiple of 1/ZERO_STEPS from 0 to below 2^bits."""
+    scale = stored_scale(scale, spec)
+    steps = (-minimum / scale * ZERO_STEPS).round_().clamp_(0, most_steps(spec) - 1)
+    return scale, minimum_at(scale, steps)  # 7 and at most 13 binary digits: float32 holds their product
 
 
 def stored_real(scale: Tensor, minimum: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

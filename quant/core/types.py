@@ -1,7 +1,8 @@
 """What a solver takes and returns: QuantSpec, Grid, QuantizedWeight.
 
 One convention everywhere: codes are unsigned, ``0 <= code <= qmax``, and ``w = scale * (code - zero)``
-with an integer zero point, or ``w = scale * code + minimum`` with a real minimum. Codes are the truth: perplexity, sizes and checkpoints derive from them.
+with an integer zero point, or ``w = scale * code + minimum`` with a real minimum, which for a fractional zero point is
+``-scale * zero``. Codes are the truth: perplexity, sizes and checkpoints derive from them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from quant.core.rounding import NumberFormat
 
 RANGES = ("minmax", "mse")
 LARGEST = torch.finfo(torch.float32).max
+ZERO_STEPS = 32  # of a fractional zero point, in one step of the grid
+SHORT_BITS, CUT = 11, 4  # of a float16 scale without its sign and its last bits, and how many last ones those are
 FINEST = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps  # 2^-149: all are multiples of it
 OUTLIER_DTYPES = (torch.float16, torch.float32)
 
@@ -29,7 +32,9 @@ class QuantSpec:
     bits: 1..8. group_size: columns that share one scale and zero point, -1 for the whole row.
     symmetric: zero point fixed at the middle of the codes (2^(bits-1)). range: ``minmax`` or ``mse``
     (search of the shrink with the least weighted squared error). levels: number of codes where it is
-    not 2^bits (ABQ-LLM's bit balance uses 5 levels at 2 bits). kind: ``integer`` zero points, or a ``real`` minimum.
+    not 2^bits (ABQ-LLM's bit balance uses 5 levels at 2 bits). kind: ``integer`` zero points, a ``real`` minimum, or
+    ``fractional`` zero points: multiples of 1/ZERO_STEPS of a step, beside scales of 6 bits behind the point, which together
+    take the bits of a float16 scale and an integer zero point.
 
     largest: magnitude that no level exceeds, that of the dtype in which weights are written out. finest: a scale is a
     multiple of it (a power of two), above float32's own where the weights are solved scaled up. Both belong to the
@@ -56,9 +61,9 @@ class QuantSpec:
             raise ValueError(f"levels={self.levels}: a grid has 2 to 256 levels")
         if self.kind not in GRIDS:
             raise ValueError(f"kind={self.kind!r}: use one of {', '.join(GRIDS)}")
-        if self.symmetric and self.kind == "real":
+        if self.symmetric and self.has_minimum:
             raise ValueError(
-                "a symmetric grid has its zero point in the middle and no real minimum: leave one of them out"
+                f"a symmetric grid has its zero point in the middle, and no {self.kind} one: leave one of them out"
             )
         if self.symmetric and self.numbers.levels == 2:
             raise ValueError("a symmetric grid of 2 levels holds {-scale, 0} only: use an asymmetric one or levels=3")
@@ -67,6 +72,11 @@ class QuantSpec:
     def numbers(self) -> NumberFormat:
         """What codes stand for."""
         return NumberFormat(self.levels or 2**self.bits)
+
+    @property
+    def has_minimum(self) -> bool:
+        """Whether its grids have minima, and no integer zero points."""
+        return self.kind != "integer"
 
     @property
     def qmax(self) -> int:
@@ -191,6 +201,11 @@ class Grid:
             minimum=minimum,
         )
 
+    @property
+    def base(self) -> Tensor:
+        """The zero points, or the minima where it has those."""
+        return self.zero if self.minimum is None else self.minimum
+
     def float_zero(self) -> Tensor:
         """Where 0 lies among the codes, a new float32 [out, G] for the loops over columns: the zero points, or
         -minimum / scale, with which scale * (code - zero) is the value but for float32's own rounding."""
@@ -205,7 +220,7 @@ class Grid:
 
     def expand(self) -> tuple[Tensor, Tensor]:
         """Scale of every column, and zero point or minimum, float32: [out, in], or [out, 1] where rows have one group."""
-        base = self.zero.float() if self.minimum is None else self.minimum
+        base = self.base.float()
         if self.n_groups == 1:
             return self.scale, base
         return self.scale[:, self.g_idx], base[:, self.g_idx]
@@ -282,16 +297,21 @@ class QuantizedWeight:
     def storage_bits(self) -> int:
         """Bits that must be stored: codes, grid, outliers, and the column order where it is not i // group."""
         n_out, n_in = self.codes.shape
-        bits = n_out * n_in * self.spec.code_bits + self.grid.scale_storage_bits()
+        bits = n_out * n_in * self.spec.code_bits
         if self.outliers is not None:
             bits += self.outliers.storage_bits(n_out, n_in)
-        if self.grid.minimum is not None:
-            bits += self.grid.minimum.numel() * self.grid.minimum_bits
-        elif not self.spec.symmetric:
-            bits += self.grid.zero.numel() * self.spec.code_bits
+        if is_short(self.grid, self.spec):
+            bits += self.grid.scale.numel() * short_bits(self.spec)
+        else:
+            bits += self.grid.scale_storage_bits() + self._base_bits()
         if not self.has_plain_groups():
             bits += n_in * 32
         return bits
+
+    def _base_bits(self) -> int:
+        if self.grid.minimum is not None:
+            return self.grid.minimum.numel() * self.grid.minimum_bits
+        return 0 if self.spec.symmetric else self.grid.zero.numel() * self.spec.code_bits
 
     def bits_per_weight(self) -> float:
         """Stored bits divided by the number of weights."""
@@ -308,8 +328,7 @@ class QuantizedWeight:
         grid = self.grid
         if self.codes.dtype != torch.uint8 or int(self.codes.max()) > grid.qmax:
             raise ValueError(f"codes must be uint8 in 0..{grid.qmax}")
-        base = grid.zero if grid.minimum is None else grid.minimum
-        if grid.scale.shape != (n_out, grid.n_groups) or base.shape != grid.scale.shape:
+        if grid.scale.shape != (n_out, grid.n_groups) or grid.base.shape != grid.scale.shape:
             raise ValueError(f"grid of shape {tuple(grid.scale.shape)} does not fit codes {n_out}x{n_in}")
         if not bool(torch.isfinite(grid.scale).all()) or bool((grid.scale <= 0).any()):
             raise ValueError("scales must be finite and positive")
@@ -330,10 +349,45 @@ class QuantizedWeight:
         return self
 
 
+def zero_steps(grid: Grid) -> Tensor:
+    """Fractional zero points in parts of a step, float32 [out, G]: whole numbers."""
+    assert grid.minimum is not None
+    return (-grid.minimum / grid.scale * ZERO_STEPS).round_()
+
+
+def minimum_at(scale: Tensor, steps: Tensor) -> Tensor:
+    """The minima of scales and fractional zero points in parts of a step."""
+    return -(scale / ZERO_STEPS) * steps  # in this order: the product of the two may be infinite
+
+
+def most_steps(spec: QuantSpec) -> int:
+    """Fractional zero points, in parts of a step, are below."""
+    return ZERO_STEPS << spec.code_bits
+
+
+def short_bits(spec: QuantSpec) -> int:
+    """Bits of a short scale and its fractional zero point together: those of float16 and an integer zero point."""
+    return SHORT_BITS + (ZERO_STEPS.bit_length() - 1) + spec.code_bits
+
+
+def is_short(grid: Grid, spec: QuantSpec) -> bool:
+    """Whether a grid of fractional zero points has short scales alone: float16 numbers whose last CUT bits are 0. Others
+    are stored as those of real minima are."""
+    if spec.kind != "fractional":
+        return False
+    half = grid.scale.half()
+    cut = half.view(torch.int16) & (2**CUT - 1)
+    return torch.equal(half.float(), grid.scale) and not bool(cut.any())
+
+
 def _check_base(grid: Grid, spec: QuantSpec) -> None:
     """Raise ValueError where zero points, or minima, are none, or ends of the grid are not finite."""
-    if (grid.minimum is not None) != (spec.kind == "real"):
+    if (grid.minimum is not None) != spec.has_minimum:
         raise ValueError(f"a grid of kind {spec.kind} has {'no ' if grid.minimum is None else 'a '}real minimum")
+    if spec.kind == "fractional":
+        low, high = (steps := zero_steps(grid)).aminmax()
+        if low < 0 or high >= most_steps(spec) or not torch.equal(minimum_at(grid.scale, steps), grid.base):
+            raise ValueError(f"zero points must be multiples of 1/{ZERO_STEPS} from 0 to below {2**spec.code_bits}")
     if grid.minimum is not None:
         if grid.zero.numel() or not bool(torch.isfinite(grid.minimum).all()):
             raise ValueError("minima must be finite, and stand in the place of zero points")

@@ -127,7 +127,9 @@ def real_minimum(content: Content, name: str) -> str | None:
     """Why a format of integer zero points cannot hold this; None if it can."""
     if content.spec is None or content.spec.kind == "integer":
         return None
-    return f"{name} stores integer zero points and cannot hold real minima (--grid real): use format bitplane"
+    kind = content.spec.kind
+    what = "real minima" if kind == "real" else f"{kind} ones"
+    return f"{name} stores integer zero points and cannot hold {what} (--grid {kind}): use format bitplane"
 
 
 def uneven_groups(content: Content, name: str) -> str | None:

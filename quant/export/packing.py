@@ -13,7 +13,7 @@ STRETCH = 32  # codes that start at a word's first bit again
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [rows, n] in 0..2^bits - 1 as int32 [rows, ceil(n·bits / 32)]; bits behind the last code are zero."""
+    """Codes [rows, n] in 0..2^bits - 1, of at most 31 bits, as int32 [rows, ceil(n·bits / 32)]; bits behind the last code are zero."""
     rows, n = codes.shape
     codes = codes.to(torch.int32)
     if n % STRETCH:
@@ -28,12 +28,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return words.view(rows, -1)[:, : -(-n * bits // 32)].contiguous()
 
 
-def unpack(words: Tensor, bits: int, n: int) -> Tensor:
-    """The codes [rows, n], uint8, of words int32 [rows, ceil(n·bits / 32)]."""
+def unpack(words: Tensor, bits: int, n: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """The codes [rows, n] of words int32 [rows, ceil(n·bits / 32)]."""
     rows, mask = words.shape[0], 2**bits - 1
     short = -words.shape[1] % bits
     stretches = torch.nn.functional.pad(words, (0, short)).view(rows, -1, bits)
-    codes = torch.empty(rows, stretches.shape[1], STRETCH, dtype=torch.uint8, device=words.device)
+    codes = torch.empty(rows, stretches.shape[1], STRETCH, dtype=dtype, device=words.device)
     for k in range(STRETCH):
         word, offset = divmod(k * bits, 32)
         values = stretches[..., word] >> offset

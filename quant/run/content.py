@@ -48,7 +48,7 @@ def expected_bits(run: RunConfig, shapes: Mapping[str, tuple[int, int]], bits: i
     outliers where their number is asked for. bits: of codes, where not the run's own."""
     spec = QuantSpec(bits or run.wbits, run.group_size, run.symmetric, levels=run.levels, kind=run.grid_kind)
     weights = sum(out * n_in for out, n_in in shapes.values())
-    group_bits = 16 + (16 if spec.kind == "real" else 0 if spec.symmetric else spec.code_bits)
+    group_bits = 16 + (16 if spec.kind == "real" else 0 if spec.symmetric else spec.code_bits)  # fractional as integer
     side = sum(out * spec.n_groups(n_in) * group_bits for out, n_in in shapes.values())
     outliers = declaration_of(run.solver).outlier_bits(with_defaults(run.solver, run.options))
     return weights * (spec.code_bits + outliers) + side

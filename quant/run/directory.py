@@ -350,7 +350,7 @@ def _read_linear(file: Any, name: str, entry: Record) -> QuantizedWeight:
     if "whole_columns" in entry:
         outliers = Outliers(part("outlier_index"), part("outlier_value"), entry["whole_columns"])
     spec, scale, g_idx, qmax = QuantSpec(**entry["spec"]), part("scale"), part("g_idx"), entry["qmax"]
-    if spec.kind == "real":
+    if spec.has_minimum:
         grid = Grid.real(scale, part("minimum"), g_idx, qmax)
     else:
         grid = Grid(scale, part("zero"), g_idx, qmax, bilevel)
@@ -359,7 +359,7 @@ def _read_linear(file: Any, name: str, entry: Record) -> QuantizedWeight:
 
 def answers_sha256(answers: Mapping[str, QuantizedWeight]) -> str:
     """sha256 over the codes and grids of a block that is not written yet."""
-    parts = {name: (one.codes, one.grid.scale, one.grid.zero) for name, one in answers.items()}
+    parts = {name: (one.codes, one.grid.scale, one.grid.base) for name, one in answers.items()}
     return _digest({f"{name}.{i}": t.cpu().contiguous() for name, own in parts.items() for i, t in enumerate(own)})
 
 

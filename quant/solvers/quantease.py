@@ -23,7 +23,7 @@ from quant.core.grid import fit_grid, refit_scale_zero
 from quant.core.linalg import largest_eigenvalue
 from quant.core.outliers import kept_outliers
 from quant.core.real_grid import refit_scale_minimum
-from quant.core.stored import at_least_finest, round_scale, stored_real, within_largest
+from quant.core.stored import stored_base, stored_scale, within_largest
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.columns import ColumnBlock, kernels
 from quant.solvers import Options, solver
@@ -143,12 +143,12 @@ def search_scales(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, blo
 
 
 def scaled_by(grid: Grid, factor: float, spec: QuantSpec) -> Grid:
-    """The grid with its scales times a factor: zero points stay, and of real grids the middle."""
-    wanted = at_least_finest(round_scale(grid.scale * factor), spec)
+    """The grid with its scales times a factor: integer zero points stay, and else the middle of the grid."""
+    wanted = stored_scale(grid.scale * factor, spec)
     if grid.minimum is None:
         return replace(grid, scale=within_largest(wanted, grid.zero, spec))
     middle = grid.minimum + grid.scale * (grid.qmax / 2)
-    scale, minimum = stored_real(wanted, middle - wanted * (grid.qmax / 2), spec)
+    scale, minimum = stored_base(wanted, middle - wanted * (grid.qmax / 2), spec)
     return replace(grid, scale=scale, minimum=minimum)
 
 

@@ -86,9 +86,9 @@ def spqr(
 
 def check_levels(spec: QuantSpec, scale_bits: int, scale_group: int) -> None:
     """Raise ValueError where scales of two levels cannot be those of the grid."""
-    if spec.kind == "real":
+    if spec.has_minimum:
         raise ValueError(
-            "spqr's scales of two levels have integer zero points: drop --grid real, or use another method"
+            f"spqr's scales of two levels have integer zero points: drop --grid {spec.kind}, or use another method"
         )
     if not 1 <= scale_bits <= 8 or scale_group < 1:
         raise ValueError(f"scale_bits={scale_bits}, scale_group={scale_group}: use 1 to 8 bits and 1 or more rows")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quant.core.errors import InputError
-from quant.core.stored import at_least_finest, round_scale, stored_real, within_largest
+from quant.core.stored import at_least_finest, round_scale, stored_base, within_largest
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.tune.config import Tuning
 
@@ -106,12 +106,12 @@ class StoredScale(torch.autograd.Function):
 
 
 class StoredLine(torch.autograd.Function):
-    """Scales and minima as real grids store them (see `stored_real`); the gradients pass."""
+    """Scales and minima as grids store them (see `stored_base`); the gradients pass."""
 
     @staticmethod
     def forward(ctx: Any, scale: Tensor, minimum: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """Round and bound."""
-        return stored_real(scale, minimum, spec)
+        return stored_base(scale, minimum, spec)
 
     @staticmethod
     def backward(ctx: Any, of_scale: Tensor, of_minimum: Tensor) -> tuple[Tensor, Tensor, None]:

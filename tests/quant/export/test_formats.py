@@ -113,6 +113,34 @@ def test_a_checkpoint_whose_config_names_the_other_kind_is_refused():
             PACKED["bitplane"].decode(StoredLinear("layer", Tensors(tensors), config))
 
 
+@pytest.mark.parametrize("group", [-1, 32, 8])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("scale", [0.05, 1e-12, 1e9])
+def test_fractional_zero_points_come_back_bit_for_bit(bits, group, scale):
+    weight = random_weight(33, 96, QuantSpec(bits, group, kind="fractional"), scale)
+    back, tensors = round_trip("bitplane", weight)
+    assert same_codes(weight, back) and torch.equal(weight.dequantize(), back.dequantize())
+    assert back.spec == weight.spec and back.storage_bits() == weight.storage_bits()
+    short = scale == 0.05  # the others are out of float16's range
+    assert ("layer.scale_zeros" in tensors) == short and ("layer.minima" in tensors) != short
+    groups = 33 * (1 if group == -1 else 96 // group)
+    assert weight.storage_bits() == 33 * 96 * bits + groups * (16 + bits if short else 64)
+    stored = sum(t.numel() * t.element_size() * 8 for t in tensors.values())
+    assert 0 <= stored - weight.storage_bits() < 32
+    for kind in ("gptq", "gptq_v2", "compressed-tensors"):
+        with pytest.raises(InputError, match="cannot hold these exactly|of kind integer"):
+            PACKED[kind].encode(weight, replace(content_for(weight), spec=replace(weight.spec, kind="integer")))
+
+
+def test_short_scales_that_are_cut_are_refused():
+    weight = random_weight(33, 96, QuantSpec(2, kind="fractional"))
+    content = content_for(weight)
+    tensors = {f"layer.{part}": t for part, t in PACKED["bitplane"].encode(weight, content).items()}
+    tensors["layer.scale_zeros"] = tensors["layer.scale_zeros"][:, :-1]
+    with pytest.raises(InputError, match="layer: scale_zeros .* do not hold 33 numbers of 18 bits"):
+        PACKED["bitplane"].decode(StoredLinear("layer", Tensors(tensors), PACKED["bitplane"].config(content, LAYERS)))
+
+
 @pytest.mark.parametrize("shape", [(1, 32), (33, 100), (7, 1)])
 @pytest.mark.parametrize("kind", ["compressed-tensors", "bitplane"])
 def test_shapes_that_no_word_divides(kind, shape):
@@ -272,6 +300,7 @@ REFUSED = {
     "plain, matrices": ("dequantized", {"online": ("--use_ln_matrix",)}, "plain checkpoint cannot hold matrices behind norms"),
     "ct, matrices": ("compressed-tensors", {"online": ("--use_ln_matrix",)}, "cannot hold matrices behind norms or in front of linears: use format bitplane"),
     "gptq, real minima": ("gptq_v2", {"spec": QuantSpec(4, 32, kind="real")}, "cannot hold real minima (--grid real): use format bitplane"),
+    "ct, fractional": ("compressed-tensors", {"spec": QuantSpec(4, kind="fractional")}, "cannot hold fractional ones (--grid fractional): use format bitplane"),
     "ct, real minima": ("compressed-tensors", {"spec": QuantSpec(4, kind="real")}, "cannot hold real minima (--grid real): use format bitplane"),
     "bitplane, W16": ("bitplane", {"spec": None}, "use format dequantized"),
 }  # fmt: skip

@@ -160,25 +160,26 @@ def test_real_quant_of_learned_methods_saves_packed(flags, expected, model_dir, 
     assert code == 2 and "holds no checkpoint" in err and "--save " not in err
 
 
-def test_real_minima_are_kept_resumed_packed_and_read_back(model_dir, text, tmp_path):
+@pytest.mark.parametrize(("kind", "bits"), [("real", 2 + 32 / 16), ("fractional", 2 + 18 / 16)])
+def test_minima_are_kept_resumed_packed_and_read_back(kind, bits, model_dir, text, tmp_path):
     """Run directory, every format that holds them, and a run that stops after its first block."""
     config = config_for(
-        model_dir("llama"), text, tmp_path, wbits=2, group_size=16, grid_kind="real", range="mse", limit=4,
+        model_dir("llama"), text, tmp_path, wbits=2, group_size=16, grid_kind=kind, range="mse", limit=4,
         options={"num_iter": 4, "refit_grid": True}, save=tmp_path / "out", format="bitplane",
     )  # fmt: skip
     results = perform(config)
-    assert results["grid_kind"] == "real" and results["bits_per_weight"] == 2 + 32 / 16
+    assert results["grid_kind"] == kind and results["bits_per_weight"] == bits
     solved = RunDirectory(tmp_path / "run").read_weights(0)
-    assert all(weight.spec.kind == "real" and weight.grid.minimum is not None for weight in solved.values())
+    assert all(weight.spec.kind == kind and weight.grid.minimum is not None for weight in solved.values())
     expected = results["perplexity"]["words"]["quantized"]
     assert read_back(tmp_path / "out", text, tmp_path) == expected
     assert read_back(tmp_path / "out", text, tmp_path, packed=True, overwrite=True) == pytest.approx(expected, rel=1e-5)
     convert(tmp_path / "run", "dequantized", tmp_path / "plain")
     assert read_back(tmp_path / "plain", text, tmp_path) == expected
     for source in ("run", "out"):
-        for kind in ("gptq", "gptq_v2", "compressed-tensors"):
-            with pytest.raises(InputError, match="cannot hold real minima .*use format bitplane"):
-                convert(tmp_path / source, kind, tmp_path / "no")
+        for name in ("gptq", "gptq_v2", "compressed-tensors"):
+            with pytest.raises(InputError, match="cannot hold (real minima|fractional ones) .*use format bitplane"):
+                convert(tmp_path / source, name, tmp_path / "no")
     first = RunDirectory(tmp_path / "run").block_file(0).read_bytes()
     for block in range(1, 8):
         RunDirectory(tmp_path / "run").block_file(block).unlink(missing_ok=True)

@@ -56,6 +56,32 @@ def test_awkward_rows_at_every_width(name, bits, n_in, group, range_):
 
 
 @every_solver
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("n_in", "group"), [(32, -1), (32, 8), (1, -1)])
+@pytest.mark.parametrize("range_", ["minmax", "mse"])
+def test_awkward_rows_on_fractional_zero_points(name, bits, n_in, group, range_):
+    weight, stats = awkward(n_in), make_stats(inputs(n_in, 128))
+    spec = QuantSpec(bits, group, range=range_, kind="fractional")
+    answer = SOLVERS[name](weight, stats, spec, **EVERYTHING.get(name, {})).check()
+    assert answer.spec == spec and float(answer.dequantize()[0].abs().max()) == 0
+    nearest = rtn(weight, stats, spec)
+    own, plain = (error_of(a, weight, stats.gram).sum() for a in (answer, nearest))
+    greedy = name in ("gptq", "gptaq")  # what they push on may lie beyond the range
+    assert own <= plain * (1 + 1e-5) or greedy
+
+
+@pytest.mark.parametrize("spec", [(2, -1), (2, 16), (3, -1)], ids=str)
+def test_fractional_zero_points_do_better_at_the_same_bits(spec):
+    weight, stats = problem()
+    integer, fractional = (
+        quantease(weight, stats, QuantSpec(*spec, range="mse", kind=kind), **EVERYTHING["quantease"])
+        for kind in ("integer", "fractional")
+    )
+    assert integer.storage_bits() == fractional.storage_bits()
+    assert error_of(fractional, weight, stats.gram).sum() < error_of(integer, weight, stats.gram).sum()
+
+
+@every_solver
 @pytest.mark.parametrize("spec", [(1, -1), (2, -1), (2, 16), (3, 16)], ids=str)
 def test_real_minima_do_better_than_integer_zeros(name, spec):
     weight, stats = problem()
@@ -69,9 +95,10 @@ def test_real_minima_do_better_than_integer_zeros(name, spec):
 
 
 @every_solver
-def test_rows_do_not_know_of_each_other_and_answers_repeat(name):
+@pytest.mark.parametrize("kind", ["real", "fractional"])
+def test_rows_do_not_know_of_each_other_and_answers_repeat(name, kind):
     weight, stats = problem()
-    spec, options = QuantSpec(2, 16, range="mse", kind="real"), EVERYTHING.get(name, {})
+    spec, options = QuantSpec(2, 16, range="mse", kind=kind), EVERYTHING.get(name, {})
     shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     answer, moved, again = (SOLVERS[name](w, stats, spec, **options) for w in (weight, weight[shuffled], weight))
     assert torch.equal(answer.codes[shuffled], moved.codes)
@@ -79,10 +106,11 @@ def test_rows_do_not_know_of_each_other_and_answers_repeat(name):
 
 
 @every_solver
-@pytest.mark.parametrize("factor", [2.0**-60, 2.0**-20, 2.0**60])
-def test_weights_of_any_magnitude(name, factor):
+@pytest.mark.parametrize("kind", ["real", "fractional"])
+@pytest.mark.parametrize("factor", [2.0**-120, 2.0**-60, 2.0**-20, 2.0**60, 2.0**122])
+def test_weights_of_any_magnitude(name, kind, factor):
     weight, stats = problem()
-    spec = QuantSpec(3, 16, range="mse", kind="real")
+    spec = QuantSpec(3, 16, range="mse", kind=kind)
     answer, scaled = (SOLVERS[name](w, stats, spec).check() for w in (weight, weight * factor))
     own, other = (float(error_of(a, w, stats.gram).sum()) for a, w in ((answer, weight), (scaled, weight * factor)))
     assert abs(other / factor**2 / own - 1) < 0.05

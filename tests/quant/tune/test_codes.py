@@ -7,6 +7,7 @@ import torch
 
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
+from quant.core.names import GRIDS
 from quant.core.types import Grid, QuantSpec
 from quant.solvers import get_solver
 from quant.tune.codes import FACTOR, MARGIN, OFFSET, POSITION, Groups, RoundPosition, TunedLinear
@@ -22,6 +23,8 @@ SPECS = [
     QuantSpec(1, kind="real"),
     QuantSpec(2, group_size=8, kind="real", range="mse"),
     QuantSpec(4, kind="real"),
+    QuantSpec(2, kind="fractional", range="mse"),
+    QuantSpec(3, group_size=8, kind="fractional"),
 ]
 
 
@@ -48,7 +51,7 @@ def test_the_start_is_the_solved_answer(spec, method):
     assert torch.equal(answer.codes, start.codes)
     assert torch.equal(answer.grid.scale, start.grid.scale)
     assert start.grid.minimum is None or torch.equal(answer.grid.minimum, start.grid.minimum)
-    assert set(parameters) == set(linear.keys) and (OFFSET in parameters) == (spec.kind == "real")
+    assert set(parameters) == set(linear.keys) and (OFFSET in parameters) == spec.has_minimum
     assert answer.info["codes_moved"] == 0
     assert answer.storage_bits() == start.storage_bits()
 
@@ -126,7 +129,7 @@ def test_scales_stay_numbers_of_float16_and_positive():
     assert torch.allclose(answer.grid.scale[usual], (start.grid.scale * (1 + parameters[FACTOR]))[usual], rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["integer", "real"])
+@pytest.mark.parametrize("kind", GRIDS)
 def test_a_change_of_scale_or_minimum_changes_no_code(kind):
     spec = QuantSpec(2, kind=kind)
     weight, start = solved(spec)
@@ -136,7 +139,10 @@ def test_a_change_of_scale_or_minimum_changes_no_code(kind):
         parameters[key] = parameters[key] + 0.2
     answer = linear.answer(parameters)
     assert torch.equal(answer.codes, start.codes)
-    assert torch.allclose(answer.grid.scale, 1.2 * start.grid.scale, rtol=1e-3)
+    assert torch.allclose(answer.grid.scale, 1.2 * start.grid.scale, rtol=2.0**-7 if kind == "fractional" else 1e-3)
+    if kind == "fractional":
+        zero, before = (-one.minimum / one.scale for one in (answer.grid, start.grid))
+        assert bool(((zero - (before - 0.2) / 1.2).clamp(min=0).abs() < 0.04).all())
     if kind == "real":
         expected = start.grid.minimum + 0.2 * start.grid.scale
         assert torch.allclose(answer.grid.minimum, expected, rtol=1e-3, atol=1e-5)
@@ -170,7 +176,7 @@ def test_scales_in_few_bits_are_refused_in_one_line():
         TunedLinear("block 0 w", start, QuantSpec(3, group_size=16), weight)
 
 
-@pytest.mark.parametrize("kind", ["integer", "real"])
+@pytest.mark.parametrize("kind", GRIDS)
 def test_the_answer_is_what_was_computed_with_also_far_from_the_start(kind):
     spec = QuantSpec(4, group_size=16, kind=kind)
     start = random_weight(8, 64, spec)
