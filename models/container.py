@@ -53,6 +53,10 @@ class Reader(Protocol):
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored, on the CPU."""
 
+    def read_part(self, name: str, index: int, rows: slice) -> Tensor:
+        """Rows of a matrix of a tensor [n, rows, columns] as it is stored, on the CPU; no more than that is read where the
+        container can."""
+
     def metadata(self) -> dict[str, Any]:
         """What is said of the model: the fields of config.json."""
 
@@ -119,6 +123,11 @@ class SafetensorsReader:
         """A tensor as it is stored, on the CPU."""
         tensor: Tensor = self._where[name].get_tensor(name)
         return tensor
+
+    def read_part(self, name: str, index: int, rows: slice) -> Tensor:
+        """Rows of a matrix of a tensor [n, rows, columns]; no more is read."""
+        part: Tensor = self._where[name].get_slice(name)[index, rows]
+        return part
 
     def metadata(self) -> dict[str, Any]:
         """The fields of config.json (see `metadata_of`)."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from models.stored import Layout
 from quant.core.errors import InputError
 
 if TYPE_CHECKING:  # the command lines name families before torch is there
@@ -115,13 +116,16 @@ class ModelFamily:
     """Declares a family; dispatch is on ``config.model_type`` alone.
 
     blocks: path of the list of decoder blocks in the causal-LM module. groups(config): names of the linears
-    inside a block in order of execution; linears of one group read the same input and share one Gram matrix.
+    inside a block in order of execution; linears of one group read the same input and share one Gram matrix. Where blocks
+    differ, groups_at(config, index) says those of one, and groups(config) those of the last.
     seams(config), heads(config): what transforms may use. norm_offset: a norm multiplies by weight + norm_offset.
     no_norm_seams(config): why the norms cannot be rescaled, or an empty text. no_eager(config): why the
     library's eager attention must not be used, or an empty text. biases: what to set in the
     configuration for linears that have no bias to get one (shifts need them). residual(config): the stream between the
     blocks, or why it cannot be rotated. residual_at(config): for linears whose outputs are added to that stream as they
-    are, the module of the block whose input it is just before; empty where something else comes between.
+    are, the module of the block whose input it is just before; empty where something else comes between. layout: how
+    checkpoints store the tensors. experts: the module of a block that holds the experts of a mixture; empty where there are
+    none. gates: modules of a mixture's block that say how much something counts, and are never quantized.
     """
 
     model_types: tuple[str, ...]
@@ -137,6 +141,14 @@ class ModelFamily:
         "its norms subtract the mean, which a rotation moves"
     )
     residual_at: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    groups_at: Callable[[Any, int], Groups] | None = None
+    layout: Layout = Layout()
+    experts: str = ""
+    gates: tuple[str, ...] = ()
+
+    def groups_of(self, config: Any, index: int) -> Groups:
+        """The groups of one block."""
+        return self.groups(config) if self.groups_at is None else self.groups_at(config, index)
 
 
 def residual_stream(family: ModelFamily, config: Any) -> ResidualStream:

@@ -87,6 +87,10 @@ class GGUFReader:
                 f"{self._heads[0]} heads on {self._heads[1]}; download it again"
             ) from error
 
+    def read_part(self, name: str, index: int, rows: slice) -> Tensor:
+        """Rows of a matrix of a tensor [n, rows, columns]; all of it is dequantized."""
+        return self.read(name)[index, rows]
+
     def metadata(self) -> dict[str, Any]:
         """The fields of the config.json beside the link."""
         return metadata_of(self.path)

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from models import family_of
 from models.checkpoint import Checkpoint, resolve
 from models.container import CONFIG, GPTQ_CONFIG, metadata_of
-from models.family import ModelFamily
+from models.experts import separate_experts
+from models.family import Groups, ModelFamily
 from models.unread import carried_over, own_head, saved_buffers, spellings
 from models.unsupported import METHODS
 from quant.core.errors import InputError, foreign
@@ -65,6 +66,7 @@ class LazyModel:
     added: frozenset[str] = frozenset()
     storage: Mapping[str, torch.dtype] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
+    _shapes: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -74,9 +76,13 @@ class LazyModel:
         return blocks
 
     @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Linears of a block in order of execution, grouped by shared input."""
+    def groups(self) -> Groups:
+        """Linears of a block in order of execution, grouped by shared input, where all blocks are alike."""
         return self.family.groups(self.config)
+
+    def groups_at(self, index: int) -> Groups:
+        """The same of block ``index``."""
+        return self.family.groups_of(self.config, index)
 
     @property
     def max_length(self) -> int:
@@ -102,7 +108,10 @@ class LazyModel:
         for candidate in (spelt for one in (name, *tied) for spelt in spellings(one, self.module)):
             if candidate in self.checkpoint:
                 return candidate
-        raise InputError(f"{self.checkpoint.path} lacks the tensor {name}; the checkpoint does not fit its config.json")
+        stored = self.family.layout.on_disk(name)
+        raise InputError(
+            f"{self.checkpoint.path} lacks the tensor {stored}; the checkpoint does not fit its config.json"
+        )
 
     def _read(self, name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
@@ -145,7 +154,7 @@ class LazyModel:
         """Buffers: those of the checkpoint from there, computed ones exist on the CPU already."""
         saved = saved_buffers(module)
         return {
-            name: self._read(prefix + name, b.shape, device)
+            name: self._read(prefix + name, b.shape, device, b.dtype)
             if b.is_meta or (name in saved and self._holds(prefix + name))
             else b.to(device)
             for name, b in module.named_buffers()
@@ -165,10 +174,21 @@ class LazyModel:
         finally:
             setattr(parent, name, blocks)
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear of a block. Raises InputError where family and module disagree."""
-        linears = {n: m for n, m in self.blocks[0].named_modules() if isinstance(m, nn.Linear)}
-        declared = [name for group in self.groups for name in group]
+    def linear_shapes(self, index: int | None = None) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear of block ``index``, or of all blocks by their names inside one: a name has one shape.
+        Raises InputError where family and module disagree."""
+        if index is not None:
+            if index not in self._shapes:
+                self._shapes[index] = self._shapes_of(index)
+            return self._shapes[index]
+        shapes: dict[str, tuple[int, int]] = {}
+        for block in range(len(self.blocks)):
+            shapes |= self.linear_shapes(block)
+        return shapes
+
+    def _shapes_of(self, index: int) -> dict[str, tuple[int, int]]:
+        linears = {n: m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+        declared = [name for group in self.groups_at(index) for name in group]
         if sorted(linears) != sorted(declared):
             raise InputError(
                 f"the family of {self.config.model_type!r} declares {declared}, its block has {list(linears)}; "
@@ -264,7 +284,8 @@ def check_sizes(config: Any, where: Path, most_blocks: int, largest: int) -> Non
         if (name in NEEDED or value is not None) and not is_count(value, largest):
             raise InputError(f"{where}: {name} is {brief(repr(value), 40)}, where 1 to {largest} can be")
     window = getattr(config, "sliding_window", None)
-    if window is not None and not is_count(window, LONGEST_WINDOW):
+    unused = window == 0 and getattr(config, "use_sliding_window", True) is False  # as Qwen2-MoE writes it
+    if window is not None and not unused and not is_count(window, LONGEST_WINDOW):
         raise InputError(f"{where}: sliding_window is {brief(repr(window), 40)}, where null or 1 and more can be")
 
 
@@ -285,6 +306,10 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool = False)
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         module.tie_weights()  # type: ignore[operator]  # not above: parameters are made anew there
+    family = family_of(config.model_type)
+    blocks = module.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    separate_experts(blocks, family)
     return module.eval().requires_grad_(False)
 
 

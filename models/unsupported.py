@@ -36,6 +36,10 @@ DIRECTORIES = (
     ("*.onnx", "ONNX files", "give the model's safetensors"),
     ("*.safetensors", "safetensors under another name", "name the file model.safetensors, or give its index"),
 )  # fmt: skip
+# model_type of config.json: what keeps such models from being read, and what to do
+UNREAD = {
+    "gpt_oss": "their experts are 4-bit floats (MXFP4) with gates and values interleaved; quantize another mixture of experts",
+}
 # quant_method of config.json, where the name does not tell what it is
 METHODS = {
     "awq": "AutoAWQ's activation-aware codes",

@@ -42,6 +42,22 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", GQA),
     "gemma2": ("gemma2", GQA | {"sliding_window": 8}),
 }
+EXPERTS = GQA | {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURES: dict[str, tuple[str, dict]] = {  # some with blocks that differ
+    "mixtral": ("mixtral", GQA | LOCAL | {"num_hidden_layers": 2, "intermediate_size": 32}),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 2}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "qwen3_moe, first dense": ("qwen3_moe", EXPERTS | {"mlp_only_layers": [0], "norm_topk_prob": True}),
+    "olmoe": ("olmoe", EXPERTS | {"intermediate_size": 32, "norm_topk_prob": True}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        LLAMA
+        | {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2,
+           "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8,
+           "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -79,12 +95,15 @@ def _seed() -> None:
 
 
 def build(name: str, dtype: torch.dtype = torch.float32):
-    """A random model of one of CONFIGS; norms and biases are random too, so that none can be forgotten."""
+    """A random model of one of CONFIGS or MIXTURES; norms and biases are random too, so that none can be forgotten."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, options = CONFIGS[name]
+    model_type, options = (CONFIGS | MIXTURES)[name]
     torch.manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    config = AutoConfig.for_model(model_type, **options)
+    if name in MIXTURES:
+        config._experts_implementation = "eager"  # in any dtype
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.3))
@@ -112,7 +131,7 @@ def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory):
-    """Directory of a saved tiny model with tokenizer, by name of CONFIGS; built once a session."""
+    """Directory of a saved tiny model with tokenizer, by name of CONFIGS or MIXTURES; built once a session."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:

@@ -83,7 +83,7 @@ class Bitplane:
             "spec": content.spec.to_json(),
             **({"mixed": True} if content.mixed else {}),
             "activations": asdict(content.act),
-            "ignore": list(layers.untouched),
+            "ignore": [*layers.untouched, *layers.gates],
         }
 
     def shape(self, linear: StoredLinear) -> tuple[int, int]:

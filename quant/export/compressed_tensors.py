@@ -94,7 +94,7 @@ class CompressedTensors:
             "format": kind,
             "quantization_status": "compressed",
             "config_groups": {"group_0": settings},
-            "ignore": list(layers.untouched),
+            "ignore": [*layers.untouched, *layers.gates],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }

@@ -58,12 +58,14 @@ class Content:
 
 @dataclass(frozen=True)
 class Layers:
-    """The linears of a checkpoint: quantized ones by full name, and those left alone."""
+    """The linears of a checkpoint: quantized ones by full name, and those left alone. gates: routers of mixtures and the
+    like, which are linears to other software and never quantized."""
 
     quantized: Sequence[str]
     untouched: Sequence[str]
     blocks: str
     n_blocks: int
+    gates: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

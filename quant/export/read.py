@@ -87,7 +87,7 @@ class QuantizedCheckpoint(Checkpoint):
             return super().shape(name)
         linear = self._weights[name]
         with self._naming(f"{linear} does not fit config.json"):
-            return self.format.shape(StoredLinear(linear, self.reader, self.quantization))
+            return self.format.shape(self._stored(linear))
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Dtype of a tensor; of a quantized one that of config.json, in which a plain checkpoint keeps it."""
@@ -101,14 +101,18 @@ class QuantizedCheckpoint(Checkpoint):
 
     def solved(self, model: LazyModel, index: int) -> dict[str, QuantizedWeight]:
         """The quantized linears of a block of the model whose checkpoint this is, by name."""
-        keys = {name: model.key(f"{model.family.blocks}.{index}.{name}.weight") for name in model.linear_shapes()}
+        keys = {name: model.key(f"{model.family.blocks}.{index}.{name}.weight") for name in model.linear_shapes(index)}
         return {name: self.quantized(key) for name, key in keys.items() if key in self._weights}
 
     def quantized(self, name: str) -> QuantizedWeight:
         """Codes and grid of a weight. Raises InputError where they are not legal."""
         linear = self._weights[name]
         with self._naming(f"{linear} does not fit config.json"):
-            return self.format.decode(StoredLinear(linear, self.reader, self.quantization)).check()
+            return self.format.decode(self._stored(linear)).check()
+
+    def _stored(self, linear: str) -> StoredLinear:
+        """A linear under the name that files and config.json have for it."""
+        return StoredLinear(self.layout.on_disk(linear), self.raw, self.quantization)
 
     def entries(self) -> Iterator[Entry]:
         """Everything in it, for another format."""

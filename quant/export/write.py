@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from models.checkpoint import RESULTS
 from models.container import SafetensorsWriter, Writer
 from models.load import LazyModel
+from models.stored import Layout
 from quant.blocks.weights import is_input_range
 from quant.core.errors import InputError
 from quant.core.files import json_sha256, sha256_of_file, write_json
@@ -34,7 +36,8 @@ def size_of(model: LazyModel, kind: str, content: Content, layers: Layers) -> in
 
 
 def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | QuantizedWeight]]) -> Iterator[Entry]:
-    """Every tensor of the checkpoint in order, a block at a time, under the names of the module's parameters.
+    """Every tensor of the checkpoint in order, a block at a time, under the names of the module's parameters and as they are
+    there.
 
     replaced(index): what a block deploys otherwise than the original, by name; empty for blocks left alone.
     """
@@ -67,33 +70,50 @@ def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | Qu
 def layers_of(model: LazyModel, quantized_blocks: int) -> Layers:
     """Which linears are quantized when the first blocks are, and which are left alone."""
     inside = f"{model.family.blocks}."
-    linears = [name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)]
+    linears = linears_of(model)
     done = [n for n in linears if n.startswith(inside) and int(n.removeprefix(inside).split(".")[0]) < quantized_blocks]
     rest = [name for name in linears if name not in set(done)]
-    return Layers(done, rest, model.family.blocks, len(model.blocks))
+    return Layers(done, rest, model.family.blocks, len(model.blocks), gates_of(model))
+
+
+def linears_of(model: LazyModel) -> list[str]:
+    """All linears by their full names, those of the head too."""
+    return [name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)]
+
+
+def gates_of(model: LazyModel) -> list[str]:
+    """Routers and other gates of a mixture by their full names: linears to other software, which are never quantized."""
+    inside, gates = model.family.blocks, set(model.family.gates)
+    return [
+        f"{inside}.{index}.{name}"
+        for index, block in enumerate(model.blocks if gates else ())
+        for name, module in block.named_modules()
+        if name in gates and "weight" in module._parameters
+    ]
 
 
 def packed_entries(
-    stream: Iterable[Entry], kind: str, content: Content, dtype_of: Callable[[str], torch.dtype]
+    stream: Iterable[Entry], kind: str, content: Content, dtype_of: Callable[[str], torch.dtype], layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a format. dtype_of: by name, what a linear that is written out has. Raises InputError, with the linear's name, where it cannot hold one, or where one is not
-    of the shape that the content announced.
+    """The tensors of a format, as files hold them. dtype_of: by name, what a linear that is written out has. layout: how the
+    family's checkpoints store tensors. Raises InputError, with the linear's name, where it cannot hold one, or where one is
+    not of the shape that the content announced.
     """
     for name, value in stream:
         if not isinstance(value, QuantizedWeight):
             if kind in PACKED or not is_input_range(name):
-                yield name, value
+                yield layout.written(name, value)
             continue
         linear = name.removesuffix(".weight")
         check_shape(linear, value, content)
         if kind not in PACKED:
-            yield name, value.dequantize().to(dtype_of(name))
+            yield layout.written(name, value.dequantize().to(dtype_of(name)))
         else:
             try:
                 parts = PACKED[kind].encode(value, content)
             except InputError as error:
                 raise InputError(f"{linear}: {error}") from error
-            yield from ((f"{linear}.{part}", tensor) for part, tensor in parts.items())
+            yield from ((layout.on_disk(f"{linear}.{part}"), tensor) for part, tensor in parts.items())
 
 
 def save_checkpoint(
@@ -147,7 +167,9 @@ def model_config(model: LazyModel, kind: str, content: Content, layers: Layers) 
     if tied != declared.get(TIE, getattr(type(model.config)(), TIE, False)):
         changes[TIE] = tied
     if kind in PACKED:
-        changes["quantization_config"] = PACKED[kind].config(content, layers)
+        on_disk, parts = model.family.layout.on_disk, ("quantized", "untouched", "gates")
+        named = replace(layers, **{part: [on_disk(name) for name in getattr(layers, part)] for part in parts})
+        changes["quantization_config"] = PACKED[kind].config(content, named)
     return carried_config(declared, model.storage_dtype, changes)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.checkpoint import RESULTS
 from models.container import metadata_of
@@ -26,7 +26,9 @@ from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.export.target import check_target, settle
 from quant.export.write import (
     entries,
+    gates_of,
     layers_of,
+    linears_of,
     model_config,
     model_side_files,
     packed_entries,
@@ -98,7 +100,7 @@ def _of_run(run: FinishedRun, kind: str) -> Conversion:
     replaced, layers = replacements_in(run.directory, n_blocks), layers_of(model, n_blocks)
     return Conversion(
         content,
-        lambda: packed_entries(entries(model, replaced), kind, content, model.storage_of),
+        lambda: packed_entries(entries(model, replaced), kind, content, model.storage_of, model.family.layout),
         model_config(model, kind, content, layers),
         model_side_files(model, tokenizer),
         run.results,
@@ -127,7 +129,7 @@ def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: 
         check_own(old, source)
     return Conversion(
         content,
-        lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype_of),
+        lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype_of, checkpoint.layout),
         model_config(model, kind, content, layers),
         side_file_writer(source, declared),
         read_json(old) if old.exists() else {},
@@ -141,9 +143,9 @@ def _layers_in(model: LazyModel, checkpoint: QuantizedCheckpoint) -> Layers:
     that are no linear of it.
     """
     prefix, quantized = f"{model.module.base_model_prefix}.", set(checkpoint.linears)
-    linears = [name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)]
+    linears = linears_of(model)
     spelt = {name: {name, name.removeprefix(prefix), prefix + name} & quantized for name in linears}
     if strange := quantized - set().union(*spelt.values()):
         raise InputError(f"{checkpoint.path}: {min(strange)} is quantized, but is no linear of the model")
     done, rest = ([name for name in linears if bool(spelt[name]) == held] for held in (True, False))
-    return Layers(done, rest, model.family.blocks, len(model.blocks))
+    return Layers(done, rest, model.family.blocks, len(model.blocks), gates_of(model))

@@ -67,7 +67,11 @@ def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     model, content, target = inputs.model, inputs.content(job.run), job.output.save
     assert target is not None
     stream = packed_entries(
-        entries(model, replacements_in(job.target, job.n_blocks)), format_name, content, model.storage_of
+        entries(model, replacements_in(job.target, job.n_blocks)),
+        format_name,
+        content,
+        model.storage_of,
+        model.family.layout,
     )
     described = model_config(model, format_name, content, layers_of(model, job.n_blocks))
     results = dict(job.results or {}) | {"format": format_name}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.stored import Layout
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
@@ -347,9 +348,11 @@ def test_a_block_of_another_run_is_refused_where_it_is_written(kind):
         ),
     ):
         with pytest.raises(InputError, match=said):
-            list(write.packed_entries([("a.layer.weight", weight)], kind, content, lambda name: torch.float16))
+            list(
+                write.packed_entries([("a.layer.weight", weight)], kind, content, lambda name: torch.float16, Layout())
+            )
     with pytest.raises(InputError, match="but the model's linear is None"):
-        list(write.packed_entries([("a.other.weight", few)], kind, content, lambda name: torch.float16))
+        list(write.packed_entries([("a.other.weight", few)], kind, content, lambda name: torch.float16, Layout()))
 
 
 def test_groups_that_do_not_divide_are_those_of_their_size():
