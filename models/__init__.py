@@ -1,11 +1,15 @@
 """Model families as data, and the loader that streams their blocks. See docs/adding-a-family.md."""
 
-from models import bloom, falcon, gemma, llama, mixtures, opt
+from models import bloom, falcon, gemma, llama, mixtures, neox, opt
 from models.family import ModelFamily
 from models.unsupported import UNREAD
 from quant.core.errors import InputError
 
-FAMILIES = (opt.FAMILY, bloom.FAMILY, falcon.FAMILY, llama.FAMILY, gemma.FAMILY, *mixtures.FAMILIES)
+FAMILIES = (
+    opt.FAMILY, bloom.FAMILY, falcon.FAMILY, llama.FAMILY, llama.QWEN3, llama.PHI3, gemma.GEMMA2, gemma.GEMMA3,
+    gemma.OLMO2, gemma.GLM4, neox.STARCODER2, neox.STABLELM, neox.COHERE2,
+    *mixtures.FAMILIES,
+)  # fmt: skip
 
 
 def family_of(model_type: str) -> ModelFamily:

@@ -34,12 +34,14 @@ class Seam:
     ``residual`` (all that add to the stream between the blocks, and all that read it behind a norm).
 
     producers and consumers: modules of the block by name, or `Outside` of it. For ``vo`` and ``qk`` the rows are the head
-    layout's. A producer of ``residual`` outside is an embedding: its rows are values of the stream.
+    layout's. A producer of ``residual`` outside is an embedding: its rows are values of the stream. second_half: of a
+    producer of ``mul`` that holds the gate's rows first, the rows behind them alone write the values.
     """
 
     kind: str
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    second_half: bool = False
 
     @property
     def producer(self) -> str:
@@ -78,6 +80,21 @@ class HeadLayout:
     output: str
     rope: bool
 
+    def rotating(self, rotated: int, interleaved: bool = False) -> HeadLayout:
+        """The same layout where only the first ``rotated`` rows of a head of queries or keys are rotated, and, if
+        ``interleaved``, neighbours (0 and 1, 2 and 3, ...) against each other.
+
+        The rows are listed in another order, in which i and i + head_dim / 2 are rotated together again; those that are
+        not rotated form pairs too.
+        """
+        (q, q_rows), (k, k_rows) = self.q, self.k
+        head_dim = q_rows.shape[1]
+        turned, rest = list(range(rotated)), list(range(rotated, head_dim))
+        first = turned[::2] if interleaved else turned[: rotated // 2]
+        second = turned[1::2] if interleaved else turned[rotated // 2 :]
+        order = [*first, *rest[: len(rest) // 2], *second, *rest[len(rest) // 2 :]]
+        return replace(self, q=(q, q_rows[:, order]), k=(k, k_rows[:, order]))
+
     @property
     def repeats(self) -> int:
         """Query heads that share one head of keys and values."""
@@ -109,6 +126,20 @@ def fused_heads(linear: str, output: str, groups: int, per_group: int, head_dim:
     rows = torch.arange(groups * (per_group + 2) * head_dim).view(groups, per_group + 2, head_dim)
     q, k, v = rows[:, :-2].reshape(-1, head_dim), rows[:, -2], rows[:, -1]
     return HeadLayout((linear, q), (linear, k), (linear, v), output, rope)
+
+
+def stacked_heads(linear: str, output: str, heads: int, kv_heads: int, head_dim: int, rope: bool) -> HeadLayout:
+    """The layout of one linear with all rows of queries first, then those of keys, then those of values."""
+    import torch
+
+    rows = torch.arange((heads + 2 * kv_heads) * head_dim).view(-1, head_dim)
+    q, k, v = rows.split((heads, kv_heads, kv_heads))
+    return HeadLayout((linear, q), (linear, k), (linear, v), output, rope)
+
+
+def rotated_rows(config: Any, head_dim: int) -> int:
+    """How many rows of a head rotary embeddings turn (``partial_rotary_factor``)."""
+    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 @dataclass(frozen=True)

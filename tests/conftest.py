@@ -23,6 +23,11 @@ VOCABULARY = 264
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = COMMON | {"intermediate_size": 64, "max_position_embeddings": 64}
 GQA = LLAMA | {"num_key_value_heads": 2, "head_dim": 8}
+IDS = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}  # the library's own are outside of this vocabulary
+NO_PADDING = GQA | IDS
+NEOX = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}
+HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+STABLE = LLAMA | {"num_key_value_heads": 2} | HALF
 OPT = COMMON | {"ffn_dim": 64, "max_position_embeddings": 64}
 CONFIGS: dict[str, tuple[str, dict]] = {
     "opt": ("opt", OPT | {"word_embed_proj_dim": 32}),
@@ -41,7 +46,44 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "qwen2": ("qwen2", GQA),
     "qwen3": ("qwen3", GQA),
     "gemma2": ("gemma2", GQA | {"sliding_window": 8}),
+    "gemma3": (
+        "gemma3_text",
+        GQA | {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8},
+    ),
+    "olmo2": ("olmo2", NO_PADDING),
+    "glm4": ("glm4", NO_PADDING | HALF),
+    "phi3": ("phi3", LLAMA | {"num_key_value_heads": 2, "sliding_window": 8} | IDS | HALF),
+    "smollm3": ("smollm3", NO_PADDING | {"no_rope_layers": [0, 1, 0], "attention_bias": True, "mlp_bias": True}),
+    "granite": (
+        "granite",
+        GQA
+        | {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3, "logits_scaling": 0.5},
+    ),
+    "ministral": (
+        "ministral",
+        GQA | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ministral3": ("ministral3", NO_PADDING),
+    "starcoder2": ("starcoder2", LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "stablelm": ("stablelm", STABLE | {"use_qkv_bias": True}),
+    "stablelm parallel": ("stablelm", STABLE | {"use_parallel_residual": True, "qk_layernorm": True}),
+    "cohere2": (
+        "cohere2",
+        NO_PADDING
+        | {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "logit_scale": 1.0,
+        },
+    ),
 }
+# transformers computes BLOOM's softmax, the norms of Gemma and Cohere, and Cohere's rotary embeddings in float32: what is
+# left of an equivalence in float64
+IN_FLOAT32 = {"bloom": 1e-7, "gemma2": 1e-6, "gemma3": 1e-6, "cohere2": 1e-6}
+# For tests that take long: without those whose blocks compute what another's do, but for what the other tests cover
+DISTINCT = [
+    name for name in CONFIGS if name not in ("ministral", "ministral3", "smollm3", "granite", "starcoder2", "stablelm")
+]
 EXPERTS = GQA | {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MIXTURES: dict[str, tuple[str, dict]] = {  # some with blocks that differ

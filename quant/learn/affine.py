@@ -118,7 +118,7 @@ def rewrite(
         elif outside:  # an embedding: its rows are values of the seam, x' = x A
             new[f"{producer}.weight"] = weights[f"{producer}.weight"] @ affine.matrix()[0]
         else:
-            name, rows = layout.v if seam.kind == "vo" else (producer, _all_rows(weights, producer))
+            name, rows = layout.v if seam.kind == "vo" else (producer, _rows_of(weights, producer, seam))
             if affine.shift is not None:
                 bias = new[f"{name}.bias"]
                 new[f"{name}.bias"] = bias.index_add(0, rows.flatten(), -affine.shift.flatten().to(bias.dtype))
@@ -148,9 +148,12 @@ def rotate(
     return rewrite(weights, stream.seam, layout, Affine(matrix.T[None], orthogonal=True), norm_offset, outside)
 
 
-def _all_rows(weights: Weights, linear: str) -> Tensor:
-    weight = weights[f"{linear}.weight"]
-    return torch.arange(weight.shape[0], device=weight.device)[None]
+def _rows_of(weights: Weights, linear: str, seam: Seam) -> Tensor:
+    """The rows [1, n] of a linear that write the values of a seam."""
+    tensor = weights.get(f"{linear}.weight")
+    tensor = weights[f"{linear}.bias"] if tensor is None else tensor  # of a rotated model tensors are read one by one
+    n = tensor.shape[0]
+    return torch.arange(n // 2 if seam.second_half else 0, n, device=tensor.device)[None]
 
 
 def _producer(weights: Weights, linear: str, rows: Tensor, heads: int, change: Callable[[Tensor], Tensor]) -> Weights:

@@ -52,8 +52,8 @@ def test_families_name_every_linear_once_and_in_order_of_execution(name, model_d
 def test_every_model_type_belongs_to_one_family():
     known = [name for family in FAMILIES for name in family.model_types]
     assert len(known) == len(set(known)) and {"opt", "bloom", "falcon", "llama", "mistral"} <= set(known)
-    with pytest.raises(InputError, match=r"unknown model family 'gpt2'; known: bloom, .*adding-a-family"):
-        family_of("gpt2")
+    with pytest.raises(InputError, match=r"unknown model family 'ctrl'; known: bloom, .*adding-a-family"):
+        family_of("ctrl")
 
 
 def test_sharded_equals_single_file(model_dir, tmp_path):
@@ -141,7 +141,7 @@ def break_shape(path: Path) -> None:
 
 def break_family(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "ctrl"}))
 
 
 def break_json(path: Path) -> None:
@@ -166,7 +166,7 @@ BROKEN = {
     break_garbage: "truncated or not a safetensors file",
     break_missing_tensor: "lacks the tensor model.layers.1.mlp.up_proj.weight",
     break_shape: r"has shape \(64, 32\) .* asks for \(128, 32\)",
-    break_family: "unknown model family 'gpt2'",
+    break_family: "unknown model family 'ctrl'",
     break_json: "config.json is truncated or not JSON",
     break_config: "holds no config.json",
     break_weights: "holds no weights",

@@ -12,7 +12,7 @@ from quant.blocks.saliency import CLAMP, Sensitivities, TokenWeights, normalized
 from quant.blocks.stream import BlockStream
 from quant.core.errors import InputError
 from quant.core.parts import row_parts
-from tests.conftest import CONFIGS, VOCABULARY
+from tests.conftest import DISTINCT, VOCABULARY
 
 CPU = torch.device("cpu")
 N, T = 5, 12
@@ -84,7 +84,7 @@ def whole(
 
 
 @pytest.mark.parametrize("kind", ["sampled", "data"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_gradients_are_those_of_the_whole_model(name, kind, model_dir, tmp_path):
     ids = torch.randint(1, VOCABULARY, (N, T))
     labels = Labels(kind, draws=2, seed=3)

@@ -15,11 +15,10 @@ from quant.kernels.matmul.pack import pack_block
 from quant.learn.affine import apply_online
 from quant.run.quantize import deploy
 from quant.solvers.rtn import rtn
-from tests.conftest import CONFIGS, VOCABULARY
+from tests.conftest import CONFIGS, IN_FLOAT32, VOCABULARY
 from tests.helpers import CPU
 
 FACTORS = {16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16)}
-IN_FLOAT32 = {"bloom": 1e-7, "gemma2": 1e-6}  # transformers computes BLOOM's softmax and Gemma's norms in float32
 
 
 def matrix(n, seed, dtype=torch.float64):

@@ -9,10 +9,8 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.learn.affine import Affine, apply_seam
 from quant.learn.column_scales import KEY, column_scales, fold, mean_squares
-from tests.conftest import CONFIGS, VOCABULARY
+from tests.conftest import CONFIGS, IN_FLOAT32, VOCABULARY
 from tests.helpers import CPU
-
-HALF_IN_FLOAT32 = {"bloom": 1e-7, "gemma2": 1e-6}  # transformers computes BLOOM's softmax and Gemma's norms in float32
 
 
 class Bench:
@@ -43,7 +41,7 @@ class Bench:
 def test_the_block_computes_the_same(name, model_dir, tmp_path):
     bench = Bench(model_dir(name), tmp_path)
     folded = bench.folded()
-    assert bench.difference(folded.weights) < HALF_IN_FLOAT32.get(name, 1e-12)
+    assert bench.difference(folded.weights) < IN_FLOAT32.get(name, 1e-12)
     kinds = {seam.kind for seam in bench.model.family.seams(bench.model.config)} - {"qk"}
     assert {key.removeprefix(KEY).split(".")[0] for key in folded.parameters} == kinds
     assert all(float((scale.log()).abs().max()) > 0.05 for scale in folded.parameters.values()), "1 would test nothing"
@@ -126,7 +124,7 @@ def test_planted_scales_are_gone(name, model_dir, tmp_path):
             scale = torch.ones(shape, dtype=torch.float64)
             scale[0, [1, 4]] = 1 / 64
             planted = apply_seam(planted, seam, layout, Affine(scale), family.norm_offset)
-    assert bench.difference(planted) < HALF_IN_FLOAT32.get(name, 1e-12)
+    assert bench.difference(planted) < IN_FLOAT32.get(name, 1e-12)
     other = bench.folded(planted, mean_squares(bench.stream, 1, planted)).targets
     for linear, weight in bench.folded().targets.items():
         torch.testing.assert_close(other[linear], weight, rtol=2e-6, atol=1e-7, msg=lambda m, k=linear: f"{k}: {m}")

@@ -17,10 +17,9 @@ from quant.learn.learner import Learner
 from quant.learn.loop import LEAST_RATE, learn_block, optimizer_for, rate_shares, train_epoch
 from quant.learn.losses import BlockLoss
 from quant.learn.parametrization import InputRange
-from tests.conftest import CONFIGS, VOCABULARY
+from tests.conftest import CONFIGS, IN_FLOAT32, VOCABULARY
 from tests.helpers import CPU, asked, replace
 
-IN_FLOAT32 = {"bloom": 1e-7, "gemma2": 1e-6}  # transformers computes BLOOM's softmax and Gemma's norms in float32
 FULL = ActSpec()
 ALL = ("values", "heads", "kronecker")
 

@@ -86,6 +86,18 @@ def test_values_and_the_last_linear_are_rotated_in_every_family(name, kind, exac
     assert difference(exact(name), (kind,)) < (1e-5 if name == "gemma2" else 1e-13)
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        *((name, ROTATIONS) for name in ("phi3", "smollm3", "granite")),
+        *((name, ("vo", "qk", "down")) for name in ("olmo2", "glm4", "starcoder2", "stablelm parallel", "cohere2")),
+    ],
+)
+def test_all_that_a_family_allows_is_rotated(name, kinds, exact):
+    """Fused rows, parts of heads, neighbours that rotate, layers without rotary embeddings, factors of what is added."""
+    assert difference(exact(name), kinds) < 1e-13
+
+
 @pytest.mark.parametrize("kinds", ["residual", "vo", "all"])
 def test_matrices_that_are_not_orthogonal_fail(kinds, exact, monkeypatch):
     """Negative control of what is folded."""
@@ -151,6 +163,8 @@ def test_matrices_depend_on_the_seed_alone(exact):
         ("bloom", "residual", "its norms subtract the mean"),
         ("falcon 40b", "residual", "its norms subtract the mean.*; use --rotate vo,qk,down$"),
         ("gemma2", "residual", "norms with weights stand between the attention, the MLP and the stream"),
+        ("olmo2", "residual", "norms with weights stand between the attention, the MLP and the stream"),
+        ("cohere2", "residual", "its norms subtract the mean"),
         ("opt", "qk", "this opt model has none .*; use --rotate vo,down$"),
         ("bloom", "qk", "this bloom model has none .*ALiBi"),
         ("falcon rw", "qk", "this falcon model has none .*ALiBi"),

@@ -15,7 +15,7 @@ from quant.learn.affinequant import dominance, floored_factors, gradual_mask, pa
 from quant.learn.config import TransformSpec
 from quant.learn.parametrization import InputRange
 from quant.learn.transforms import check_seams, transforms_for
-from tests.conftest import CONFIGS, VOCABULARY
+from tests.conftest import CONFIGS, IN_FLOAT32, VOCABULARY
 
 CPU = torch.device("cpu")
 KINDS = ("norm", "vo", "qk", "mul")
@@ -25,7 +25,6 @@ FORMS = {
     "head matrices": TransformSpec(True, KINDS, matrix=True, shift=True),
     "norm matrices": TransformSpec(True, KINDS, norm_matrix=True, shift=True, precise=True),
 }
-HALF_IN_FLOAT32 = {"bloom": 1e-7, "gemma2": 1e-6}  # transformers computes BLOOM's softmax and Gemma's norms in float32
 
 
 class Bench:
@@ -97,11 +96,11 @@ def test_the_block_computes_the_same(name, form, model_dir, tmp_path):
                 again.named()[key], tensor, rtol=0, atol=last * size, msg=lambda m, k=key: f"{k}: {m}"
             )
         errors["all, in reverse", dtype] = bench.difference(again)
-    limit = HALF_IN_FLOAT32.get(name, 1e-12)
+    limit = IN_FLOAT32.get(name, 1e-12)
     for (which, dtype), error in errors.items():
         if dtype == torch.float64:
             assert error < limit, (which, error)
-            assert error < 1e-2 * errors[which, torch.float32] or name in HALF_IN_FLOAT32, which
+            assert error < 1e-2 * errors[which, torch.float32] or name in IN_FLOAT32, which
         else:
             assert error < 1e-5, (which, error)  # measured 6e-8 to 5e-7
 
@@ -116,6 +115,11 @@ def test_every_seam_of_every_family_is_there(model_dir, tmp_path):
         "falcon 11b": {"norm": 1, "vo": 1, "qk": 1},
         "falcon rw": {"norm": 2, "vo": 1, "qk": 1},
         "qwen3": {"norm": 2, "vo": 1, "mul": 1},
+        "gemma3": {"norm": 2, "vo": 1, "mul": 1},
+        "olmo2": {"vo": 1, "mul": 1},
+        "starcoder2": {"norm": 2, "vo": 1, "qk": 1},
+        "stablelm parallel": {"norm": 1, "vo": 1, "mul": 1},
+        "cohere2": {"norm": 1, "vo": 1, "qk": 1, "mul": 1},
     }
     for name in CONFIGS:
         bench = Bench(model_dir(name), tmp_path)
@@ -124,7 +128,7 @@ def test_every_seam_of_every_family_is_there(model_dir, tmp_path):
         assert counted == expected.get(name, {"norm": 2, "vo": 1, "qk": 1, "mul": 1}), name
 
 
-@pytest.mark.parametrize("name", ["llama", "llama gqa, tied", "falcon 40b", "falcon 7b"])
+@pytest.mark.parametrize("name", ["llama", "llama gqa, tied", "falcon 40b", "falcon 7b", "phi3", "glm4", "cohere2"])
 @pytest.mark.parametrize("matrix", [False, True])
 def test_untied_scales_are_no_equivalence_with_rope(name, matrix, model_dir, tmp_path):
     """Negative control: the released codes' q/k transform changes the function."""
@@ -132,7 +136,7 @@ def test_untied_scales_are_no_equivalence_with_rope(name, matrix, model_dir, tmp
     for tied in (True, False):
         (transform,) = bench.transforms(TransformSpec(True, ("qk",), matrix=matrix, tied=tied))
         error = bench.difference(transform.apply(bench.weights, bench.parameters(transform)))
-        assert (error < 1e-12) == tied, error  # measured 1e-16 tied, 2e-3 and more otherwise
+        assert (error < IN_FLOAT32.get(name, 1e-12)) == tied, error  # measured 1e-16 tied, 2e-3 and more otherwise
     free = Bench(model_dir("opt"), tmp_path)
     (transform,) = free.transforms(TransformSpec(True, ("qk",), matrix=matrix, tied=False))
     assert free.difference(transform.apply(free.weights, free.parameters(transform))) < 1e-12  # measured 3e-16
