@@ -21,6 +21,7 @@ ROTARY = "rope_freqs.weight"  # factors of the rotary frequencies of Llama 3.1 a
 LLAMA3_LENGTH = 8192  # tokens of Llama 3, from which its successors scale; low and high factor are theirs too
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 GEMMA2_27B_BLOCKS = 46  # the one Gemma 2 whose queries are not scaled by its head's size (llama.cpp: LLM_TYPE_27B)
+NO_ARCHITECTURE = "gguf has no architecture for {} models (but for {}): use format bitplane or compressed-tensors"
 Json = dict[str, Any]
 Undo = Callable[[Tensor, int, int], Tensor]  # of rows [R, ...], by heads of queries and of keys
 
@@ -45,6 +46,25 @@ class Architecture:
             module = self.inside.get(match[2])
             return None if module is None else (f"{self.blocks}.{int(match[1])}.{module}.{kind}", match[2])
         return (f"{self.outside[stem]}.{kind}", stem) if stem in self.outside else None
+
+    def stored(self, name: str) -> tuple[str, str] | None:
+        """The file's name of a tensor of the family, and what the tensor is of; None for one that has no place in it."""
+        path, _, kind = name.rpartition(".")
+        for own, module in self.outside.items():
+            if module == path:
+                return f"{own}.{kind}", own
+        if not path.startswith(f"{self.blocks}."):
+            return None
+        index, _, inner = path.removeprefix(f"{self.blocks}.").partition(".")
+        for own, module in self.inside.items():
+            if module == inner:
+                return f"blk.{index}.{own}.{kind}", own
+        return None
+
+
+def stored_rows(rows: Tensor, undo: Undo, heads: int, kv_heads: int) -> Tensor:
+    """Rows [R, ...] in the order of the file: the inverse of what reading does to them, which only moves them."""
+    return rows[undo(torch.arange(rows.shape[0]), heads, kv_heads).argsort()]
 
 
 def paired_rows(rows: Tensor, heads: int) -> Tensor:
@@ -110,6 +130,19 @@ ARCHITECTURES = {
         {"attn_qkv": fused_rows},
     ),
 }
+
+
+MODEL_TYPES = {name: name for name in ARCHITECTURES if "," not in name} | {"mistral": "llama"}  # of config.json
+
+
+def architecture_for(config: Any) -> tuple[str, Architecture]:
+    """The name of a model's architecture, and how it is laid out. Raises InputError for one that llama.cpp does not have."""
+    if config.model_type not in MODEL_TYPES:
+        raise InputError(NO_ARCHITECTURE.format(config.model_type, ", ".join(sorted(MODEL_TYPES))))
+    named = MODEL_TYPES[config.model_type]
+    norms = getattr(config, "num_ln_in_parallel_attn", None) or 2
+    two_norms = named == "falcon" and config.new_decoder_architecture and norms == 2
+    return named, ARCHITECTURES["falcon, two norms" if two_norms else named]
 
 
 def architecture_of(facts: Mapping[str, Any], tensors: Collection[str], path: Path) -> Architecture:
@@ -203,14 +236,21 @@ def rotary_scaling(facts: Mapping[str, Any], factors: Tensor | None, path: Path)
     raise InputError(f"{path}: positions scaled by {brief(repr(kind), 40)} are not read; give the model as safetensors")
 
 
-def llama3_factors(base: float, count: int, factor: float) -> Tensor:
+def llama3_factors(
+    base: float,
+    count: int,
+    factor: float,
+    length: float = LLAMA3_LENGTH,
+    low: float = LLAMA3_LOW,
+    high: float = LLAMA3_HIGH,
+) -> Tensor:
     """By what the frequency of each of ``count`` rotated pairs is divided (float64), in the successors of Llama 3
     (transformers, modeling_rope_utils.py, _compute_llama3_parameters)."""
     wavelength = 2 * math.pi * base ** (torch.arange(count, dtype=torch.float64) / count)
-    smooth = (LLAMA3_LENGTH / wavelength - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)
+    smooth = (length / wavelength - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
-    scaled = torch.where(wavelength > LLAMA3_LENGTH / LLAMA3_LOW, factor, between)
-    return torch.where(wavelength < LLAMA3_LENGTH / LLAMA3_HIGH, 1.0, scaled)
+    scaled = torch.where(wavelength > length / low, factor, between)
+    return torch.where(wavelength < length / high, 1.0, scaled)
 
 
 def _llama3(factors: Tensor, base: float, path: Path) -> Json:

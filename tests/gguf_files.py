@@ -1,4 +1,4 @@
-"""Small GGUF files of transformers' models, as llama.cpp's convert_hf_to_gguf.py writes them."""
+"""Small GGUF files of transformers' models, as llama.cpp's convert_hf_to_gguf.py writes them, and the models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from models.gguf_layout import MODEL_TYPES
+from models.load import LazyModel
+from tests.conftest import CONFIGS, VOCABULARY
 
 
 def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -136,3 +141,38 @@ def blocks(shape: tuple[int, ...], kind: Type) -> np.ndarray:
     for start in scales:
         data[:, start : start + 2] = np.full((count, 1), 2.0**-12, np.float16).view(np.uint8)
     return data.reshape(*shape[:-1], -1)
+
+
+# llama.cpp writes ALiBi in another form than "falcon rw" has
+NAMES = [name for name, (kind, _) in CONFIGS.items() if kind in MODEL_TYPES and name != "falcon rw"]
+
+
+def made(model_type: str, **options: Any) -> Any:
+    """A random model with norms that differ from ones."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.3))
+    return model
+
+
+def module_of(lazy: LazyModel) -> Any:
+    """The model of a loader, with all its weights in memory."""
+    cpu = torch.device("cpu")
+    weights = lazy.outside_weights(cpu)
+    for index in range(len(lazy.blocks)):
+        prefix = f"{lazy.family.blocks}.{index}."
+        weights |= {prefix + name: tensor for name, tensor in lazy.block_weights(index, cpu).items()}
+    module = AutoModelForCausalLM.from_config(lazy.config).eval()
+    missing = module.load_state_dict(weights, strict=False)
+    tied = {"lm_head.weight"} if lazy.config.tie_word_embeddings else set()
+    assert set(missing.missing_keys) <= tied
+    return module
+
+
+@torch.no_grad()
+def logits(module: Any) -> torch.Tensor:
+    ids = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+    computed: torch.Tensor = module(ids).logits
+    return computed

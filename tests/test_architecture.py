@@ -24,7 +24,10 @@ LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 EDGE = Path("quant/cli/errors.py")  # the edge of every command: what nobody foresaw becomes a line and exit code 1
 ONLY_IN = {
     "transformers": {"models/load.py", "models/gguf_config.py"},
-    "gguf": {"models/gguf_header.py", "models/gguf_file.py", "models/gguf_config.py"},
+    "gguf": {
+        *(f"models/gguf_{what}.py" for what in ("header", "file", "config", "writer")),
+        "quant/export/gguf_types.py",
+    },
     "accelerate": {"models/load.py"},
     "datasets": {"data/corpora.py", "data/tasks/_items.py", "quant/evaluate/tasks.py"},  # there: what lm-eval raises
     "lm_eval": {"quant/evaluate/tasks.py"},

@@ -225,11 +225,11 @@ def test_help_and_mistakes_wait_for_no_library(words):
 
 def test_names_that_are_known_early_are_those_of_the_rooms():
     from quant.core import env, names
-    from quant.export import PACKED
+    from quant.export import HOLDERS
     from quant.export.runtimes import RULES
     from quant.learn import recipe_entries, recipes
 
-    assert (names.DEQUANTIZED, *PACKED) == names.FORMATS and set(names.RUNTIMES) == {rule.runtime for rule in RULES}
+    assert (names.DEQUANTIZED, *HOLDERS) == names.FORMATS and set(names.RUNTIMES) == {rule.runtime for rule in RULES}
     assert [str(env.pick_dtype(name, env.pick_device("cpu"))) for name in names.DTYPES] == [
         f"torch.{n}" for n in names.DTYPES
     ]

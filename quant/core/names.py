@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 DEQUANTIZED = "dequantized"
-FORMATS = (DEQUANTIZED, "gptq", "gptq_v2", "compressed-tensors", "bitplane")
+FORMATS = (DEQUANTIZED, "gptq", "gptq_v2", "compressed-tensors", "bitplane", "gguf")
+GGUF = "gguf"  # the format that is one file
 RUNTIMES = ("transformers", "gptqmodel", "vllm", "llama.cpp", "auto-gptq", "this toolkit")
 FULL_BITS = 16  # of weights and activations that are not quantized
 AUTO_GROUPS = 0  # a group size that the shapes of the model decide

@@ -93,6 +93,12 @@ class QuantSpec:
         left_out = ("largest", "finest", *(["kind"] if self.kind == "integer" else []))  # files before it have no kind
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
+    def described(self) -> str:
+        """In words."""
+        kind = "symmetric" if self.symmetric else self.kind if self.has_minimum else "asymmetric"
+        groups = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"{kind} grids of {self.qmax + 1} levels in {groups}"
+
     def n_groups(self, in_features: int) -> int:
         """Groups along the inputs of a layer. Raises ValueError where the group size does not divide."""
         if self.group_size == -1:

@@ -10,18 +10,21 @@ from models.unsupported import METHODS, WHOLE
 from quant.core.errors import InputError
 from quant.export.bitplane import Bitplane
 from quant.export.compressed_tensors import CompressedTensors
-from quant.export.formats import Content, Format
+from quant.export.formats import Content, Format, Holder
+from quant.export.gguf import Gguf
 from quant.export.gptq import Gptq
 
-__all__ = ["PACKED", "first_holding", "format_of", "refusal"]
+__all__ = ["HOLDERS", "PACKED", "first_holding", "format_of", "refusal"]
 
 PACKED: dict[str, Format] = {f.name: f for f in (Gptq("gptq", 1), Gptq("gptq_v2", 0), CompressedTensors(), Bitplane())}
+
+HOLDERS: dict[str, Holder] = {**PACKED, **{f.name: f for f in (Gguf(),)}}  # also those that are only written
 
 
 def refusal(kind: str, content: Content) -> str | None:
     """Why a format, or a plain checkpoint, cannot hold this, with a format that can; None if it can."""
-    if kind in PACKED:
-        return PACKED[kind].refuses(content)
+    if kind in HOLDERS:
+        return HOLDERS[kind].refuses(content)
     if content.online:
         return "a plain checkpoint cannot hold matrices behind norms or in front of linears: use format bitplane"
     return None

@@ -116,6 +116,19 @@ def side_file_writer(source: Path, declared: Mapping[str, Any], tokenizer: Any =
     return write
 
 
+def about_writer(source: Path) -> Callable[[Path], None]:
+    """Copies README, licence and the like of a model into a directory."""
+    files = [file for file in sorted(source.iterdir()) if is_one_of(Path(file.name), ABOUT) and file.is_file()]
+    for file in files:
+        check_own(file, source)
+
+    def write(directory: Path) -> None:
+        for file in files:
+            shutil.copyfile(file, directory / file.name)
+
+    return write
+
+
 def drop_about(directory: Path, others: Iterable[Path]) -> None:
     """Remove README, licence and the like from a checkpoint whose target has a person's own under the same name."""
     for file in others:

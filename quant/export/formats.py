@@ -28,7 +28,7 @@ class Content:
     linears, in flags where a run asks for it. whole: whether every block is quantized. model_type: of config.json.
     true_sequential, static_groups: what GPTQ's config tells of how the codes came about. misfit: a linear whose scales
     float16 cannot hold, and why, in words. mixed: linears have several numbers of bits,
-    of which ``spec`` says one.
+    of which ``spec`` says one. widths: the bits that such linears may have.
     """
 
     spec: QuantSpec | None
@@ -43,6 +43,13 @@ class Content:
     static_groups: bool = False
     misfit: str | None = None
     mixed: bool = False
+    widths: tuple[int, ...] = ()
+
+    @property
+    def specs(self) -> tuple[QuantSpec, ...]:
+        """The grids that linears may have."""
+        assert self.spec is not None
+        return tuple(replace(self.spec, bits=bits) for bits in self.widths) if self.mixed else (self.spec,)
 
     @property
     def bits(self) -> int:
@@ -87,15 +94,20 @@ class StoredLinear:
         return self.tensors.shape(f"{self.name}.{part}")
 
 
-class Format(Protocol):
-    """One checkpoint format. parts: names of the tensors that may stand for a linear's weight; the first tells that it is
-    quantized."""
+class Holder(Protocol):
+    """What a format can hold."""
 
     name: str
-    parts: tuple[str, ...]
 
     def refuses(self, content: Content) -> str | None:
         """Why it cannot hold this, with a format that can; None if it can."""
+
+
+class Format(Holder, Protocol):
+    """One checkpoint format. parts: names of the tensors that may stand for a linear's weight; the first tells that it is
+    quantized."""
+
+    parts: tuple[str, ...]
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Tensors of one linear, by the last part of their names."""

@@ -156,6 +156,7 @@ class QuantizedCheckpoint(Checkpoint):
             true_sequential=bool(self.quantization.get("true_sequential")),  # GPTQ's config tells, the others' do not
             static_groups=bool(self.quantization.get("static_groups")),
             mixed=len(specs) > 1,
+            widths=tuple(sorted({spec.bits for spec in specs})) if len(specs) > 1 else (),
         )
 
 

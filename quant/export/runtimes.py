@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from models.gguf_layout import MODEL_TYPES
 from quant.blocks.fake_quant import ActSpec
-from quant.core.names import DEQUANTIZED, FORMATS, RUNTIMES
+from quant.core.names import DEQUANTIZED, FORMATS, GGUF, RUNTIMES
 from quant.core.types import QuantSpec
 from quant.export import PACKED, refusal
 from quant.export.formats import Content, uneven_groups
@@ -27,7 +28,7 @@ ALL_BITS = tuple(range(1, 9))
 # Model types that a runtime knows, of those that this toolkit quantizes (auto_gptq/modeling/_const.py of 0.7.1; the
 # converters of llama.cpp, conversion/)
 AUTO_GPTQ_MODELS = ("bloom", "falcon", "llama", "mistral", "opt", "qwen2")
-LLAMA_CPP_MODELS = ("bloom", "falcon", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+LLAMA_CPP_MODELS = tuple(sorted(MODEL_TYPES))
 # Of which benchmarks/results/loaders.md has run checkpoints
 TRIED_MODELS = ("bloom", "falcon", "llama", "mistral", "opt")
 # What a runtime needs for models of a type, besides what its rule says (llama.cpp's conversion/gemma.py; transformers 4
@@ -123,6 +124,7 @@ RULES = (
          needs="a version with asymmetric grids of these bits (its pull request 46528)"),
     Rule("vllm", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          needs="a GPU before Blackwell"),
+    Rule("llama.cpp", GGUF, models=LLAMA_CPP_MODELS, tried=ALL_BITS),
     Rule("llama.cpp", DEQUANTIZED, models=LLAMA_CPP_MODELS),
     Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_MODELS),
     Rule("llama.cpp", "gptq_v2", (2, 4, 8), models=LLAMA_CPP_MODELS),
@@ -131,6 +133,7 @@ RULES = (
       for bits, needs in (((2, 3, 4), ""), ((8,), "its torch kernels: those in CUDA cut the zero points of 8 bits"))),
     Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
     *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS, models_tried=None) for name in PACKED),
+    Rule("this toolkit", GGUF, tried=ALL_BITS, models_tried=None, needs="the file as --model: its weights, dequantized"),
 )  # fmt: skip
 
 

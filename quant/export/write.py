@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,54 @@ from models.stored import Layout
 from quant.blocks.weights import is_input_range
 from quant.core.errors import InputError
 from quant.core.files import json_sha256, sha256_of_file, write_json
+from quant.core.names import GGUF
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
-from quant.export.carried import carried_config, drop_about, side_file_writer
+from quant.export.carried import about_writer, carried_config, drop_about, side_file_writer
 from quant.export.formats import Content, Layers, check_shape
+from quant.export.gguf import Gguf
+from quant.export.gguf_model import GgufModel
 from quant.export.target import OWN, hashes_of, others_in, replacing
 
 TIE = "tie_word_embeddings"
 Entry = tuple[str, Tensor | QuantizedWeight]
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model in a format, before anything is written. tensors: what it is made of, anew at every call; config: of
+    config.json; side_files: writes what else there is; writer_in: what takes the tensors, in a directory."""
+
+    tensors: Callable[[], Tensors]
+    config: Mapping[str, Any]
+    side_files: Callable[[Path], None]
+    writer_in: Callable[[Path], Writer] = SafetensorsWriter
+
+
+def form_of(
+    model: LazyModel,
+    kind: str,
+    content: Content,
+    layers: Layers,
+    stream: Callable[[], Iterator[Entry]],
+    *,
+    dtype_of: Callable[[str], torch.dtype],
+    layout: Layout,
+    side_files: Callable[[Path], None],
+    tokenizer: Any,
+    results: Mapping[str, Any],
+) -> Form:
+    """A model's entries in a format; tokenizer and results go into the one file of GGUF. Raises InputError where that cannot
+    be, as far as it is known before codes are read."""
+    if kind == GGUF:
+        file = GgufModel.of(model, tokenizer, stream, results)
+        return Form(file.tensors, {}, about_writer(model.checkpoint.path), file.writer)
+    return Form(
+        lambda: packed_entries(stream(), kind, content, dtype_of, layout),
+        model_config(model, kind, content, layers),
+        side_files,
+    )
 
 
 def size_of(model: LazyModel, kind: str, content: Content, layers: Layers) -> int:
@@ -32,7 +72,8 @@ def size_of(model: LazyModel, kind: str, content: Content, layers: Layers) -> in
     width = torch.finfo(model.storage_dtype).bits
     codes = sum(model.module.get_parameter(f"{name}.weight").numel() for name in layers.quantized)
     rest = sum(parameter.numel() for parameter in model.module.parameters()) - codes
-    return (rest * width + codes * (content.bits if kind in PACKED else width)) // 8
+    bits = Gguf().bits(content) if kind == GGUF else content.bits if kind in PACKED else width
+    return int(rest * width + codes * bits) // 8
 
 
 def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | QuantizedWeight]]) -> Iterator[Entry]:
@@ -117,12 +158,13 @@ def packed_entries(
 
 
 def save_checkpoint(
-    stream: Iterator[tuple[str, Tensor]],
+    stream: Tensors,
     target: Path,
     config: Mapping[str, Any],
     side_files: Callable[[Path], None],
     results: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    writer_in: Callable[[Path], Writer] = SafetensorsWriter,
 ) -> None:
     """Write config.json, side files, weights (sharded above 5 GB), results.json with hashes of all that was written.
 
@@ -131,14 +173,16 @@ def save_checkpoint(
     Raises InputError for values that are not finite in the dtype in which they are written.
     """
     with replacing(target, overwrite) as directory:
-        writer: Writer = SafetensorsWriter(directory)
+        writer = writer_in(directory)
         for name, tensor in finite(stream):
             writer.put(name, tensor)
         side_files(directory)
         drop_about(directory, others_in(target))
         writer.finish(config)
         quantization = config.get("quantization_config")
-        weights = sorted((*directory.glob("*.safetensors"), *directory.glob("quantize_config.json")))
+        weights = sorted(
+            (*directory.glob("*.safetensors"), *directory.glob("quantize_config.json"), *directory.glob("*.gguf"))
+        )
         written = {
             "files_sha256": {file.name: sha256_of_file(file) for file in weights},
             "quantization_sha256": json_sha256(quantization) if quantization else None,

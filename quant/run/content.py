@@ -73,8 +73,6 @@ def content_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: 
     """What a checkpoint of a run has to hold, before work begins. Raises InputError where `spec_of` or
     `candidate_widths` does."""
     options = run.options
-    if run.avg_bits is not None:
-        candidate_widths(run, shapes)
     ordered = options.get("static_groups") or options.get("group_aware") or run.group_size == -1
     return Content(
         spec_of(run, shapes),
@@ -88,6 +86,7 @@ def content_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: 
         true_sequential=run.true_sequential,
         static_groups=bool(options.get("static_groups")),
         mixed=run.avg_bits is not None,
+        widths=() if run.avg_bits is None else candidate_widths(run, shapes),
     )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from models.checkpoint import RESULTS
 from models.container import metadata_of
@@ -17,7 +15,7 @@ from models.side_files import check_own
 from models.unsupported import DIRECTORY, of_directory, of_file
 from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, read_json
-from quant.core.names import DEFAULT_CACHE
+from quant.core.names import DEFAULT_CACHE, GGUF
 from quant.core.places import Place, check_places
 from quant.export import refusal
 from quant.export.carried import side_file_writer
@@ -25,13 +23,13 @@ from quant.export.formats import Content, Layers
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.export.target import check_target, settle
 from quant.export.write import (
+    Form,
     entries,
+    form_of,
     gates_of,
     layers_of,
     linears_of,
-    model_config,
     model_side_files,
-    packed_entries,
     save_checkpoint,
     size_of,
 )
@@ -48,13 +46,11 @@ CONVERTED = "converted_sha256"  # entry of results.json: hash of what decides a 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A source that was opened and found to fit a format. entries, config, side_files, results: of the checkpoint;
-    digest: of what decides it; size: of its tensors, in bytes."""
+    """A source that was opened and found to fit a format. form, results: of the checkpoint; digest: of what decides it;
+    size: of its tensors, in bytes."""
 
     content: Content
-    entries: Callable[[], Iterator[tuple[str, Tensor]]]
-    config: Mapping[str, Any]
-    side_files: Callable[[Path], None]
+    form: Form
     results: Mapping[str, Any]
     digest: str
     size: int
@@ -88,7 +84,8 @@ def convert(
             log.warning("%s: files of others stay: %s", target, ", ".join(file.name for file in others))
         check_space(target, conversion.size)
         results = dict(conversion.results) | {"format": kind, CONVERTED: conversion.digest}
-        save_checkpoint(conversion.entries(), target, conversion.config, conversion.side_files, results, overwrite)
+        form = conversion.form
+        save_checkpoint(form.tensors(), target, form.config, form.side_files, results, overwrite, form.writer_in)
     return conversion.content
 
 
@@ -100,9 +97,18 @@ def _of_run(run: FinishedRun, kind: str) -> Conversion:
     replaced, layers = replacements_in(run.directory, n_blocks), layers_of(model, n_blocks)
     return Conversion(
         content,
-        lambda: packed_entries(entries(model, replaced), kind, content, model.storage_of, model.family.layout),
-        model_config(model, kind, content, layers),
-        model_side_files(model, tokenizer),
+        form_of(
+            model,
+            kind,
+            content,
+            layers,
+            lambda: entries(model, replaced),
+            dtype_of=model.storage_of,
+            layout=model.family.layout,
+            side_files=model_side_files(model, tokenizer),
+            tokenizer=tokenizer,
+            results=run.results,
+        ),
         run.results,
         json_sha256(
             {"run": run.results.get("configuration_sha256"), "codes": run.results.get("codes_sha256"), "to": kind}
@@ -127,12 +133,22 @@ def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: 
     old = source / RESULTS
     if old.exists():
         check_own(old, source)
+    results = read_json(old) if old.exists() else {}
     return Conversion(
         content,
-        lambda: packed_entries(checkpoint.entries(), kind, content, checkpoint.dtype_of, checkpoint.layout),
-        model_config(model, kind, content, layers),
-        side_file_writer(source, declared),
-        read_json(old) if old.exists() else {},
+        form_of(
+            model,
+            kind,
+            content,
+            layers,
+            checkpoint.entries,
+            dtype_of=checkpoint.dtype_of,
+            layout=checkpoint.layout,
+            side_files=side_file_writer(source, declared),
+            tokenizer=load_tokenizer(source, trust_remote_code) if kind == GGUF else None,
+            results=results,
+        ),
+        results,
         json_sha256(digest | {"weights": checkpoint.sha256()}),
         size_of(model, kind, content, layers),
     )

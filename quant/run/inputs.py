@@ -22,10 +22,12 @@ from quant.blocks.weights import is_online
 from quant.core import env
 from quant.core.errors import InputError
 from quant.core.grid import largest_of, misfit_float16
+from quant.core.names import GGUF
 from quant.core.places import check_places
 from quant.core.types import LARGEST
 from quant.evaluate.tasks import Tasks, check_tasks, open_tasks
 from quant.export.formats import Content
+from quant.export.gguf_model import check_model
 from quant.export.read import open_checkpoint
 from quant.learn.rotation import rotated
 from quant.learn.transforms import check_seams
@@ -198,6 +200,8 @@ class Inputs:
             if not content.online and any(map(is_online, self.model.checkpoint.extra)):
                 content = replace(content, online=("matrices of the checkpoint",))
             check_format(output, content)
+            if output.format == GGUF:
+                check_model(self.model, self.tokenizer)
             if output.save is not None and self.n_blocks(run):
                 misfit = self._misfit_linear(run, content)  # where it does not matter, for the sake of damaged tensors
                 if output.fallback is None:

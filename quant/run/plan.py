@@ -52,10 +52,11 @@ import torch
 from torch import Tensor, nn
 
 from models import family_of
+from models.gguf_facts import check_config
 from models.load import build_meta
 from quant.blocks.backward import HEAD_ELEMENTS
 from quant.core.gram import BLOCK, GramStats
-from quant.core.names import DEQUANTIZED, FULL_BITS
+from quant.core.names import DEQUANTIZED, FULL_BITS, GGUF
 from quant.core.types import QuantSpec
 from quant.evaluate import passes
 from quant.export.formats import Content
@@ -334,5 +335,7 @@ def check_contents(requests: Sequence[Request], shapes: Shapes, model_config: An
         content = content_of(run, named, shapes.n_blocks, model_config.model_type)
         if output.save is not None or output.target is not None or output.format != DEQUANTIZED:
             check_format(output, content)
+        if output.format == GGUF:
+            check_config(model_config, family_of(model_config.model_type).heads(model_config))
         contents.append((output.format, content))
     return contents

@@ -11,7 +11,7 @@ from quant.blocks.linears import LinearRef
 from quant.core.errors import InputError, RunError
 from quant.core.types import QuantizedWeight
 from quant.export.target import size_on_disk
-from quant.export.write import entries, layers_of, model_config, model_side_files, packed_entries, save_checkpoint
+from quant.export.write import entries, form_of, layers_of, model_side_files, save_checkpoint
 from quant.run.directory import RunDirectory
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress, measure, write_results
@@ -66,14 +66,17 @@ def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     """The checkpoint in one format. Raises InputError where that does not hold the codes."""
     model, content, target = inputs.model, inputs.content(job.run), job.output.save
     assert target is not None
-    stream = packed_entries(
-        entries(model, replacements_in(job.target, job.n_blocks)),
+    replaced, results = replacements_in(job.target, job.n_blocks), dict(job.results or {}) | {"format": format_name}
+    form = form_of(
+        model,
         format_name,
         content,
-        model.storage_of,
-        model.family.layout,
+        layers_of(model, job.n_blocks),
+        lambda: entries(model, replaced),
+        dtype_of=model.storage_of,
+        layout=model.family.layout,
+        side_files=model_side_files(model, inputs.tokenizer),
+        tokenizer=inputs.tokenizer,
+        results=results,
     )
-    described = model_config(model, format_name, content, layers_of(model, job.n_blocks))
-    results = dict(job.results or {}) | {"format": format_name}
-    side_files = model_side_files(model, inputs.tokenizer)
-    save_checkpoint(stream, target, described, side_files, results, job.output.overwrite)
+    save_checkpoint(form.tensors(), target, form.config, form.side_files, results, job.output.overwrite, form.writer_in)

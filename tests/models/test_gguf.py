@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.gguf_config import unpack
 from models.gguf_header import read_header
@@ -18,46 +18,14 @@ from quant.cli.errors import exit_code_of
 from quant.core.errors import InputError
 from quant.core.files import sha256_of_file
 from tests.conftest import COMMON, CONFIGS, GQA, VOCABULARY, build
-from tests.gguf_files import write_gguf
+from tests.gguf_files import NAMES, logits, made, module_of, write_gguf
 from tests.helpers import config_for, perform
 
-# llama.cpp writes ALiBi in another form than "falcon rw" has
-NAMES = [name for name, (kind, _) in CONFIGS.items() if kind in ARCHITECTURES and name != "falcon rw"]
 WIDE = GQA | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
-
-
-def made(model_type, **options):
-    """A random model with norms that differ from ones."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.3))
-    return model
 
 
 def opened(file, tmp_path):
     return load_model(str(file), dtype=None, cache_dir=tmp_path / "cache")
-
-
-def module_of(lazy):
-    """The model of a loader, with all its weights in memory."""
-    cpu = torch.device("cpu")
-    weights = lazy.outside_weights(cpu)
-    for index in range(len(lazy.blocks)):
-        prefix = f"{lazy.family.blocks}.{index}."
-        weights |= {prefix + name: tensor for name, tensor in lazy.block_weights(index, cpu).items()}
-    module = AutoModelForCausalLM.from_config(lazy.config).eval()
-    missing = module.load_state_dict(weights, strict=False)
-    tied = {"lm_head.weight"} if lazy.config.tie_word_embeddings else set()
-    assert set(missing.missing_keys) <= tied
-    return module
-
-
-@torch.no_grad()
-def logits(module):
-    ids = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
-    return module(ids).logits
 
 
 @pytest.mark.parametrize("name", NAMES)
