@@ -14,9 +14,10 @@ from typing import Any
 from quant.cli.arguments import build_parser, flag_mistakes, parse, place_mistakes, source_mistakes, values_of
 from quant.cli.errors import exit_code_of
 from quant.cli.flags import LEARNER, split_words
-from quant.cli.options import method_mistakes, options_of
+from quant.cli.options import choices_made, method_mistakes, options_of, tuning_of
 from quant.cli.rules import learner_rules
 from quant.core.errors import InputError
+from quant.core.names import AUTO_SCOPE
 
 EXAMPLES = """examples:
   # the embedded demo, 3-bit weights, learnable clipping: no network, a few minutes on a laptop
@@ -33,6 +34,9 @@ EXAMPLES = """examples:
 
   # ABQ-LLM at 2 bits (five levels) with 8-bit activations; then QuantEase instead of rounding to nearest
   python main.py --model huggyllama/llama-7b --method abq --wbits 2 --abits 8 --lwc --let --solver quantease --eval_ppl
+
+  # codes moved by gradients once they are solved, with the quantized activations in the loop
+  python main.py --model meta-llama/Llama-2-7b-hf --wbits 4 --abits 4 --method flatquant --lwc --let --tune block --eval_ppl
 
   # evaluate what another run learned
   python main.py --model facebook/opt-125m --wbits 4 --lwc --let --epochs 0 --resume ../log/RUN --eval_ppl
@@ -53,6 +57,7 @@ def resolve(args: argparse.Namespace) -> None:
     if args.abits is None:
         args.abits = 4 if args.method == "affinequant" else 16
     args.kvbits = args.abits if args.kvbits is None else args.kvbits
+    args.methods = [args.method]
     args.left_out, args.seams = split_words(args.without), split_words(args.let_seams)
     args.corpora = split_words(args.eval_datasets) if args.eval_ppl else ()
 
@@ -88,7 +93,7 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
     from quant.blocks.fake_quant import ActSpec
     from quant.learn.abq import balanced_levels
     from quant.learn.config import Rotation
-    from quant.run.choice import in_packed_format, with_groups
+    from quant.run.choice import in_packed_format, with_groups, with_scope
     from quant.run.request import Request
 
     learning = learning_of(args)
@@ -101,10 +106,12 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
         "act": ActSpec(**values_of(args, LEARNER, "act")),
         "rotation": Rotation(**values_of(args, LEARNER, "rotation")) if args.rotate else None,
         "options": options_of(args, args.solver),
+        "tuning": tuning_of(args, LEARNER, args.method),
         "eval_datasets": args.corpora,
         "dtype": dtype_of(args),
     }
     request = with_groups(Request.of(**given))
+    request = with_scope(request) if args.tune == AUTO_SCOPE else request
     packs = args.real_quant and args.format is None and args.save_dir is not None
     return [in_packed_format(request) if packs else request]
 
@@ -144,7 +151,8 @@ def main() -> None:
     from quant.cli.running import carry_out
 
     bits = f"W{args.wbits}A{args.abits}" + (f"KV{args.kvbits}" if args.kvbits != args.abits else "")
-    carry_out(args, requests_of(args), bits, notes_on(args))
+    requests = requests_of(args)
+    carry_out(args, requests, bits, notes_on(args) + choices_made(args, requests))
 
 
 if __name__ == "__main__":

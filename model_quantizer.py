@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import replace
 from typing import Any
 
 from quant.cli.arguments import build_parser, flag_mistakes, parse, place_mistakes, source_mistakes, values_of
 from quant.cli.errors import exit_code_of
 from quant.cli.flags import QUANTIZER, split_words
-from quant.cli.options import method_mistakes, options_of, solver_of, unused_options
+from quant.cli.options import choices_made, method_mistakes, options_of, solver_of, tuning_of, unused_options
 from quant.cli.presets import apply_preset
 from quant.cli.rules import quantizer_rules
 from quant.core.errors import InputError
-from quant.core.names import AUTO_SCOPE, AUTOROUND, FULL_BITS, TUNED_METHODS
+from quant.core.names import AUTO_SCOPE, FULL_BITS
 
 EXAMPLES = """examples:
   # the embedded demo: no network, a minute on a laptop; one table compares the methods
@@ -81,7 +80,11 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
     several, given = len(args.methods) > 1, values_of(args, QUANTIZER)
     requests = []
     for method in args.methods:
-        own = {"solver": solver_of(method), "options": options_of(args, method), "tuning": tuning_of(args, method)}
+        own = {
+            "solver": solver_of(method),
+            "options": options_of(args, method),
+            "tuning": tuning_of(args, QUANTIZER, method),
+        }
         own["rotation"] = Rotation(**values_of(args, QUANTIZER, "rotation")) if args.rotate else None
         own |= {name: given[name] / method for name in ("run_dir", "save") if given[name] and several}
         request = with_groups(Request.of(**(given | own)))
@@ -95,30 +98,11 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
     return [in_packed_format(request) for request in requests] if packs else requests
 
 
-def tuning_of(args: argparse.Namespace, method: str) -> Any:
-    """How the method's answers are tuned: as flags say, and as the method has it where they say nothing; None: not at all."""
-    from quant.tune.config import AUTOROUND_TUNING, Tuning
-
-    if method not in TUNED_METHODS and not args.tune:
-        return None
-    usual = AUTOROUND_TUNING if method == AUTOROUND else Tuning()
-    given = values_of(args, QUANTIZER, "tuning")
-    if args.tune == AUTO_SCOPE:
-        given["scope"] = "model"
-    return replace(usual, **{name: value for name, value in given.items() if value is not None})
-
-
 def _bits(args: argparse.Namespace) -> str:
     """Of the title of a table."""
     if args.avg_bits is not None:
         return f"{args.avg_bits:g} bits on average"
     return f"{args.wbits} bits" if args.wbits != FULL_BITS else "base model"
-
-
-def choices_made(args: argparse.Namespace, requests: list[Any]) -> list[str]:
-    """A line for every run of which the memory decided what is tuned, on which text."""
-    runs = [request.run for request in requests] if args.tune == AUTO_SCOPE else []
-    return [f"{run.method}: --tune auto is --tune {run.tuning.scope} here; data {run.dataset}" for run in runs]
 
 
 def request_from(words: list[str]) -> Any:

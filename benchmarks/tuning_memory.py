@@ -28,8 +28,12 @@ MODELS = {
 WAYS: dict[str, dict[str, Any]] = {
     "block": {"scope": "block"},
     "autoround": {"scope": "block", "form": "offset", "optimizer": "sign"},
+    "window:2": {"scope": "window", "window": 2},
+    "window:4, recomputed": {"scope": "window", "window": 4, "recompute": True},
+    "window:4, recomputed, half": {"scope": "window", "window": 4, "recompute": True, "state": "half"},
     "model": {"scope": "model"},
     "model, recomputed": {"scope": "model", "recompute": True},
+    "model, recomputed, half": {"scope": "model", "recompute": True, "state": "half"},
     "model, recomputed, sign": {"scope": "model", "recompute": True, "optimizer": "sign"},
 }
 
@@ -37,7 +41,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def sizes_of(hidden: int, wide: int, narrow: int, blocks: int, vocabulary: int) -> Sizes:
     """Those of a LLaMA: four linears of attention, three of the MLP, two norms; embedding, head and last norm outside."""
     linears = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * wide
-    return Sizes(linears, linears + 2 * hidden, blocks, blocks, (2 * vocabulary + 1) * hidden, hidden, vocabulary)
+    return Sizes(
+        linears, linears + 2 * hidden, blocks, blocks, (2 * vocabulary + 1) * hidden, hidden, vocabulary, hidden * wide
+    )
 
 
 def rows(tokens: int) -> Iterator[dict[str, str]]:

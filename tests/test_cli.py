@@ -118,12 +118,19 @@ def test_flags_of_solvers_are_declared_as_such():
     [
         (["rtn,autoround"], [None, {}]),
         (
-            ["autoround", "--tune", "model", "--tune-iterations", "9", "--tune-last", "lm"],
-            [{"scope": "model", "iterations": 9, "last": "lm"}],
+            ["autoround", "--tune", "window:2", "--tune-iterations", "9", "--tune-last", "lm"],
+            [{"scope": "window", "window": 2, "iterations": 9, "last": "lm"}],
         ),
         (
             ["rtn", "--tune", "block", "--tune-norms", "--tune-optimizer", "sign"],
             [{"norms": True, "optimizer": "sign"}],
+        ),
+        (
+            ["rtn,autoround", "--tune", "window:12", "--tune-state", "half", "--tune-optimizer", "adam"],
+            [
+                {"scope": "window", "window": 12, "state": "half"},
+                {"scope": "window", "window": 12, "state": "half", "optimizer": "adam"},
+            ],
         ),
     ],
 )
@@ -379,9 +386,26 @@ BAD = {
         ["--wbits", 3, "--quantization-method", "rtn", "--preset", "best"],
         "is for quantease",
     ),
-    "a rate of nothing": (["--wbits", 3, "--tune-rate", 0.1], "--tune-rate: give --tune block or --tune model too"),
+    "a rate of nothing": (["--wbits", 3, "--tune-rate", 0.1], "--tune-rate: give --tune block, window:K or model too"),
     "a last block of nothing": (["--wbits", 3, "--tune-last", "lm"], "--tune-last: give --tune block"),
     "a last block of no kind": (["--wbits", 3, "--tune", "block", "--tune-last", "x"], "invalid choice: 'x'"),
+    "windows of nothing": (
+        ["--wbits", 3, "--tune", "window:0"],
+        "--tune window:0: use block, window:K with 1 to 9999 blocks",
+    ),
+    "windows of no number": (
+        ["--wbits", 3, "--tune", "window"],
+        "--tune window: use block, window:K with 1 to 9999 blocks",
+    ),
+    "blocks in windows": (["--wbits", 3, "--tune", "block:2"], "--tune block:2: use block, window:K"),
+    "a last block of all": (
+        ["--wbits", 3, "--tune", "model", "--tune-last", "lm"],
+        "--tune-last lm is of the last block: --tune model",
+    ),
+    "moments of the sign": (
+        ["--wbits", 3, "--quantization-method", "autoround", "--tune-state", "half"],
+        "--tune-state half: the gradient's sign has no moments",
+    ),
     "a share of everything": (["--wbits", 3, "--tune", "block", "--tune-drop", 1], "--tune-drop 1: use a share"),
     "comparing what is tuned": (
         ["--wbits", 3, "--quantization-method", "rtn,autoround", "--compare-layers"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from quant.core.names import (
     AUTO_GROUPS,
     AUTO_SCOPE,
+    AUTOROUND,
     DEFAULT_CACHE,
     DEQUANTIZED,
     DTYPES,
@@ -23,7 +25,7 @@ from quant.core.names import (
     ROTATIONS,
     RUNTIMES,
     SAMPLED_LABELS,
-    TUNING_SCOPES,
+    STATES,
 )
 
 QUANTIZER, LEARNER, SCALES = "model_quantizer.py", "main.py", "generate_act_scale_shift.py"
@@ -126,6 +128,11 @@ def split_words(given: str | None) -> tuple[str, ...]:
     return tuple(word for word in (given or "").split(",") if word)
 
 
+def is_scope(word: str) -> bool:
+    """Whether a word is what --tune takes."""
+    return word in ("block", "model", AUTO_SCOPE) or bool(re.fullmatch("window:[1-9][0-9]{0,3}", word))
+
+
 def rotations(given: str | None) -> tuple[str, ...]:
     """The kinds of --rotate; ``all`` stands for every one."""
     words = split_words(given)
@@ -146,6 +153,7 @@ WEIGHT_BITS = (*range(1, 9), 16)
 WHAT = {QUANTIZER: "what is quantized, and how", LEARNER: "what is quantized"}
 LEARNED, LEARNING, ROUNDED = "what is learned", "how it is learned", "how it is rounded"
 METHODS = {QUANTIZER: "options of the methods", LEARNER: ROUNDED}
+TUNED = {QUANTIZER: WHAT[QUANTIZER], LEARNER: ROUNDED}
 DATA = {**dict.fromkeys(MEASURES, "calibration and evaluation data")}
 WHERE = {**dict.fromkeys(SESSIONS, "where it runs")}
 RESULTS = {**dict.fromkeys(RUNS, "results"), EVALUATE: DATA[EVALUATE]}
@@ -225,33 +233,37 @@ QUANTIZED_FLAGS = (
          "best: also --tune auto --tune-norms, and behind the data seven times as many windows that the model writes "
          "itself where it fits in memory, minutes for a small model (docs/which-method.md has what each is worth)", WHAT,
          choices=("fast", "balanced", "best")),
-    Flag("tuning.scope", {QUANTIZER: "--tune"},
-         "after solving, move codes and scales by gradients: block by block on the block's output, or all together on the "
-         "model's logits (slower and better; the model must fit in memory); auto: the model where it fits, else blocks; what "
-         "does not help on held-out windows is not kept", WHAT, choices=(*TUNING_SCOPES, AUTO_SCOPE)),
-    Flag("tuning.iterations", {QUANTIZER: "--tune-iterations"},
-         "steps of --tune (default: 200 a block, 400 for the model)", WHAT, type=int, valid=AT_LEAST_1, metavar="N",
+    Flag("tuning.scope", same_name("--tune"),
+         "after solving, move codes and scales by gradients: block: every block on its output; window:K: K blocks together on "
+         "the output of the last; model: all together on the model's logits (slower and better; the model must fit in "
+         "memory); auto: the model where it fits, else blocks; what does not help on held-out windows is not kept", TUNED,
+         valid=Valid(is_scope, ": use block, window:K with 1 to 9999 blocks, model or auto"), metavar="SCOPE"),
+    Flag("tuning.iterations", same_name("--tune-iterations"),
+         "steps of --tune (default: 200 a block or window, 400 for the model)", TUNED, type=int, valid=AT_LEAST_1, metavar="N",
          ),
-    Flag("tuning.rate", {QUANTIZER: "--tune-rate"},
+    Flag("tuning.rate", same_name("--tune-rate"),
          "of positions of weights, in steps of their grid (default: 1e-2 at 2 bits, 2.5e-3 at 3, 1.5e-3 at 4, 1e-3 above)",
-         WHAT, type=float, valid=RATE, metavar="X"),
-    Flag("tuning.grid_rate", {QUANTIZER: "--tune-grid-rate"},
-         "of scales, relative, and of norms (default: 1e-3; of autoround's ranges that of its offsets)", WHAT, type=float,
+         TUNED, type=float, valid=RATE, metavar="X"),
+    Flag("tuning.grid_rate", same_name("--tune-grid-rate"),
+         "of scales, relative, and of norms (default: 1e-3; of autoround's ranges that of its offsets)", TUNED, type=float,
          valid=RATE, metavar="X"),
-    Flag("tuning.norms", {QUANTIZER: "--tune-norms"}, "--tune moves norms and biases too, in the checkpoint's dtype",
-         WHAT, type=bool, value=lambda given: given or None),
-    Flag("tuning.optimizer", {QUANTIZER: "--tune-optimizer"},
-         "Adam, or the gradient's sign with a rate of one over the steps (default: adam; autoround: sign)", WHAT,
+    Flag("tuning.norms", same_name("--tune-norms"), "--tune moves norms and biases too, in the checkpoint's dtype",
+         TUNED, type=bool, value=lambda given: given or None),
+    Flag("tuning.optimizer", same_name("--tune-optimizer"),
+         "Adam, or the gradient's sign with a rate of one over the steps (default: adam; autoround: sign)", TUNED,
          choices=OPTIMIZERS),
-    Flag("tuning.drop", {QUANTIZER: "--tune-drop"},
-         "share of the largest errors of a block's output that do not count (default: 1e-3; autoround: 0)", WHAT, type=float,
+    Flag("tuning.drop", same_name("--tune-drop"),
+         "share of the largest errors of a block's output that do not count (default: 1e-3; autoround: 0)", TUNED, type=float,
          valid=Valid(lambda x: 0 <= x < 1, ": use a share from 0, below 1"), metavar="X"),
-    Flag("tuning.last", {QUANTIZER: "--tune-last"},
-         "what the last block is tuned for: its output, the divergence of the model's logits, or the loss of the language "
-         "model (default: mse)", WHAT, choices=LAST_LOSSES),
-    Flag("tuning.recompute", {QUANTIZER: "--tune-recompute"},
+    Flag("tuning.last", same_name("--tune-last"),
+         "what the last block, or window, is tuned for: its output, the divergence of the model's logits, or the loss of the language "
+         "model (default: mse)", TUNED, choices=LAST_LOSSES),
+    Flag("tuning.recompute", same_name("--tune-recompute"),
          "--tune keeps the inputs of blocks alone and computes the rest again in the backward pass: less memory, a third "
-         "more time, the same numbers", WHAT, type=bool, value=lambda given: given or None),
+         "more time, the same numbers", TUNED, type=bool, value=lambda given: given or None),
+    Flag("tuning.state", same_name("--tune-state"),
+         "what Adam's two moments of every weight are kept in: full: float32, or half: bfloat16, rounded by chance so that "
+         "their means stay; 4 bytes less a weight (default: full)", TUNED, choices=STATES),
     Flag("rotation.kinds", same_name("--rotate"),
          f"before anything is solved, rotate by random Hadamard matrices: of {', '.join(ROTATIONS)}, or all. residual, vo: in "
          "the weights (of every format); qk (for --kvbits), down: as the model runs (format bitplane)", WHAT,
@@ -263,8 +275,9 @@ QUANTIZED_FLAGS = (
 )  # fmt: skip
 
 LEARNED_FLAGS = (
-    Flag(None, {LEARNER: "--method"}, "default: affinequant with --use_matrix or --use_ln_matrix, else omniquant",
-         LEARNED, choices=("omniquant", "affinequant", "abq", "flatquant")),
+    Flag(None, {LEARNER: "--method"}, "default: affinequant with --use_matrix or --use_ln_matrix, else omniquant; autoround: offsets of weights and ranges, "
+         "block by block after rounding to nearest (--tune-...)",
+         LEARNED, choices=("omniquant", "affinequant", "abq", "flatquant", AUTOROUND)),
     Flag("learning.clip", {LEARNER: "--lwc"}, "learnable weight clipping", LEARNED, type=bool),
     Flag("transform.let", {LEARNER: "--let"}, "learnable equivalent transforms", LEARNED, type=bool),
     Flag("transform.matrix", {LEARNER: "--use_matrix"}, "affine matrices for each head on q-k and v-o", LEARNED,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from quant.cli.flags import OPTIONS, QUANTIZER, TABLE, Flag
 from quant.core.errors import InputError
-from quant.core.names import TUNED_METHODS
+from quant.core.names import AUTO_SCOPE, AUTOROUND, TUNED_METHODS
 from quant.solvers import check_name as check_method
 from quant.solvers import entries
 
@@ -19,6 +20,26 @@ OPTION_FLAGS = {flag.dest(QUANTIZER): flag for flag in TABLE if flag.field == OP
 def solver_of(method: str) -> str:
     """The solver that a method begins with."""
     return TUNED_METHODS.get(method, method)
+
+
+def tuning_of(args: argparse.Namespace, command: str, method: str | None) -> Any:
+    """How the method's answers are tuned: as flags say, and as the method has it where they say nothing; None: not at all."""
+    from quant.cli.arguments import values_of
+    from quant.tune.config import AUTOROUND_TUNING, Tuning
+
+    if method not in TUNED_METHODS and not args.tune:
+        return None
+    usual = AUTOROUND_TUNING if method == AUTOROUND else Tuning()
+    given = {name: value for name, value in values_of(args, command, "tuning").items() if value is not None}
+    scope, _, window = given.pop("scope", usual.scope).partition(":")
+    given |= {"scope": "model" if scope == AUTO_SCOPE else scope, "window": int(window or 1)}
+    return replace(usual, **given)
+
+
+def choices_made(args: argparse.Namespace, requests: Sequence[Any]) -> list[str]:
+    """A line for every run of which the memory decided what is tuned, on which text."""
+    runs = [request.run for request in requests] if args.tune == AUTO_SCOPE else []
+    return [f"{run.method}: --tune auto is --tune {run.tuning.name} here; data {run.dataset}" for run in runs]
 
 
 def method_mistakes(args: argparse.Namespace, methods: Sequence[str], flag: str = "") -> list[str]:

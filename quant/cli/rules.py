@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Iterator
 
 from quant.cli.flags import PARTS, SEAMS, rotations
-from quant.core.names import FULL_BITS, ONLINE_ROTATIONS, ROTATIONS, SAMPLED_LABELS, TUNED_METHODS
+from quant.core.names import AUTOROUND, FULL_BITS, ONLINE_ROTATIONS, ROTATIONS, SAMPLED_LABELS, TUNED_METHODS
 
 Rules = Iterator[tuple[bool, str]]
-TUNING_OPTIONS = ("iterations", "rate", "grid_rate", "norms", "optimizer", "drop", "last", "recompute")
+TUNING_OPTIONS = ("iterations", "rate", "grid_rate", "norms", "optimizer", "drop", "last", "recompute", "state")
 WIDEST_BALANCED = 7  # bits: a code is a byte, which 2^8 + 1 levels do not fit
 
 
@@ -19,6 +19,7 @@ def quantizer_rules(args: argparse.Namespace) -> Rules:
     yield from correction_rules(args)
     yield from saliency_rules(args)
     yield from run_rules(args)
+    yield from tuning_rules(args)
     yield from rotation_rules(args)
     yield from block_rules(args)
 
@@ -30,6 +31,7 @@ def learner_rules(args: argparse.Namespace) -> Rules:
     yield from saliency_rules(args)
     yield from block_rules(args)
     yield from learning_rules(args)
+    yield from tuning_rules(args)
     yield from file_rules(args)
     yield from rotation_rules(args)
 
@@ -94,14 +96,7 @@ def run_rules(args: argparse.Namespace) -> Rules:
         args.compare_layers and args.true_sequential,
         "--compare-layers solves all linears of a block from one pass of full precision: drop --true-sequential",
     )
-    yield args.tune is not None and args.wbits == FULL_BITS, f"--tune {args.tune} moves codes: give --wbits 1 to 8"
     yield args.tune is not None and args.compare_layers, "--compare-layers keeps no codes to tune: drop --tune"
-    tuned = args.tune is not None or bool(set(args.methods) & set(TUNED_METHODS))
-    for name in TUNING_OPTIONS:
-        yield (
-            not tuned and getattr(args, f"tune_{name}") not in (None, False),
-            (f"--tune-{name.replace('_', '-')}: give --tune block or --tune model too"),
-        )
     for method in TUNED_METHODS:
         yield args.compare_layers and method in args.methods, f"--compare-layers keeps no codes to tune: drop {method}"
     yield (
@@ -122,6 +117,26 @@ def run_rules(args: argparse.Namespace) -> Rules:
     yield (
         args.format is not None and args.save is None and not args.dry_run,
         f"--format {args.format} is of a checkpoint: give --save DIR too",
+    )
+
+
+def tuning_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of what moves after solving."""
+    yield args.tune is not None and args.wbits == FULL_BITS, f"--tune {args.tune} moves codes: give --wbits 1 to 8"
+    tuned = args.tune is not None or bool(set(args.methods) & set(TUNED_METHODS))
+    for name in TUNING_OPTIONS:
+        yield (
+            not tuned and getattr(args, f"tune_{name}") not in (None, False),
+            f"--tune-{name.replace('_', '-')}: give --tune block, window:K or model too",
+        )
+    yield (
+        args.tune == "model" and args.tune_last not in (None, "kl"),
+        f"--tune-last {args.tune_last} is of the last block: --tune model is for the model's logits; drop one of them",
+    )
+    optimizer = args.tune_optimizer or ("sign" if set(args.methods) == {AUTOROUND} else "adam")
+    yield (
+        args.tune_state == "half" and optimizer == "sign",
+        "--tune-state half: the gradient's sign has no moments; drop it, or give --tune-optimizer adam",
     )
 
 
@@ -167,13 +182,22 @@ def grid_rules(args: argparse.Namespace) -> Rules:
 def learning_rules(args: argparse.Namespace) -> Rules:
     """Of flags of learning."""
     yield (
-        args.epochs > 0 and not (args.lwc or args.let),
+        args.epochs > 0 and args.method != AUTOROUND and not (args.lwc or args.let),
         f"--epochs {args.epochs} with nothing to learn: give --lwc, --let or both, or --epochs 0",
     )
     yield (
         args.resume is not None and not (args.lwc or args.let),
         "--resume needs the --lwc and --let flags of the run that learned the parameters",
     )
+    yield (
+        args.method == AUTOROUND and (args.lwc or args.let),
+        "--method autoround has its own ranges: drop --lwc and --let, or give --tune with another method",
+    )
+    yield (
+        args.method == AUTOROUND and args.solver != "rtn",
+        f"--method autoround begins with rounding to nearest: drop --solver {args.solver}",
+    )
+    yield args.method == AUTOROUND and args.wbits == FULL_BITS, "--method autoround rounds weights: give --wbits 1 to 8"
     yield (args.use_matrix or args.use_ln_matrix) and not args.let, "--use_matrix and --use_ln_matrix need --let"
     yield args.let_seams is not None and not args.let, "--let-seams needs --let"
     yield (

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
@@ -60,6 +61,21 @@ def learn_block(
     learner = Learner(full.model, index, exact or weights, spec, act, learning, ranges or {}, start)
     loss = BlockLoss(learner, weights, targets, teacher)
     return train(learner, loss, quantized, training, progress)
+
+
+def learned_before(
+    model: LazyModel,
+    index: int,
+    exact: BlockWeights,
+    spec: QuantSpec | None,
+    act: ActSpec,
+    learning: Learning,
+    parameters: Parameters,
+) -> LearnedBlock:
+    """Block ``index`` as `learn_block` left it with these parameters. exact: as there."""
+    shapes = model.linear_shapes()
+    any_inputs = {name: InputRange(torch.ones(n), torch.zeros(n)) for name, (_, n) in shapes.items()}  # of a start only
+    return Learner(model, index, exact, spec, act, learning, any_inputs, parameters).finish(parameters, {})
 
 
 def train(

@@ -142,7 +142,8 @@ class RunConfig:
         """How many sets of hidden states of the calibration windows are held at a time. n_blocks: of the model."""
         learning, labels = self.learning, self.gradient_labels
         solving = 1 if learning is None else 2 + learning.augmented + learning.attention
-        solving += self.tuning is not None
+        if self.tuning is not None:  # full precision, and what stays in front of a window
+            solving += 1 + (self.tuning.scope == "window" and self.tuning.together(n_blocks) > 1)
         return solving if labels is None else max(solving, labels.states_held(n_blocks))
 
 

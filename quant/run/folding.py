@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from models.load import LazyModel
 from quant.blocks.linears import LinearRef
@@ -14,8 +16,11 @@ from quant.core.errors import InputError
 from quant.learn.column_scales import KEY, KINDS, column_scales, fold, mean_squares
 from quant.learn.config import TransformSpec
 from quant.learn.learner import LearnedBlock
+from quant.learn.loop import learned_before
+from quant.learn.parametrization import Parameters
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
+from quant.run.quantize import Recipe
 
 
 def check_turned(model: LazyModel, run: RunConfig) -> None:
@@ -43,8 +48,28 @@ def fold_block(stream: BlockStream, index: int, weights: BlockWeights) -> Learne
 
 def folded_before(model: LazyModel, target: RunDirectory, index: int, weights: BlockWeights) -> BlockWeights:
     """The weights that a finished block was learned or solved from: with the scales that its file keeps, if any."""
-    kept = {name: scale for name, scale in target.read_learned(index).items() if name.startswith(KEY)}
-    return fold(model, index, exact_weights(model, index, weights), kept).weights if kept else weights
+    folded = _folded(model, index, weights, target.read_learned(index))
+    return weights if folded is None else folded.weights
+
+
+def _folded(model: LazyModel, index: int, weights: BlockWeights, parameters: Parameters) -> LearnedBlock | None:
+    """The block with the scales among the parameters of its file; None where there are none."""
+    kept = {name: scale for name, scale in parameters.items() if name.startswith(KEY)}
+    return fold(model, index, exact_weights(model, index, weights), kept) if kept else None
+
+
+def targets_before(
+    model: LazyModel, target: RunDirectory, index: int, weights: BlockWeights, recipe: Recipe
+) -> Mapping[str, Tensor]:
+    """What the linears of a finished block were solved from, float32 [out, in] by name, where that was learned. weights: of
+    the block as the checkpoint has it."""
+    if recipe.learning is None:
+        return {}
+    parameters = {name: tensor.to(weights.device) for name, tensor in target.read_learned(index).items()}
+    folded = _folded(model, index, weights, parameters)
+    exact = exact_weights(model, index, weights) if folded is None else exact_behind(folded)
+    learned = {name: tensor for name, tensor in parameters.items() if not name.startswith(KEY)}
+    return learned_before(model, index, exact, recipe.spec, recipe.act, recipe.learning, learned).targets
 
 
 def learned_behind(folded: LearnedBlock, learned: LearnedBlock) -> LearnedBlock:

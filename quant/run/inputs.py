@@ -171,6 +171,11 @@ class Inputs:
             if run.tuning is not None:
                 if run.tuning.form == "offset" and run.solver != "rtn":
                     raise InputError(f"autoround begins with rounding to nearest, not with {run.solver}: give rtn")
+                if run.tuning.form == "offset" and recipe.correction is not None:
+                    raise InputError(
+                        "--target-correction: autoround begins with the weights themselves; drop the flag, or give --tune "
+                        "with another method"
+                    )
                 windows = len(self.calibration(run).ids)
                 check_tuning(self.model, run.tuning, sample, windows, self.seqlen, self.device)
         return recipe

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from models.load import LazyModel
 from quant.blocks.stream import BlockStream
@@ -26,7 +25,8 @@ from quant.run.observe import original_beside
 from quant.run.quantize import compare_block, deploy, quantize_block
 from quant.run.resume import input_ranges
 from quant.run.saliency import token_weights
-from quant.run.tuning import BlockTuner, tune_model
+from quant.run.solved import Solved, write_all
+from quant.run.tuning import tune_model, tuner_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def quantize(inputs: Inputs, job: Job, progress: Progress) -> None:
         job.blocks = _quantize_blocks(inputs, job, progress) if job.recipe else []
         if job.tunes("model"):
             job.blocks = tune_model(inputs, job, progress)
-        if job.tunes("block"):
+        elif job.recipe and job.run.tuning:
             job.target.drop_tuning()
     job.seconds = spent["quantize"]
 
@@ -59,7 +59,7 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
     tokens = token_weights(stream, job.run, n_blocks, progress)
     pair = _Pair(inputs, stream, job, progress) if recipe.learning else None
     full = original_beside(stream) if recipe.asks_for_original else None
-    tuner = BlockTuner(inputs, stream, job, progress, full) if job.tunes("block") else None
+    tuner = None if job.tunes("model") else tuner_of(inputs, stream, job, progress, full)
     for index in range(n_blocks):
         weights = BlockWeights.read(inputs.model, index, inputs.device)
         if index < len(summaries):
@@ -79,18 +79,14 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
                 learned = pair.learn(index, weights, learned)
             learning = time.perf_counter() - started if learned else 0.0
             block = quantize_block(stream, index, weights, recipe, learned, full, tokens)
-            more: dict[str, Any] = {}
-            if tuner is not None:
-                block, more["tuning"], spent = tuner.tune(index, weights, block)
-                learning += spent
-            if index + 1 < n_blocks:
+            solved = Solved(index, weights, block, learned, {"solve": block.seconds, "learn": learning})
+            finished = [solved] if tuner is None else tuner.add(solved)
+            if tuner is None and index + 1 < n_blocks:
                 stream.run(index, block.weights, advance=True, act=act)
-            forward, gram = (stream.seconds[k] - before[k] for k in ("forward", "observe"))
-            seconds = {"forward": forward, "gram": gram, "solve": block.seconds, "learn": learning}
-            more["changed"] = block.changed
-            if learned is not None:
-                more |= {"learned": learned.parameters, "learning": learned.log}
-            summaries.append(target.write_block(index, block.solved, block.records, seconds, **more))
+            solved.seconds |= {
+                k: stream.seconds[of] - before[of] for k, of in (("forward", "forward"), ("gram", "observe"))
+            }
+            summaries += write_all(target, finished)
             note = _note(block.records, learned)
         if tokens is not None:
             tokens.drop(index)

@@ -10,8 +10,8 @@ Memory (bytes)
   learning    4·6 for every parameter of a block (original, transformed, rounded, and what their gradients need) and
               --batch_size x seqlen x (17·hidden + 2.5·heads·seqlen) x bytes of the dtype for the backward pass
               (Korthikanti et al. 2022, equation 2)
-  tuning      with --tune: for every weight that is tuned at a time its parameter, gradient, best iterate and moments, and
-              what its gradient needs; what a block keeps of a token, and the logits (quant/tune/limits.py)
+  tuning      with --tune: for every weight that is tuned at a time its parameter, best iterate and moments, and what its
+              gradient needs; the gradient of one linear; what a block keeps of a token, and the logits (quant/tune/limits.py)
   quantized   codes, scales, zero points or minima; 16 bits for every number of an online matrix; with --outlier of
               quantease 32 bits more for each outlier (16 for each weight of an outlier column); spqr's outliers depend
               on the weights and are not in it
@@ -22,7 +22,7 @@ Memory (bytes)
               and head with what they are in use for: a batch, or five arrays of logits, 4 bytes each, while the head is
               evaluated (HEAD_ELEMENTS at a time, at least a window)
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
-              two of them, one more for --aug_loss and one for an attention loss
+              two of them, one more for --aug_loss and one for an attention loss; tuning one more, a window of blocks two
 Time (seconds)
   calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
               --true-sequential one partial pass a group), at the measured matrix-product rate of the dtype;
@@ -308,10 +308,10 @@ def tuning_cost(run: RunConfig, shapes: Shapes, seqlen: int, itemsize: int) -> t
     """flops of tuning, with what it takes besides matrix products as so many more, and bytes on the device."""
     if run.tuning is None:
         return 0.0, 0.0
-    linears = sum(out * n_in for _, out, n_in in shapes.linears)
+    weights = [out * n_in for _, out, n_in in shapes.linears]
     sizes = Sizes(
-        linears, shapes.block, min(run.num_layers, shapes.n_blocks), shapes.n_blocks, shapes.outside, shapes.hidden,
-        shapes.vocabulary,
+        sum(weights), shapes.block, min(run.num_layers, shapes.n_blocks), shapes.n_blocks, shapes.outside, shapes.hidden,
+        shapes.vocabulary, max(weights),
     )  # fmt: skip
     work = flops(sizes, run.tuning, run.windows, seqlen)
     return OVERHEAD * work, memory(sizes, run.tuning, itemsize, batch_of(run.windows) * seqlen)

@@ -1,4 +1,4 @@
-"""Tuning in a run (``--tune``): a block as soon as it is solved, or the whole model once every block is.
+"""Tuning in a run (``--tune``): a block, or a window of blocks, as soon as it is solved, or the whole model once all are.
 
 Tuned codes take the place of the solved ones in the blocks' files. While the model is tuned, tuning.safetensors beside
 them holds where it stands; the solved codes stay until it is finished, so that a run that is killed at any moment goes on
@@ -7,34 +7,29 @@ and ends with the same bits.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
-from quant.core.files import check_plain_file, write_atomically
 from quant.core.types import QuantizedWeight
-from quant.run.directory import TUNING, BlockSummary, Record, RunDirectory, answers_sha256
-from quant.run.folding import folded_before
+from quant.run.directory import BlockSummary, answers_sha256
+from quant.run.folding import folded_before, targets_before
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress
+from quant.run.kept import Kept
 from quant.run.linear import LinearRecord
-from quant.run.quantize import SolvedBlock, deploy
+from quant.run.quantize import deploy
+from quant.run.solved import Solved
 from quant.tune.block import TunedBlock
 from quant.tune.chain import Chain
 from quant.tune.config import batch_of
 from quant.tune.objectives import block_objective, language_objective, model_objective
 from quant.tune.optimize import Objective, State, begin, optimize
 
-KEEP_SECONDS = 60.0  # between states of a block that are kept: those of a large one are gigabytes
 Value = TypeVar("Value")
 
 
@@ -54,59 +49,125 @@ def within(index: int, values: Mapping[str, Value]) -> dict[str, Value]:
     return {f"{index}.{name}": value for name, value in values.items()}
 
 
-class BlockTuner:
-    """The full-precision stream beside the quantized one, and every block tuned as it is solved. full: that stream, where
-    there is one already; it moves on here."""
+def tuner_of(
+    inputs: Inputs, stream: BlockStream, job: Job, progress: Progress, full: BlockStream | None
+) -> WindowTuner | None:
+    """What tunes blocks while others wait for their turn; None where nothing is tuned, or all blocks in the end."""
+    if job.run.tuning is None or job.tunes("model"):
+        return None
+    return WindowTuner(inputs, stream, job, progress, full)
+
+
+class WindowTuner:
+    """The full-precision stream beside the quantized one, and blocks tuned as soon as those of a window are solved; a window
+    of one block is that block. full: that stream, where there is one already; it moves on here, and so does the quantized
+    one.
+
+    In a window of several, a block is solved behind those that are solved and not tuned yet; the next window begins behind
+    tuned ones.
+    """
 
     def __init__(
         self, inputs: Inputs, stream: BlockStream, job: Job, progress: Progress, full: BlockStream | None = None
     ) -> None:
         assert job.recipe is not None and job.run.tuning is not None
         self.inputs, self.job, self.recipe, self.tuning = inputs, job, job.recipe, job.run.tuning
-        self.progress, self.full = progress, full or stream.fork()
+        self.progress, self.stream, self.full = progress, stream, full or stream.fork()
+        self.size, self.waiting = self.tuning.together(job.n_blocks), list[Solved]()
+        self.start = stream if self.size == 1 else _beside(stream)  # in front of the window
         outside, batch = inputs.model.outside_weights(inputs.device), batch_of(stream.tokens.shape[0])
-        self.training, self.targets = (one.in_batches_of(batch, outside) for one in (stream, self.full))
+        self.training, self.targets = (one.in_batches_of(batch, outside) for one in (self.start, self.full))
 
     def pass_on(self, index: int, weights: BlockWeights) -> None:
         """Move full precision behind a block."""
         self.full.run(index, weights, advance=True)
 
-    def tune(self, index: int, weights: BlockWeights, block: SolvedBlock) -> tuple[SolvedBlock, Record, float]:
-        """The block with its tuned codes, how it went, and the seconds; full precision is behind it then."""
+    def add(self, solved: Solved) -> list[Solved]:
+        """Take a block that was solved with the stream in front of it; the streams are behind it then, unless it is the
+        last. The blocks that are finished with it."""
+        index, apart = solved.index, self.start is not self.stream
+        if apart and not self.waiting:
+            _place(self.start, self.stream)
+        self.pass_on(index, solved.weights)
+        self.waiting.append(solved)
+        if (index + 1) % self.size and index + 1 < self.job.n_blocks:
+            self.stream.run(index, solved.block.weights, advance=True, act=self.recipe.act)
+            solved.block = replace(solved.block, weights=BlockWeights())  # not asked for again
+            return []
+        window, self.waiting = self.waiting, []
+        self._tune(window)
+        if index + 1 < self.job.n_blocks:
+            for one in window:
+                self.start.run(one.index, one.block.weights, advance=True, act=self.recipe.act)
+            if apart:
+                _place(self.stream, self.start)
+        return window
+
+    def _tune(self, window: list[Solved]) -> None:
+        """Give the blocks of a window their tuned codes, and how it went; full precision is behind them."""
         started = time.perf_counter()
-        assert self.recipe.spec is not None
-        model, n_blocks, steps = self.inputs.model, self.job.n_blocks, self.tuning.steps
-        self.pass_on(index, weights)
-        start = weights | block.changed.to(weights.device, model.dtype)
-        tuned = TunedBlock(model, index, start, block.solved, self.recipe.spec, self.tuning)
-        objective = self._objective(index, tuned)
-        kept = _Kept(self.job.target, f"{index} {answers_sha256(block.solved)}", rarely=True)
-
-        def progress(step: int, _: int, now: float, first: float) -> None:
-            note = f"block {index + 1} of {n_blocks}: held-out loss {now:.3e} (start {first:.3e})"
-            self.progress("tune", index * steps + step, n_blocks * steps, note)
-
+        blocks = [self._tuned(one) for one in window]
+        objective = self._objective(blocks)
+        solved = " ".join(f"{one.index} {answers_sha256(one.block.solved)}" for one in window)
+        kept = Kept(self.job.target, solved, rarely=True)
         state, before = kept.read(self.inputs.device, of_others=False)
-        state = state or begin(objective, within(index, tuned.initial()), self.tuning.optimizer)
-        rates, bounds = within(index, tuned.rates()), within(index, tuned.bounds())
-        optimize(objective, state, rates, self.tuning, self.job.run.seed, kept.write, progress, bounds)
-        best = tuned.own(state.best)
-        answers, changed = tuned.answers(best), block.changed | tuned.changes_at(best)
-        records = [after_tuning(record, answers[record.name]) for record in block.records]
-        deployed = deploy(weights, answers, model, index, changed)
-        tuned_block = replace(block, weights=deployed, solved=answers, changed=changed, records=records)
-        return tuned_block, state.record(), before + time.perf_counter() - started
+        state = _steps(self.job, blocks, objective, state, kept, self._show(window))
+        spent = (before + time.perf_counter() - started) / len(window)
+        for one, tuned in zip(window, blocks, strict=True):
+            best = tuned.own(state.best)
+            answers, changed = tuned.answers(best), one.block.changed | tuned.changes_at(best)
+            records = [after_tuning(record, answers[record.name]) for record in one.block.records]
+            deployed = deploy(one.weights, answers, self.inputs.model, one.index, changed)
+            one.block = replace(one.block, weights=deployed, solved=answers, changed=changed, records=records)
+            one.tuning = state.record()
+            one.seconds["learn"] += spent
 
-    def _objective(self, index: int, tuned: TunedBlock) -> Objective:
-        """What a block is tuned for, full precision being behind it."""
-        chain = Chain(self.training, {index: tuned}, self.recipe.act, self.tuning.recompute)
+    def _tuned(self, solved: Solved) -> TunedBlock:
+        assert self.recipe.spec is not None
+        model, block = self.inputs.model, solved.block
+        start = solved.weights | block.changed.to(solved.weights.device, model.dtype)
+        return TunedBlock(model, solved.index, start, block.solved, self.recipe.spec, self.tuning, solved.targets)
+
+    def _show(self, window: list[Solved]) -> Callable[[int, int, float, float], None]:
+        """What a person sees of a window."""
+        first, last, n_blocks, steps = window[0].index + 1, window[-1].index + 1, self.job.n_blocks, self.tuning.steps
+        done = (last - 1) // self.size * steps  # of the windows before
+        total = -(-n_blocks // self.size) * steps
+        names = f"block {last}" if first == last else f"blocks {first} to {last}"
+
+        def show(step: int, _: int, now: float, start: float) -> None:
+            self.progress(
+                "tune", done + step, total, f"{names} of {n_blocks}: held-out loss {now:.3e} (start {start:.3e})"
+            )
+
+        return show
+
+    def _objective(self, blocks: list[TunedBlock]) -> Objective:
+        """What a window is tuned for, full precision being behind it."""
+        chain = Chain(self.training, {b.index: b for b in blocks}, self.recipe.act, self.tuning.recompute)
         model, last = self.inputs.model, self.tuning.last
-        if last == "mse" or index + 1 < len(model.blocks):
+        if last == "mse" or blocks[-1].index + 1 < len(model.blocks):
             return block_objective(chain, self.full.hidden, self.tuning)
         outside = model.outside_weights(self.inputs.device)
         if last == "lm":
             return language_objective(chain, outside)
         return model_objective(chain, self.targets, outside)
+
+
+def _beside(stream: BlockStream) -> BlockStream:
+    """A second stream at the same place, with windows that are held out; its time counts as the first one's."""
+    other = stream.fork()
+    other.seconds = stream.seconds
+    if stream.heldout is not None:
+        other.attach(stream.heldout.fork())
+    return other
+
+
+def _place(stream: BlockStream, other: BlockStream) -> None:
+    """Put a stream where another one of the same windows is."""
+    stream.hidden.data.copy_(other.hidden.data)
+    if stream.heldout is not None and other.heldout is not None:
+        _place(stream.heldout, other.heldout)
 
 
 def tune_model(inputs: Inputs, job: Job, progress: Progress) -> list[BlockSummary]:
@@ -119,13 +180,17 @@ def tune_model(inputs: Inputs, job: Job, progress: Progress) -> list[BlockSummar
     waiting = [index for index, summary in enumerate(summaries) if not summary.tuning]
     if waiting:
         started, whole = time.perf_counter(), len(waiting) == len(summaries)
-        blocks = _tuned_blocks(inputs, job, waiting)
-        kept = _Kept(target, "".join(summary.codes_sha256 for summary in summaries) if whole else None)
+        blocks = [_tuned_block(inputs, job, index) for index in waiting]
+        kept = Kept(target, "".join(summary.codes_sha256 for summary in summaries) if whole else None)
         state, before = kept.read(inputs.device)
         if state is None or not state.is_finished(job.run.tuning.steps):
             if not whole:
                 raise InputError(f"{kept.path} is missing, and some blocks are tuned already: --overwrite begins again")
-            state = _optimize(inputs, job, blocks, state, kept, progress)
+
+            def show(step: int, steps: int, now: float, first: float) -> None:
+                progress("tune", step, steps, f"held-out divergence {now:.4f} (start {first:.4f})")
+
+            state = _steps(job, blocks, _objective(inputs, job, blocks), state, kept, show)
         spent = before + time.perf_counter() - started
         for block in blocks:
             _write(job, block, summaries[block.index], state, spent / job.n_blocks)
@@ -134,46 +199,34 @@ def tune_model(inputs: Inputs, job: Job, progress: Progress) -> list[BlockSummar
     return summaries
 
 
-def _tuned_blocks(inputs: Inputs, job: Job, indices: list[int]) -> list[TunedBlock]:
-    assert job.recipe is not None and job.recipe.spec is not None and job.run.tuning is not None
-    model, spec = inputs.model, job.recipe.spec
-
-    def start(index: int) -> BlockWeights:
-        weights = folded_before(model, job.target, index, BlockWeights.read(model, index, inputs.device))
-        return weights | job.target.read_changed(index).to(inputs.device, model.dtype)
-
-    return [
-        TunedBlock(
-            model,
-            index,
-            start(index),
-            {name: answer.to(inputs.device) for name, answer in job.target.read_weights(index).items()},
-            spec,
-            job.run.tuning,
-        )
-        for index in indices
-    ]
+def _tuned_block(inputs: Inputs, job: Job, index: int) -> TunedBlock:
+    """A finished block of the run directory."""
+    recipe, target, model = job.recipe, job.target, inputs.model
+    assert recipe is not None and recipe.spec is not None and job.run.tuning is not None
+    weights = BlockWeights.read(model, index, inputs.device)
+    targets = targets_before(model, target, index, weights, recipe)
+    start = folded_before(model, target, index, weights) | target.read_changed(index).to(inputs.device, model.dtype)
+    solved = {name: answer.to(inputs.device) for name, answer in target.read_weights(index).items()}
+    return TunedBlock(model, index, start, solved, recipe.spec, job.run.tuning, targets)
 
 
-def _optimize(
-    inputs: Inputs, job: Job, blocks: list[TunedBlock], state: State | None, kept: _Kept, progress: Progress
+def _steps(
+    job: Job,
+    blocks: list[TunedBlock],
+    objective: Objective,
+    state: State | None,
+    kept: Kept,
+    show: Callable[[int, int, float, float], None],
 ) -> State:
-    """All steps that are left."""
-    assert job.run.tuning is not None
-    objective = _objective(inputs, job, blocks)
+    """All steps that are left of what is tuned together."""
+    tuning = job.run.tuning
+    assert tuning is not None
     if state is None:
-        state = begin(
-            objective,
-            {name: t for b in blocks for name, t in within(b.index, b.initial()).items()},
-            job.run.tuning.optimizer,
-        )
+        start = {name: t for b in blocks for name, t in within(b.index, b.initial()).items()}
+        state = begin(objective, start, tuning)
     rates = {name: rate for b in blocks for name, rate in within(b.index, b.rates()).items()}
     bounds = {name: ends for b in blocks for name, ends in within(b.index, b.bounds()).items()}
-
-    def show(step: int, steps: int, now: float, first: float) -> None:
-        progress("tune", step, steps, f"held-out divergence {now:.4f} (start {first:.4f})")
-
-    return optimize(objective, state, rates, job.run.tuning, job.run.seed, kept.write, show, bounds)
+    return optimize(objective, state, rates, tuning, job.run.seed, kept.write, show, bounds)
 
 
 def _objective(inputs: Inputs, job: Job, blocks: list[TunedBlock]) -> Objective:
@@ -202,53 +255,3 @@ def _write(job: Job, block: TunedBlock, summary: BlockSummary, state: State, sec
     job.target.write_block(
         block.index, answers, records, spent, changed=changed, learned=learned, tuning=state.record()
     )  # fmt: skip
-
-
-@dataclass
-class _Kept:
-    """tuning.safetensors. solved: hashes of the codes that are tuned; None where some are replaced already. rarely: a state
-    is written only where the last one is KEEP_SECONDS old (which states are there changes no bit)."""
-
-    target: RunDirectory
-    solved: str | None
-    seconds: float = 0.0
-    rarely: bool = False
-
-    def __post_init__(self) -> None:
-        self.started, self.path = time.perf_counter(), self.target.path / TUNING
-        self.written = self.started
-
-    def write(self, state: State) -> None:
-        """Keep a state."""
-        if self.rarely and time.perf_counter() - self.written < KEEP_SECONDS:
-            return
-        numbers = state.numbers() | {
-            "solved": self.solved,
-            "seconds": self.seconds + time.perf_counter() - self.started,
-        }
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.tensors().items()}
-        write_atomically(self.path, save(tensors, {"format": "pt", "tuning": json.dumps(numbers)}))
-        self.written = time.perf_counter()
-
-    def read(self, device: torch.device, of_others: bool = True) -> tuple[State | None, float]:
-        """The state that was kept and the seconds behind it; None where there is none. of_others: whether a state of other
-        codes is a mistake; else it is one that is not needed any more. Raises InputError where it is damaged or of other
-        codes."""
-        check_plain_file(self.path)
-        if not self.path.exists():
-            return None, 0.0
-        try:
-            with safe_open(self.path, framework="pt", device=str(device)) as file:
-                numbers: Mapping[str, Any] = json.loads(file.metadata()["tuning"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            state, self.seconds = State.of(tensors, numbers), float(numbers["seconds"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.path} is damaged ({error}); delete it, and tuning begins again") from error
-        if not of_others and self.solved != numbers["solved"]:
-            self.seconds = 0.0
-            return None, 0.0
-        if self.solved not in (None, numbers["solved"]):
-            raise InputError(
-                f"{self.path} belongs to other codes than those beside it; delete it, and tuning begins again"
-            )
-        return state, self.seconds

@@ -27,7 +27,8 @@ SHIFT = ".shift"  # name of what is added to a norm or a bias, behind its own
 class TunedBlock:
     """Block ``index`` from its solved answers.
 
-    weights: of the block in full precision, with what else is deployed otherwise (changed); solved: by linear.
+    weights: of the block in full precision, with what else is deployed otherwise (changed); solved: by linear; targets:
+    what linears were solved from, float32, where that is not their weight there.
     """
 
     def __init__(
@@ -38,11 +39,17 @@ class TunedBlock:
         solved: Mapping[str, QuantizedWeight],
         spec: QuantSpec,
         tuning: Tuning,
+        targets: Mapping[str, Tensor] = {},  # noqa: B006 (only read)
     ) -> None:
         self.model, self.index, self.tuning, self.weights = model, index, tuning, weights
         form = LINEARS[tuning.form]
         self.linears = {
-            name: form(f"block {index} {name}", start, replace(spec, bits=start.spec.bits), weights.weight(name))
+            name: form(
+                f"block {index} {name}",
+                start,
+                replace(spec, bits=start.spec.bits),
+                targets[name] if name in targets else weights.weight(name),
+            )
             for name, start in solved.items()
         }
         solved_names = {LinearRef.of_module(name).parameter for name in solved}
@@ -72,6 +79,15 @@ class TunedBlock:
     def bounds(self) -> dict[str, tuple[float, float]]:
         """What parameters stay within, of those that do."""
         return {name + key: ends for name, linear in self.linears.items() for key, ends in linear.bounds().items()}
+
+    def settled(self, parameters: Mapping[str, Tensor]) -> Parameters:
+        """A copy of the parameters of which `answers` and `changes_at` make the same, as small as it can be."""
+        copies = {
+            name + key: tensor
+            for name, linear in self.linears.items()
+            for key, tensor in linear.settled(self._of(name, parameters)).items()
+        }
+        return copies | {name + SHIFT: parameters[name + SHIFT].detach().clone() for name in self.moving}
 
     def own(self, parameters: Mapping[str, Tensor]) -> Parameters:
         """Those of this block among several blocks', which are by ``<index>.<name>``."""

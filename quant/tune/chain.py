@@ -18,6 +18,7 @@ from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.tune.block import TunedBlock
+from quant.tune.codes import Parameters
 
 
 class Chain:
@@ -32,6 +33,11 @@ class Chain:
         recompute: bool = False,
     ) -> None:
         self.training, self.links, self.act, self.recompute = training, links, act, recompute
+
+    def settled(self, parameters: Mapping[str, Tensor]) -> Parameters:
+        """A copy of all blocks' parameters, as small as it can be: see `TunedBlock.settled`."""
+        blocks = [link for link in self.links.values() if isinstance(link, TunedBlock)]
+        return {f"{b.index}.{name}": tensor for b in blocks for name, tensor in b.settled(b.own(parameters)).items()}
 
     def __call__(self, parameters: Mapping[str, Tensor], hidden: Tensor, batch: int) -> Tensor:
         """Hidden states [batch, T, d] behind the last block. parameters: of all tuned blocks, by ``<index>.<name>``."""

@@ -86,8 +86,8 @@ class RoundPosition(torch.autograd.Function):
 
 
 def codes_at(position: Tensor, qmax: int) -> Tensor:
-    """clip(⌊u⌉, 0, qmax), uint8 [out, in]."""
-    return torch.round(position).clamp_(0, qmax).to(torch.uint8)
+    """clip(⌊u⌉, 0, qmax), uint8 [out, in]; u: positions, or what they were settled to."""
+    return torch.round(position.float()).clamp_(0, qmax).to(torch.uint8)
 
 
 class StoredScale(torch.autograd.Function):
@@ -153,6 +153,11 @@ class TunedLinear:
     def bounds(self) -> dict[str, tuple[float, float]]:
         """What parameters stay within: nothing."""
         return {}
+
+    def settled(self, parameters: Mapping[str, Tensor]) -> Parameters:
+        """A copy of the parameters of which `answer` makes the same: of positions their codes alone, a byte a weight."""
+        codes = codes_at(parameters[POSITION].detach(), self.start.grid.qmax)
+        return {key: codes if key == POSITION else parameters[key].detach().clone() for key in self.keys}
 
     def grid(self, parameters: Mapping[str, Tensor]) -> Grid:
         """Scales, and minima, as they are stored."""

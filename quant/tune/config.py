@@ -7,14 +7,21 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from quant.core.errors import InputError
-from quant.core.names import LAST_LOSSES, OPTIMIZERS, TUNING_SCOPES
+from quant.core.names import LAST_LOSSES, OPTIMIZERS, STATES, TUNING_SCOPES
 
-ITERATIONS = {"block": 200, "model": 400}
+ITERATIONS = {"block": 200, "window": 200, "model": 400}
 RATES = {1: 1e-2, 2: 1e-2, 3: 2.5e-3, 4: 1.5e-3}  # of positions, in code units, by bits of a code
 FINER_RATE = 1e-3  # of more bits
 GRID_RATE = 1e-3
 FORMS = ("position", "offset")  # `codes.TunedLinear` and `offsets.OffsetLinear`
-LATER = ("form", "optimizer", "last", "recompute")  # fields that earlier runs have not: they count where they differ
+LATER = (
+    "form",
+    "optimizer",
+    "last",
+    "recompute",
+    "window",
+    "state",
+)  # fields that earlier runs have not: they count where they differ
 BATCH, HELD_OUT = 8, 64  # windows of a step; held-out windows at most
 
 
@@ -22,15 +29,16 @@ BATCH, HELD_OUT = 8, 64  # windows of a step; held-out windows at most
 class Tuning:
     """What is tuned after solving, and how.
 
-    scope: ``block``: every block as soon as it is solved, on its output; ``model``: all blocks together once all are
-    solved, on the model's logits. iterations: steps (0: the scope's own number). rate: of positions or offsets, in code
+    scope: ``block``: every block as soon as it is solved, on its output; ``window``: so many blocks as soon as the last of
+    them is solved, together, on its output; ``model``: all blocks together once all are solved, on the model's logits.
+    window: how many blocks, 1 but for ``window``. iterations: steps (0: the scope's own number). rate: of positions or offsets, in code
     units (0: by the bits of a code, with the sign one over the steps). grid_rate: of scales, relative, and of norms (0: of
     factors of ranges, that of offsets). norms: gains and biases of norms and biases of linears move too; they stay in the
     checkpoint's dtype. drop: share of the largest errors of a block's output that do not count. form: what moves: positions
     of weights and scales of any solver, or AutoRound's offsets and ranges. optimizer: Adam, or the gradient's sign.
-    last: what the last block of a model is tuned for where blocks are: its own output (``mse``), the divergence of the
+    last: what the last block, or window, of a model is tuned for where blocks are: its own output (``mse``), the divergence of the
     model's logits (``kl``), or the language loss (``lm``, as AutoRound's second version may). recompute: blocks keep their
-    inputs alone for the backward pass.
+    inputs alone for the backward pass. state: what Adam's moments are kept in, float32 (``full``) or bfloat16 (``half``).
     """
 
     scope: str = "block"
@@ -43,11 +51,15 @@ class Tuning:
     optimizer: str = "adam"
     last: str = "mse"
     recompute: bool = False
+    window: int = 1
+    state: str = STATES[0]
 
     def __post_init__(self) -> None:
         if self.scope not in TUNING_SCOPES:
-            raise InputError(f"--tune {self.scope}: use {' or '.join(TUNING_SCOPES)}")
-        for name, allowed in (("form", FORMS), ("optimizer", OPTIMIZERS), ("last", LAST_LOSSES)):
+            raise InputError(f"--tune {self.scope}: use {', '.join(TUNING_SCOPES)}")
+        if not isinstance(self.window, int) or self.window < 1 or (self.window > 1 and self.scope != "window"):
+            raise InputError(f"--tune {self.scope}:{self.window}: use window:K, with K blocks from 1 on")
+        for name, allowed in (("form", FORMS), ("optimizer", OPTIMIZERS), ("last", LAST_LOSSES), ("state", STATES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"--tune-{name} {getattr(self, name)}: use {', '.join(allowed)}")
         rates = (self.rate, self.grid_rate, self.drop)
@@ -60,6 +72,15 @@ class Tuning:
         """What decides the codes: all fields, of later ones those that are not the default."""
         usual = {field.name: field.default for field in fields(self)}
         return {name: v for name, v in asdict(self).items() if name not in LATER or v != usual[name]}
+
+    @property
+    def name(self) -> str:
+        """What --tune calls its scope."""
+        return f"window:{self.window}" if self.scope == "window" else self.scope
+
+    def together(self, n_blocks: int) -> int:
+        """How many blocks of so many are tuned at a time."""
+        return n_blocks if self.scope == "model" else min(self.window, n_blocks)
 
     @property
     def steps(self) -> int:

@@ -8,7 +8,7 @@ of KL(p ‖ p̂) between what full precision and the quantized model say comes n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def block_objective(chain: Chain, targets: Activations, tuning: Tuning) -> Objec
         rows = stream.rows[batch]
         return trimmed_squared_error(chain(parameters, stream.hidden[rows], batch), targets[rows], tuning.drop)
 
-    return objective_of(loss, loss, stream.rows)
+    return objective_of(loss, loss, chain)
 
 
 def language_objective(chain: Chain, outside: Weights) -> Objective:
@@ -110,7 +110,7 @@ def language_objective(chain: Chain, outside: Weights) -> Objective:
         following = stream.tokens[rows][:, 1:].to(logits.device)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten())
 
-    return objective_of(loss, loss, stream.rows)
+    return objective_of(loss, loss, chain)
 
 
 def model_objective(chain: Chain, full: BlockStream, outside: Weights) -> Objective:
@@ -130,13 +130,14 @@ def model_objective(chain: Chain, full: BlockStream, outside: Weights) -> Object
     def exact(parameters: Parameters, batch: int) -> Tensor:
         return divergence(torch.log_softmax(logits(parameters, batch), -1), teacher.log_probabilities(batch))
 
-    return objective_of(loss, exact, stream.rows)
+    return objective_of(loss, exact, chain)
 
 
 def objective_of(
-    loss: Callable[[Parameters, int], Tensor], measured: Callable[[Parameters, int], Tensor], rows: Sequence[slice]
+    loss: Callable[[Parameters, int], Tensor], measured: Callable[[Parameters, int], Tensor], chain: Chain
 ) -> Objective:
     """An objective from its loss of a batch, as it is trained on and as it is measured on held-out windows."""
+    rows = chain.training.rows
     trained, held = split(len(rows), rows[0].stop - rows[0].start)
 
     @torch.no_grad()
@@ -146,4 +147,4 @@ def objective_of(
         )
         return float(losses.sum() / sum(rows[batch].stop - rows[batch].start for batch in held))
 
-    return Objective(loss, held_out, trained)
+    return Objective(loss, held_out, trained, chain.settled)

@@ -77,6 +77,10 @@ class OffsetLinear:
         """What parameters stay within."""
         return {OFFSET: (-0.5, 0.5), LOW: (0.0, self.most), HIGH: (0.0, self.most)}
 
+    def settled(self, parameters: Mapping[str, Tensor]) -> Parameters:
+        """A copy of the parameters of which `answer` makes the same: all of them, since ranges move codes."""
+        return {key: parameters[key].detach().clone() for key in self.keys}
+
     def _grid(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Scales and zero points [out, G], float32, as they are stored."""
         low, high, qmax = self.low * parameters[LOW], self.high * parameters[HIGH], self.start.grid.qmax

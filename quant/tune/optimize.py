@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +20,32 @@ from torch.optim.adam import adam
 from quant.core.errors import InputError
 from quant.tune.codes import Parameters
 from quant.tune.config import Tuning
+from quant.tune.moments import chance, halved
 
 BETAS, EPSILON = (0.9, 0.999), 1e-12  # squared gradients of large models are far below Adam's usual 1e-8
 WARM_UP = 0.02  # share of the steps over which the rate rises
+LARGEST_SEED = 1 << 63
 Bounds = Mapping[str, tuple[float, float]]
 VALIDATIONS = 20  # of a run, besides the one of the start
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, float, float], None]  # step, steps, held-out loss now, at the start
 
 
+def copied(parameters: Parameters) -> Parameters:
+    """All of them, as they are."""
+    return {name: tensor.detach().clone() for name, tensor in parameters.items()}
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is minimized. loss: of a batch, by its number, a scalar with gradients; held_out: the mean loss of the batches
-    that are not trained on; both of effective parameters as they are deployed. batches: numbers of those trained on."""
+    that are not trained on; both of effective parameters as they are deployed. batches: numbers of those trained on.
+    settle: what is kept of the best iterate."""
 
     loss: Callable[[Parameters, int], Tensor]
     held_out: Callable[[Parameters], float]
     batches: Sequence[int]
+    settle: Callable[[Parameters], Parameters] = copied
 
 
 @dataclass
@@ -92,20 +102,25 @@ def rate_at(step: int, steps: int, optimizer: str = "adam") -> float:
 def order_of(batches: Sequence[int], step: int, seed: int) -> int:
     """The batch of a step: every batch once an epoch, in an order that seed and epoch decide."""
     epoch, place = divmod(step, len(batches))
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    order = torch.randperm(
+        len(batches), generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % LARGEST_SEED)
+    )
     return batches[int(order[place])]
 
 
-def begin(objective: Objective, parameters: Parameters, optimizer: str = "adam") -> State:
+def begin(objective: Objective, parameters: Parameters, tuning: Tuning) -> State:
     """The state of a run that has not taken a step; the sign has no moments. Raises InputError where the loss is not finite there."""
     start = objective.held_out(parameters)
     if not math.isfinite(start):
         raise InputError("--tune: the loss of the solved model is not finite; use --dtype float32")
+    kept = torch.bfloat16 if tuning.state == "half" else torch.float32
     first, second = (
-        {name: torch.zeros_like(tensor) for name, tensor in parameters.items()} if optimizer == "adam" else {}
+        {name: torch.zeros_like(tensor, dtype=kept) for name, tensor in parameters.items()}
+        if tuning.optimizer == "adam"
+        else {}
         for _ in range(2)
     )
-    return State(0, parameters, first, second, _copy(parameters), [start], start)
+    return State(0, parameters, first, second, objective.settle(parameters), [start], start)
 
 
 def optimize(
@@ -124,56 +139,63 @@ def optimize(
     """
     steps = tuning.steps
     every = max(1, steps // VALIDATIONS)
-    for parameter in state.parameters.values():
-        parameter.requires_grad_()
-    while not state.is_finished(steps):
-        objective.loss(state.parameters, order_of(objective.batches, state.step, seed)).backward()
-        take = _adam if tuning.optimizer == "adam" else _sign
-        take(state, rates, rate_at(state.step, steps, tuning.optimizer))
-        with torch.no_grad():
-            for name, ends in bounds.items():
-                state.parameters[name].clamp_(*ends)
-        state.step += 1
-        if state.step % every and state.step < steps:
-            continue
-        with torch.no_grad():
-            now = objective.held_out(state.parameters)
-        state.losses.append(now)
-        if now < state.lowest:
-            state.lowest, state.best_step, state.best = now, state.step, _copy(state.parameters)
-        if not math.isfinite(now):
-            log.warning("tuning: the loss is not finite after step %d; the best iterate stays", state.step)
-        keep(state)
-        progress(state.step, steps, now, state.losses[0])
+    with _stepping(state, rates, tuning, seed, bounds):
+        while not state.is_finished(steps):
+            objective.loss(state.parameters, order_of(objective.batches, state.step, seed)).backward()
+            state.step += 1
+            if state.step % every and state.step < steps:
+                continue
+            with torch.no_grad():
+                now = objective.held_out(state.parameters)
+            state.losses.append(now)
+            if now < state.lowest:
+                state.lowest, state.best_step, state.best = now, state.step, objective.settle(state.parameters)
+            if not math.isfinite(now):
+                log.warning("tuning: the loss is not finite after step %d; the best iterate stays", state.step)
+            keep(state)
+            progress(state.step, steps, now, state.losses[0])
     return state
 
 
-@torch.no_grad()
-def _adam(state: State, rates: Mapping[str, float], share: float) -> None:
-    """One step of Adam (Kingma and Ba 2015, Algorithm 1) in place, all tensors of a rate in one pass; takes the gradients."""
-    moved = [name for name, parameter in state.parameters.items() if parameter.grad is not None]
-    for rate in dict.fromkeys(rates[name] for name in moved):
-        names = [name for name in moved if rates[name] == rate]
-        parameters = [state.parameters[name] for name in names]
-        gradients = [parameter.grad for parameter in parameters]
-        first, second = ([part[name] for name in names] for part in (state.first, state.second))
-        steps = [torch.full((), float(state.step), device=parameter.device) for parameter in parameters]
-        adam(
-            parameters, gradients, first, second, [], steps, fused=True, amsgrad=False, maximize=False,  # type: ignore[arg-type]
-            beta1=BETAS[0], beta2=BETAS[1], lr=rate * share, weight_decay=0.0, eps=EPSILON,
-        )  # fmt: skip
-        for parameter in parameters:
-            parameter.grad = None
+@contextmanager
+def _stepping(state: State, rates: Mapping[str, float], tuning: Tuning, seed: int, bounds: Bounds) -> Iterator[None]:
+    """For the length of a `with`, every parameter takes its step as soon as its gradient is there and drops it: one gradient
+    is held at a time. A parameter is used once a step, so that nothing behind it in the backward pass reads it again."""
+    with ExitStack() as stack:
+        for place, (name, parameter) in enumerate(sorted(state.parameters.items())):
+
+            @torch.no_grad()
+            def step(moved: Tensor, place: int = place, name: str = name) -> None:
+                rate = rates[name] * rate_at(state.step, tuning.steps, tuning.optimizer)
+                if tuning.optimizer == "sign":
+                    _sign(moved, rate)
+                else:
+                    _adam(moved, state.first[name], state.second[name], state.step, rate, (seed, state.step, place))
+                if name in bounds:
+                    moved.clamp_(*bounds[name])
+                moved.grad = None
+
+            stack.callback(parameter.requires_grad_().register_post_accumulate_grad_hook(step).remove)
+        yield
 
 
-@torch.no_grad()
-def _sign(state: State, rates: Mapping[str, float], share: float) -> None:
-    """θ ← θ - rate · sign(g), in place; takes the gradients (AutoRound, arXiv 2309.05516, equation 5)."""
-    for name, parameter in state.parameters.items():
-        if parameter.grad is not None:
-            parameter.add_(parameter.grad.sign_(), alpha=-rates[name] * share)
-            parameter.grad = None
+def _adam(
+    parameter: Tensor, first: Tensor, second: Tensor, step: int, rate: float, drawn: tuple[int, int, int]
+) -> None:
+    """One step of Adam (Kingma and Ba 2015, Algorithm 1) in place; moments in half precision are rounded by chance."""
+    moments = [moment.float() for moment in (first, second)]
+    steps = [torch.full((), float(step), device=parameter.device)]
+    adam(
+        [parameter], [parameter.grad], moments[:1], moments[1:], [], steps, fused=True, amsgrad=False, maximize=False,  # type: ignore[list-item]
+        beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=0.0, eps=EPSILON,
+    )  # fmt: skip
+    if first.dtype != torch.float32:
+        generator = chance(*drawn)
+        first.copy_(halved(moments[0], generator))
+        second.copy_(halved(moments[1], generator))
 
 
-def _copy(parameters: Parameters) -> Parameters:
-    return {name: tensor.detach().clone() for name, tensor in parameters.items()}
+def _sign(parameter: Tensor, rate: float) -> None:
+    """θ ← θ - rate · sign(g), in place (AutoRound, arXiv 2309.05516, equation 5)."""
+    assert parameter.grad is not None
+    parameter.add_(parameter.grad.sign_(), alpha=-rate)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from data.demo import text as stories
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
+from quant.run import kept
 from quant.run import tuning as stage
 from quant.run.directory import TUNING, RunDirectory
 from quant.run.loop import read_block
@@ -129,7 +130,7 @@ class Killed(BaseException):
 
 def killed_in_training(monkeypatch, validation):
     """The process ends right behind the state of that validation was kept."""
-    usual, count = stage._Kept.write, []
+    usual, count = kept.Kept.write, []
 
     def write(self, state):
         usual(self, state)
@@ -137,7 +138,7 @@ def killed_in_training(monkeypatch, validation):
         if len(count) == validation:
             raise Killed
 
-    monkeypatch.setattr(stage._Kept, "write", write)
+    monkeypatch.setattr(kept.Kept, "write", write)
 
 
 def killed_in_writing(monkeypatch, block):
@@ -256,7 +257,7 @@ def test_a_block_goes_on_in_the_middle_of_its_steps(demo_text, tmp_path, monkeyp
     config = tuned(demo_text, tmp_path, tuning=AUTOROUND)
     quantize(config)
     assert not (tmp_path / "run" / TUNING).exists()
-    monkeypatch.setattr(stage, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(kept, "KEEP_SECONDS", 0.0)
     other = config.but(run_dir=tmp_path / "killed")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_in_training(patch, STEPS + 4)  # of the second block
@@ -296,6 +297,8 @@ def test_another_configuration_has_another_name(demo_text, tmp_path):
     assert "tuning" not in session.configuration(others[0].run)
     earlier = {"scope", "iterations", "rate", "grid_rate", "norms", "drop"}  # names of fields of runs that are there
     assert session.configuration(others[1].run)["tuning"].keys() == earlier
+    window = session.configuration(config.but(tuning=Tuning("window", window=2, state="half")).run)["tuning"]
+    assert window.keys() == earlier | {"window", "state"} and (window["scope"], window["window"]) == ("window", 2)
     assert session.configuration(config.but(tuning=AUTOROUND).run)["tuning"].keys() == earlier | {"form", "optimizer"}
 
 
@@ -311,6 +314,10 @@ def test_a_request_keeps_what_is_tuned(demo_text, tmp_path):
         {"rate": float("nan")},
         {"other": 1},
         {"last": "x"},
+        {"state": "x"},
+        {"scope": "window", "window": 0},
+        {"scope": "window", "window": "2"},
+        {"scope": "block", "window": 2},
         {"form": "x"},
         {"optimizer": 1},
         7,
@@ -386,3 +393,107 @@ def test_another_persons_file_of_that_name_stays(demo_text, tmp_path):
     with pytest.raises(InputError, match="damaged"):
         quantize(config.but(tuning=Tuning("model", 2), overwrite=True))
     assert (config.output.run_dir / TUNING).read_text() == "mine"
+
+
+def windowed(demo_text, tmp_path, blocks, **changes):
+    """A run of `tuned` in windows of so many blocks."""
+    return tuned(demo_text, tmp_path, tuning=Tuning("window", 6, rate=0.05, window=blocks, **changes))
+
+
+def test_windows_of_one_block_are_blocks(demo_text, tmp_path):
+    config = windowed(demo_text, tmp_path, 1, last="kl", norms=True)
+    blocks = config.but(tuning=Tuning("block", 6, rate=0.05, last="kl", norms=True), run_dir=tmp_path / "blocks")
+    session = open_session(config)
+    for one in (config, blocks):
+        session.quantize(one.run, one.output)
+    assert same(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "blocks"))
+    assert [s.tuning for s in summaries(tmp_path / "run")] == [s.tuning for s in summaries(tmp_path / "blocks")]
+
+
+def test_windows_are_tuned_for_their_last_output_with_those_before_tuned(demo_text, tmp_path, monkeypatch):
+    """Four blocks in windows of three: the second holds one, and begins behind tuned blocks."""
+    config = windowed(demo_text, tmp_path, 3, drop=0.0)
+    seen, usual = [], stage.block_objective
+
+    def watched(chain, targets, tuning):
+        before = chain.training.hidden.data.clone()
+        seen.append((tuple(chain.links), before, targets.data.clone(), chain.training.rows))
+        return usual(chain, targets, tuning)
+
+    monkeypatch.setattr(stage, "block_objective", watched)
+    session = open_session(config)
+    session.quantize(config.run, config.output)
+    assert [links for links, *_ in seen] == [(0, 1, 2), (3,)]
+    logs = [summary.tuning for summary in summaries(config.output.run_dir)]
+    assert logs[0] == logs[1] == logs[2] != logs[3]
+    assert all(log["held_out_end"] < log["held_out_start"] for log in logs)
+    target, model = RunDirectory(config.output.run_dir), session.model
+    stream, full = (session.calibration_stream(config.run) for _ in range(2))
+    for links, before, targets, rows in seen:
+        assert torch.equal(stream.hidden.data, before)
+        for index in links:
+            weights = BlockWeights.read(model, index, CPU)
+            full.run(index, weights, advance=True)
+            stream.run(index, read_block(model, target, index, weights), advance=True)
+        assert torch.equal(full.hidden.data, targets)
+        held = torch.cat([torch.arange(32)[rows[batch]] for batch in split(len(rows), batch_of(32))[1]])
+        loss = (stream.hidden.data[held].double() - targets[held].double()).square().mean()
+        assert float(loss) == pytest.approx(logs[links[-1]]["held_out_end"], rel=1e-6)
+    lines = [line.split('"block": ')[1][0] for line in (target.path / "journal.jsonl").read_text().splitlines()]
+    assert lines == sorted(lines) and len(lines) == 4 * 7
+
+
+@pytest.mark.parametrize(
+    "case", ["between the files of a window", "in the steps of the second", "before the second is solved"]
+)
+def test_windows_go_on_where_they_were(case, demo_text, tmp_path, monkeypatch):
+    config = windowed(demo_text, tmp_path, 2, state="half", last="kl")
+    quantize(config)
+    other = config.but(run_dir=tmp_path / "killed")
+    monkeypatch.setattr(kept, "KEEP_SECONDS", 0.0)
+    usual, written = RunDirectory.write_block, []
+
+    def write(self, index, *given, **more):
+        if case != "in the steps of the second" and len(written) == (3 if case.startswith("between") else 2):
+            raise Killed
+        written.append(index)
+        return usual(self, index, *given, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunDirectory, "write_block", write)
+        if case == "in the steps of the second":
+            killed_in_training(patch, 6 + 4)
+        quantize(other)
+    assert len(summaries(tmp_path / "killed")) == 2
+    steps, usual_steps = [], stage.optimize
+
+    def watched(objective, state, *given):
+        steps.append(state.step)
+        return usual_steps(objective, state, *given)
+
+    monkeypatch.setattr(stage, "optimize", watched)
+    quantize(other)
+    assert steps == [4 if case == "in the steps of the second" else 6]
+    assert same(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "killed"))
+    assert not (tmp_path / "killed" / TUNING).exists()
+
+
+def test_a_window_that_does_not_fit_is_refused_with_what_does(demo_text, tmp_path, monkeypatch):
+    session, run = open_session(windowed(demo_text, tmp_path, 4)), windowed(demo_text, tmp_path, 4).run
+    sizes = limits.Sizes.of(session.model, 4)
+
+    def need(**changes):
+        return limits.memory(sizes, replace(run.tuning, **changes), 4, 4 * 32)
+
+    offers = [need(), need(recompute=True), need(recompute=True, state="half"), need(window=2), 0]
+    assert offers == sorted(offers, reverse=True)
+    flags = ["--tune-recompute", "--tune-recompute --tune-state half", "--tune window:2", "--tune block"]
+    for before, after, says in zip(offers[:-1], offers[1:], flags, strict=True):
+        monkeypatch.setattr(limits.env, "free_bytes", lambda device, b=before, a=after: (b + a) / 2 / limits.SHARE)
+        with pytest.raises(InputError, match=rf"--tune window:4 holds 4 blocks .* free: use {says}$"):
+            session.recipe(run)
+    session.recipe(config_of(run, scope="block", window=1))
+
+
+def config_of(run, **changes):
+    return replace(run, tuning=replace(run.tuning, **changes))

@@ -71,6 +71,9 @@ def test_column_orders_and_outliers_stay(method, options):
     assert torch.equal(answer.grid.g_idx, start.grid.g_idx)
     assert answer.outliers is start.outliers
     assert 0 < answer.info["codes_moved"] < 1
+    settled = linear.answer(linear.settled(moved))
+    assert linear.settled(moved)[POSITION].dtype == torch.uint8
+    assert torch.equal(settled.codes, answer.codes) and torch.equal(settled.grid.scale, answer.grid.scale)
 
 
 def test_a_position_stands_where_the_weight_does_unless_the_solver_chose_another_code():

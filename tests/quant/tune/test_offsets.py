@@ -115,7 +115,7 @@ def test_one_step_is_that_of_the_equations(spec):
     tuning, rates = Tuning("block", 4, form="offset", optimizer="sign", grid_rate=0.0), {}
     rates = linear.rates(tuning)
     assert set(rates.values()) == {0.25}
-    state = begin(objective, {name: tensor.clone() for name, tensor in parameters.items()}, "sign")
+    state = begin(objective, {name: tensor.clone() for name, tensor in parameters.items()}, Tuning(optimizer="sign"))
     assert state.first == {} == state.second
 
     def stop(state):
@@ -141,7 +141,7 @@ def test_on_tiny_layers_it_ends_between_rounding_and_the_best_of_all_codes():
         return ((linear.weight(parameters) - weight) @ x.T).square().mean()
 
     objective = Objective(loss, lambda p: float(loss(p)), [0])
-    state = begin(objective, linear.initial(), "sign")
+    state = begin(objective, linear.initial(), Tuning(optimizer="sign"))
     optimize(objective, state, linear.rates(AUTOROUND_TUNING), AUTOROUND_TUNING, 0, bounds=linear.bounds())
     codes = torch.tensor(list(itertools.product(range(4), repeat=6))).float()
     steps = torch.cat([codes - z for z in (1, 2, 3)])

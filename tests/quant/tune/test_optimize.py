@@ -24,9 +24,9 @@ def quadratic(noise=0.0):
     return Objective(loss, lambda p: float((p["x"] - TARGETS[5]).square().sum()), [0, 1, 2, 3, 4])
 
 
-def run(steps, state=None, stop=None, objective=None, rate=0.1, seed=0):
+def run(steps, state=None, stop=None, objective=None, rate=0.1, seed=0, kept_in="full"):
     """The state behind the run, and those that were kept on the way. stop: the step behind which it is killed."""
-    objective, kept = objective or quadratic(), []
+    objective, kept, tuning = objective or quadratic(), [], Tuning("model", steps, state=kept_in)
 
     def keep(state):
         tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
@@ -34,9 +34,9 @@ def run(steps, state=None, stop=None, objective=None, rate=0.1, seed=0):
         if state.step == stop:
             raise KeyboardInterrupt
 
-    state = state or begin(objective, {"x": torch.zeros(5)})
+    state = state or begin(objective, {"x": torch.zeros(5)}, tuning)
     with contextlib.suppress(KeyboardInterrupt):
-        optimize(objective, state, {"x": rate}, Tuning("model", steps), seed, keep)
+        optimize(objective, state, {"x": rate}, tuning, seed, keep)
     return state, kept
 
 
@@ -50,6 +50,38 @@ def test_steps_are_those_of_adam_in_float64():
         unbiased = (m / (1 - BETAS[0] ** (step + 1)), v / (1 - BETAS[1] ** (step + 1)))
         x = x - 0.1 * rate_at(step, 7) * unbiased[0] / (unbiased[1].sqrt() + 1e-12)
     assert torch.allclose(state.parameters["x"].detach().double(), x, atol=1e-6)
+
+
+def test_moments_in_half_precision_are_near_those_in_full_and_begin_alike():
+    full, half = run(40)[0], run(40, kept_in="half")[0]
+    assert {part[0].dtype for part in (list(half.first.values()), list(half.second.values()))} == {torch.bfloat16}
+    assert half.losses[0] == full.losses[0]
+    assert torch.allclose(half.parameters["x"], full.parameters["x"], atol=0.05)
+    assert not torch.equal(half.parameters["x"], full.parameters["x"])
+    for one, other in ((half.first, full.first), (half.second, full.second)):
+        assert torch.allclose(one["x"].float(), other["x"], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+def test_one_gradient_is_held_at_a_time_and_none_in_the_end(optimizer):
+    """A parameter that is moved before the gradient of another one is there changes none of them."""
+    held, names = [], ("a", "b", "c")
+
+    def loss(parameters, batch):
+        for name in names:
+            parameters[name].register_hook(lambda _: held.append(sum(p.grad is not None for p in parameters.values())))
+        return sum((parameters[name] - (i + 1) * TARGETS[batch]).square().sum() for i, name in enumerate(names))
+
+    tuning = Tuning("model", 5, optimizer=optimizer)
+    objective = Objective(loss, lambda p: float(p["a"].detach().square().sum()), [0, 1])
+    state = begin(objective, {name: torch.zeros(5) for name in names}, tuning)
+    optimize(objective, state, dict.fromkeys(names, 0.1), tuning, 0)
+    assert held and max(held) == 0
+    assert all(p.grad is None for p in state.parameters.values())
+    for i, name in enumerate(names):
+        alone = Objective(lambda p, b, i=i: (p["x"] - (i + 1) * TARGETS[b]).square().sum(), lambda p: 0.0, [0, 1])
+        own = optimize(alone, begin(alone, {"x": torch.zeros(5)}, tuning), {"x": 0.1}, tuning, 0)
+        assert torch.equal(own.parameters["x"], state.parameters[name])
 
 
 def test_rates_rise_over_two_percent_and_fall_as_a_cosine():
@@ -78,7 +110,7 @@ def test_steps_of_the_sign_are_those_of_the_gradient_and_stay_within_bounds(stop
             optimize(objective, state, {"x": 0.1}, tuning, 0, keep, bounds={"x": (-0.1, 0.3)})
         return state
 
-    state = go(begin(objective, {"x": torch.zeros(5)}, "sign"))
+    state = go(begin(objective, {"x": torch.zeros(5)}, tuning))
     if stop is not None:
         (tensors, numbers), stop = kept[-1], None
         state = go(State.of(tensors, numbers))
@@ -97,13 +129,14 @@ def test_every_batch_comes_once_an_epoch_in_another_order():
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
+@pytest.mark.parametrize("kept_in", ["full", "half"])
 @pytest.mark.parametrize("stop", [4, 20, 36])
-def test_a_run_that_goes_on_from_a_state_ends_with_the_same_bits(stop):
-    whole, _ = run(40)
-    _, kept = run(40, stop=stop)
+def test_a_run_that_goes_on_from_a_state_ends_with_the_same_bits(stop, kept_in):
+    whole, _ = run(40, kept_in=kept_in)
+    _, kept = run(40, stop=stop, kept_in=kept_in)
     tensors, numbers = kept[-1]
     assert numbers["step"] == stop
-    state, _ = run(40, state=State.of(tensors, numbers))
+    state, _ = run(40, state=State.of(tensors, numbers), kept_in=kept_in)
     assert state.numbers() == whole.numbers()
     assert {n: t.tolist() for n, t in state.tensors().items()} == {n: t.tolist() for n, t in whole.tensors().items()}
 
@@ -124,7 +157,7 @@ def test_the_held_out_loss_never_rises(rate):
 def test_the_start_stays_where_every_step_makes_it_worse():
     objective = quadratic()
     start = {"x": TARGETS[5].clone()}  # the best there is on what is held out
-    state = begin(objective, start)
+    state = begin(objective, start, Tuning("model", 20))
     optimize(objective, state, {"x": 0.1}, Tuning("model", 20), 0)
     assert torch.equal(state.best["x"], TARGETS[5])
     assert state.best_step == 0
@@ -149,7 +182,7 @@ def test_a_loss_that_is_not_finite_ends_at_the_best_iterate(caplog):
 
 def test_a_start_that_is_not_finite_is_refused():
     with pytest.raises(InputError, match="not finite"):
-        begin(Objective(quadratic().loss, lambda p: math.nan, [0]), {"x": torch.zeros(5)})
+        begin(Objective(quadratic().loss, lambda p: math.nan, [0]), {"x": torch.zeros(5)}, Tuning())
 
 
 def test_an_eighth_of_the_windows_is_held_out():
