@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 DEQUANTIZED = "dequantized"
-FORMATS = (DEQUANTIZED, "gptq", "gptq_v2", "compressed-tensors", "bitplane", "gguf")
-GGUF = "gguf"  # the format that is one file
-RUNTIMES = ("transformers", "gptqmodel", "vllm", "llama.cpp", "auto-gptq", "this toolkit")
+FORMATS = (DEQUANTIZED, "gptq", "gptq_v2", "compressed-tensors", "bitplane", "gguf", "mlx")
+GGUF, MLX = FORMATS[-2:]  # of one file; of names and groups of their own
+RUNTIMES = ("transformers", "gptqmodel", "vllm", "llama.cpp", "auto-gptq", "mlx-lm", "this toolkit")
 FULL_BITS = 16  # of weights and activations that are not quantized
 AUTO_GROUPS = 0  # a group size that the shapes of the model decide
 DEFAULT_CACHE = Path(os.path.expanduser("~/.cache/llm-quantizer"))  # noqa: PTH111 (~ stays where nobody has a home)

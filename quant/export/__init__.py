@@ -13,12 +13,13 @@ from quant.export.compressed_tensors import CompressedTensors
 from quant.export.formats import Content, Format, Holder
 from quant.export.gguf import Gguf
 from quant.export.gptq import Gptq
+from quant.export.mlx import Mlx
 
 __all__ = ["HOLDERS", "PACKED", "first_holding", "format_of", "refusal"]
 
 PACKED: dict[str, Format] = {f.name: f for f in (Gptq("gptq", 1), Gptq("gptq_v2", 0), CompressedTensors(), Bitplane())}
 
-HOLDERS: dict[str, Holder] = {**PACKED, **{f.name: f for f in (Gguf(),)}}  # also those that are only written
+HOLDERS: dict[str, Holder] = {**PACKED, **{f.name: f for f in (Gguf(), Mlx())}}  # also those that are only written
 
 
 def refusal(kind: str, content: Content) -> str | None:

@@ -12,10 +12,11 @@ from typing import Any
 
 from models.gguf_layout import MODEL_TYPES
 from quant.blocks.fake_quant import ActSpec
-from quant.core.names import DEQUANTIZED, FORMATS, GGUF, RUNTIMES
+from quant.core.names import DEQUANTIZED, FORMATS, GGUF, MLX, RUNTIMES
 from quant.core.types import QuantSpec
 from quant.export import PACKED, refusal
 from quant.export.formats import Content, uneven_groups
+from quant.export.mlx import MODELS as MLX_MODELS
 
 GPTQMODEL: dict[str, Any] = {
     "groups": (-1, 16, 32, 64, 128, 256, 512, 1024),
@@ -133,6 +134,7 @@ RULES = (
       for bits, needs in (((2, 3, 4), ""), ((8,), "its torch kernels: those in CUDA cut the zero points of 8 bits"))),
     Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
     *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS, models_tried=None) for name in PACKED),
+    Rule("mlx-lm", MLX, models=MLX_MODELS, tried=ALL_BITS, models_tried=("llama", "mistral"), needs="mlx>=0.26"),
     Rule("this toolkit", GGUF, tried=ALL_BITS, models_tried=None, needs="the file as --model: its weights, dequantized"),
 )  # fmt: skip
 

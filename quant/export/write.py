@@ -17,13 +17,14 @@ from models.stored import Layout
 from quant.blocks.weights import is_input_range
 from quant.core.errors import InputError
 from quant.core.files import json_sha256, sha256_of_file, write_json
-from quant.core.names import GGUF
+from quant.core.names import GGUF, MLX
 from quant.core.types import QuantizedWeight
 from quant.export import PACKED
 from quant.export.carried import about_writer, carried_config, drop_about, side_file_writer
 from quant.export.formats import Content, Layers, check_shape
 from quant.export.gguf import Gguf
 from quant.export.gguf_model import GgufModel
+from quant.export.mlx import mlx_tensors
 from quant.export.target import OWN, hashes_of, others_in, replacing
 
 TIE = "tie_word_embeddings"
@@ -60,9 +61,13 @@ def form_of(
     if kind == GGUF:
         file = GgufModel.of(model, tokenizer, stream, results)
         return Form(file.tensors, {}, about_writer(model.checkpoint.path), file.writer)
+    config = model_config(model, kind, content, layers)
+    if kind == MLX:
+        settings: dict[str, Any] = {}
+        return Form(lambda: mlx_tensors(stream(), content, settings), config | {"quantization": settings}, side_files)
     return Form(
         lambda: packed_entries(stream(), kind, content, dtype_of, layout),
-        model_config(model, kind, content, layers),
+        config,
         side_files,
     )
 
@@ -72,7 +77,7 @@ def size_of(model: LazyModel, kind: str, content: Content, layers: Layers) -> in
     width = torch.finfo(model.storage_dtype).bits
     codes = sum(model.module.get_parameter(f"{name}.weight").numel() for name in layers.quantized)
     rest = sum(parameter.numel() for parameter in model.module.parameters()) - codes
-    bits = Gguf().bits(content) if kind == GGUF else content.bits if kind in PACKED else width
+    bits = Gguf().bits(content) if kind == GGUF else content.bits if kind in (*PACKED, MLX) else width
     return int(rest * width + codes * bits) // 8
 
 
