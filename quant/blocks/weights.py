@@ -27,6 +27,7 @@ ENDINGS = {  # of names in files, by part; of the linears that read one tensor, 
     "head_matrices": ".online_heads",
     "head_clips": ".head_clips",
 }
+ONLINE_DTYPE = torch.float16  # of what is learned beside the weights, whatever the checkpoint's own
 ONLINE_PARTS = tuple(
     part for part in ENDINGS if part != "input_ranges"
 )  # what a block computes with beside its parameters

@@ -19,7 +19,7 @@ from torch import Tensor
 from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.linears import LinearRef
-from quant.blocks.weights import ONLINE_PARTS, BlockWeights
+from quant.blocks.weights import ONLINE_DTYPE, ONLINE_PARTS, BlockWeights
 from quant.core.errors import InputError
 from quant.core.grid import range_to_grid
 from quant.core.rounding import RoundTo
@@ -28,8 +28,6 @@ from quant.learn import ingredient
 from quant.learn.config import Learning
 from quant.learn.fake_quant import fake_quantize, grid_of, group_range
 from quant.learn.parametrization import Block, InputRange, Parameters, Parametrization
-
-ONLINE_DTYPE = torch.float16  # of matrices beside the weights, whatever the checkpoint's own
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,9 @@
-"""A solved block as a function of what is tuned of it: its linears, and its norms and biases if they are asked for."""
+"""A solved block as a function of what is tuned of it: its linears, and if they are asked for its norms and biases, and what
+it computes with beside its weights.
+
+Codes in code units are free of the basis that matrices in front of linears make: when those move, their readers' codes
+follow by their own gradients (FlatQuant's pairs, arXiv 2410.09426, trained to the end with the codes).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from torch import Tensor
 
 from models.load import LazyModel, Weights
 from quant.blocks.linears import LinearRef
-from quant.blocks.weights import BlockWeights
+from quant.blocks.weights import ONLINE_DTYPE, ONLINE_PARTS, BlockWeights, is_online
 from quant.core.rounding import RoundTo
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.tune.codes import Parameters, TunedLinear
@@ -21,7 +26,7 @@ LINEARS: dict[str, type[TunedLinear] | type[OffsetLinear]] = {
     "position": TunedLinear,
     "offset": OffsetLinear,
 }  # by `Tuning.form`
-SHIFT = ".shift"  # name of what is added to a norm or a bias, behind its own
+SHIFT = ".shift"  # name of what is added to a norm, a bias, a matrix or a clip, behind its own
 
 
 class TunedBlock:
@@ -54,11 +59,13 @@ class TunedBlock:
         }
         solved_names = {LinearRef.of_module(name).parameter for name in solved}
         own = {name for name, _ in model.blocks[index].named_parameters()}
-        self.moving = [
-            name
+        self.moving = {
+            name: tensor
             for name, tensor in weights.parameters.items()
             if tuning.norms and name in own - solved_names and tensor.is_floating_point()
-        ]
+        }
+        if tuning.online:
+            self.moving |= BlockWeights(**{part: getattr(weights, part) for part in ONLINE_PARTS}).named()
         self.names = [name + key for name, linear in self.linears.items() for key in linear.keys]
         self.names += [name + SHIFT for name in self.moving]
 
@@ -67,9 +74,7 @@ class TunedBlock:
         parameters = {
             name + key: tensor for name, linear in self.linears.items() for key, tensor in linear.initial().items()
         }
-        return parameters | {
-            name + SHIFT: torch.zeros_like(self.weights.parameters[name]).float() for name in self.moving
-        }
+        return parameters | {name + SHIFT: torch.zeros_like(own).float() for name, own in self.moving.items()}
 
     def rates(self) -> dict[str, float]:
         """The rate of every parameter."""
@@ -101,16 +106,16 @@ class TunedBlock:
         moved = self._moved(parameters)
         for name, linear in self.linears.items():
             moved[LinearRef.of_module(name).parameter] = linear.weight(self._of(name, parameters))
-        return self.weights.with_parameters(
+        return self.weights | BlockWeights.from_named(
             {name: RoundTo.apply(t, self._storage(name)).to(self.model.dtype) for name, t in moved.items()}
         )
 
     def _moved(self, parameters: Mapping[str, Tensor]) -> Weights:
-        """Norms and biases with what is added to them, float32."""
-        return {name: self.weights.parameters[name].float() + parameters[name + SHIFT] for name in self.moving}
+        """Norms, biases, matrices and clips with what is added to them, float32."""
+        return {name: own.float() + parameters[name + SHIFT] for name, own in self.moving.items()}
 
     def _storage(self, name: str) -> torch.dtype:
-        return self.model.storage_of(name, self.index)
+        return ONLINE_DTYPE if is_online(name) else self.model.storage_of(name, self.index)
 
     def answers(self, parameters: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
         """The linears' answers at these parameters."""
@@ -119,4 +124,4 @@ class TunedBlock:
     @torch.no_grad()
     def changes_at(self, parameters: Mapping[str, Tensor]) -> BlockWeights:
         """What is deployed otherwise than before besides the linears, as the checkpoint holds it."""
-        return BlockWeights({name: t.to(self._storage(name)) for name, t in self._moved(parameters).items()})
+        return BlockWeights.from_named({name: t.to(self._storage(name)) for name, t in self._moved(parameters).items()})

@@ -21,6 +21,7 @@ LATER = (
     "recompute",
     "window",
     "state",
+    "online",
 )  # fields that earlier runs have not: they count where they differ
 BATCH, HELD_OUT = 8, 64  # windows of a step; held-out windows at most
 
@@ -39,6 +40,7 @@ class Tuning:
     last: what the last block, or window, of a model is tuned for where blocks are: its own output (``mse``), the divergence of the
     model's logits (``kl``), or the language loss (``lm``, as AutoRound's second version may). recompute: blocks keep their
     inputs alone for the backward pass. state: what Adam's moments are kept in, float32 (``full``) or bfloat16 (``half``).
+    online: matrices and clips that a block computes with beside its weights move too.
     """
 
     scope: str = "block"
@@ -53,6 +55,7 @@ class Tuning:
     recompute: bool = False
     window: int = 1
     state: str = STATES[0]
+    online: bool = False
 
     def __post_init__(self) -> None:
         if self.scope not in TUNING_SCOPES:
