@@ -166,6 +166,15 @@ def same_codes(first: QuantizedWeight, second: QuantizedWeight) -> bool:
     return all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)
 
 
+def streamed_logits(model: LazyModel, ids: Tensor) -> Tensor:
+    """Logits [n, T, vocabulary] of windows as every run reads a model: outside weights, then block by block."""
+    outside = model.outside_weights(CPU)
+    stream = BlockStream(model, ids, device=CPU, batch=len(ids)).capture(outside)
+    for index in range(len(model.blocks)):
+        stream.run(index, BlockWeights.read(model, index, CPU), advance=True)
+    return stream.logits(slice(0, len(ids)), outside)
+
+
 def whole_model_logits(
     model: LazyModel, weights: BlockWeights, ids: torch.Tensor, act: ActSpec | None = None
 ) -> Tensor:

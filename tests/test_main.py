@@ -170,6 +170,20 @@ def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_pat
     ("flags", "says"),
     [
         ("--epochs 5", "nothing to learn: give --lwc, --let"),
+        ("--epochs 0 --whole_model 5", "--whole_model 5 with nothing to learn: give --lwc, --let or both"),
+        ("--lwc --whole_model -1", "--whole_model -1: use 0 or more"),
+        (
+            "--epochs 0 --wbits 16 --rotate vo --rotate-steps 5",
+            "--rotate-steps learns for what is quantized: give --wbits",
+        ),
+        (
+            "--epochs 0 --rotate-steps 5",
+            "--rotate-steps learns the rotations of the stream and of values: give --rotate",
+        ),
+        (
+            "--epochs 0 --rotate qk,down --rotate-steps 5",
+            "--rotate-steps learns the rotations of the stream and of values",
+        ),
         ("--use_matrix --lwc", "--use_matrix and --use_ln_matrix need --let"),
         (
             "--let --use_ln_matrix --save_dir out",

@@ -270,6 +270,10 @@ QUANTIZED_FLAGS = (
          metavar="A,B", value=rotations),
     Flag("rotation.seed", same_name("--rotate-seed"), "of the random matrices (default: 0)", WHAT, type=int,
          valid=AT_LEAST_0, most=MOST_SEED, metavar="N", value=lambda given: given or 0),
+    Flag("rotation.steps", same_name("--rotate-steps"),
+         "N steps that learn the rotations of --rotate residual and vo, from the random ones, on the logits of the whole model "
+         "with weights and activations rounded (SpinQuant); the model must fit in memory: 200 are a good number (default: 0)",
+         WHAT, type=int, valid=AT_LEAST_0, metavar="N", value=lambda given: given or 0),
     Flag("num_layers", {QUANTIZER: "--num-layers-to-quantize"}, "only the first N blocks", WHAT, 1000, int, AT_LEAST_1,
          metavar="N"),
 )  # fmt: skip
@@ -310,6 +314,10 @@ LEARNED_FLAGS = (
     Flag("learning.lwc_lr", {LEARNER: "--lwc_lr"}, "rate of clips (default: 1e-2)", LEARNING, 1e-2, float, RATE),
     Flag("learning.weight_decay", {LEARNER: "--wd"}, "weight decay (default: 0)", LEARNING, 0.0, float,
          Valid(lambda x: 0 <= x < math.inf, ": use 0 or a positive number")),
+    Flag("learning.together", {LEARNER: "--whole_model"},
+         "behind the epochs, N steps that train what was learned of all blocks together on the logits of the whole model, "
+         "which must fit in memory: 400 are a good number, on a thousand windows; the solver comes after them (default: 0)",
+         LEARNING, 0, int, AT_LEAST_0, metavar="N"),
     Flag("learning.augmented", {LEARNER: "--aug_loss"}, "also match the full-precision block on quantized inputs",
          LEARNING, type=bool),
     Flag("learning.patience", {LEARNER: "--patience"}, "stop a block after N epochs without a better loss", LEARNING, 0,

@@ -146,6 +146,13 @@ def rotation_rules(args: argparse.Namespace) -> Rules:
         yield kind not in ROTATIONS, f"--rotate {kind}: use {', '.join(ROTATIONS)} or all"
     yield args.rotate is not None and not rotations(args.rotate), f"--rotate: use {', '.join(ROTATIONS)} or all"
     yield args.rotate is None and args.rotate_seed is not None, "--rotate-seed: give --rotate too"
+    yield (
+        bool(args.rotate_steps) and not {"residual", "vo"} & set(rotations(args.rotate)),
+        "--rotate-steps learns the rotations of the stream and of values: give --rotate residual,vo, or all",
+    )
+    bits = [args.wbits, getattr(args, "abits", None), getattr(args, "kvbits", None)]
+    stays = min(b or FULL_BITS for b in bits) == FULL_BITS and getattr(args, "avg_bits", None) is None
+    yield bool(args.rotate_steps) and stays, "--rotate-steps learns for what is quantized: give --wbits 1 to 8"
 
 
 def block_rules(args: argparse.Namespace) -> Rules:
@@ -184,6 +191,10 @@ def learning_rules(args: argparse.Namespace) -> Rules:
     yield (
         args.epochs > 0 and args.method != AUTOROUND and not (args.lwc or args.let),
         f"--epochs {args.epochs} with nothing to learn: give --lwc, --let or both, or --epochs 0",
+    )
+    yield (
+        args.whole_model > 0 and not (args.lwc or args.let),
+        f"--whole_model {args.whole_model} with nothing to learn: give --lwc, --let or both",
     )
     yield (
         args.resume is not None and not (args.lwc or args.let),

@@ -42,7 +42,8 @@ class Learning:
     augmented: the loss also asks for the full-precision block's answer to the quantized prefix (``--aug_loss``).
     distribution, attention: ABQ-LLM's log-cosine and attention terms. patience: epochs without a better loss after
     which a block is done; 0 trains them all. decay: the rates fall by a cosine to a thousandth. extra_ingredients,
-    extra_terms: registered ones without a field here.
+    extra_terms: registered ones without a field here. together: steps that all blocks are trained together afterwards,
+    on the logits of the whole model.
     """
 
     transform: TransformSpec = field(default_factory=TransformSpec)
@@ -60,6 +61,7 @@ class Learning:
     extra_ingredients: tuple[str, ...] = ()
     extra_terms: tuple[str, ...] = ()
     decay: bool = False
+    together: int = 0
 
     def __post_init__(self) -> None:  # from JSON they come as lists
         for name in ("extra_ingredients", "extra_terms"):
@@ -67,7 +69,12 @@ class Learning:
 
     def to_json(self) -> dict[str, Any]:
         """What a run's configuration holds, and hashes, of it."""
-        extra = ("extra_ingredients", "extra_terms", "decay")  # absent in runs that were made before there were any
+        extra = (
+            "extra_ingredients",
+            "extra_terms",
+            "decay",
+            "together",
+        )  # absent in runs that were made before there were any
         return {k: v for k, v in asdict(self).items() if v or k not in extra}
 
     @property
@@ -100,11 +107,13 @@ class Rotation:
 
     kinds: ``residual`` (the stream between the blocks), ``vo`` (values and what the output projection reads, every head of
     keys and values by itself), ``qk`` (queries and keys behind rotary embedding, as the model runs), ``down`` (what the last linear of
-    a block reads, as the model runs).
+    a block reads, as the model runs). steps: in which those of ``residual`` and ``vo`` are learned from there, on the logits
+    of the whole quantized model (SpinQuant, Liu et al. 2024, arXiv 2405.16406).
     """
 
     kinds: tuple[str, ...] = ROTATIONS
     seed: int = 0
+    steps: int = 0
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -113,6 +122,10 @@ class Rotation:
         object.__setattr__(
             self, "kinds", tuple(kind for kind in ROTATIONS if kind in self.kinds)
         )  # one order, one name
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run's configuration holds, and hashes, of it: steps that earlier runs have not, where there are any."""
+        return {name: value for name, value in asdict(self).items() if value or name != "steps"}
 
     @property
     def online(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from quant.learn.config import Learning
 from quant.learn.learner import LearnedBlock, Learner
 from quant.learn.losses import BlockLoss, watches_attention
 from quant.learn.parametrization import InputRange, Parameters
+from quant.learn.together import any_ranges
 
 log = logging.getLogger(__name__)
 LEAST_RATE = 1e-3  # of the rate at the start, where it falls (FlatQuant's code)
@@ -73,9 +74,7 @@ def learned_before(
     parameters: Parameters,
 ) -> LearnedBlock:
     """Block ``index`` as `learn_block` left it with these parameters. exact: as there."""
-    shapes = model.linear_shapes()
-    any_inputs = {name: InputRange(torch.ones(n), torch.zeros(n)) for name, (_, n) in shapes.items()}  # of a start only
-    return Learner(model, index, exact, spec, act, learning, any_inputs, parameters).finish(parameters, {})
+    return Learner(model, index, exact, spec, act, learning, any_ranges(model), parameters).finish(parameters, {})
 
 
 def train(

@@ -4,6 +4,7 @@ QuaRot (Ashkboos et al. 2024, arXiv 2404.00456, section 4). ``residual``: norms'
 stream is x' = x Q. ``vo``: values of every head of keys and values are v H, and the output projection takes H back.
 ``qk``: queries and keys are q R and k R where attention multiplies them, behind rotary embedding. ``down``: the last linear of
 a block reads x (H1 ⊗ H2), and its weight takes that back. What no weight holds is a tensor of its own in every block.
+Matrices of the stream and of values may be learned ones (`quant.learn.spin`), given by name.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ from models.load import LazyModel, Weights, build_meta
 from quant.blocks.weights import ENDINGS, BlockWeights
 from quant.core.errors import InputError
 from quant.core.hadamard import kronecker_sizes, random_hadamard, seeded
+from quant.core.names import ONLINE_ROTATIONS
 from quant.learn.affine import Affine, apply_online, rewrite, rotate
 from quant.learn.config import Rotation
+
+Matrices = Mapping[str, Tensor]
+RESIDUAL, VALUES = (
+    "residual",
+    ".vo",
+)  # names: Q [hidden, hidden], and behind the number of a block [heads, d, d] of values
 
 
 def check_rotation(family: ModelFamily, config: Any, rotation: Rotation) -> None:
@@ -52,10 +60,16 @@ def untied(config: Any) -> Any:
     return config
 
 
-def rotated(model: LazyModel, rotation: Rotation, device: torch.device, trust_remote_code: bool = False) -> LazyModel:
+def rotated(
+    model: LazyModel,
+    rotation: Rotation,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    matrices: Matrices | None = None,
+) -> LazyModel:
     """The model with everything rotated that is asked for; of a rotated stream the head is not tied. device: where the
-    products are computed, in float32 at least; tensors keep the dtype that they are stored in. Raises InputError where
-    `check_rotation` does."""
+    products are computed, in float32 at least; tensors keep the dtype that they are stored in. matrices: learned ones, in the
+    place of those of the seed. Raises InputError where `check_rotation` does."""
     check_rotation(model.family, model.config, rotation)
     config, module, storage = model.config, model.module, dict(model.storage)
     ties: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
@@ -66,24 +80,38 @@ def rotated(model: LazyModel, rotation: Rotation, device: torch.device, trust_re
         keys |= {tied: keys[source] for tied, source in ties.items()}
         storage |= {tied: storage[source] for tied, source in ties.items()}
     rewriting = Rewriting.of(model, config, rotation, device)
+    if matrices is not None:
+        rewriting = rewriting.with_matrices(matrices)
     checkpoint = RotatedCheckpoint(model.checkpoint, keys, rewriting, len(model.blocks))
     return replace(model, config=config, module=module, checkpoint=checkpoint, storage=storage)
 
 
+def random_matrices(model: LazyModel, rotation: Rotation) -> Matrices:
+    """The random Hadamard matrices of a rotation's seed, float64, by name: those of all blocks are alike."""
+    matrices: dict[str, Tensor] = {}
+    if "residual" in rotation.kinds:
+        matrices[RESIDUAL] = random_hadamard(model.config.hidden_size, seeded(rotation.seed, "residual"))
+    if "vo" in rotation.kinds:
+        (heads, size), generator = model.family.heads(model.config).v[1].shape, seeded(rotation.seed, "vo")
+        of_values = torch.stack([random_hadamard(size, generator) for _ in range(heads)])
+        matrices |= {f"{index}{VALUES}": of_values for index in range(len(model.blocks))}
+    return matrices
+
+
 @dataclass(frozen=True)
 class Rewriting:
-    """What becomes of the tensors of a model. blocks: path of the list of blocks; matrix: Q of the stream, and the norm
-    offset of the family; inside: what is folded at seams of every block; down: a linear with H1 and H2 in front of it; online:
-    further tensors of a block, in the dtype of the files. device, dtype: of the products."""
+    """What becomes of the tensors of a model. blocks: path of the list of blocks; matrices: of the stream and of the values of
+    every block; the norm offset of the family; inside: where those of values are folded; down: a linear with H1 and H2 in
+    front of it; online: further tensors of a block, in the dtype of the files. device, dtype: of the products."""
 
     blocks: str
     layout: HeadLayout
     device: torch.device
     dtype: torch.dtype
     stream: ResidualStream | None = None
-    matrix: Tensor | None = None
+    matrices: Matrices = field(default_factory=dict)
     norm_offset: float = 0.0
-    inside: tuple[tuple[Seam, Affine], ...] = ()
+    inside: tuple[Seam, ...] = ()
     down: tuple[str, Tensor, Tensor] | None = None
     online: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -92,19 +120,17 @@ class Rewriting:
         """That of a rotation, with its matrices made of its seed. config: the model's, its head not tied any more."""
         family, layout = model.family, model.family.heads(config)
         dtype = torch.float64 if torch.float64 in model.storage.values() else torch.float32
-        generators = {kind: seeded(rotation.seed, kind) for kind in rotation.kinds}
+        generators = {kind: seeded(rotation.seed, kind) for kind in ONLINE_ROTATIONS}
 
         def matrix(kind: str, n: int) -> Tensor:
             return random_hadamard(n, generators[kind]).to(device, dtype)
 
         new = cls(family.blocks, layout.to(device), device, dtype, norm_offset=family.norm_offset)
         if "residual" in rotation.kinds:
-            stream = residual_stream(family, config)
-            new = replace(new, stream=stream, matrix=matrix("residual", config.hidden_size))
+            new = replace(new, stream=residual_stream(family, config))
         if "vo" in rotation.kinds:
-            heads, size = layout.v[1].shape
-            folded = Affine(torch.stack([matrix("vo", size) for _ in range(heads)]).mT, orthogonal=True)
-            new = replace(new, inside=tuple((seam, folded) for seam in family.seams(config) if seam.kind == "vo"))
+            new = replace(new, inside=tuple(seam for seam in family.seams(config) if seam.kind == "vo"))
+        new = new.with_matrices(random_matrices(model, rotation))
         if "qk" in rotation.kinds:
             attention = layout.k[0].rpartition(".")[0] + ENDINGS["head_matrices"]
             new = replace(new, online={attention: matrix("qk", layout.k[1].shape[1]).to(model.storage_dtype)})
@@ -117,21 +143,27 @@ class Rewriting:
             new = replace(new, down=(linear, left, right), online={**new.online, **parts})
         return new
 
+    def with_matrices(self, matrices: Matrices) -> Rewriting:
+        """The same with other rotations of the stream and of values."""
+        return replace(self, matrices={name: m.to(self.device, self.dtype) for name, m in matrices.items()})
+
     def norms_of(self, module: str) -> list[str]:
         """Norms whose weights go into a module."""
         seams = () if self.stream is None else self.stream.norms
         return [norm for seam in seams if module in seam.consumers for norm in seam.producers]
 
-    def apply(self, weights: Weights, outside: bool) -> Weights:
-        """Some parameters of a block, or of those outside, rewritten; norms that they read are among them."""
+    def apply(self, weights: Weights, block: int | None) -> Weights:
+        """Some parameters of a block, or of those outside (None), rewritten; norms that they read are among them. Gradients
+        reach the matrices."""
+        outside = block is None
         weights = {name: tensor.to(self.device, self.dtype) for name, tensor in weights.items()}
         if self.stream is not None:
-            assert self.matrix is not None
             norms = tuple(_within(seam, weights) for seam in self.stream.norms)
             stream = ResidualStream(_within(self.stream.seam, weights), norms)
-            weights = rotate(weights, stream, self.layout, self.matrix, self.norm_offset, outside)
-        for seam, affine in () if outside else self.inside:
-            weights = rewrite(weights, _within(seam, weights), self.layout, affine)
+            weights = rotate(weights, stream, self.layout, self.matrices[RESIDUAL], self.norm_offset, outside)
+        for seam in () if outside else self.inside:
+            folded = Affine(self.matrices[f"{block}{VALUES}"].mT, orthogonal=True)
+            weights = rewrite(weights, _within(seam, weights), self.layout, folded)
         if self.down is not None and f"{self.down[0]}.weight" in weights:
             linear, left, right = self.down
             weights = apply_online(BlockWeights(weights), (linear,), left, right).parameters
@@ -186,24 +218,24 @@ class RotatedCheckpoint(Checkpoint):
             return self._online[name].cpu().clone()  # every block's own: files hold no tensor twice
         if name not in self._names:
             return self.base.read(name)
-        prefix, parameter = self._split(self._names[name])
+        prefix, parameter, block = self._split(self._names[name])
         module = parameter.rpartition(".")[0]
         needed = [parameter, *(f"{norm}.weight" for norm in self.rewriting.norms_of(module))]
         read = {one: self.base.read(self._keys[prefix + one]) for one in dict.fromkeys(needed)}
-        changed = self.rewriting.apply(read, outside=not prefix)[parameter]
+        changed = self.rewriting.apply(read, block)[parameter]
         return changed.to(self.dtype_of(name)).cpu()
 
     def sha256(self) -> str:
         """Hash of the files."""
         return self.base.sha256()
 
-    def _split(self, parameter: str) -> tuple[str, str]:
-        """The prefix of the block that a parameter is in, and its name there; no prefix outside."""
+    def _split(self, parameter: str) -> tuple[str, str, int | None]:
+        """The prefix of the block that a parameter is in, its name there, and the block's number; neither outside."""
         inside = f"{self.rewriting.blocks}."
         if not parameter.startswith(inside):
-            return "", parameter
+            return "", parameter, None
         index, _, name = parameter.removeprefix(inside).partition(".")
-        return f"{inside}{index}.", name
+        return f"{inside}{index}.", name, int(index)
 
     def _key(self, name: str) -> str:
         """The key in the files of a tensor here."""

@@ -26,7 +26,8 @@ class SessionConfig:
     """What is opened once, for several runs: model, data to evaluate on, machine. Runs with equal ones share a session.
 
     Paths are as given. biases: the runs need biases that the model may not have (a shift ends in them). evaluates: no run
-    quantizes, so that the model may be a quantized checkpoint. rotated: what the runs rotate of the model. deterministic: on CUDA, only deterministic algorithms.
+    quantizes, so that the model may be a quantized checkpoint. rotated: what the runs rotate of the model; rotated_for: what of the runs learned rotations
+    depend on. deterministic: on CUDA, only deterministic algorithms.
     """
 
     model: str
@@ -49,6 +50,7 @@ class SessionConfig:
     biases: bool = False
     evaluates: bool = False
     rotated: Rotation | None = None
+    rotated_for: RunConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,14 @@ class RunConfig:
     def shifts(self) -> bool:
         """Whether something is learned that ends in biases."""
         return self.learning is not None and self.learning.transform.shift
+
+    @property
+    def of_rotation(self) -> RunConfig | None:
+        """What learned rotations depend on: calibration, and what is quantized to how many bits; None where none are learned."""
+        if self.rotation is None or not self.rotation.steps:
+            return None
+        names = ("dataset", "seed", "nsamples", "wbits", "group_size", "symmetric", "levels", "act", "rotation")
+        return RunConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def gradient_labels(self) -> Labels | None:

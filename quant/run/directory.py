@@ -45,8 +45,10 @@ Record = dict[str, Any]
 SCHEMA = 1
 LOCK = "run.lock"
 TUNING = "tuning.safetensors"  # where tuning the model stands
+LEARNING = "learning.safetensors"  # where learning of all blocks together stands
+ROTATION = "rotation.safetensors"  # learned rotations of the model that the run is of
 PLAN = "bits.json"  # widths of the linears of a run with mixed bits
-OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD, TUNING, PLAN)
+OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD, TUNING, LEARNING, ROTATION, PLAN)
 BLOCK_FILE = re.compile(r"[0-9]{5,}\.safetensors")
 CHANGED, LEARNED = "changed/", "learned/"  # prefixes of a block file's other tensors
 
@@ -153,7 +155,7 @@ class RunDirectory:
         name = temporary["name"] if temporary else file.name
         if file.parent == self.blocks:
             return BLOCK_FILE.fullmatch(name) is not None and (temporary is not None or _is_block(file))
-        if name == TUNING:
+        if name in (TUNING, LEARNING):
             return temporary is not None or _is_state(file)
         if name in OWN_FILES:
             return True
@@ -170,8 +172,15 @@ class RunDirectory:
 
     def drop_tuning(self) -> None:
         """Delete where tuning stood, once nothing is left of it."""
-        if _is_state(self.path / TUNING):
-            unlink_all([self.path / TUNING])
+        self._drop(TUNING)
+
+    def drop_learning(self) -> None:
+        """Delete where learning of all blocks together stood, once every block is solved with what came out of it."""
+        self._drop(LEARNING)
+
+    def _drop(self, state: str) -> None:
+        if _is_state(self.path / state):
+            unlink_all([self.path / state])
 
     def check_links(self) -> None:
         """Raise InputError where a name of a run's files is a link: writing there would write somewhere else."""
@@ -319,7 +328,7 @@ def _is_block(path: Path) -> bool:
 
 
 def _is_state(path: Path) -> bool:
-    """Whether a file holds where tuning stands."""
+    """Whether a file holds where tuning, or learning, stands."""
     try:
         return _holds(path, {"tuning"})
     except (SafetensorError, OSError):

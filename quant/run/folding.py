@@ -48,8 +48,13 @@ def fold_block(stream: BlockStream, index: int, weights: BlockWeights) -> Learne
 
 def folded_before(model: LazyModel, target: RunDirectory, index: int, weights: BlockWeights) -> BlockWeights:
     """The weights that a finished block was learned or solved from: with the scales that its file keeps, if any."""
-    folded = _folded(model, index, weights, target.read_learned(index))
+    folded = folded_again(model, target, index, weights)
     return weights if folded is None else folded.weights
+
+
+def folded_again(model: LazyModel, target: RunDirectory, index: int, weights: BlockWeights) -> LearnedBlock | None:
+    """A finished block with the scales that its file keeps; None where it keeps none."""
+    return _folded(model, index, weights, target.read_learned(index))
 
 
 def _folded(model: LazyModel, index: int, weights: BlockWeights, parameters: Parameters) -> LearnedBlock | None:

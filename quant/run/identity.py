@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.core.files import json_sha256
+from quant.learn.config import Rotation
 from quant.run.config import BY_WHAT_IT_NAMES, DECIDES_CODES, WHERE_IT_DIFFERS, Output, RunConfig
 from quant.run.directory import Record
 from quant.run.inputs import Inputs
@@ -51,7 +52,7 @@ def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
 
 
 def _plain(value: Any) -> Any:
-    return value.to_json() if isinstance(value, Tuning) else asdict(value)
+    return value.to_json() if isinstance(value, Tuning | Rotation) else asdict(value)
 
 
 def _file_digest(path: Path | None) -> str | None:

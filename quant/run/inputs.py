@@ -29,7 +29,7 @@ from quant.evaluate.tasks import Tasks, check_tasks, open_tasks
 from quant.export.formats import Content
 from quant.export.gguf_model import check_model
 from quant.export.read import open_checkpoint
-from quant.learn.rotation import rotated
+from quant.learn.rotation import check_rotation, rotated
 from quant.learn.transforms import check_seams
 from quant.run.bias import check_biases
 from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfig
@@ -37,10 +37,11 @@ from quant.run.content import candidate_widths, check_format, content_of, spec_o
 from quant.run.folding import check_turned
 from quant.run.quantize import Recipe, check_options
 from quant.run.request import cache_place, places_read
+from quant.run.rotating import LearnedRotation, SpinTask, learned_rotation
 from quant.run.saliency import check_saliency
 from quant.run.writing import author_of
 from quant.solvers import declaration_for, get_solver
-from quant.tune.limits import check_tuning
+from quant.tune.limits import check_tuning, recomputes
 
 
 class Inputs:
@@ -50,7 +51,7 @@ class Inputs:
     """
 
     def __init__(self, config: SessionConfig) -> None:
-        started = time.perf_counter()
+        started, self.load_seconds = time.perf_counter(), 0.0
         check_places(places_read(config), [cache_place(config.cache_dir)])
         self.config = config
         if config.deterministic:
@@ -58,7 +59,8 @@ class Inputs:
         self.device = env.pick_device(config.device)
         env.reset_peak(self.device)
         self.original = self._open_model()
-        self.model = self._rotated(self.original)
+        self.model = self.original
+        self.rotation: LearnedRotation | None = None
         self.act: ActSpec = getattr(
             self.model.checkpoint, "act", ActSpec()
         )  # of a checkpoint that is quantized already
@@ -80,6 +82,7 @@ class Inputs:
             )
             check_tasks(self.tasks, self.tokenizer, self.model)
         self.model_sha256 = self.model.checkpoint.sha256()
+        self._rotate()
         self.load_seconds = time.perf_counter() - started
         self.load_peak = env.peak_bytes(self.device)
 
@@ -95,9 +98,20 @@ class Inputs:
             opener=open_checkpoint if config.evaluates else None,
         )
 
-    def _rotated(self, model: LazyModel) -> LazyModel:
-        rotation = self.config.rotated
-        return rotated(model, rotation, self.device, self.config.trust_remote_code) if rotation else model
+    def _rotate(self) -> None:
+        """Put the rotated model in the place of the original, with learned matrices where they are asked for."""
+        config, run = self.config, self.config.rotated_for
+        if config.rotated is None:
+            return
+        check_rotation(self.original.family, self.original.config, config.rotated)
+        if run is not None and config.rotated.steps:
+            tokens, spec = self.calibration(run), spec_of(run, self.original.linear_shapes())
+            recomputes(self.original, len(tokens.ids), self.seqlen, self.device, "--rotate-steps")
+            key = (self.model_sha256, tokens.sha256)
+            task = SpinTask(config.rotated, spec, run.act, tokens.ids, run.seed, key)
+            self.rotation = learned_rotation(self.original, task, self.device, config.calib_batch, config.cache_dir)
+        matrices = None if self.rotation is None else self.rotation.matrices
+        self.model = rotated(self.original, config.rotated, self.device, config.trust_remote_code, matrices)
 
     def _open_evaluation(self) -> dict[str, Tokens]:
         """The tokens of every corpus to evaluate on, by its name."""
@@ -132,12 +146,15 @@ class Inputs:
 
     def recipe(self, run: RunConfig) -> Recipe:
         """The recipe of a run, checked against what was opened and against the model's shapes."""
-        if self.config.evaluates or (run.shifts and not self.config.biases) or run.rotation != self.config.rotated:
+        turned, wanted = (self.config.rotated, self.config.rotated_for), (run.rotation, run.of_rotation)
+        if self.config.evaluates or (run.shifts and not self.config.biases) or turned != wanted:
             raise InputError(
                 f"{self.config.model} was opened for other runs, not for {run.method}: open it again for that"
             )
         if run.learning is not None:
             check_seams(self.model.family, self.model.config, run.learning.transform)
+            if run.learning.together:
+                recomputes(self.model, len(self.calibration(run).ids), self.seqlen, self.device)
         check_turned(self.model, run)
         if run.bias_correction:
             check_biases(self.model)

@@ -17,7 +17,7 @@ from quant.core.places import check_places
 from quant.export.carried import names_written
 from quant.export.target import check_names, check_target, settle
 from quant.run.config import Output, RunConfig
-from quant.run.directory import BlockSummary, Record, RunDirectory
+from quant.run.directory import ROTATION, BlockSummary, Record, RunDirectory
 from quant.run.finished import read_results
 from quant.run.identity import configuration_of, evaluation_of, path_of
 from quant.run.inputs import Inputs
@@ -25,6 +25,7 @@ from quant.run.quantize import Recipe
 from quant.run.request import Request, cache_place, places_read, places_written
 from quant.run.results import is_saved, manifest_of
 from quant.run.resume import check_ranges
+from quant.run.rotating import keep_rotation
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def _open_job(inputs: Inputs, run: RunConfig, output: Output, held: ExitStack, t
     manifest = manifest_of(request, configuration, inputs.model, inputs.device, calibration, evaluated)
     held.enter_context(target.hold())
     others = target.open(manifest, output.overwrite)
+    keep_rotation(target.path / ROTATION, inputs.rotation)
     stay += others if output.overwrite else []
     if stay:
         log.warning("these are not of a run or checkpoint of this toolkit and stay: %s", ", ".join(map(str, stay)))

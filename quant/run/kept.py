@@ -1,4 +1,4 @@
-"""Where tuning stands, kept in the run directory (tuning.safetensors), so that a run that was killed goes on."""
+"""Where tuning, or learning of all blocks together, stands, kept in the run directory, so that a run that was killed goes on."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ KEEP_SECONDS = 60.0  # between states of a block that are kept: those of a large
 @dataclass
 class Kept:
     """The file. solved: hashes of the codes that are tuned; None where some are replaced already. rarely: a state
-    is written only where the last one is KEEP_SECONDS old (which states are there changes no bit)."""
+    is written only where the last one is KEEP_SECONDS old (which states are there changes no bit). file: its name; what: that goes
+    on from it."""
 
     target: RunDirectory
     solved: str | None
     seconds: float = 0.0
     rarely: bool = False
+    file: str = TUNING
+    what: str = "tuning"
 
     def __post_init__(self) -> None:
-        self.started, self.path = time.perf_counter(), self.target.path / TUNING
+        self.started, self.path = time.perf_counter(), self.target.path / self.file
         self.written = self.started
 
     def write(self, state: State) -> None:
@@ -59,12 +62,12 @@ class Kept:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             state, self.seconds = State.of(tensors, numbers), float(numbers["seconds"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.path} is damaged ({error}); delete it, and tuning begins again") from error
+            raise InputError(f"{self.path} is damaged ({error}); delete it, and {self.what} begins again") from error
         if not of_others and self.solved != numbers["solved"]:
             self.seconds = 0.0
             return None, 0.0
         if self.solved not in (None, numbers["solved"]):
             raise InputError(
-                f"{self.path} belongs to other codes than those beside it; delete it, and tuning begins again"
+                f"{self.path} belongs to other codes than those beside it; delete it, and {self.what} begins again"
             )
         return state, self.seconds

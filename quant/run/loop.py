@@ -17,9 +17,10 @@ from quant.run.allocation import planned
 from quant.run.calibration import calibration_stream, shortage
 from quant.run.config import RunConfig
 from quant.run.directory import BlockSummary, Record, RunDirectory
-from quant.run.folding import exact_behind, exact_weights, fold_block, folded_before, learned_behind
+from quant.run.folding import exact_behind, exact_weights, fold_block, folded_again, folded_before, learned_behind
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress, measure
+from quant.run.learning import Taught, Together, finished, learn_model, one_by_one
 from quant.run.linear import LinearRecord
 from quant.run.observe import original_beside
 from quant.run.quantize import compare_block, deploy, quantize_block
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 def quantize(inputs: Inputs, job: Job, progress: Progress) -> None:
     """Every block that the job quantizes is in its run directory afterwards."""
     with measure(inputs.device, [job], "quantize") as spent:
-        job.blocks = _quantize_blocks(inputs, job, progress) if job.recipe else []
+        job.blocks = _solved(inputs, job, progress) if job.recipe else []
         if job.tunes("model"):
             job.blocks = tune_model(inputs, job, progress)
         elif job.recipe and job.run.tuning:
@@ -42,10 +43,25 @@ def quantize(inputs: Inputs, job: Job, progress: Progress) -> None:
     job.seconds = spent["quantize"]
 
 
-def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[BlockSummary]:
-    """Solve the blocks that are not on disk yet; finished ones only carry the calibration samples forward."""
+def _solved(inputs: Inputs, job: Job, progress: Progress) -> list[BlockSummary]:
+    """Every block learned, where that is asked for, and solved."""
+    target, learning = job.target, job.run.learning
+    if learning is None or not learning.together:
+        return _quantize_blocks(inputs, job, progress)
+    if finished(target.finished_blocks()) < job.n_blocks:
+        _quantize_blocks(inputs, one_by_one(job), progress)
+        _quantize_blocks(inputs, job, progress, learn_model(inputs, job, progress))
+    target.drop_learning()
+    return target.finished_blocks()
+
+
+def _quantize_blocks(
+    inputs: Inputs, job: Job, progress: Progress, together: Together | None = None
+) -> list[BlockSummary]:
+    """Solve the blocks that are not on disk yet; finished ones only carry the calibration samples forward. together: what
+    all blocks learned, with which they are solved."""
     target, n_blocks = job.target, job.n_blocks
-    summaries = target.finished_blocks()
+    summaries = target.finished_blocks()[: None if together is None else together.done]
     if len(summaries) == n_blocks:
         progress("quantize", n_blocks, n_blocks, "finished before")
         return summaries
@@ -57,7 +73,7 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
     if (short := shortage(job.run, inputs.model.linear_shapes(), inputs.seqlen)) is not None:
         log.warning("%s", short)
     tokens = token_weights(stream, job.run, n_blocks, progress)
-    pair = _Pair(inputs, stream, job, progress) if recipe.learning else None
+    learner = _learner(inputs, stream, job, progress, together)
     full = original_beside(stream) if recipe.asks_for_original else None
     tuner = None if job.tunes("model") else tuner_of(inputs, stream, job, progress, full)
     for index in range(n_blocks):
@@ -66,17 +82,17 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
             note = "from disk"
             stream.run(index, read_block(inputs.model, target, index, weights), advance=True, act=act)
             weights = folded_before(inputs.model, target, index, weights)
-            if pair is not None:
-                pair.full.run(index, weights, advance=True)
+            if learner is not None:
+                learner.pass_on(index, weights)
             if tuner is not None:
                 tuner.pass_on(index, weights)
         else:
             before, started = dict(stream.seconds), time.perf_counter()
-            learned = fold_block(stream, index, weights) if job.run.column_scales else None
+            learned = _folded(stream, job, index, weights, together)
             if learned is not None:
                 weights = learned.weights
-            if pair is not None:
-                learned = pair.learn(index, weights, learned)
+            if learner is not None:
+                learned = learner.learn(index, weights, learned)
             learning = time.perf_counter() - started if learned else 0.0
             block = quantize_block(stream, index, weights, recipe, learned, full, tokens)
             solved = Solved(index, weights, block, learned, {"solve": block.seconds, "learn": learning})
@@ -86,6 +102,8 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
             solved.seconds |= {
                 k: stream.seconds[of] - before[of] for k, of in (("forward", "forward"), ("gram", "observe"))
             }
+            if together is not None:
+                solved.seconds |= together.added_to(index, solved.seconds)
             summaries += write_all(target, finished)
             note = _note(block.records, learned)
         if tokens is not None:
@@ -94,6 +112,26 @@ def _quantize_blocks(inputs: Inputs, job: Job, progress: Progress) -> list[Block
             full.run(index, weights, advance=True)
         progress("quantize", index + 1, n_blocks, note)
     return summaries
+
+
+def _folded(
+    stream: BlockStream, job: Job, index: int, weights: BlockWeights, together: Together | None
+) -> LearnedBlock | None:
+    """The block with scales in its columns, where they are asked for: those that something was learned on, or new ones."""
+    if not job.run.column_scales:
+        return None
+    if together is not None:
+        return folded_again(stream.model, job.target, index, weights)
+    return fold_block(stream, index, weights)
+
+
+def _learner(
+    inputs: Inputs, stream: BlockStream, job: Job, progress: Progress, together: Together | None
+) -> _Pair | Taught | None:
+    """What learns the blocks, or knows what they learned together; None where nothing is learned."""
+    if job.run.learning is None:
+        return None
+    return _Pair(inputs, stream, job, progress) if together is None else Taught(inputs, job, together)
 
 
 def read_block(model: LazyModel, target: RunDirectory, index: int, weights: BlockWeights) -> BlockWeights:
@@ -122,6 +160,10 @@ class _Pair:
         outside = inputs.model.outside_weights(inputs.device)
         self.training = quantized.in_batches_of(self.learning.batch, outside)
         self.start = None if job.run.resume is None else RunDirectory(job.run.resume)
+
+    def pass_on(self, index: int, weights: BlockWeights) -> None:
+        """Move full precision behind a block."""
+        self.full.run(index, weights, advance=True)
 
     def learn(self, index: int, weights: BlockWeights, folded: LearnedBlock | None) -> LearnedBlock:
         """Learn block ``index`` from the usual start, or from the parameters of the run that is resumed. folded: the block

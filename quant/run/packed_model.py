@@ -19,8 +19,9 @@ from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.kernels.matmul.pack import pack_block
 from quant.learn.rotation import rotated
-from quant.run.directory import RunDirectory, check_manifest
+from quant.run.directory import ROTATION, RunDirectory, check_manifest
 from quant.run.request import Request
+from quant.run.rotating import kept_matrices
 from quant.run.stored import Allowed
 
 
@@ -91,7 +92,8 @@ def open_run(
         raise InputError(f"{name} is not the model of the run any more: its weights have another hash")
     if request.run.rotation is not None:
         trusted = request.session.trust_remote_code
-        model = rotated(model, request.run.rotation, torch.device("cpu"), trusted)
+        matrices = kept_matrices(source / ROTATION, request.run.rotation)
+        model = rotated(model, request.run.rotation, torch.device("cpu"), trusted, matrices)
     if not 0 <= n_blocks <= len(model.blocks):
         raise InputError(f"{origin} is no manifest of a run (it has {n_blocks} blocks); run it again")
     return FinishedRun(request, model, directory, n_blocks, results)

@@ -9,7 +9,8 @@ Memory (bytes)
   batch       --calib-batch x seqlen x (8·hidden + 3·widest linear) x bytes of the dtype
   learning    4·6 for every parameter of a block (original, transformed, rounded, and what their gradients need) and
               --batch_size x seqlen x (17·hidden + 2.5·heads·seqlen) x bytes of the dtype for the backward pass
-              (Korthikanti et al. 2022, equation 2)
+              (Korthikanti et al. 2022, equation 2); with --whole_model the parameters of all blocks and the inputs of
+              each besides (quant/tune/limits.py); with --rotate-steps the same
   tuning      with --tune: for every weight that is tuned at a time its parameter, best iterate and moments, and what its
               gradient needs; the gradient of one linear; what a block keeps of a token, and the logits (quant/tune/limits.py)
   quantized   codes, scales, zero points or minima; 16 bits for every number of an online matrix; with --outlier of
@@ -31,7 +32,7 @@ Time (seconds)
               twice the statistics and hidden states
   solve       out·(a·in + b·in²), a and b from the solver itself timed on two small layers
   learn       4·2·parameters flops a token and epoch (forward, backward, the loss at the end of the epoch), 5 with an
-              attention loss, and one pass for the targets
+              attention loss, and one pass for the targets; the steps of --whole_model and --rotate-steps as those of tune
   saliency    2·parameters flops a token forward, again in the backward pass, and for every draw; the R Gram matrices of
               every linear are in gram
   tune        2·parameters flops a token forward and 4 backward in every step (2 more with --tune-recompute), 2 in every
@@ -67,8 +68,9 @@ from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
 from quant.run.content import candidate_widths, check_format, content_of, expected_bits
 from quant.run.request import Request
 from quant.solvers import declaration_of, get_solver, with_defaults
-from quant.tune.config import batch_of
-from quant.tune.limits import OVERHEAD, Sizes, flops, memory
+from quant.tune.config import Tuning, batch_of
+from quant.tune.limits import OVERHEAD, Sizes, learning_memory, memory
+from quant.tune.limits import flops as tuning_flops
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
 SAMPLES = (512, 1024)  # inputs of the two layers that a solver is timed on
@@ -197,7 +199,7 @@ def estimate(
         "device bytes: statistics": statistics,
         "device bytes: solver": workspace,
         "device bytes: batch": batch,
-        **({"device bytes: learning": learning} if run.learning else {}),
+        **({"device bytes: learning": learning} if learn else {}),
         **({"device bytes: saliency": graph} if run.saliency else {}),
         **({"device bytes: tuning": tuning} if run.tuning else {}),
         "device bytes: peak": max(
@@ -216,7 +218,7 @@ def estimate(
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,
-        **({"seconds: learn": learn / rates[0]} if run.learning else {}),
+        **({"seconds: learn": learn / rates[0]} if learn else {}),
         **({"seconds: saliency": pass_flops / rates[0]} if run.saliency else {}),
         **({"seconds: tune": tune / rates[0]} if run.tuning else {}),
         "seconds: evaluate": evaluate,
@@ -250,14 +252,26 @@ def solver_bytes(run: RunConfig, n_out: int, n_in: int) -> float:
 
 
 def _learning(run: RunConfig, shapes: Shapes, tokens: int, seqlen: int, itemsize: int) -> tuple[float, float]:
-    """flops of all blocks, and bytes on the device, that learning takes."""
+    """flops of all blocks, and bytes on the device, that learning takes: of rotations, and of blocks."""
     learning = run.learning
+    turn, turning = _together(run, shapes, run.rotation.steps if run.rotation else 0, seqlen, itemsize)
     if learning is None:
-        return 0.0, 0.0
+        return turn, turning
     passes = 1 + learning.augmented + learning.epochs * (5 if learning.attention else 4)
     kept = _graph_bytes(shapes, learning.batch, seqlen, itemsize)
     flops = min(run.num_layers, shapes.n_blocks) * tokens * 2.0 * shapes.block * passes
-    return flops, 24 * shapes.block + kept
+    more, whole = _together(run, shapes, learning.together, seqlen, itemsize)
+    return turn + flops + more, max(24 * shapes.block + kept, whole, turning)
+
+
+def _together(run: RunConfig, shapes: Shapes, steps: int, seqlen: int, itemsize: int) -> tuple[float, float]:
+    """flops of so many steps through all blocks, with what they take besides matrix products as so many more, and bytes on
+    the device where blocks keep their inputs alone."""
+    if not steps:
+        return 0.0, 0.0
+    sizes, batch = _sizes(run, shapes), batch_of(run.windows)
+    work = tuning_flops(sizes, Tuning("model", steps, recompute=True), run.windows, seqlen)
+    return OVERHEAD * work, learning_memory(sizes, batch * seqlen, shapes.heads * seqlen, itemsize, recompute=True)
 
 
 def _calibration(
@@ -308,13 +322,17 @@ def tuning_cost(run: RunConfig, shapes: Shapes, seqlen: int, itemsize: int) -> t
     """flops of tuning, with what it takes besides matrix products as so many more, and bytes on the device."""
     if run.tuning is None:
         return 0.0, 0.0
+    sizes = _sizes(run, shapes)
+    work = tuning_flops(sizes, run.tuning, run.windows, seqlen)
+    return OVERHEAD * work, memory(sizes, run.tuning, itemsize, batch_of(run.windows) * seqlen)
+
+
+def _sizes(run: RunConfig, shapes: Shapes) -> Sizes:
     weights = [out * n_in for _, out, n_in in shapes.linears]
-    sizes = Sizes(
+    return Sizes(
         sum(weights), shapes.block, min(run.num_layers, shapes.n_blocks), shapes.n_blocks, shapes.outside, shapes.hidden,
         shapes.vocabulary, max(weights),
     )  # fmt: skip
-    work = flops(sizes, run.tuning, run.windows, seqlen)
-    return OVERHEAD * work, memory(sizes, run.tuning, itemsize, batch_of(run.windows) * seqlen)
 
 
 def _gram_flops(n_in: int) -> float:

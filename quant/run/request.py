@@ -28,7 +28,13 @@ VALUES = {
 PLAIN: dict[str, Any] = {
     "str": str, "int": int, "float": (int, float), "bool": bool, "tuple": list, "Path": str, "Mapping": dict,
 }  # fmt: skip
-DERIVED = ("biases", "evaluates", "rotated", "learner")  # fields that are not kept: they follow from others
+DERIVED = (
+    "biases",
+    "evaluates",
+    "rotated",
+    "rotated_for",
+    "learner",
+)  # fields that are not kept: they follow from others
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,12 @@ class Request:
         if changes:
             raise TypeError(f"no field of a request: {', '.join(changes)}")
         run = parts["run"]
-        derived = {"biases": run.shifts, "evaluates": not run.quantizes, "rotated": run.rotation}
+        derived = {
+            "biases": run.shifts,
+            "evaluates": not run.quantizes,
+            "rotated": run.rotation,
+            "rotated_for": run.of_rotation,
+        }
         return Request(replace(parts["session"], **derived), run, parts["output"])
 
     def to_json(self) -> Record:

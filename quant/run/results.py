@@ -24,6 +24,7 @@ from quant.run.config import RunConfig
 from quant.run.directory import BlockSummary, Record
 from quant.run.linear import LinearRecord
 from quant.run.request import Request
+from quant.run.rotating import LearnedRotation
 
 
 def manifest_of(
@@ -66,8 +67,10 @@ def _describe(tokens: Tokens) -> Record:
     }
 
 
-def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel) -> Record:
-    """The entries of results.json that come from the codes and the journal."""
+def results_of(
+    run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel, rotation: LearnedRotation | None = None
+) -> Record:
+    """The entries of results.json that come from the codes and the journal. rotation: of the model, where it was learned."""
     records = [record for block in blocks for record in block.records]
     bits, count = sum(r.storage_bits for r in records), sum(r.n_weights for r in records)
     stored = torch.finfo(model.storage_dtype).bits
@@ -78,8 +81,9 @@ def results_of(run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel)
             widths = [torch.finfo(model.storage_of(f"{name}.weight", i)).bits for i in range(len(blocks))]
             bits, count = bits + out * n_in * sum(widths), count + out * n_in * len(widths)
     bits += 16 * sum(log["online_parameters"] for log in learned)
-    turned = _online(model, len(blocks)) if run.rotation is not None else {}
+    turned: Record = dict(_online(model, len(blocks))) if run.rotation is not None else {}
     bits += 16 * turned.get("online_parameters", 0)
+    turned |= {} if rotation is None else {"learned": rotation.record}
     if not count and isinstance(model.checkpoint, QuantizedCheckpoint):
         bits, count = model.checkpoint.storage()
     tuned = [block.tuning for block in blocks if block.tuning]

@@ -46,7 +46,7 @@ def score(inputs: Inputs, jobs: Sequence[Job], progress: Progress, full: FullPre
     for job in jobs:
         variant = str(job.target.path) if job.recipe else FULL
         no_corpus: Record = {"perplexity": {}, "fidelity": {}}
-        results = results_of(job.run, job.blocks, inputs.model)
+        results = results_of(job.run, job.blocks, inputs.model, inputs.rotation)
         results |= perplexity_entries(inputs.evaluation, by_corpus, variant) if by_corpus else no_corpus
         results["zero_shot"] = task_entries(by_task, variant)
         results |= {"configuration_sha256": job.digest, "evaluation": evaluation_of(inputs, job.output)}

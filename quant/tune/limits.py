@@ -27,6 +27,8 @@ STEP = {
 GRAPH = {"position": 4, "offset": 8}  # bytes a weight, besides the weight as it is deployed, kept for gradients
 WIDE = 4  # bytes a weight: of the original in float32, which offsets are added to
 PER_POSITION = 40  # numbers of the hidden size that a block keeps of a token for its gradients, about
+PER_LEARNED = 24  # bytes a parameter of a block that is learned: itself, transformed, rounded, and what gradients need
+PER_QUANTIZED = 80  # numbers of the hidden size that it keeps of a token, about: of quantized activations too
 PER_LOGIT = 16  # bytes: of both models, their probabilities and gradients
 OVERHEAD = 2.0  # of a step over its matrix products: measured 1.5 to 2.4 on a CPU with batches of 1024 tokens
 
@@ -76,6 +78,29 @@ def check_tuning(
             f"--tune {tuning.name} holds {name} with what moves in memory, about {need / 1e9:.1f} GB of "
             f"{free / 1e9:.1f} GB that are free: use {next(fits, '--tune block')}"
         )
+
+
+def recomputes(model: LazyModel, windows: int, seqlen: int, device: torch.device, flag: str = "--whole_model") -> bool:
+    """Whether blocks keep their inputs alone for the backward pass when what is learned of all of them is trained together:
+    where the rest does not fit. flag: that asks for it. Raises InputError where that does not fit either."""
+    sizes, tokens, free = Sizes.of(model, len(model.blocks)), batch_of(windows) * seqlen, env.free_bytes(device)
+    heads = model.family.heads(model.config).q[1].shape[0]
+    needs = [learning_memory(sizes, tokens, heads * seqlen, model.dtype.itemsize, again) for again in (False, True)]
+    if needs[1] > SHARE * free:
+        raise InputError(
+            f"{flag} holds the whole model with its gradients in memory, about {needs[1] / 1e9:.1f} GB of "
+            f"{free / 1e9:.1f} GB that are free: leave it out"
+        )
+    return needs[0] > SHARE * free
+
+
+def learning_memory(sizes: Sizes, tokens: int, logits: int, itemsize: int, recompute: bool) -> float:
+    """Bytes on the device, about, of training what is learned of all blocks together. tokens: of a step; logits: of attention,
+    a token; recompute: blocks keep their inputs alone for the backward pass."""
+    through = 1 if recompute else sizes.blocks
+    weights = 4 * sizes.block * sizes.blocks + (PER_LEARNED - 4) * sizes.block * through + itemsize * sizes.outside
+    kept = PER_QUANTIZED * sizes.hidden * through + 3 * logits * through + recompute * sizes.blocks * sizes.hidden
+    return weights + tokens * (itemsize * kept + PER_LOGIT * sizes.vocabulary)
 
 
 def memory(sizes: Sizes, tuning: Tuning, itemsize: int, tokens: int) -> float:

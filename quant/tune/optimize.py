@@ -29,6 +29,7 @@ Bounds = Mapping[str, tuple[float, float]]
 VALIDATIONS = 20  # of a run, besides the one of the start
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, float, float], None]  # step, steps, held-out loss now, at the start
+Correct = Callable[[], Callable[[], None]]  # in front of a step; what it returns, behind it
 
 
 def copied(parameters: Parameters) -> Parameters:
@@ -108,11 +109,12 @@ def order_of(batches: Sequence[int], step: int, seed: int) -> int:
     return batches[int(order[place])]
 
 
-def begin(objective: Objective, parameters: Parameters, tuning: Tuning) -> State:
-    """The state of a run that has not taken a step; the sign has no moments. Raises InputError where the loss is not finite there."""
+def begin(objective: Objective, parameters: Parameters, tuning: Tuning, what: str = "--tune") -> State:
+    """The state of a run that has not taken a step; the sign has no moments. what: the flag that asks for it. Raises
+    InputError where the loss is not finite there."""
     start = objective.held_out(parameters)
     if not math.isfinite(start):
-        raise InputError("--tune: the loss of the solved model is not finite; use --dtype float32")
+        raise InputError(f"{what}: the loss of the quantized model is not finite at the start; use --dtype float32")
     kept = torch.bfloat16 if tuning.state == "half" else torch.float32
     first, second = (
         {name: torch.zeros_like(tensor, dtype=kept) for name, tensor in parameters.items()}
@@ -132,16 +134,20 @@ def optimize(
     keep: Callable[[State], None] = lambda state: None,
     progress: Progress = lambda step, steps, now, first: None,
     bounds: Bounds = {},  # noqa: B006 (only read)
+    correct: Correct = lambda: lambda: None,
 ) -> State:
     """Take the steps that are left; the state then holds the iterate with the lowest held-out loss, which may be the start.
 
-    keep: is given the state after every validation. bounds: what parameters stay within, by name, of those that do. A loss that is not finite ends the run at the best iterate.
+    keep: is given the state after every validation. bounds: what parameters stay within, by name, of those that do.
+    correct: may change what a step makes of the parameters, in place. A loss that is not finite ends the run at the best iterate.
     """
     steps = tuning.steps
     every = max(1, steps // VALIDATIONS)
     with _stepping(state, rates, tuning, seed, bounds):
         while not state.is_finished(steps):
+            corrected = correct()
             objective.loss(state.parameters, order_of(objective.batches, state.step, seed)).backward()
+            corrected()
             state.step += 1
             if state.step % every and state.step < steps:
                 continue

@@ -1,63 +1,32 @@
 """A rotated model, read through its checkpoint, gives the logits of the original; a wrong matrix does not."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from models.load import load_model
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import AttentionProducts
 from quant.blocks.online import HeadForm, RunningAttention
-from quant.blocks.stream import BlockStream
-from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.hadamard import random_hadamard, seeded
 from quant.core.names import ROTATIONS
 from quant.learn import rotation as rotation_module
 from quant.learn.config import Rotation
 from quant.learn.rotation import RotatedCheckpoint, check_rotation, rotated
-from tests.helpers import CPU
+from tests.helpers import CPU, streamed_logits
 
 IDS = torch.arange(2 * 12).view(2, 12) * 7 % 250
 LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "llama gqa, tied"]
 SETS = {"residual": ("residual",), "vo": ("vo",), "qk": ("qk",), "down": ("down",), "all": ROTATIONS}
 
 
-def plain_norm(self, x: torch.Tensor) -> torch.Tensor:
-    """The library's RMSNorm, which computes in float32 whatever it is given."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-
-@pytest.fixture
-def exact(model_dir, tmp_path, monkeypatch):
-    """Opens a tiny model whose tensors and arithmetic are float64, also inside norms and softmax."""
-
-    def open_model(name: str, attention: str | None = None):
-        source, copy = Path(model_dir(name)), tmp_path / f"{name}-64"
-        if not copy.exists():
-            shutil.copytree(source, copy)
-            tensors = load_file(source / "model.safetensors")
-            save_file({k: t.double() for k, t in tensors.items()}, copy / "model.safetensors", {"format": "pt"})
-        model = load_model(str(copy), dtype=torch.float64, cache_dir=tmp_path, attn_implementation=attention)
-        for norm in {type(m) for m in model.module.modules() if hasattr(m, "variance_epsilon")}:
-            monkeypatch.setattr(norm, "forward", plain_norm)
-        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        return model
-
-    return open_model
-
-
 def logits(model) -> torch.Tensor:
-    """Logits of the model as every run reads it: outside weights, then block by block."""
-    outside = model.outside_weights(CPU)
-    stream = BlockStream(model, IDS, device=CPU, batch=2).capture(outside)
-    for index in range(len(model.blocks)):
-        stream.run(index, BlockWeights.read(model, index, CPU), advance=True)
-    return stream.logits(slice(0, 2), outside)
+    """Logits of the model as every run reads it."""
+    return streamed_logits(model, IDS)
 
 
 def difference(model, kinds: tuple[str, ...], seed: int = 0) -> float:
