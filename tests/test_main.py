@@ -172,6 +172,8 @@ def test_real_quant_packs_what_was_made(command, small, flags, expected, tmp_pat
         ("--epochs 5", "nothing to learn: give --lwc, --let"),
         ("--epochs 0 --whole_model 5", "--whole_model 5 with nothing to learn: give --lwc, --let or both"),
         ("--lwc --whole_model -1", "--whole_model -1: use 0 or more"),
+        ("--lwc --tune-online", "--tune-online: give --tune block, window:K or model too"),
+        ("--lwc --tune model --tune-online", "--tune-online moves what flatquant and --use_ln_matrix leave beside"),
         (
             "--epochs 0 --wbits 16 --rotate vo --rotate-steps 5",
             "--rotate-steps learns for what is quantized: give --wbits",

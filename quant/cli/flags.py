@@ -261,6 +261,9 @@ QUANTIZED_FLAGS = (
     Flag("tuning.recompute", same_name("--tune-recompute"),
          "--tune keeps the inputs of blocks alone and computes the rest again in the backward pass: less memory, a third "
          "more time, the same numbers", TUNED, type=bool, value=lambda given: given or None),
+    Flag("tuning.online", {LEARNER: "--tune-online"},
+         "--tune moves what learning left beside the weights too, matrices and clips of activations, at the rate of scales: with "
+         "the codes, which are free of the basis that the matrices make", TUNED, type=bool, value=lambda given: given or None),
     Flag("tuning.state", same_name("--tune-state"),
          "what Adam's two moments of every weight are kept in: full: float32, or half: bfloat16, rounded by chance so that "
          "their means stay; 4 bytes less a weight (default: full)", TUNED, choices=STATES),

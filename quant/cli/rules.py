@@ -209,6 +209,11 @@ def learning_rules(args: argparse.Namespace) -> Rules:
         f"--method autoround begins with rounding to nearest: drop --solver {args.solver}",
     )
     yield args.method == AUTOROUND and args.wbits == FULL_BITS, "--method autoround rounds weights: give --wbits 1 to 8"
+    yield args.tune_online and not args.tune, "--tune-online: give --tune block, window:K or model too"
+    yield (
+        args.tune_online and not (args.let and (args.method == "flatquant" or args.use_ln_matrix)),
+        "--tune-online moves what flatquant and --use_ln_matrix leave beside the weights: give --method flatquant --lwc --let",
+    )
     yield (args.use_matrix or args.use_ln_matrix) and not args.let, "--use_matrix and --use_ln_matrix need --let"
     yield args.let_seams is not None and not args.let, "--let-seams needs --let"
     yield (
