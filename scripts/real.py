@@ -85,7 +85,7 @@ def run_table(out: Path, flags: Mapping[str, str], console: Any) -> list[dict[st
     (cells,) = groups_of(cells_of(rows, out), None)  # one model: one session
     out.mkdir(parents=True, exist_ok=True)
     with hold_lock(out / "real.lock", f"the runs in {out}"), Board(cells, console) as board:
-        run_group(cells, len(cells), board.moved)
+        run_group(cells, len(cells), board.moved, board.watch)
     if failed := [cell for cell in cells if cell.status != DONE]:
         raise RunError(*(f"{cell.label}: {cell.message}" for cell in failed))
     page = write_report([open_run(Path(cell.results["run_dir"])) for cell in cells], out)

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the command lines are imported for their parsers
 
 from quant.cli.arguments import add_flags, bare_parser, flag_mistakes, parse  # noqa: E402
+from quant.cli.console import Pace  # noqa: E402
 from quant.cli.errors import exit_code_of, explain  # noqa: E402
 from quant.cli.flags import AT_LEAST_0, AT_LEAST_1, SWEEP, Flag  # noqa: E402
 from quant.core.errors import InputError, RunError, first_line  # noqa: E402
@@ -38,6 +39,7 @@ from quant.core.text import brief, markdown_cell, markdown_table, printable  # n
 from quant.report.page import write_report  # noqa: E402
 from quant.report.runs import open_run  # noqa: E402
 from quant.run.config import SessionConfig  # noqa: E402
+from quant.run.job import Progress, silent  # noqa: E402
 from quant.run.request import Request, places_read  # noqa: E402
 from quant.run.scoring import FullPrecision  # noqa: E402
 from quant.run.session import Session  # noqa: E402
@@ -413,11 +415,16 @@ def groups_of(cells: Sequence[Cell], rows_per_task: int | None) -> list[list[Cel
     return [group[i : i + step] for group in by_session.values() for i in range(0, len(group), step)]
 
 
-def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None] = lambda cell: None) -> float:
+def run_group(
+    cells: Sequence[Cell],
+    together: int,
+    moved: Callable[[Cell], None] = lambda cell: None,
+    watch: Callable[[str], Progress] = lambda what: silent,
+) -> float:
     """Quantize every row, then evaluate those that worked, ``together`` at a time, full precision once for all. Returns
     seconds of actual work.
 
-    A row that fails says why in its message.
+    A row that fails says why in its message. watch: gives the callback for the stages of what is at work.
     """
     started = time.perf_counter()
     try:
@@ -426,9 +433,10 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
         for cell in cells:
             _fail(cell, error, moved)
         return time.perf_counter() - started
-    for cell in cells:
+    for number, cell in enumerate(cells, 1):
         try:
-            session.quantize(cell.request.run, cell.request.output)
+            what = f"row {number} of {len(cells)}, {cell.label}"
+            session.quantize(cell.request.run, cell.request.output, watch(what))
         except FAILURES as error:
             _fail(cell, error, moved)
         else:
@@ -438,7 +446,8 @@ def run_group(cells: Sequence[Cell], together: int, moved: Callable[[Cell], None
     for part in (alive[i : i + together] for i in range(0, len(alive), together)):
         try:
             again = [(cell.request.run, replace(cell.request.output, overwrite=False)) for cell in part]
-            finished = session.run_all(again, kept=kept)
+            watched = watch(f"{len(part)} of {len(alive)} rows")
+            finished = session.run_all(again, lambda _, one=watched: one, kept)
         except FAILURES as error:
             for cell in part:
                 _fail(cell, error, moved)
@@ -506,6 +515,7 @@ def mean_and_spread(figure: Sequence[float | None] | None) -> str:
 
 
 SHOWN = 30  # rows of the live table
+EVERY = 20.0  # seconds between lines that say how far a stage is, where there is no live table
 
 
 class Board:
@@ -516,6 +526,7 @@ class Board:
 
         self.cells, self.console = cells, console
         self.live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
+        self.pace, self.said, self.stage = Pace(), time.perf_counter(), ""
 
     def __enter__(self) -> Board:
         if self.live:
@@ -533,15 +544,31 @@ class Board:
             self.live.update(self._table())
             return
         shown = cell.message or ("  ".join(f"{k} {v:.4g}" for k, v in figures(cell).items()) if cell.results else "")
-        done = sum(c.status in (DONE, FAILED) for c in self.cells)
+        reached = (DONE, FAILED) if cell.status in (DONE, FAILED) else (QUANTIZED, DONE, FAILED)
+        done, self.said = sum(c.status in reached for c in self.cells), time.perf_counter()
         self.console.print(f"{done} of {len(self.cells)} {cell.status}: {cell.label} seed={cell.flags.get('seed', '-')}  {shown}",
                            highlight=False, soft_wrap=True)  # fmt: skip
+
+    def watch(self, what: str) -> Progress:
+        """What a run that is at work reports to. what: says which it is."""
+
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            left = self.pace.left(f"{what} {stage}", done, total)
+            self.stage = f"{what}: {stage} {done} of {total}{left}"
+            if self.live:
+                self.live.update(self._table())
+            elif time.perf_counter() - self.said >= EVERY:
+                self.said = time.perf_counter()
+                self.console.print(self.stage, soft_wrap=True)
+
+        return progress
 
     def _table(self) -> Any:
         from rich.table import Table
 
         count = {status: sum(c.status == status for c in self.cells) for status in (DONE, FAILED, QUANTIZED, WAITING)}
-        table = Table(title=", ".join(f"{n} {status}" for status, n in count.items()) + f" of {len(self.cells)} rows")
+        counted = ", ".join(f"{n} {status}" for status, n in count.items()) + f" of {len(self.cells)} rows"
+        table = Table(title=counted, caption=self.stage or None)
         for name in ("row", "seed", "status", "bits", "perplexity", "relative error"):
             table.add_column(name)
         moving = [c for c in self.cells if c.status != WAITING][-SHOWN:]
@@ -708,7 +735,7 @@ def main() -> None:
         if args.executor == "ray":
             work = with_ray(groups, args, board.moved)
         else:
-            work = sum(run_group(group, args.together, board.moved) for group in groups)
+            work = sum(run_group(group, args.together, board.moved, board.watch) for group in groups)
     ran = [cell for group in groups for cell in group]
     summarize(ran, args, console)
     total = time.perf_counter() - started

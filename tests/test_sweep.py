@@ -202,10 +202,38 @@ def test_the_table_shows_what_waits():
     assert all(f"{cell.label}" in shown and cell.status in shown for cell in cells)
 
 
+def test_progress_says_which_row_is_at_work_and_how_far(monkeypatch):
+    """A line for every row that is quantized, counted among those that are, and in between the stage that is going on."""
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=io.StringIO())
+    cells = [sweep.Cell({"seed": "7"}, None, name) for name in ("one", "two")]
+    board = sweep.Board(cells, console)
+    progress = board.watch("row 1 of 2, one")
+    progress("quantize", 1, 4, "")
+    assert board.stage == "row 1 of 2, one: quantize 1 of 4" and console.export_text() == "", "nothing for short stages"
+    monkeypatch.setattr(sweep, "EVERY", 0.0)
+    progress("quantize", 2, 4, "")
+    for cell in cells:
+        cell.status = sweep.QUANTIZED
+        board.moved(cell)
+        if cell is cells[0]:
+            assert "1 of 2 quantized: one" in console.export_text(clear=False)
+    cells[0].status, cells[0].message = sweep.FAILED, "why"
+    board.moved(cells[0])
+    lines = console.export_text().splitlines()
+    assert lines[0].startswith("row 1 of 2, one: quantize 2 of 4, about ") and lines[0].endswith(" left")
+    assert lines[2].startswith("2 of 2 quantized: two") and lines[3].startswith("1 of 2 failed: one")
+
+
 def test_rows_failures_seeds_and_one_evaluation(table, whole):
     out, (code, said, err) = whole
     assert code == 1 and "1 of 9 rows failed" in err and "Traceback" not in err
-    assert "2 of 9 quantized" not in said and "quantized: llama" in said and f"report: {out / 'report.html'}" in said
+    assert (
+        "0 of 9 quantized" not in said
+        and "2 of 9 quantized: llama" in said
+        and f"report: {out / 'report.html'}" in said
+    )
     summary = json.loads((out / "sweep.json").read_text())
     assert [row["status"] for row in summary["rows"]] == ["done"] * 8 + ["failed"]
     assert "does not divide" in summary["rows"][-1]["message"]

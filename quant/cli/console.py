@@ -40,6 +40,26 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
+class Pace:
+    """How fast stages go, by what was seen of them."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, tuple[float, int]] = {}  # when a stage was first seen, and how far it was
+
+    def left(self, name: str, done: int, total: int) -> str:
+        """How long a stage that is so far now will still take; nothing at its first step and its end."""
+        if name not in self.started or done <= self.started[name][1]:
+            self.started[name] = (time.perf_counter(), done)
+        began, first = self.started[name]
+        if done in (first, total):
+            return ""
+        seconds = (time.perf_counter() - began) / (done - first) * (total - done)
+        for unit, size, limit in (("s", 1, 100), ("min", 60, 100 * 60)):
+            if seconds < limit:
+                return f", about {seconds / size:.0f} {unit} left"
+        return f", about {seconds / 3600:.1f} h left"
+
+
 class ProgressBars:
     """A bar for each stage on a terminal; elsewhere a line, with the time left, when a stage has moved on by a tenth."""
 
@@ -57,7 +77,7 @@ class ProgressBars:
             disable=not console.is_terminal,
         )
         self.tasks: dict[str, Any] = {}
-        self.started: dict[str, tuple[float, int]] = {}  # when a stage was first seen, and how far it was
+        self.pace = Pace()
 
     def __enter__(self) -> ProgressBars:
         self.bars.start()
@@ -74,21 +94,8 @@ class ProgressBars:
         name, note = printable(name), printable(note)  # columns make a Text of them by themselves
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=total, note=note)
-        if name not in self.started or done <= self.started[name][1]:
-            self.started[name] = (time.perf_counter(), done)
+        left = self.pace.left(name, done, total)
         self.bars.update(self.tasks[name], completed=done, note=note)
         step = max(1, total // 10)
         if not self.console.is_terminal and (done % step == 0 or done == total):
-            left = self._left(name, done, total)
             self.console.print(f"{name}: {done} of {total} {note}".rstrip() + left)
-
-    def _left(self, name: str, done: int, total: int) -> str:
-        """How long the stage will still take, as what was seen of it took; nothing at its first step and its end."""
-        began, first = self.started[name]
-        if done in (first, total):
-            return ""
-        seconds = (time.perf_counter() - began) / (done - first) * (total - done)
-        for unit, size, limit in (("s", 1, 100), ("min", 60, 100 * 60)):
-            if seconds < limit:
-                return f", about {seconds / size:.0f} {unit} left"
-        return f", about {seconds / 3600:.1f} h left"
