@@ -139,14 +139,15 @@ class LazyModel:
         }
         return weights | extra | self._buffers(block, prefix, device)
 
-    def outside_weights(self, device: torch.device) -> Weights:
-        """Everything outside the blocks: embeddings, final norm, head; tied parameters once."""
-        inside = f"{self.family.blocks}."
+    def outside_weights(self, device: torch.device, without: Collection[str] = ()) -> Weights:
+        """Everything outside the blocks: embeddings, final norm, head; tied parameters once. without: modules whose weights
+        are not read."""
+        inside, unread = f"{self.family.blocks}.", {f"{module}.weight" for module in without}
         with self.replaced_blocks([]):
             weights = {
                 name: self._read(name, p.shape, device)
                 for name, p in self.module.named_parameters()
-                if not name.startswith(inside)
+                if not name.startswith(inside) and name not in unread
             }
             return weights | self._buffers(self.module, "", device)
 

@@ -44,13 +44,14 @@ def test_the_main_job_prints_one_table(command, small, tmp_path):
     code, out, err = command(*small, "--quantization-method", "rtn,gptq,quantease", "--save", tmp_path / "saved")
     assert code == 0 and "error" not in err
     rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["rtn"], ["gptq"], ["quantease"])]
-    rows = [row for row in rows if len(row) == 9]
+    rows = [row for row in rows if len(row) == 10]
     assert [row[0] for row in rows] == ["rtn", "gptq", "quantease"]
     for row in rows:
         results = json.loads((tmp_path / "run" / row[0] / "results.json").read_text())
         assert float(row[1]) == pytest.approx(results["bits_per_weight"], abs=1e-3)
-        assert float(row[4]) == pytest.approx(results["perplexity"]["words"]["quantized"], abs=1e-3)
-        assert float(row[7]) == pytest.approx(results["mean_relative_error"], abs=1e-4)
+        assert float(row[2]) == pytest.approx(results["model_bits_per_weight"], abs=1e-3)
+        assert float(row[5]) == pytest.approx(results["perplexity"]["words"]["quantized"], abs=1e-3)
+        assert float(row[8]) == pytest.approx(results["mean_relative_error"], abs=1e-4)
         assert (tmp_path / "saved" / row[0] / "model.safetensors").exists()
 
 

@@ -359,6 +359,8 @@ WIRING = {
     "--seqlen 99": ("seqlen", 99),
     "--seed 4": ("seed", 4),
     "--calib-batch 5": ("calib_batch", 5),
+    "--head-bits 8": ("head_bits", 8),
+    "--embedding-bits 5": ("embedding_bits", 5),
 }
 BASE = ["--model", "x", "--method", "affinequant", "--lwc", "--let", "--abits", "6", "--kvbits", "6"]
 

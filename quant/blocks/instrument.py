@@ -146,7 +146,7 @@ def instrument(
         clips = {linear: clip for readers, clip in weights.input_clips.items() for linear in readers.split(AND)}
         for linear, packed in weights.packed.items():
             bias = own.pop(f"{linear}.bias", None)
-            _mount(stack, block, linear, packed_linear(packed, bias, spec, spans.get(linear), clips.get(linear)))
+            mount(stack, block, linear, packed_linear(packed, bias, spec, spans.get(linear), clips.get(linear)))
         for norm, matrix in weights.online.items():
             keep(block.get_submodule(norm).register_forward_hook(lambda module, args, out, m=matrix: out @ m))
         for readers in {**weights.lefts, **weights.rights}:
@@ -189,8 +189,8 @@ def packed_linear(
     return PackedLinear(weight, bias, floats, integers)
 
 
-def _mount(stack: ExitStack, block: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in a linear's place until the stack is closed."""
+def mount(stack: ExitStack, block: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in another's place until the stack is closed."""
     parent_name, _, own_name = name.rpartition(".")
     parent = block.get_submodule(parent_name)
     before = getattr(parent, own_name)

@@ -24,6 +24,7 @@ from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError, foreign
 from quant.core.files import reserve, temporary_name
 
+EVERYWHERE = slice(None)
 STORE = "activations"  # name of the file of hidden states on the disk
 
 
@@ -32,7 +33,11 @@ class _Captured(BaseException):  # noqa: N818  (control flow, not an error)
 
 
 class _Observed(BaseException):  # noqa: N818
-    """Raised once every observed linear has seen its input."""
+    """Raised once every observed linear has seen its input, which it may hold."""
+
+    def __init__(self, seen: Tensor | None = None) -> None:
+        super().__init__()
+        self.seen = seen
 
 
 class _StandIn(nn.Module):
@@ -287,18 +292,36 @@ class BlockStream:
             torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def logits(self, rows: slice, outside: Weights) -> Tensor:
-        """Logits float32 [batch, T, vocabulary] of samples that have passed every block."""
-        return self.head(self.hidden[rows], rows, outside).float()
+    def logits(self, rows: slice, outside: Weights, positions: slice = EVERYWHERE) -> Tensor:
+        """Logits float32 [batch, positions, vocabulary] of samples that have passed every block. positions: of their tokens,
+        where it is not all of them: what is behind the blocks sees every token alone."""
+        return self.head(self.hidden[rows][:, positions], rows, outside, positions).float()
 
-    def head(self, hidden: Tensor, rows: slice, outside: Weights) -> Tensor:
+    def head(self, hidden: Tensor, rows: slice, outside: Weights, positions: slice = EVERYWHERE) -> Tensor:
         """Logits [batch, T, vocabulary] of some samples as a function of what leaves the last block, in the arithmetic's
-        dtype."""
+        dtype. positions: of the tokens, that hidden is of."""
         replay = _Replay(self.model.blocks[-1], self.as_tuple)
         replay.hidden = hidden
         with self.model.replaced_blocks([replay]):
-            logits: Tensor = self._call_outside(outside, self.tokens[rows].to(self.device)).logits
+            logits: Tensor = self._call_outside(outside, self.tokens[rows, positions].to(self.device)).logits
         return logits
+
+    @torch.inference_mode()
+    def head_inputs(self, head: str, rows: slice, outside: Weights) -> Tensor:
+        """What the head reads, [batch, T, hidden], of samples that have passed every block; no logits are computed."""
+
+        def see(module: nn.Module, args: tuple[Tensor]) -> None:
+            raise _Observed(args[0])
+
+        handle = self.model.module.get_submodule(head).register_forward_pre_hook(see)
+        try:
+            self.head(self.hidden[rows], rows, outside)
+        except _Observed as observed:
+            assert observed.seen is not None
+            return observed.seen
+        finally:
+            handle.remove()
+        raise RuntimeError(f"the model has no call of {head}, which is its head")
 
     def _call_outside(self, outside: Weights, ids: Tensor) -> Any:
         """The whole model's answer, with something else where its blocks are."""

@@ -148,6 +148,7 @@ ACT_BITS = Valid(lambda bits: 2 <= bits <= 16, ": use 2 to 15, or 16 to leave ac
 NOT_HOME = Valid(lambda path: path.parts[:1] != ("~",), ": ~ is no directory here; set HOME or give another place")
 RATE = Valid(lambda rate: 0 < rate < math.inf, ": use a positive rate")
 SHARE = Valid(lambda share: 0 < share <= 1, ": use a number above 0, at most 1")
+MATRIX_BITS = Valid(lambda bits: 1 <= bits <= 8, ": use 1 to 8, or leave it out")
 WEIGHT_BITS = (*range(1, 9), 16)
 
 WHAT = {QUANTIZER: "what is quantized, and how", LEARNER: "what is quantized"}
@@ -277,6 +278,14 @@ QUANTIZED_FLAGS = (
          "N steps that learn the rotations of --rotate residual and vo, from the random ones, on the logits of the whole model "
          "with weights and activations rounded (SpinQuant); the model must fit in memory: 200 are a good number (default: 0)",
          WHAT, type=int, valid=AT_LEAST_0, metavar="N", value=lambda given: given or 0),
+    Flag("head_bits", same_name("--head-bits"),
+         "quantize the head (lm_head) too, with the same method: its Gram matrix is that of the hidden states behind the last "
+         "norm. A head that is tied to the embedding stays one tensor, which --format bitplane, gguf and dequantized hold "
+         "(default: it stays as it is)", WHAT, type=int, valid=MATRIX_BITS, metavar="N"),
+    Flag("embedding_bits", same_name("--embedding-bits"),
+         "quantize the embedding too: a row is looked up and multiplied with nothing, so it is rounded row by row with a "
+         "searched range, whatever the method; where the head is tied to it, as --head-bits. For --format bitplane, gguf and "
+         "dequantized (default: it stays as it is)", WHAT, type=int, valid=MATRIX_BITS, metavar="N"),
     Flag("num_layers", {QUANTIZER: "--num-layers-to-quantize"}, "only the first N blocks", WHAT, 1000, int, AT_LEAST_1,
          metavar="N"),
 )  # fmt: skip

@@ -112,6 +112,10 @@ def run_rules(args: argparse.Namespace) -> Rules:
         "--structure-outlier keeps whole columns, --saliency solves rows in parts: drop one of them",
     )
     yield args.compare_layers and args.save is not None, "--compare-layers only measures: drop --save"
+    yield (
+        args.compare_layers and (args.head_bits or args.embedding_bits) is not None,
+        "--compare-layers is of the linears in the blocks: drop --head-bits and --embedding-bits",
+    )
     yield args.compare_layers and args.bias_correction, "--compare-layers deploys nothing: drop --bias-correction"
     yield args.compare_layers and args.column_scales, "--compare-layers solves layers as they are: drop --column-scales"
     yield (
@@ -165,6 +169,11 @@ def block_rules(args: argparse.Namespace) -> Rules:
         args.column_scales and args.wbits == FULL_BITS,
         "--column-scales makes weights easy to quantize: give --wbits 1 to 8",
     )
+    for flag, bits in (("--head-bits", args.head_bits), ("--embedding-bits", args.embedding_bits)):
+        yield (
+            bits is not None and args.wbits == FULL_BITS,
+            f"{flag} {bits} quantizes what is outside the blocks besides: give --wbits 1 to 8 too",
+        )
 
 
 def grid_rules(args: argparse.Namespace) -> Rules:

@@ -22,11 +22,12 @@ STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "tasks", "exp
 
 
 def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
-    """Method, bits per weight, perplexity before and after with their ratio, KL divergence, relative error, seconds."""
+    """Method, bits per weight of the blocks' linears and of the whole model, perplexity before and after with their ratio, KL divergence, relative error, seconds."""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method")
     for column in (
         "bits per\nweight",
+        "whole\nmodel",
         "data",
         "perplexity\nbefore",
         "\nafter",
@@ -43,6 +44,7 @@ def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
             table.add_row(
                 results["method"] if first else "",
                 f"{results['bits_per_weight']:.3f}" if first else "",
+                _number(results.get("model_bits_per_weight"), 3) if first else "",
                 name,
                 _number(perplexity.get("fp"), 3),
                 _number(perplexity.get("quantized"), 3),

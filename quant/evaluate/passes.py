@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from models.load import LazyModel
+from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
+from quant.blocks.outside import Deployed, OutsideWeights
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 
 FULL = "fp"
-HEAD_ELEMENTS = 1 << 25  # logits computed at a time, or those of one window: 128 MB in float32
+HEAD_ELEMENTS = 1 << 25  # logits computed at a time, or those of one token: 128 MB in float32
 HELD_LOGITS = 5  # arrays of that size at once, where divergence to full precision is measured
 Deploy = Callable[[int, BlockWeights], BlockWeights]  # block index, full-precision weights -> the variant's weights
 
@@ -23,14 +26,47 @@ class Variant:
     """A form of the model: its blocks' weights, and how its activations are quantized.
 
     packed: its linears are packed in every block, and none of theirs is taken from the full-precision weights.
+    outside: from the model's weights outside the blocks to its own; None: they are the same.
     """
 
     deploy: Deploy
     act: ActSpec | None = None
     packed: bool = False
+    outside: Deployed | None = None
 
 
 UNCHANGED = Variant(lambda _, weights: weights)
+
+
+def captured(
+    model: LazyModel, ids: Tensor, variants: Mapping[str, Variant], outside: Weights, **settings: Any
+) -> dict[str, BlockStream]:
+    """Streams of the tokens in front of the first block, by variant. settings: of the streams."""
+    streams: dict[str, BlockStream] = {}
+    plain: BlockStream | None = None
+    for name, variant in variants.items():
+        if variant.outside is not None:
+            streams[name] = BlockStream(model, ids, **settings)
+            with variant.outside(outside).mounted(model.module) as own:
+                streams[name].capture(own)
+        elif plain is None:
+            streams[name] = plain = BlockStream(model, ids, **settings).capture(outside)
+        else:
+            streams[name] = plain.fork()
+    return streams
+
+
+def outside_of(variants: Mapping[str, Variant], outside: Weights) -> dict[str, OutsideWeights]:
+    """What every variant has outside the blocks; those that change nothing share it."""
+    return {
+        name: OutsideWeights(outside) if variant.outside is None else variant.outside(outside)
+        for name, variant in variants.items()
+    }
+
+
+def tokens_at_a_time(vocabulary: int) -> int:
+    """Of how many tokens logits are computed together, where a window has more."""
+    return max(1, HEAD_ELEMENTS // vocabulary)
 
 
 def pass_blocks(

@@ -17,10 +17,20 @@ import torch
 from torch import Tensor
 
 from data.calibration import Tokens
-from models.load import LazyModel, Weights
+from models.load import LazyModel
+from quant.blocks.outside import OutsideWeights
 from quant.blocks.stream import BlockStream
 from quant.evaluate.bootstrap import paired_interval
-from quant.evaluate.passes import FULL, HEAD_ELEMENTS, UNCHANGED, Variant, pass_blocks
+from quant.evaluate.passes import (
+    FULL,
+    HEAD_ELEMENTS,
+    UNCHANGED,
+    Variant,
+    captured,
+    outside_of,
+    pass_blocks,
+    tokens_at_a_time,
+)
 
 
 @dataclass(frozen=True)
@@ -62,40 +72,60 @@ def evaluate(
     outside = model.outside_weights(device)
     streams: dict[str, dict[str, BlockStream]] = {}
     for name, tokens in corpora.items():
-        first = BlockStream(model, tokens.ids, device=device, batch=batch, store=store, directory=directory)
-        first.capture(outside)
-        streams[name] = {v: first if i == 0 else first.fork() for i, v in enumerate(everything)}
+        settings = {"device": device, "batch": batch, "store": store, "directory": directory}
+        streams[name] = captured(model, tokens.ids, everything, outside, **settings)
     del outside  # embeddings and head leave the device while blocks pass
     pass_blocks(model, everything, streams.values(), device, progress)
     if FULL in everything:
         kept |= {name: by_variant[FULL] for name, by_variant in streams.items()}
     elif full is not None:
         streams = {name: {FULL: kept[name]} | by_variant for name, by_variant in streams.items()}
-    outside = model.outside_weights(device)
-    return {name: _scores(by_variant, outside) for name, by_variant in streams.items()}
+    everything = ({FULL: full} if full is not None else {}) | dict(variants)
+    forms = outside_of(everything, model.outside_weights(device))
+    return {name: _scores(by_variant, forms) for name, by_variant in streams.items()}
 
 
 @torch.inference_mode()
-def _scores(streams: Mapping[str, BlockStream], outside: Weights) -> dict[str, Scores]:
-    """Head and losses of every variant, a batch at a time."""
+def _scores(streams: Mapping[str, BlockStream], outside: Mapping[str, OutsideWeights]) -> dict[str, Scores]:
+    """Head and losses of every variant, a few windows at a time, or a few tokens of one window where the logits of all of
+    them would be too many."""
     collected: dict[str, list[tuple[Tensor, ...]]] = {variant: [] for variant in streams}
     first = next(iter(streams.values()))
-    n, length = first.tokens.shape
-    step = max(1, HEAD_ELEMENTS // (length * first.model.config.vocab_size))
+    (n, length), vocabulary = first.tokens.shape, first.model.config.vocab_size
+    step, together = max(1, HEAD_ELEMENTS // (length * vocabulary)), length
+    if length * vocabulary > HEAD_ELEMENTS:
+        together = tokens_at_a_time(vocabulary)
     for rows in (slice(i, min(i + step, n)) for i in range(0, n, step)):
-        reference: Tensor | None = None
-        for variant, stream in streams.items():
-            targets = stream.tokens[rows, 1:].to(stream.device)
-            log_p = torch.log_softmax(stream.logits(rows, outside)[:, :-1], dim=-1)
-            nll = -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-            parts = [nll]
-            if variant == FULL:
-                reference = log_p
-            elif reference is not None:
-                parts.append((reference.exp() * (reference - log_p)).sum(-1))
-                parts.append((reference.argmax(-1) == log_p.argmax(-1)).float())
-            collected[variant].append(tuple(part.double().mean(-1).cpu() for part in parts))
+        pieces: dict[str, list[tuple[Tensor, ...]]] = {variant: [] for variant in streams}
+        for start in range(0, length - 1, together):
+            for variant, losses in _losses(streams, outside, rows, slice(start, min(start + together, length))).items():
+                pieces[variant].append(losses)
+        for variant, losses_of_parts in pieces.items():
+            whole = [torch.cat(parts, -1) for parts in zip(*losses_of_parts, strict=True)]
+            collected[variant].append(tuple(part.double().mean(-1).cpu() for part in whole))
     return {v: Scores(*(torch.cat(column) for column in zip(*rows, strict=True))) for v, rows in collected.items()}
+
+
+def _losses(
+    streams: Mapping[str, BlockStream], outside: Mapping[str, OutsideWeights], rows: slice, positions: slice
+) -> dict[str, tuple[Tensor, ...]]:
+    """Of every variant at some positions [b, t] of some windows: the cross entropy of what follows, and where full precision
+    is there the divergence from it and whether both have the same most likely token. Nothing follows a window's last token."""
+    losses: dict[str, tuple[Tensor, ...]] = {}
+    reference: Tensor | None = None
+    for variant, stream in streams.items():
+        targets = stream.tokens[rows, positions.start + 1 : positions.stop + 1].to(stream.device)
+        with outside[variant].mounted(stream.model.module) as own:
+            logits = stream.logits(rows, own, positions)[:, : targets.shape[1]]
+        log_p = torch.log_softmax(logits, dim=-1)
+        parts = [-log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)]
+        if variant == FULL:
+            reference = log_p
+        elif reference is not None:
+            parts.append((reference.exp() * (reference - log_p)).sum(-1))
+            parts.append((reference.argmax(-1) == log_p.argmax(-1)).float())
+        losses[variant] = tuple(parts)
+    return losses
 
 
 def ratio_interval(nll: Tensor, nll_fp: Tensor) -> list[float]:

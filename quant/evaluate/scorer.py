@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.load import LazyModel
+from models.load import LazyModel, Weights
 from quant.blocks.stream import BlockStream
-from quant.evaluate.passes import HEAD_ELEMENTS, Variant, pass_blocks
+from quant.evaluate.passes import HEAD_ELEMENTS, Variant, captured, outside_of, pass_blocks, tokens_at_a_time
 
 HIDDEN_BYTES = 4 << 30  # of hidden states held at a time, all variants together
 PAD_TO = 32
@@ -71,35 +71,53 @@ class Scorer:
             ids = torch.zeros(len(group), length, dtype=torch.long)
             for row, (tokens, _) in enumerate(group):
                 ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-            first = BlockStream(
-                self.model, ids, device=self.device, batch=self.batch, store=self.store, directory=self.directory
-            ).capture(outside)
-            streams[length] = {name: first if i == 0 else first.fork() for i, name in enumerate(self.variants)}
+            settings = {"device": self.device, "batch": self.batch, "store": self.store, "directory": self.directory}
+            streams[length] = captured(self.model, ids, self.variants, outside, **settings)
         del outside
 
         def progress(done: int, total: int) -> None:
             self.progress(number * total + done, n_chunks * total)
 
         pass_blocks(self.model, self.variants, streams.values(), self.device, progress)
-        outside = self.model.outside_weights(self.device)
+        forms = outside_of(self.variants, self.model.outside_weights(self.device))
         for length, group in lengths.items():
             for name, stream in streams[length].items():
-                self.known[name].update(zip(group, _read(stream, group, outside), strict=True))
+                with forms[name].mounted(self.model.module) as own:
+                    self.known[name].update(zip(group, _read(stream, group, own), strict=True))
 
 
 @torch.inference_mode()
-def _read(stream: BlockStream, group: Sequence[Key], outside: Mapping[str, Tensor]) -> list[Score]:
+def _read(stream: BlockStream, group: Sequence[Key], outside: Weights) -> list[Score]:
     """Scores of the sequences of one stream, in order."""
-    n, length = stream.tokens.shape
-    step = max(1, HEAD_ELEMENTS // (length * stream.model.config.vocab_size))
+    (n, length), vocabulary = stream.tokens.shape, stream.model.config.vocab_size
+    if length * vocabulary > HEAD_ELEMENTS:
+        return [_read_long(stream, row, key, outside) for row, key in enumerate(group)]
+    step = max(1, HEAD_ELEMENTS // (length * vocabulary))
     answers: list[Score] = []
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        log_p = torch.log_softmax(stream.logits(rows, dict(outside)), -1)
+        log_p = torch.log_softmax(stream.logits(rows, outside), -1)
         for row, (tokens, scored) in enumerate(group[rows]):
             end = len(tokens)
-            part = log_p[row, end - scored - 1 : end - 1]
-            target = torch.tensor(tokens[end - scored :], device=part.device)
-            likely = bool((part.argmax(-1) == target).all())
-            answers.append((float(part.gather(-1, target[:, None]).double().sum()), likely))
+            answers.append(_score_of(log_p[row, end - scored - 1 : end - 1], tokens[end - scored :]))
     return answers
+
+
+def _read_long(stream: BlockStream, row: int, key: Key, outside: Weights) -> Score:
+    """The score of one sequence whose logits would be too many: those alone that are asked for, some tokens at a time."""
+    (tokens, scored), total, likely = key, 0.0, True
+    first, end = len(tokens) - scored - 1, len(tokens) - 1
+    together = tokens_at_a_time(stream.model.config.vocab_size)
+    for start in range(first, end, together):
+        stop = min(start + together, end)
+        log_p = torch.log_softmax(stream.logits(slice(row, row + 1), outside, slice(start, stop))[0], -1)
+        part, same = _score_of(log_p, tokens[start + 1 : stop + 1])
+        total, likely = total + part, likely and same
+    return total, likely
+
+
+def _score_of(log_p: Tensor, tokens: tuple[int, ...]) -> Score:
+    """Of tokens, from the log-probabilities [n, vocabulary] at the places before each."""
+    target = torch.tensor(tokens, device=log_p.device)
+    likely = bool((log_p.argmax(-1) == target).all())
+    return float(log_p.gather(-1, target[:, None]).double().sum()), likely

@@ -25,7 +25,8 @@ HOLDERS: dict[str, Holder] = {**PACKED, **{f.name: f for f in (Gguf(), Mlx())}} 
 def refusal(kind: str, content: Content) -> str | None:
     """Why a format, or a plain checkpoint, cannot hold this, with a format that can; None if it can."""
     if kind in HOLDERS:
-        return HOLDERS[kind].refuses(content)
+        holder, alone = HOLDERS[kind], (own for _, _, own in content.of_outside())
+        return next(filter(None, map(holder.refuses, (content, *alone))), None)
     if content.online:
         return "a plain checkpoint cannot hold matrices behind norms or in front of linears: use format bitplane"
     return None
@@ -36,9 +37,9 @@ def first_holding(content: Content) -> str:
     assert content.spec is not None
     names = ("gptq" if content.centered else "gptq_v2", "compressed-tensors", "bitplane")
     for name in names:
-        if PACKED[name].refuses(content) is None:
+        if refusal(name, content) is None:
             return name
-    raise InputError(str(PACKED[names[-1]].refuses(content)))
+    raise InputError(str(refusal(names[-1], content)))
 
 
 def format_of(config: Mapping[str, Any], path: Path) -> Format:

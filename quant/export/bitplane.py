@@ -55,7 +55,12 @@ class Bitplane:
     parts: tuple[str, ...] = PARTS
 
     def refuses(self, content: Content) -> str | None:
-        """What is not quantized at all, and groups of others that do not divide the inputs."""
+        """What is not quantized at all, groups of others that do not divide the inputs, and levels that are not those of all."""
+        if content.outside and content.spec is not None and content.spec.levels is not None:
+            return (
+                f"{self.name} holds one number of levels, and head or embedding have others than the blocks: use "
+                "--bit-balance off, or format dequantized"
+            )
         return refuses_codes(replace(content, outliers=False, online=(), mixed=False), self.name) or uneven_groups(
             content, self.name
         )
@@ -81,7 +86,7 @@ class Bitplane:
             "quant_method": self.name,
             "version": VERSION,
             "spec": content.spec.to_json(),
-            **({"mixed": True} if content.mixed else {}),
+            **({"mixed": True} if content.mixed or content.has_other_bits else {}),
             "activations": asdict(content.act),
             "ignore": [*layers.untouched, *layers.gates],
         }

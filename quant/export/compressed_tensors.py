@@ -27,6 +27,7 @@ from quant.export.formats import (
     misfit_linear,
     real_minimum,
     refuses_codes,
+    refuses_outside,
     uneven_groups,
 )
 from quant.export.packing import pack, unpack
@@ -48,6 +49,8 @@ class CompressedTensors:
     def refuses(self, content: Content) -> str | None:
         """Sparse parts, act-order, activations other than W8A8."""
         if against := refuses_codes(content, self.name) or real_minimum(content, self.name):
+            return against
+        if against := refuses_outside(content, self.name):
             return against
         if content.reordered:
             return f"{self.name} cannot hold groups in act-order: use format gptq, or --group-aware or --static-groups"
@@ -74,7 +77,8 @@ class CompressedTensors:
         return tensors
 
     def config(self, content: Content, layers: Layers) -> dict[str, Any]:
-        """One group of settings for all linears; the others are named in ``ignore``."""
+        """One group of settings for all linears, and one of its own for a head of other bits; linears that are left alone are
+        named in ``ignore``."""
         assert content.spec is not None
         group = content.spec.group_size if content.spec.group_size > 0 else None
         weights = {"num_bits": content.bits, "type": "int", "symmetric": content.centered, "dynamic": False, "actorder": None,
@@ -93,7 +97,7 @@ class CompressedTensors:
             "quant_method": self.name,
             "format": kind,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": settings},
+            "config_groups": {"group_0": settings, **_of_outside(content, settings)},
             "ignore": [*layers.untouched, *layers.gates],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
@@ -146,6 +150,15 @@ class CompressedTensors:
         if not 2 <= bits <= 8:
             raise InputError(f"config.json: input_activations of {bits} bits; 2 to 8 are read")
         return ActSpec(bits, symmetric=bool(first.get("symmetric", True)))
+
+
+def _of_outside(content: Content, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups of settings, by name, for what has bits of its own outside the blocks: a name goes before a class."""
+    own = [(name, matrix.bits) for name, matrix in content.outside.items() if matrix.bits != content.bits]
+    return {
+        f"group_{number}": {**settings, "targets": [name], "weights": {**settings["weights"], "num_bits": bits}}
+        for number, (name, bits) in enumerate(own, 1)
+    }
 
 
 def _codes_of(linear: StoredLinear, bits: int) -> Tensor:

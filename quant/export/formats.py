@@ -6,7 +6,7 @@ Codes, scales and zero points go from the solver's answer into the tensors as th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,6 +20,17 @@ from quant.core.types import QuantizedWeight, QuantSpec, group_index
 
 
 @dataclass(frozen=True)
+class OutsideMatrix:
+    """A quantized matrix outside the blocks: (rows, columns) and bits. looked_up: it is the embedding, multiplied: the head;
+    tied, it is both."""
+
+    shape: tuple[int, int]
+    bits: int
+    looked_up: bool
+    multiplied: bool
+
+
+@dataclass(frozen=True)
 class Content:
     """What a checkpoint is to hold, as far as it is known before work begins.
 
@@ -28,7 +39,8 @@ class Content:
     linears, in flags where a run asks for it. whole: whether every block is quantized. model_type: of config.json.
     true_sequential, static_groups: what GPTQ's config tells of how the codes came about. misfit: a linear whose scales
     float16 cannot hold, and why, in words. mixed: linears have several numbers of bits,
-    of which ``spec`` says one. widths: the bits that such linears may have.
+    of which ``spec`` says one. widths: the bits that such linears may have. outside: what is quantized of head
+    and embedding, by the module's name in the whole model.
     """
 
     spec: QuantSpec | None
@@ -44,12 +56,33 @@ class Content:
     misfit: str | None = None
     mixed: bool = False
     widths: tuple[int, ...] = ()
+    outside: Mapping[str, OutsideMatrix] = field(default_factory=dict)
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
         """The grids that linears may have."""
         assert self.spec is not None
         return tuple(replace(self.spec, bits=bits) for bits in self.widths) if self.mixed else (self.spec,)
+
+    def of(self, linear: str) -> Content:
+        """The content as it is for one linear, by its full name: head and embedding have bits of their own."""
+        matrix = self.outside.get(linear)
+        return self if matrix is None else self._alone(linear, matrix)
+
+    def of_outside(self) -> Iterator[tuple[str, OutsideMatrix, Content]]:
+        """What is quantized outside the blocks, each as a content of its own."""
+        for name, matrix in self.outside.items():
+            yield name, matrix, self._alone(name, matrix)
+
+    def _alone(self, name: str, matrix: OutsideMatrix) -> Content:
+        assert self.spec is not None
+        spec = replace(self.spec, bits=matrix.bits, levels=None)
+        return replace(self, spec=spec, shapes={name: matrix.shape}, misfit=None, mixed=False, outside={})
+
+    @property
+    def has_other_bits(self) -> bool:
+        """Whether something outside the blocks has other bits than their linears."""
+        return any(matrix.bits != self.bits for matrix in self.outside.values())
 
     @property
     def bits(self) -> int:
@@ -137,6 +170,17 @@ def refuses_codes(content: Content, name: str) -> str | None:
     return None
 
 
+def refuses_outside(content: Content, name: str) -> str | None:
+    """Why a format of linears alone cannot hold what is quantized outside the blocks; None if it can, as far as that goes."""
+    for module, matrix in content.outside.items():
+        if matrix.looked_up:
+            also = ", which the head is tied to" if matrix.multiplied else ""
+            return f"{name} holds quantized linears, and {module} is an embedding{also}: use format bitplane or dequantized"
+    if content.outside and content.act.active:
+        return f"{name} would quantize the head's inputs too, which stay as they are: use format bitplane"
+    return None
+
+
 def real_minimum(content: Content, name: str) -> str | None:
     """Why a format of integer zero points cannot hold this; None if it can."""
     if content.spec is None or content.spec.kind == "integer":
@@ -196,7 +240,7 @@ def check_grid(weight: QuantizedWeight, content: Content, name: str) -> None:
 def check_shape(linear: str, weight: QuantizedWeight, content: Content) -> None:
     """Raise InputError where an answer is not of the shape that the model has under the linear's full name."""
     shape = (weight.codes.shape[0], weight.codes.shape[1])
-    known = (s for name, s in content.shapes.items() if linear == name or linear.endswith(f".{name}"))
+    known = (s for name, s in content.of(linear).shapes.items() if linear == name or linear.endswith(f".{name}"))
     if (expected := next(known, None)) != shape:
         raise InputError(f"{linear} has codes of {shape}, but the model's linear is {expected}: quantize it again")
 

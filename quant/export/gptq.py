@@ -27,6 +27,7 @@ from quant.export.formats import (
     misfit_linear,
     real_minimum,
     refuses_codes,
+    refuses_outside,
 )
 from quant.export.packing import pack, unpack
 
@@ -46,6 +47,8 @@ class Gptq:
     def refuses(self, content: Content) -> str | None:
         """Bits, shapes, sparse parts, activations."""
         if against := refuses_codes(content, self.name) or real_minimum(content, self.name):
+            return against
+        if against := refuses_outside(content, self.name):
             return against
         if content.act.active:
             return f"{self.name} is weight-only and cannot hold activation quantization: use format bitplane"
@@ -89,9 +92,15 @@ class Gptq:
             "model_file_base_name": "model",
             "meta": {"quantizer": ["llm-quantizer:0.1.0"]},
         }
+        # Of a head with bits of its own; by the first pattern that fits a name
+        own = {
+            f"+:{re.escape(name)}$": {"bits": m.bits} for name, m in content.outside.items() if m.bits != content.bits
+        }
+        if own:
+            settings["dynamic"] = own
         if not content.whole:
             # GPTQModel and vLLM read the first, optimum (which compares the ends of names) the second
-            settings["dynamic"] = {pattern: {} for pattern in _skipping(layers)}
+            settings["dynamic"] = own | {pattern: {} for pattern in _skipping(layers)}
             inside = f"{layers.blocks}."
             settings["modules_in_block_to_quantize"] = [[name for name in layers.quantized if name.startswith(inside)]]
         return settings

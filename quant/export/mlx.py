@@ -35,6 +35,8 @@ class Mlx:
         """Groups that are no multiples of 32 columns, act-order, sparse parts, activations, models that mlx-lm has not."""
         if against := refuses_codes(replace(content, mixed=False), self.name):
             return against
+        if content.outside:
+            return f"{self.name} is written without quantized head and embedding: use format bitplane or dequantized"
         if content.act.active:
             return f"{self.name} is weight-only and cannot hold activation quantization: use format bitplane"
         if content.reordered:

@@ -14,11 +14,12 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.container import metadata_of
 from models.load import LazyModel
+from models.vocabulary import vocabulary_of
 from quant.blocks.weights import is_input_range, is_online
 from quant.core.errors import InputError
-from quant.core.types import QuantizedWeight
+from quant.core.types import QuantizedWeight, QuantSpec
 from quant.export import format_of
-from quant.export.formats import Content, StoredLinear, in_order
+from quant.export.formats import Content, OutsideMatrix, StoredLinear, in_order
 from quant.export.write import Entry
 
 SPARSE = "outlier_values"
@@ -121,22 +122,42 @@ class QuantizedCheckpoint(Checkpoint):
         for name in self._weights:
             yield name, self.quantized(name)
 
-    def storage(self) -> tuple[int, int]:
-        """Bits that the quantized weights take, and their number."""
-        bits = count = 0
-        for name in self._weights:
-            weight = self.quantized(name)
-            bits, count = bits + weight.storage_bits(), count + weight.codes.numel()
-        return bits, count
+    def storage_bits(self, name: str) -> int | None:
+        """Bits that a weight takes, by its plain name; None where it is not quantized."""
+        return self.quantized(name).storage_bits() if name in self._weights else None
 
-    def content(self, whole: bool = True) -> Content:
-        """What another format has to hold; all linears must have one kind of grid. whole: see `Content`."""
+    def solved_outside(self, model: LazyModel) -> dict[str, QuantizedWeight]:
+        """What is quantized outside the blocks of the model whose checkpoint this is, by module; a tied tensor by its
+        embedding's name."""
+        return {module: self.quantized(f"{key}.weight") for key, (module, _, _) in self._outside(model).items()}
+
+    def _outside(self, model: LazyModel) -> dict[str, tuple[str, bool, bool]]:
+        """The module, whether it is looked up, and whether it is multiplied, by the name here of what is quantized of
+        embedding and head."""
+        ends = vocabulary_of(model.module)
+        read = [(ends.embedding, True, ends.tied)] + ([] if ends.tied else [(ends.head, False, True)])
+        keys = {model.key(f"{one[0]}.weight"): one for one in read}
+        return {self._weights[key]: one for key, one in keys.items() if key in self._weights}
+
+    def content(self, model: LazyModel, whole: bool = True) -> Content:
+        """What another format has to hold of the model whose checkpoint this is; all linears must have one kind of grid.
+        whole: see `Content`."""
         shapes: dict[str, tuple[int, int]] = {}
-        reordered, specs = False, {}
+        reordered, specs, beyond, outside = False, {}, self._outside(model), {}
+        of_outside: dict[QuantSpec, str] = {}
         for name, linear in self._weights.items():
             weight = self.quantized(name)
-            specs[weight.spec], shapes[linear] = linear, (weight.codes.shape[0], weight.codes.shape[1])
+            shape = (weight.codes.shape[0], weight.codes.shape[1])
             reordered = reordered or not in_order(weight)
+            if linear in beyond:
+                outside[linear] = OutsideMatrix(shape, weight.spec.code_bits, *beyond[linear][1:])
+                of_outside[weight.spec] = linear
+            else:
+                specs[weight.spec], shapes[linear] = linear, shape
+        if not specs:
+            raise InputError(f"{self.path}: nothing is quantized in the blocks, which no other format is for")
+        mixed, widths = len(specs) > 1, tuple(sorted({spec.bits for spec in specs}))
+        specs |= of_outside
         alike = {replace(spec, bits=8) for spec in specs}
         if len(alike) > 1:
             first, second = list(specs.values())[:2]
@@ -155,8 +176,9 @@ class QuantizedCheckpoint(Checkpoint):
             model_type=self.declared["model_type"],
             true_sequential=bool(self.quantization.get("true_sequential")),  # GPTQ's config tells, the others' do not
             static_groups=bool(self.quantization.get("static_groups")),
-            mixed=len(specs) > 1,
-            widths=tuple(sorted({spec.bits for spec in specs})) if len(specs) > 1 else (),
+            mixed=mixed,
+            widths=widths if mixed else (),
+            outside=outside,
         )
 
 

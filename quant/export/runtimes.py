@@ -24,7 +24,7 @@ GPTQMODEL: dict[str, Any] = {
     "inputs": 32,
     "outputs": 32,
 }
-MARLIN: dict[str, Any] = {"groups": (-1, 32, 64, 128), "inputs": 128, "outputs": 64}
+MARLIN: dict[str, Any] = {"groups": (-1, 32, 64, 128), "inputs": 128, "outputs": 64, "head": True}
 ALL_BITS = tuple(range(1, 9))
 # Model types that a runtime knows, of those that this toolkit quantizes (auto_gptq/modeling/_const.py of 0.7.1; the
 # converters of llama.cpp, conversion/)
@@ -38,6 +38,9 @@ MODELS_NEED = {
     ("llama.cpp", "gemma2"): "tokenizer.model beside the weights, as the model has it: tokenizer.json is not read",
     ("transformers", "gemma2"): 'attn_implementation="eager" in transformers 4, whose default leaves out the soft cap',
 }
+# What it needs to read a quantized head, besides
+HEAD_NEEDS = {("vllm", "compressed-tensors"): "for the head a version with its pull request 37291"}
+HEADS_TRIED = (("transformers", "compressed-tensors"), *(("this toolkit", name) for name in PACKED))
 NONE, ONLY, ANY = "none", "only", "any"  # what a rule says of quantized activations
 
 
@@ -46,7 +49,8 @@ class Rule:
     """What a runtime takes of a format. None: anything. groups: sizes, -1 for one scale a row. row_by_size: also groups of
     as many columns as the inputs have. grouped: any size, but not whole rows. inputs, outputs: multiples of.
     activations: whether it takes none, only quantized ones, or any. models: the types that it knows (a model whose type is
-    not known passes). families: model types that it reads without an error but computes wrongly."""
+    not known passes). families: model types that it reads without an error but computes wrongly. head: whether it reads a
+    quantized head, that is no embedding too; embedding: a quantized embedding."""
 
     runtime: str
     format: str
@@ -65,6 +69,8 @@ class Rule:
     needs: str = ""
     tried: tuple[int, ...] = ()
     models_tried: tuple[str, ...] | None = TRIED_MODELS
+    head: bool = False
+    embedding: bool = False
 
     def objections(self, content: Content) -> Iterator[str]:
         """What it does not take, in words."""
@@ -80,8 +86,8 @@ class Rule:
         if spec is None:
             yield "takes quantized weights only"
             return
-        if self.bits is not None and content.bits not in self.bits:
-            yield f"takes {_list(self.bits)} bits, not {content.bits}"
+        yield from self._objections_outside(content)
+        yield from self._objections_to_sizes(content)
         if self.symmetric and not content.centered:
             yield "takes symmetric grids only (--sym)"
         whole = self.row_by_size and all(n_in == spec.group_size for _, n_in in content.shapes.values())
@@ -89,10 +95,6 @@ class Rule:
             yield f"takes groups of {_list(self.groups)}"
         if self.grouped and spec.group_size == -1:
             yield "takes groups, not one scale a row"
-        for name, (n_out, n_in) in content.shapes.items():
-            if n_in % self.inputs or n_out % self.outputs:
-                yield f"needs inputs in multiples of {self.inputs} and outputs of {self.outputs} ({name} is {n_out}x{n_in})"
-                break
         if not self.partial and not content.whole:
             yield "needs every block quantized"
         if not self.reordered and content.reordered:
@@ -102,20 +104,39 @@ class Rule:
         if not content.act.active and self.activations == ONLY:
             yield "takes 8-bit weights with 8-bit activations"
 
+    def _objections_to_sizes(self, content: Content) -> Iterator[str]:
+        """What it does not take of bits and shapes."""
+        if self.bits is not None and content.bits not in self.bits:
+            yield f"takes {_list(self.bits)} bits, not {content.bits}"
+        for name, (n_out, n_in) in content.shapes.items():
+            if n_in % self.inputs or n_out % self.outputs:
+                yield f"needs inputs in multiples of {self.inputs} and outputs of {self.outputs} ({name} is {n_out}x{n_in})"
+                break
+
+    def _objections_outside(self, content: Content) -> Iterator[str]:
+        """What it does not take of head and embedding."""
+        for name, matrix, own in content.of_outside():
+            if matrix.looked_up and not self.embedding:
+                yield f"takes no quantized embedding ({name})"
+            elif not self.head:
+                yield f"takes no quantized head ({name})"
+            else:
+                yield from (f"{name}: {line}" for line in self._objections_to_sizes(own))
+
 
 RULES = (
     Rule("transformers", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
     *(Rule("transformers", name, (2, 3, 4, 8), **GPTQMODEL,
            families=("falcon",), needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
-    Rule("transformers", "compressed-tensors", symmetric=True, families=("falcon",), tried=(2, 3, 4, 8),
+    Rule("transformers", "compressed-tensors", symmetric=True, families=("falcon",), tried=(2, 3, 4, 8), head=True,
          needs="compressed-tensors>=0.18"),
-    Rule("transformers", "compressed-tensors", tried=(3, 4),
+    Rule("transformers", "compressed-tensors", tried=(3, 4), head=True,
          needs="compressed-tensors>=0.18 and CompressedTensorsConfig(dequantize=True)"),
     # OPT flattens tokens before its fully connected part, and then one scale serves all of them
     Rule("transformers", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          families=("falcon", "opt"), tried=(8,), needs="compressed-tensors>=0.18"),
-    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, **GPTQMODEL, tried=(3, 4)),
-    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), **GPTQMODEL, tried=(3, 4)),
+    Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, **GPTQMODEL, tried=(3, 4), head=True),
+    Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), **GPTQMODEL, tried=(3, 4), head=True),
     Rule("vllm", DEQUANTIZED),
     Rule("vllm", "gptq", (4, 8), symmetric=True, **MARLIN),
     Rule("vllm", "compressed-tensors", (4, 8), **MARLIN),
@@ -125,7 +146,7 @@ RULES = (
          needs="a version with asymmetric grids of these bits (its pull request 46528)"),
     Rule("vllm", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          needs="a GPU before Blackwell"),
-    Rule("llama.cpp", GGUF, models=LLAMA_CPP_MODELS, tried=ALL_BITS),
+    Rule("llama.cpp", GGUF, models=LLAMA_CPP_MODELS, tried=ALL_BITS, head=True, embedding=True),
     Rule("llama.cpp", DEQUANTIZED, models=LLAMA_CPP_MODELS),
     Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_MODELS),
     Rule("llama.cpp", "gptq_v2", (2, 4, 8), models=LLAMA_CPP_MODELS),
@@ -133,9 +154,9 @@ RULES = (
     *(Rule("auto-gptq", "gptq", bits, outputs=32, inputs=32, reordered=False, partial=False, models=AUTO_GPTQ_MODELS, needs=needs)
       for bits, needs in (((2, 3, 4), ""), ((8,), "its torch kernels: those in CUDA cut the zero points of 8 bits"))),
     Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
-    *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS, models_tried=None) for name in PACKED),
+    *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS, models_tried=None, head=True, embedding=True) for name in PACKED),
     Rule("mlx-lm", MLX, models=MLX_MODELS, tried=ALL_BITS, models_tried=("llama", "mistral"), needs="mlx>=0.26"),
-    Rule("this toolkit", GGUF, tried=ALL_BITS, models_tried=None, needs="the file as --model: its weights, dequantized"),
+    Rule("this toolkit", GGUF, head=True, embedding=True, tried=ALL_BITS, models_tried=None, needs="the file as --model: its weights, dequantized"),
 )  # fmt: skip
 
 
@@ -157,6 +178,7 @@ RELAXED: dict[str, tuple[Any, str]] = {
     "outliers": (False, "without --outlier"),
     "online": ((), "without {online}"),
     "mixed": (False, "without --avg-bits"),
+    "outside": ({}, "without --head-bits and --embedding-bits"),
     "act": (ActSpec(), "--abits 16"),
 }
 
@@ -220,6 +242,8 @@ def loadability(kind: str, content: Content) -> list[tuple[str, bool, str, str]]
         rule = _rule(runtime, kind, content)
         ran = content.spec is None or content.spec.code_bits in rule.tried
         ran = ran and (rule.models_tried is None or content.model_type in ("", *rule.models_tried))
-        needs = "; ".join(filter(None, (rule.needs, MODELS_NEED.get((runtime, content.model_type)))))
+        ran = ran and (not content.outside or (runtime, kind) in HEADS_TRIED)
+        head = HEAD_NEEDS.get((runtime, kind)) if content.outside else None
+        needs = "; ".join(filter(None, (rule.needs, MODELS_NEED.get((runtime, content.model_type)), head)))
         rows.append((runtime, True, needs, "ran" if ran and rule.tried else "read in its source"))
     return rows

@@ -75,21 +75,33 @@ def form_of(
 def size_of(model: LazyModel, kind: str, content: Content, layers: Layers) -> int:
     """Bytes of a checkpoint's tensors, without scales and what else is small."""
     width = torch.finfo(model.storage_dtype).bits
-    codes = sum(model.module.get_parameter(f"{name}.weight").numel() for name in layers.quantized)
-    rest = sum(parameter.numel() for parameter in model.module.parameters()) - codes
-    bits = Gguf().bits(content) if kind == GGUF else content.bits if kind in (*PACKED, MLX) else width
-    return int(rest * width + codes * bits) // 8
+    numbers = {name: model.module.get_parameter(f"{name}.weight").numel() for name in layers.quantized}
+    rest = sum(parameter.numel() for parameter in model.module.parameters()) - sum(numbers.values())
+
+    def bits(own: Content) -> float:
+        return Gguf().bits(own) if kind == GGUF else own.bits if kind in (*PACKED, MLX) else width
+
+    packed = sum(count * bits(content.of(name)) for name, count in numbers.items())
+    return int(rest * width + packed) // 8
 
 
-def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | QuantizedWeight]]) -> Iterator[Entry]:
+def entries(
+    model: LazyModel,
+    replaced: Callable[[int], Mapping[str, Tensor | QuantizedWeight]],
+    outside: Mapping[str, QuantizedWeight] | None = None,
+) -> Iterator[Entry]:
     """Every tensor of the checkpoint in order, a block at a time, under the names of the module's parameters and as they are
     there.
 
-    replaced(index): what a block deploys otherwise than the original, by name; empty for blocks left alone.
+    replaced(index): what a block deploys otherwise than the original, by name; empty for blocks left alone. outside: what
+    is quantized outside the blocks, by module.
     """
     inside = f"{model.family.blocks}."
+    solved = {f"{name}.weight": weight for name, weight in (outside or {}).items()}
     for name, _ in model.module.named_parameters():
-        if not name.startswith(inside):
+        if name in solved:
+            yield name, solved[name]
+        elif not name.startswith(inside):
             yield name, model.checkpoint.stored(model.key(name))
     for name in model.carried:
         yield name, model.checkpoint.stored(name)
@@ -113,12 +125,16 @@ def entries(model: LazyModel, replaced: Callable[[int], Mapping[str, Tensor | Qu
             yield f"{inside}{index}.{name}", extra
 
 
-def layers_of(model: LazyModel, quantized_blocks: int) -> Layers:
-    """Which linears are quantized when the first blocks are, and which are left alone."""
+def layers_of(model: LazyModel, quantized_blocks: int, content: Content) -> Layers:
+    """Which linears are quantized when the first blocks are, and what the content has outside of them; and which are left
+    alone. A tied head is its embedding."""
     inside = f"{model.family.blocks}."
     linears = linears_of(model)
     done = [n for n in linears if n.startswith(inside) and int(n.removeprefix(inside).split(".")[0]) < quantized_blocks]
-    rest = [name for name in linears if name not in set(done)]
+    done += list(content.outside)
+    held = [model.module.get_parameter(f"{name}.weight") for name in content.outside]
+    parameters = {name: model.module.get_parameter(f"{name}.weight") for name in linears if name not in set(done)}
+    rest = [name for name, own in parameters.items() if not any(own is weight for weight in held)]
     return Layers(done, rest, model.family.blocks, len(model.blocks), gates_of(model))
 
 
@@ -156,7 +172,7 @@ def packed_entries(
             yield layout.written(name, value.dequantize().to(dtype_of(name)))
         else:
             try:
-                parts = PACKED[kind].encode(value, content)
+                parts = PACKED[kind].encode(value, content.of(linear))
             except InputError as error:
                 raise InputError(f"{linear}: {error}") from error
             yield from ((layout.on_disk(f"{linear}.{part}"), tensor) for part, tensor in parts.items())
@@ -216,8 +232,11 @@ def model_config(model: LazyModel, kind: str, content: Content, layers: Layers) 
     if tied != declared.get(TIE, getattr(type(model.config)(), TIE, False)):
         changes[TIE] = tied
     if kind in PACKED:
-        on_disk, parts = model.family.layout.on_disk, ("quantized", "untouched", "gates")
-        named = replace(layers, **{part: [on_disk(name) for name in getattr(layers, part)] for part in parts})
+        on_disk = model.family.layout.on_disk
+        quantized, untouched, gates = (
+            [on_disk(n) for n in ns] for ns in (layers.quantized, layers.untouched, layers.gates)
+        )
+        named = replace(layers, quantized=quantized, untouched=untouched, gates=gates)
         changes["quantization_config"] = PACKED[kind].config(content, named)
     return carried_config(declared, model.storage_dtype, changes)
 

@@ -9,7 +9,7 @@ from quant.core.errors import InputError
 from quant.report.runs import Run
 
 NUMBERS = (
-    "bits_per_weight", "quantized_bytes", "mean_relative_error", "perplexity", "fidelity", "zero_shot", "seconds", "peak_bytes"
+    "bits_per_weight", "model_bits_per_weight", "quantized_bytes", "mean_relative_error", "perplexity", "fidelity", "zero_shot", "seconds", "peak_bytes"
 )  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def _csv(runs: Sequence[Run]) -> str:
         writer.writerows([csv_cell(dict(record).get(field)) for field in fields] for record in runs[0].records)
         return text.getvalue()
     tasks = list(dict.fromkeys(task for run in runs for task in run.results["zero_shot"]))
-    head = ["model", "method", "wbits", "abits", "group_size", "seed", "bits_per_weight", "data", "fp", "quantized",
+    head = ["model", "method", "wbits", "abits", "group_size", "seed", "bits_per_weight", "model_bits_per_weight", "data", "fp", "quantized",
             "kl_divergence", "mean_relative_error", *tasks, "seconds", "peak_bytes_host", "peak_bytes_device", "run"]  # fmt: skip
     writer.writerow(map(csv_cell, head))
     for run in runs:
@@ -181,7 +181,7 @@ def _csv(runs: Sequence[Run]) -> str:
         for name in r["perplexity"] or ["-"]:
             scores, fidelity = r["perplexity"].get(name), r["fidelity"].get(name)
             row = [run.model, r["method"], r["wbits"], r["abits"] or 16, r["group_size"], run.manifest["seed"],
-                   r["bits_per_weight"], name, scores and scores["fp"], scores and scores["quantized"],
+                   r["bits_per_weight"], r["model_bits_per_weight"], name, scores and scores["fp"], scores and scores["quantized"],
                    fidelity and fidelity["kl_divergence"], r["mean_relative_error"],
                    *(score_of(answered[task]) if task in answered else None for task in tasks),
                    r["seconds"].get("total"), r["peak_bytes"]["host"], r["peak_bytes"]["device"], run.path.name]  # fmt: skip

@@ -86,7 +86,7 @@ def in_packed_format(request: Request) -> Request:
     """
     shapes, model_type = _shapes(request.session)
     named = {name: (out, n_in) for name, out, n_in in shapes.linears}
-    kind = first_holding(content_of(request.run, named, shapes.n_blocks, model_type))
+    kind = first_holding(content_of(request.run, named, shapes.n_blocks, model_type, shapes.ends))
     return request.but(format=kind, fallback=None if request.output.target else FALLBACK)
 
 

@@ -66,6 +66,7 @@ class RunConfig:
     rotation: of the model before anything is solved (None: it stays as it is).
     bias_correction: of what was solved. column_scales: folded into every block before it is learned or solved.
     avg_bits: stored bits of a weight, scales and all, that widths of the linears keep to; wbits is then a number near it.
+    head_bits, embedding_bits: of the matrices outside the blocks (None: they stay); see `quant.run.outside`.
     """
 
     dataset: str = field(default="c4", metadata=BY_WHAT_IT_NAMES)
@@ -95,6 +96,8 @@ class RunConfig:
     bias_correction: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
     avg_bits: float | None = field(default=None, metadata=WHERE_IT_DIFFERS)
     column_scales: bool = field(default=False, metadata=WHERE_IT_DIFFERS)
+    head_bits: int | None = field(default=None, metadata=WHERE_IT_DIFFERS)
+    embedding_bits: int | None = field(default=None, metadata=WHERE_IT_DIFFERS)
     num_layers: int = field(default=1000, metadata=BY_WHAT_IT_NAMES)
     solver_precision: str = "highest"
 
@@ -122,6 +125,11 @@ class RunConfig:
     def quantizes(self) -> bool:
         """False where only the base model is evaluated."""
         return self.wbits != FULL_BITS or self.act.active or self.learning is not None
+
+    @property
+    def beyond_blocks(self) -> bool:
+        """Whether head or embedding are quantized."""
+        return self.head_bits is not None or self.embedding_bits is not None
 
     @property
     def shifts(self) -> bool:

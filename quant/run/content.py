@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+from models.vocabulary import Vocabulary
 from quant.core.errors import InputError
 from quant.core.names import FULL_BITS
 from quant.core.types import QuantSpec
 from quant.export import refusal
-from quant.export.formats import Content
+from quant.export.formats import Content, OutsideMatrix
 from quant.export.runtimes import nearest, objections
 from quant.learn.config import ONLINE
 from quant.run.config import Output, RunConfig
@@ -40,6 +42,7 @@ def group_sizes(inputs: Iterable[int]) -> list[int]:
     return [size for size in range(2, common + 1) if common % size == 0]
 
 
+PART = 1 << 25  # weights of a head that are solved at a time: 128 MB in float32, which solvers hold a few times over
 MIXED = range(2, 9)  # bits that linears of a run with mixed bits may have
 
 
@@ -69,9 +72,61 @@ def candidate_widths(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> t
     return tuple(bits for bits in range(widest - 1, widest + 3) if bits in MIXED)
 
 
-def content_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: int, model_type: str) -> Content:
-    """What a checkpoint of a run has to hold, before work begins. Raises InputError where `spec_of` or
-    `candidate_widths` does."""
+def outside_matrices(run: RunConfig, vocabulary: Vocabulary | None) -> dict[str, OutsideMatrix]:
+    """What a run quantizes outside the blocks, by the name of the module whose parameter it is. Raises InputError for two
+    widths of what is one tensor, and for groups that do not divide."""
+    if not run.beyond_blocks:
+        return {}
+    assert vocabulary is not None
+    head, embedding = run.head_bits, run.embedding_bits
+    if run.rotation is not None and "residual" in run.rotation.kinds:  # which unties them
+        vocabulary = replace(vocabulary, tied=False)
+    if vocabulary.tied and None not in (head, embedding) and head != embedding:
+        raise InputError(
+            f"--head-bits {head} --embedding-bits {embedding}: in this model {vocabulary.head} is tied to "
+            f"{vocabulary.embedding}, one tensor of one width: give one of them, or both alike"
+        )
+    if vocabulary.tied:
+        matrix = OutsideMatrix(vocabulary.embedding_shape, int(head or embedding or 0), looked_up=True, multiplied=True)
+        asked = {vocabulary.embedding: matrix}
+    else:
+        both = {
+            vocabulary.embedding: (vocabulary.embedding_shape, embedding, False),
+            vocabulary.head: (vocabulary.head_shape, head, True),
+        }
+        asked = {
+            name: OutsideMatrix(shape, bits, looked_up=not is_head, multiplied=is_head)
+            for name, (shape, bits, is_head) in both.items()
+            if bits is not None
+        }
+    for name, matrix in asked.items():
+        if run.group_size > 0 and matrix.shape[1] % run.group_size:
+            raise InputError(
+                f"{name}: group_size={run.group_size} does not divide its {matrix.shape[1]} columns: use another "
+                "--group-size, or drop --head-bits and --embedding-bits"
+            )
+        spec_outside(run, matrix.bits)
+    return asked
+
+
+def spec_outside(run: RunConfig, bits: int) -> QuantSpec:
+    """The grid of head or embedding: the run's, with bits and 2^bits levels of its own. Raises InputError for none that
+    there is."""
+    try:
+        return QuantSpec(bits, run.group_size, run.symmetric, run.range, kind=run.grid_kind)
+    except ValueError as error:
+        raise InputError(f"--head-bits, --embedding-bits: {error}") from error
+
+
+def content_of(
+    run: RunConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    n_blocks: int,
+    model_type: str,
+    vocabulary: Vocabulary | None = None,
+) -> Content:
+    """What a checkpoint of a run has to hold, before work begins. vocabulary: where embedding and head are, which runs ask
+    for that quantize them. Raises InputError where `spec_of`, `candidate_widths` or `outside_matrices` does."""
     options = run.options
     ordered = options.get("static_groups") or options.get("group_aware") or run.group_size == -1
     return Content(
@@ -87,6 +142,7 @@ def content_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]], n_blocks: 
         static_groups=bool(options.get("static_groups")),
         mixed=run.avg_bits is not None,
         widths=() if run.avg_bits is None else candidate_widths(run, shapes),
+        outside=outside_matrices(run, vocabulary),
     )
 
 

@@ -13,6 +13,7 @@ from models.container import metadata_of
 from models.load import LazyModel, load_model, load_tokenizer
 from models.side_files import check_own
 from models.unsupported import DIRECTORY, of_directory, of_file
+from models.vocabulary import vocabulary_of
 from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, read_json
 from quant.core.names import DEFAULT_CACHE, GGUF
@@ -35,6 +36,7 @@ from quant.export.write import (
 )
 from quant.run.config import Output
 from quant.run.content import check_format, content_of
+from quant.run.directory import OUTSIDE
 from quant.run.packed_model import FinishedRun, is_run, open_run
 from quant.run.request import cache_place
 from quant.run.results import is_whole
@@ -91,10 +93,13 @@ def convert(
 
 def _of_run(run: FinishedRun, kind: str) -> Conversion:
     model, n_blocks = run.model, run.n_blocks
-    content = content_of(run.request.run, model.linear_shapes(), len(model.blocks), model.config.model_type)
+    asked = run.request.run
+    ends = vocabulary_of(model.module) if asked.beyond_blocks else None
+    content = content_of(asked, model.linear_shapes(), len(model.blocks), model.config.model_type, ends)
     check_format(Output(format=kind), content)
     tokenizer = load_tokenizer(model.checkpoint.path, run.request.session.trust_remote_code)
-    replaced, layers = replacements_in(run.directory, n_blocks), layers_of(model, n_blocks)
+    replaced, layers = replacements_in(run.directory, n_blocks), layers_of(model, n_blocks, content)
+    outside = run.directory.read_weights(OUTSIDE) if content.outside else None
     return Conversion(
         content,
         form_of(
@@ -102,7 +107,7 @@ def _of_run(run: FinishedRun, kind: str) -> Conversion:
             kind,
             content,
             layers,
-            lambda: entries(model, replaced),
+            lambda: entries(model, replaced, outside),
             dtype_of=model.storage_of,
             layout=model.family.layout,
             side_files=model_side_files(model, tokenizer),
@@ -127,7 +132,8 @@ def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: 
     checkpoint = model.checkpoint
     assert isinstance(checkpoint, QuantizedCheckpoint)
     layers = _layers_in(model, checkpoint)
-    content = checkpoint.content(whole=not any(name.startswith(f"{layers.blocks}.") for name in layers.untouched))
+    whole = not any(name.startswith(f"{layers.blocks}.") for name in layers.untouched)
+    content = checkpoint.content(model, whole)
     if against := refusal(kind, content):
         raise InputError(against)
     old = source / RESULTS
@@ -159,9 +165,11 @@ def _layers_in(model: LazyModel, checkpoint: QuantizedCheckpoint) -> Layers:
     that are no linear of it.
     """
     prefix, quantized = f"{model.module.base_model_prefix}.", set(checkpoint.linears)
-    linears = linears_of(model)
-    spelt = {name: {name, name.removeprefix(prefix), prefix + name} & quantized for name in linears}
+    ends, linears = vocabulary_of(model.module), linears_of(model)
+    spelt = {name: {name, name.removeprefix(prefix), prefix + name} & quantized for name in [*linears, ends.embedding]}
     if strange := quantized - set().union(*spelt.values()):
         raise InputError(f"{checkpoint.path}: {min(strange)} is quantized, but is no linear of the model")
-    done, rest = ([name for name in linears if bool(spelt[name]) == held] for held in (True, False))
+    done = [name for name, held in spelt.items() if held]
+    tied = {ends.head} if ends.tied and ends.embedding in done else set()
+    rest = [name for name in linears if name not in {*done, *tied}]
     return Layers(done, rest, model.family.blocks, len(model.blocks), gates_of(model))

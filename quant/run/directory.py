@@ -1,6 +1,6 @@
 """The run directory: what is on disk is whole, or is not there.
 
-manifest.json, journal.jsonl, blocks/NNNNN.safetensors, results.json. Every file is written to a temporary name,
+manifest.json, journal.jsonl, blocks/NNNNN.safetensors, outside.safetensors (head and embedding), results.json. Every file is written to a temporary name,
 synced and renamed. A block's file carries its journal lines, so the journal is rebuilt from the blocks when a
 killed run is continued.
 """
@@ -47,27 +47,32 @@ LOCK = "run.lock"
 TUNING = "tuning.safetensors"  # where tuning the model stands
 LEARNING = "learning.safetensors"  # where learning of all blocks together stands
 ROTATION = "rotation.safetensors"  # learned rotations of the model that the run is of
+OUTSIDE = "outside"  # in the place of a block's number: what is quantized outside the blocks
+OUTSIDE_FILE = f"{OUTSIDE}.safetensors"
 PLAN = "bits.json"  # widths of the linears of a run with mixed bits
-OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD, TUNING, LEARNING, ROTATION, PLAN)
+OWN_FILES = ("manifest.json", "journal.jsonl", "results.json", RECORD, TUNING, LEARNING, ROTATION, PLAN, OUTSIDE_FILE)
 BLOCK_FILE = re.compile(r"[0-9]{5,}\.safetensors")
+Which = int | str  # a block's number, or OUTSIDE
 CHANGED, LEARNED = "changed/", "learned/"  # prefixes of a block file's other tensors
 
 
 @dataclass(frozen=True)
 class BlockSummary:
     """What stays in memory of a finished block: its journal records, seconds by stage, a hash of what is deployed,
-    and how learning and tuning went (losses, events)."""
+    and how learning and tuning went (losses, events). behind: of what is outside the blocks, the hash of those that it was
+    solved behind."""
 
     records: list[LinearRecord]
     seconds: Mapping[str, float]
     codes_sha256: str
     learning: Mapping[str, Any] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
+    behind: str = ""
 
     def to_json(self) -> Record:
         """As a block's file keeps it."""
         stored = {**vars(self), "records": [record.to_json() for record in self.records]}
-        return {name: value for name, value in stored.items() if value or name != "tuning"}
+        return {name: value for name, value in stored.items() if value or name not in ("tuning", "behind")}
 
     @classmethod
     def from_json(cls, stored: Record) -> BlockSummary:
@@ -81,7 +86,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.blocks = path / "blocks"
-        self._verified: set[int] = set()  # blocks whose tensors had their hash when they were first read
+        self._verified: set[Which] = set()  # blocks whose tensors had their hash when they were first read
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -157,6 +162,8 @@ class RunDirectory:
             return BLOCK_FILE.fullmatch(name) is not None and (temporary is not None or _is_block(file))
         if name in (TUNING, LEARNING):
             return temporary is not None or _is_state(file)
+        if name == OUTSIDE_FILE:
+            return temporary is not None or _is_block(file)
         if name in OWN_FILES:
             return True
         if temporary:
@@ -198,9 +205,9 @@ class RunDirectory:
         except InputError as error:
             raise InputError(f"{error}; give another run directory, or move the file away") from error
 
-    def block_file(self, index: int) -> Path:
-        """Where block ``index`` is kept."""
-        return self.blocks / f"{index:05d}.safetensors"
+    def block_file(self, index: Which) -> Path:
+        """Where block ``index`` is kept, or what is outside of all."""
+        return self.path / OUTSIDE_FILE if index == OUTSIDE else self.blocks / f"{index:05d}.safetensors"
 
     def finished_blocks(self) -> list[BlockSummary]:
         """The leading blocks that are done; the journal is rewritten to hold exactly their lines."""
@@ -211,9 +218,20 @@ class RunDirectory:
         write_atomically(self.path / "journal.jsonl", lines.encode())
         return done
 
+    def finished_outside(self, behind: str) -> BlockSummary | None:
+        """What was quantized outside the blocks, behind blocks with this hash; None where that is not done. Its lines are
+        added to the journal, as `finished_blocks` left it."""
+        if not self.block_file(OUTSIDE).exists():
+            return None
+        summary = self.read_summary(OUTSIDE)
+        if summary.behind != behind:
+            return None
+        self._add_to_journal(summary.records)
+        return summary
+
     def write_block(
         self,
-        index: int,
+        index: Which,
         weights: Mapping[str, QuantizedWeight],
         records: list[LinearRecord],
         seconds: Mapping[str, float],
@@ -222,6 +240,7 @@ class RunDirectory:
         learned: Mapping[str, Tensor] | None = None,
         learning: Mapping[str, Any] | None = None,
         tuning: Mapping[str, Any] | None = None,
+        behind: str = "",
     ) -> BlockSummary:
         """Keep a finished block, then add its lines to the journal.
 
@@ -244,22 +263,27 @@ class RunDirectory:
                 parts |= {"scale_codes": level.codes, "scale_base": level.base, "scale_step": level.step}
                 linears[name]["bilevel"] = {"bits": level.bits, "rows": level.rows}
             tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
-        summary = BlockSummary(records, dict(seconds), _digest(tensors), dict(learning or {}), dict(tuning or {}))
+        summary = BlockSummary(
+            records, dict(seconds), _digest(tensors), dict(learning or {}), dict(tuning or {}), behind
+        )
         tensors |= {LEARNED + name: tensor.cpu().contiguous() for name, tensor in (learned or {}).items()}
         metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(summary.to_json())}
         write_atomically(self.block_file(index), save(tensors, metadata))
         self._verified.discard(index)
+        self._add_to_journal(records)
+        return summary
+
+    def _add_to_journal(self, records: Sequence[LinearRecord]) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with os.fdopen(os.open(self.path / "journal.jsonl", flags, 0o666), "w") as stream:
             stream.write(_journal_lines(records))
-        return summary
 
-    def read_summary(self, index: int) -> BlockSummary:
+    def read_summary(self, index: Which) -> BlockSummary:
         """Records, seconds and hash of a finished block, without its tensors."""
         with self._open_block(index) as file:
             return BlockSummary.from_json(json.loads(file.metadata()["summary"]))
 
-    def read_weights(self, index: int) -> dict[str, QuantizedWeight]:
+    def read_weights(self, index: Which) -> dict[str, QuantizedWeight]:
         """The solved linears of a finished block, by name. Raises InputError where they are not those that were solved."""
         with self._open_block(index) as file:
             self._verify(index, file)
@@ -276,7 +300,7 @@ class RunDirectory:
         """The learned parameters of a finished block."""
         return self._read_prefixed(index, LEARNED)
 
-    def _verify(self, index: int, file: Any) -> None:
+    def _verify(self, index: Which, file: Any) -> None:
         """Raise ValueError where what a block deploys has not the hash that was kept with it; once a block."""
         if index in self._verified:
             return
@@ -293,7 +317,7 @@ class RunDirectory:
             return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
 
     @contextmanager
-    def _open_block(self, index: int) -> Iterator[Any]:
+    def _open_block(self, index: Which) -> Iterator[Any]:
         """A block's file. Raises InputError if it is damaged or not there."""
         path = self.block_file(index)
         check_plain_file(path)

@@ -132,6 +132,10 @@ class Results(TypedDict):
     abits: int | None
     group_size: int
     bits_per_weight: float
+    model_bits_per_weight: float | None
+    model_bytes: int | None
+    head_bits: int | None
+    embedding_bits: int | None
     outlier_share: float | None
     entropy_bits: float | None
     quantized_bytes: int | None

@@ -16,6 +16,7 @@ from data.calibration import Tokens, calibration_tokens, evaluation_tokens
 from data.tokens import check_ids
 from data.written import written
 from models.load import LazyModel, load_model, load_tokenizer
+from models.vocabulary import vocabulary_of
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import is_online
@@ -179,6 +180,7 @@ class Inputs:
         )
         self._check_correction(recipe, run.method)
         if spec is not None:
+            self.content(run)
             if run.avg_bits is not None:
                 candidate_widths(run, self.model.linear_shapes())
             sample = check_options(recipe, self.device)
@@ -213,7 +215,9 @@ class Inputs:
 
     def content(self, run: RunConfig) -> Content:
         """What a checkpoint of this run has to hold."""
-        return content_of(run, self.model.linear_shapes(), len(self.model.blocks), self.model.config.model_type)
+        model = self.model
+        ends = vocabulary_of(model.module) if run.beyond_blocks else None
+        return content_of(run, model.linear_shapes(), len(model.blocks), model.config.model_type, ends)
 
     def check_export(self, run: RunConfig, output: Output) -> None:
         """Raise InputError where the format cannot hold the run, or the target does not take it."""
@@ -237,6 +241,11 @@ class Inputs:
                 why = None if content.spec is None else misfit_float16(weight, content.spec.qmax)
                 if why is not None:
                     return f"block {index} {name}: {why}"
+        for name, _, own in content.of_outside():
+            assert own.spec is not None
+            weights = self.model.checkpoint.read(self.model.key(f"{name}.weight"))
+            if (why := misfit_float16(largest_of(weights), own.spec.qmax)) is not None:
+                return f"{name}: {why}"
         return None
 
     @cached_property

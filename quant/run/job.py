@@ -14,10 +14,11 @@ import torch
 from quant.core import env
 from quant.core.files import check_space, json_sha256, write_json
 from quant.core.places import check_places
+from quant.core.types import QuantizedWeight
 from quant.export.carried import names_written
 from quant.export.target import check_names, check_target, settle
 from quant.run.config import Output, RunConfig
-from quant.run.directory import ROTATION, BlockSummary, Record, RunDirectory
+from quant.run.directory import OUTSIDE, ROTATION, BlockSummary, Record, RunDirectory, Which
 from quant.run.finished import read_results
 from quant.run.identity import configuration_of, evaluation_of, path_of
 from quant.run.inputs import Inputs
@@ -49,11 +50,16 @@ class Job:
     blocks: list[BlockSummary] = field(default_factory=list)
     seconds: float = 0.0
     peaks: dict[str, Mapping[str, int]] = field(default_factory=dict)  # bytes by stage
-    packed_bytes: dict[int, int] = field(default_factory=dict)  # by block, where it was evaluated packed
+    packed_bytes: dict[Which, int] = field(default_factory=dict)  # by block, where it was evaluated packed
+    outside: BlockSummary | None = None  # of head and embedding, where they are quantized
 
     def tunes(self, scope: str) -> bool:
         """Whether what was solved is tuned in that scope."""
         return self.recipe is not None and self.run.tuning is not None and self.run.tuning.scope == scope
+
+    def solved_outside(self) -> dict[str, QuantizedWeight]:
+        """What is quantized outside the blocks, by module, from the run directory."""
+        return self.target.read_weights(OUTSIDE) if self.run.beyond_blocks else {}
 
     def is_saved(self) -> bool:
         """Whether its checkpoint is where it belongs, whole, and may stay."""
@@ -117,6 +123,8 @@ def _check_space(inputs: Inputs, job: Job, tokens: int, together: int) -> None:
     """Raise InputError where the blocks, and the checkpoint if asked for, cannot fit on the disk. tokens: of calibration;
     together: how many runs are evaluated at a time."""
     need = job.n_blocks * sum(out * n_in for out, n_in in inputs.model.linear_shapes().values())
+    if job.run.beyond_blocks:
+        need += sum(matrix.shape[0] * matrix.shape[1] for matrix in inputs.content(job.run).outside.values())
     if inputs.config.activation_store == "disk":  # those of calibration, then of full precision and the runs with it
         evaluated = sum(corpus.ids.numel() for corpus in inputs.evaluation.values())
         width = inputs.model.config.hidden_size * inputs.model.dtype.itemsize

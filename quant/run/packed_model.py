@@ -19,7 +19,9 @@ from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.kernels.matmul.pack import pack_block
 from quant.learn.rotation import rotated
-from quant.run.directory import ROTATION, RunDirectory, check_manifest
+from quant.run.directory import OUTSIDE, ROTATION, RunDirectory, check_manifest
+from quant.run.outside import packed_bytes as held_by
+from quant.run.outside import packed_outside
 from quant.run.request import Request
 from quant.run.rotating import kept_matrices
 from quant.run.stored import Allowed
@@ -27,12 +29,14 @@ from quant.run.stored import Allowed
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized model: answers of a block's linears by name, what else a block deploys otherwise, activations."""
+    """A quantized model: answers of a block's linears by name, what else a block deploys otherwise, activations, and
+    answers of what is quantized outside the blocks, by module."""
 
     model: LazyModel
     solved: Callable[[int], Mapping[str, QuantizedWeight]]
     changed: Callable[[int], BlockWeights]
     act: ActSpec
+    outside: Callable[[], Mapping[str, QuantizedWeight]] = dict
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class FinishedRun:
             lambda index: directory.read_weights(index) if index < self.n_blocks else {},
             lambda index: directory.read_changed(index) if index < self.n_blocks else BlockWeights(),
             self.request.run.act,
+            lambda: directory.read_weights(OUTSIDE) if self.request.run.beyond_blocks else {},
         )
 
 
@@ -120,7 +125,13 @@ def of_checkpoint(model: LazyModel) -> Quantized:
     checkpoint = model.checkpoint
     if not isinstance(checkpoint, QuantizedCheckpoint):
         return Quantized(model, lambda index: {}, lambda index: BlockWeights(), ActSpec())
-    return Quantized(model, lambda index: checkpoint.solved(model, index), lambda index: BlockWeights(), checkpoint.act)
+    return Quantized(
+        model,
+        lambda index: checkpoint.solved(model, index),
+        lambda index: BlockWeights(),
+        checkpoint.act,
+        lambda: checkpoint.solved_outside(model),
+    )
 
 
 @dataclass(frozen=True)
@@ -140,11 +151,14 @@ class Resident:
 
 
 def load_resident(quantized: Quantized, device: torch.device) -> Resident:
-    """Bring a model into memory, block by block, with its linears packed."""
+    """Bring a model into memory, block by block, with its linears packed, and embedding and head where they are quantized."""
     model = quantized.model
     weights = BlockWeights()
-    packed_bytes = stored_bits = 0
-    outside = model.outside_weights(device)
+    beyond = quantized.outside()
+    form = packed_outside(model, beyond, model.outside_weights(device, without=beyond))
+    outside = form.weights
+    packed_bytes = held_by(form.modules)
+    stored_bits = sum(weight.storage_bits() for weight in beyond.values())
     for index in range(len(model.blocks)):
         solved = quantized.solved(index)
         own = BlockWeights.read(model, index, device, without=solved) | quantized.changed(index).to(device, model.dtype)
@@ -153,6 +167,8 @@ def load_resident(quantized: Quantized, device: torch.device) -> Resident:
         stored_bits += sum(weight.storage_bits() for weight in solved.values())
         weights |= own.with_packed(packed).within(index)
     blocks = model.blocks
+    for name, module in form.modules.items():
+        model.module.set_submodule(name, module)
     _assign(model.module, outside)
     held = {name for name, _ in [*blocks.named_parameters(), *blocks.named_buffers()]}
     _assign(blocks, {name: tensor for name, tensor in weights.parameters.items() if name in held})

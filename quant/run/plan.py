@@ -21,7 +21,8 @@ Memory (bytes)
               20 for every logit that is held at a time
   device      the larger of block + the largest of statistics + solver, statistics + batch, and learning; and of embeddings
               and head with what they are in use for: a batch, or five arrays of logits, 4 bytes each, while the head is
-              evaluated (HEAD_ELEMENTS at a time, at least a window)
+              evaluated (HEAD_ELEMENTS at a time); with --head-bits also 4·hidden² for the head's Gram matrix (twice with the
+              original's inputs beside) and what the solver takes of PART weights of it at a time
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
               two of them, one more for --aug_loss and one for an attention loss; tuning one more, a window of blocks two
 Time (seconds)
@@ -37,6 +38,7 @@ Time (seconds)
               every linear are in gram
   tune        2·parameters flops a token forward and 4 backward in every step (2 more with --tune-recompute), 2 in every
               validation, times 2 for all that is no matrix product
+  head        with --head-bits one pass of the calibration windows through the blocks, its Gram matrix, and the solver's time
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set, or --limit windows
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
 """
@@ -45,7 +47,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -55,6 +57,7 @@ from torch import Tensor, nn
 from models import family_of
 from models.gguf_facts import check_config
 from models.load import build_meta
+from models.vocabulary import Vocabulary, vocabulary_of
 from quant.blocks.backward import HEAD_ELEMENTS
 from quant.core.gram import BLOCK, GramStats
 from quant.core.names import DEQUANTIZED, FULL_BITS, GGUF
@@ -65,7 +68,7 @@ from quant.learn.flatquant import numbers_beside
 from quant.learn.rotation import check_rotation
 from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
-from quant.run.content import candidate_widths, check_format, content_of, expected_bits
+from quant.run.content import PART, candidate_widths, check_format, content_of, expected_bits, outside_matrices
 from quant.run.request import Request
 from quant.solvers import declaration_of, get_solver, with_defaults
 from quant.tune.config import Tuning, batch_of
@@ -93,6 +96,7 @@ class Shapes:
     vocabulary: int = 0
     output: str = ""
     head_dim: int = 0
+    ends: Vocabulary | None = None
 
     @property
     def linears(self) -> list[tuple[str, int, int]]:
@@ -119,7 +123,7 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
     norms = sum(seam.kind == "norm" for seam in family.seams(config))
     return Shapes(
         len(blocks), per_block, outside, config.hidden_size, longest, groups, heads, norms, config.vocab_size,
-        layout.output, head_dim,
+        layout.output, head_dim, vocabulary_of(module),
     )  # fmt: skip
 
 
@@ -177,20 +181,14 @@ def estimate(
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
     batch = session.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
-    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
-    stored, times = 16.0 * weights, 1
-    if run.avg_bits is not None:  # at most; all candidates are solved once before
-        stored, times = run.avg_bits * weights, 1 + len(candidate_widths(run, named))
-    elif run.wbits != FULL_BITS:
-        stored = expected_bits(run, named)
-    stored += 16 * _online_numbers(run, shapes)
-
+    stored, times = _stored_bits(run, shapes)
     solve = times * n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
     tune, tuning = tuning_cost(run, shapes, seqlen, itemsize)
     windows = EVAL_TOKENS if session.limit is None else min(EVAL_TOKENS, session.limit * seqlen)
     evaluated = windows * len(session.eval_datasets) * (2 if session.full_precision_eval else 1)
+    ends, beyond = outside_cost(run, shapes, tokens, beside, rates, cost)
     total_parameters = shapes.outside + shapes.block * shapes.n_blocks
     evaluate = evaluated * 2 * total_parameters / rates[0]
     behind = _logits(shapes.vocabulary, seqlen, windows) if evaluated else 0
@@ -202,9 +200,10 @@ def estimate(
         **({"device bytes: learning": learning} if learn else {}),
         **({"device bytes: saliency": graph} if run.saliency else {}),
         **({"device bytes: tuning": tuning} if run.tuning else {}),
+        **({"device bytes: head and embedding": ends} if run.beyond_blocks else {}),
         "device bytes: peak": max(
             shapes.block * itemsize + max(statistics + workspace, statistics + batch, learning, graph),
-            shapes.outside * itemsize + max(batch, graph, behind),
+            shapes.outside * itemsize + max(batch, graph, behind, ends),
             tuning,
         ),
         f"{'disk' if session.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
@@ -215,22 +214,65 @@ def estimate(
         "disk bytes: checkpoint": total_parameters * 2 if request.output.save else 0,
         "quantized bytes": n_blocks * stored / 8,
         "bits per weight": stored / weights,
+        "bits per weight, whole model": _whole_bits(run, shapes, n_blocks * stored, itemsize),
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,
         **({"seconds: learn": learn / rates[0]} if learn else {}),
         **({"seconds: saliency": pass_flops / rates[0]} if run.saliency else {}),
         **({"seconds: tune": tune / rates[0]} if run.tuning else {}),
+        **({"seconds: head and embedding": beyond} if run.beyond_blocks else {}),
         "seconds: evaluate": evaluate,
-        "seconds: total": forward + gram + solve + evaluate + (learn + pass_flops + tune) / rates[0],
+        "seconds: total": forward + gram + solve + beyond + evaluate + (learn + pass_flops + tune) / rates[0],
     }
+
+
+def _stored_bits(run: RunConfig, shapes: Shapes) -> tuple[float, int]:
+    """Bits that a block's linears and what is beside them take, and how many times a linear is solved."""
+    weights = sum(out * n_in for _, out, n_in in shapes.linears)
+    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
+    stored, times = 16.0 * weights, 1
+    if run.avg_bits is not None:  # at most; all candidates are solved once before
+        stored, times = run.avg_bits * weights, 1 + len(candidate_widths(run, named))
+    elif run.wbits != FULL_BITS:
+        stored = expected_bits(run, named)
+    return stored + 16 * _online_numbers(run, shapes), times
 
 
 def _logits(vocabulary: int, seqlen: int, tokens: int) -> int:
     """Bytes that evaluation holds behind the head, of ``tokens`` in windows."""
+    if not vocabulary:
+        return 0
     window = seqlen * vocabulary
-    together = min(max(1, passes.HEAD_ELEMENTS // window), -(-tokens // seqlen)) if window else 0
-    return passes.HELD_LOGITS * 4 * together * window
+    if window > passes.HEAD_ELEMENTS:
+        return passes.HELD_LOGITS * 4 * passes.tokens_at_a_time(vocabulary) * vocabulary
+    return passes.HELD_LOGITS * 4 * min(passes.HEAD_ELEMENTS // window, -(-tokens // seqlen)) * window
+
+
+def outside_cost(
+    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: tuple[float, float], cost: tuple[float, float]
+) -> tuple[float, float]:
+    """Bytes on the device, and seconds, that head and embedding take to be quantized; see the module's text."""
+    most = seconds = 0.0
+    for matrix in outside_matrices(run, shapes.ends).values():
+        rows, n_in = matrix.shape
+        part = rows if declaration_of(run.solver).rows_coupled else min(rows, -(-PART // n_in))
+        most = max(most, 4.0 * n_in**2 * beside + solver_bytes(run, part, n_in))
+        if matrix.multiplied:
+            seconds += beside * tokens * 2 * shapes.block * shapes.n_blocks / rates[0]
+            seconds += tokens * (_gram_flops(n_in) + 2 * (beside - 1) * n_in**2) / rates[1]
+            seconds += rows * (cost[0] * n_in + cost[1] * n_in**2)
+    return most, seconds
+
+
+def _whole_bits(run: RunConfig, shapes: Shapes, in_blocks: float, itemsize: int) -> float:
+    """Bits of a weight of the whole model. in_blocks: of all linears that are quantized; the rest is in ``itemsize`` bytes."""
+    weights = min(run.num_layers, shapes.n_blocks) * sum(out * n_in for _, out, n_in in shapes.linears)
+    bits, count = in_blocks, shapes.outside + shapes.block * shapes.n_blocks
+    for name, matrix in outside_matrices(run, shapes.ends).items():
+        bits += expected_bits(replace(run, levels=None), {name: matrix.shape}, matrix.bits)
+        weights += matrix.shape[0] * matrix.shape[1]
+    return (bits + 8.0 * itemsize * (count - weights)) / count
 
 
 def _online_numbers(run: RunConfig, shapes: Shapes) -> int:
@@ -350,7 +392,7 @@ def check_contents(requests: Sequence[Request], shapes: Shapes, model_config: An
             check_seams(family_of(model_config.model_type), model_config, run.learning.transform)
         if run.rotation is not None:
             check_rotation(family_of(model_config.model_type), model_config, run.rotation)
-        content = content_of(run, named, shapes.n_blocks, model_config.model_type)
+        content = content_of(run, named, shapes.n_blocks, model_config.model_type, shapes.ends)
         if output.save is not None or output.target is not None or output.format != DEQUANTIZED:
             check_format(output, content)
         if output.format == GGUF:

@@ -9,7 +9,7 @@ from typing import Any
 from quant.core.errors import InputError
 from quant.core.names import DEFAULT_CACHE
 from quant.core.places import Place, check_places
-from quant.run.directory import RunDirectory
+from quant.run.directory import OUTSIDE, RunDirectory, Which
 from quant.run.finished import read_manifest, read_results
 from quant.run.request import Request
 from quant.run.session import open_session
@@ -43,9 +43,10 @@ def repeat(run: Path, into: Path, allowed: Allowed = NOTHING_ALLOWED, cache_dir:
     if changed:
         raise InputError(f"{run} cannot be repeated as it was: {'; '.join(changed)}")
     after = session.run(request.run, request.output)
+    parts: list[Which] = [*range(configuration["blocks"]), *([OUTSIDE] if request.run.beyond_blocks else [])]
     differences = [
-        f"block {index}: other codes"
-        for index in range(configuration["blocks"])
+        f"{index if index == OUTSIDE else f'block {index}'}: other codes"
+        for index in parts
         if _codes(source, index) != _codes(RunDirectory(into), index)
     ]
     return differences + [
@@ -55,7 +56,7 @@ def repeat(run: Path, into: Path, allowed: Allowed = NOTHING_ALLOWED, cache_dir:
     ]
 
 
-def _codes(run: RunDirectory, index: int) -> str:
+def _codes(run: RunDirectory, index: Which) -> str:
     """The hash of a block's codes, after they were read and found to have it."""
     run.read_weights(index)
     return run.read_summary(index).codes_sha256

@@ -25,6 +25,7 @@ from quant.run.directory import BlockSummary, Record
 from quant.run.linear import LinearRecord
 from quant.run.request import Request
 from quant.run.rotating import LearnedRotation
+from quant.run.sizes import block_storage, plain_storage, whole_storage
 
 
 def manifest_of(
@@ -68,27 +69,34 @@ def _describe(tokens: Tokens) -> Record:
 
 
 def results_of(
-    run: RunConfig, blocks: Sequence[BlockSummary], model: LazyModel, rotation: LearnedRotation | None = None
+    run: RunConfig,
+    blocks: Sequence[BlockSummary],
+    model: LazyModel,
+    rotation: LearnedRotation | None = None,
+    outside: BlockSummary | None = None,
 ) -> Record:
-    """The entries of results.json that come from the codes and the journal. rotation: of the model, where it was learned."""
+    """The entries of results.json that come from the codes and the journal. rotation: of the model, where it was learned.
+    outside: of head and embedding, which count in the size of the whole model and among the verdicts, and in no mean over the
+    blocks' linears."""
     records = [record for block in blocks for record in block.records]
     bits, count = sum(r.storage_bits for r in records), sum(r.n_weights for r in records)
     stored = torch.finfo(model.storage_dtype).bits
     heldout = [r.relative_error_heldout for r in records if r.relative_error_heldout is not None]
     learned = [block.learning for block in blocks if block.learning]
     if not records:  # nothing was solved: the linears of these blocks stay in the checkpoint's dtype
-        for name, (out, n_in) in model.linear_shapes().items():
-            widths = [torch.finfo(model.storage_of(f"{name}.weight", i)).bits for i in range(len(blocks))]
-            bits, count = bits + out * n_in * sum(widths), count + out * n_in * len(widths)
-    bits += 16 * sum(log["online_parameters"] for log in learned)
+        bits, count = plain_storage(model, len(blocks))
     turned: Record = dict(_online(model, len(blocks))) if run.rotation is not None else {}
-    bits += 16 * turned.get("online_parameters", 0)
+    online = 16 * (sum(log["online_parameters"] for log in learned) + turned.get("online_parameters", 0))
+    bits += online
     turned |= {} if rotation is None else {"learned": rotation.record}
     if not count and isinstance(model.checkpoint, QuantizedCheckpoint):
-        bits, count = model.checkpoint.storage()
+        bits, count = block_storage(model, model.checkpoint)
+    beyond = outside.records if outside else []
+    whole_bits, whole_count = whole_storage(model, [*records, *beyond], online)
+    parts = [*blocks, *([outside] if outside else [])]
     tuned = [block.tuning for block in blocks if block.tuning]
-    seconds = {k: sum(block.seconds.get(k, 0.0) for block in blocks) for k in ("forward", "gram", "solve", "learn")}
-    digest = hashlib.sha256("".join(block.codes_sha256 for block in blocks).encode()).hexdigest()
+    seconds = {k: sum(block.seconds.get(k, 0.0) for block in parts) for k in ("forward", "gram", "solve", "learn")}
+    digest = hashlib.sha256("".join(part.codes_sha256 for part in parts).encode()).hexdigest()
     return {
         "schema": 1,
         "method": run.method if run.quantizes else "base",
@@ -102,6 +110,9 @@ def results_of(
         "symmetric": run.symmetric,
         **({"grid_kind": run.grid_kind} if run.grid_kind != "integer" else {}),
         "bits_per_weight": bits / count if count else float(stored),
+        "model_bits_per_weight": whole_bits / whole_count,
+        "model_bytes": (whole_bits + 7) // 8,
+        **{name: getattr(run, name) for name in ("head_bits", "embedding_bits") if getattr(run, name) is not None},
         "outlier_share": sum(r.outlier_share * r.n_weights for r in records) / count if records else 0.0,
         "entropy_bits": _entropy(run, records),
         "quantized_bytes": (bits + 7) // 8,
@@ -113,7 +124,7 @@ def results_of(
         "learning": learned,
         **({"tuning": tuned} if tuned else {}),
         **({"rotation": turned} if turned else {}),
-        "verdicts": {v: sum(r.verdict == v for r in records) for v in ("ok", "look", "bad")},
+        "verdicts": {v: sum(r.verdict == v for r in [*records, *beyond]) for v in ("ok", "look", "bad")},
         "seconds": seconds
         | {"calibrate": seconds["forward"] + seconds["gram"], "export": 0.0, "evaluate": 0.0, "tasks": 0.0},
     }

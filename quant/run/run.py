@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from quant.run.config import Output, RunConfig
 from quant.run.directory import Record
 from quant.run.inputs import Inputs
-from quant.run.job import Progress, open_jobs, write_results
+from quant.run.job import Job, Progress, measure, open_jobs, write_results
 from quant.run.loop import quantize
+from quant.run.outside import quantize_outside
 from quant.run.save import save
 from quant.run.scoring import FullPrecision, score
 
@@ -24,7 +25,7 @@ def run_all(
     with ExitStack() as held:
         jobs = open_jobs(inputs, runs, held)
         for job in jobs:
-            quantize(inputs, job, progress(job.run.method))
+            _quantize(inputs, job, progress(job.run.method))
         waiting = [job for job in jobs if job.results is None]
         score(inputs, waiting, progress(waiting[0].run.method if len(waiting) == 1 else "all"), full)
         for job in waiting:
@@ -37,4 +38,13 @@ def run_all(
 def quantize_only(inputs: Inputs, run: RunConfig, output: Output, progress: Progress) -> None:
     """Every block is in the run directory afterwards; the run then only evaluates."""
     with ExitStack() as held:
-        quantize(inputs, open_jobs(inputs, [(run, output)], held)[0], progress)
+        _quantize(inputs, open_jobs(inputs, [(run, output)], held)[0], progress)
+
+
+def _quantize(inputs: Inputs, job: Job, progress: Progress) -> None:
+    """The blocks, then what is asked for outside of them."""
+    quantize(inputs, job, progress)
+    if job.run.beyond_blocks:
+        with measure(inputs.device, [job], "head") as spent:
+            job.outside = quantize_outside(inputs, job, progress)
+        job.seconds += spent["head"]

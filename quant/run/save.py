@@ -67,12 +67,13 @@ def _save_in(inputs: Inputs, job: Job, format_name: str) -> None:
     model, content, target = inputs.model, inputs.content(job.run), job.output.save
     assert target is not None
     replaced, results = replacements_in(job.target, job.n_blocks), dict(job.results or {}) | {"format": format_name}
+    outside = job.solved_outside()
     form = form_of(
         model,
         format_name,
         content,
-        layers_of(model, job.n_blocks),
-        lambda: entries(model, replaced),
+        layers_of(model, job.n_blocks, content),
+        lambda: entries(model, replaced, outside),
         dtype_of=model.storage_of,
         layout=model.family.layout,
         side_files=model_side_files(model, inputs.tokenizer),

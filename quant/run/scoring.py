@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from models.load import Weights
+from quant.blocks.outside import Deployed, OutsideWeights
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.names import FULL_BITS
@@ -17,11 +19,12 @@ from quant.evaluate.tasks import TaskScore, run_tasks
 from quant.evaluate.tasks import report as task_entries
 from quant.export.read import QuantizedCheckpoint
 from quant.kernels.matmul.pack import pack_block
-from quant.run.directory import Record
+from quant.run.directory import OUTSIDE, Record
 from quant.run.identity import evaluation_of
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress, measure
 from quant.run.loop import read_block
+from quant.run.outside import deployed, packed_bytes, packed_outside
 from quant.run.quantize import deploy
 from quant.run.results import results_of
 
@@ -46,7 +49,7 @@ def score(inputs: Inputs, jobs: Sequence[Job], progress: Progress, full: FullPre
     for job in jobs:
         variant = str(job.target.path) if job.recipe else FULL
         no_corpus: Record = {"perplexity": {}, "fidelity": {}}
-        results = results_of(job.run, job.blocks, inputs.model, inputs.rotation)
+        results = results_of(job.run, job.blocks, inputs.model, inputs.rotation, job.outside)
         results |= perplexity_entries(inputs.evaluation, by_corpus, variant) if by_corpus else no_corpus
         results["zero_shot"] = task_entries(by_task, variant)
         results |= {"configuration_sha256": job.digest, "evaluation": evaluation_of(inputs, job.output)}
@@ -117,7 +120,26 @@ def _variant(inputs: Inputs, job: Job) -> Variant:
         changed = deploy(weights, {}, model, index, job.target.read_changed(index))
         return _pack(inputs, job, index, changed, job.target.read_weights(index))
 
-    return Variant(block, job.run.act, packed and job.n_blocks == len(model.blocks))
+    return Variant(block, job.run.act, packed and job.n_blocks == len(model.blocks), _outside(inputs, job, packed))
+
+
+def _outside(inputs: Inputs, job: Job, packed: bool) -> Deployed | None:
+    """What a job deploys outside the blocks; None where that is what the model has."""
+    solved = job.solved_outside()
+    if not solved:
+        return None
+    if packed:
+        return lambda weights: _packed_outside(inputs, job, solved, weights)
+    return lambda weights: OutsideWeights(deployed(inputs.model, solved, weights))
+
+
+def _packed_outside(
+    inputs: Inputs, job: Job, solved: Mapping[str, QuantizedWeight], weights: Weights
+) -> OutsideWeights:
+    """Embedding and head packed; their memory is noted in the job."""
+    form = packed_outside(inputs.model, solved, weights)
+    job.packed_bytes[OUTSIDE] = packed_bytes(form.modules)
+    return form
 
 
 def _full_variant(inputs: Inputs, job: Job) -> Variant:
@@ -130,7 +152,9 @@ def _full_variant(inputs: Inputs, job: Job) -> Variant:
     def block(index: int, weights: BlockWeights) -> BlockWeights:
         return _pack(inputs, job, index, weights, checkpoint.solved(model, index))
 
-    return Variant(block, inputs.act, whole)
+    solved = checkpoint.solved_outside(model)
+    beyond: Deployed | None = (lambda weights: _packed_outside(inputs, job, solved, weights)) if solved else None
+    return Variant(block, inputs.act, whole, beyond)
 
 
 def _pack(
