@@ -35,8 +35,8 @@ def stacked_grids(grids: Sequence[Grid]) -> Grid:
         raise ValueError("rows share the numbers that their scales are stored by: they cannot be solved in parts")
     if not all(torch.equal(grid.g_idx, first.g_idx) for grid in grids):
         raise ValueError(
-            "the parts of a linear would have their columns in other groups: give --static-groups, whole rows, or no "
-            "order of the columns"
+            "--saliency with --act-order: the parts of a linear would have their columns in other groups: give "
+            "--static-groups, whole rows, or no order of the columns"
         )
     columns = [_by_row(grid) for grid in grids]
     whole: dict[str, Any] = {name: torch.cat([own[name] for own in columns]) for name in columns[0]}
