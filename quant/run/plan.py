@@ -214,7 +214,7 @@ def estimate(
         "disk bytes: checkpoint": total_parameters * 2 if request.output.save else 0,
         "quantized bytes": n_blocks * stored / 8,
         "bits per weight": stored / weights,
-        "bits per weight, whole model": _whole_bits(run, shapes, n_blocks * stored, itemsize),
+        "bits per weight, whole model": _whole_bits(run, shapes, n_blocks * stored),
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,
@@ -265,14 +265,15 @@ def outside_cost(
     return most, seconds
 
 
-def _whole_bits(run: RunConfig, shapes: Shapes, in_blocks: float, itemsize: int) -> float:
-    """Bits of a weight of the whole model. in_blocks: of all linears that are quantized; the rest is in ``itemsize`` bytes."""
+def _whole_bits(run: RunConfig, shapes: Shapes, in_blocks: float) -> float:
+    """Bits of a weight of the whole model. in_blocks: of all linears that are quantized; the rest has 16, as most
+    checkpoints keep it."""
     weights = min(run.num_layers, shapes.n_blocks) * sum(out * n_in for _, out, n_in in shapes.linears)
     bits, count = in_blocks, shapes.outside + shapes.block * shapes.n_blocks
     for name, matrix in outside_matrices(run, shapes.ends).items():
         bits += expected_bits(replace(run, levels=None), {name: matrix.shape}, matrix.bits)
         weights += matrix.shape[0] * matrix.shape[1]
-    return (bits + 8.0 * itemsize * (count - weights)) / count
+    return (bits + 16.0 * (count - weights)) / count
 
 
 def _online_numbers(run: RunConfig, shapes: Shapes) -> int:
