@@ -13,14 +13,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from models import FAMILIES
+from models import layout_for
 from models.arranged import ArrangedReader
 from models.container import INDEX, SINGLE, Reader, SafetensorsReader, has_safetensors
 from models.gguf_file import LINK, GGUFReader
 from models.names import check_name, gguf_of
 from models.pickles import BIN_INDEX, BIN_SINGLE, convert_bin
 from models.side_files import SIDE_FILES, side_files
-from models.stored import Layout
 from models.unsupported import of_directory
 from quant.core.errors import InputError
 from quant.core.files import check_plain_file, is_plain_name, json_sha256, read_json, sha256_of_file
@@ -81,7 +80,7 @@ class Checkpoint:
     def __init__(self, path: Path, reader: Reader | None = None) -> None:
         self.path = path
         raw: Reader = reader or (GGUFReader(path) if (path / LINK).exists() else SafetensorsReader(path))
-        self.raw, self.layout = raw, layout_of(raw)
+        self.raw, self.layout = raw, layout_for(raw.metadata().get("model_type"))
         self.reader: Reader = raw if self.layout.is_plain else ArrangedReader(raw, self.layout)
         self.files = self.reader.files
         results = path / RESULTS
@@ -114,12 +113,6 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash over the files' own hashes; the hub's cache names its files by theirs, others are read."""
         return hashlib.sha256("".join(_file_sha256(file) for file in self.files).encode()).hexdigest()
-
-
-def layout_of(reader: Reader) -> Layout:
-    """How a container has a model's tensors, by its model type; as the modules do where that is of no family."""
-    model_type = reader.metadata().get("model_type")
-    return next((family.layout for family in FAMILIES if model_type in family.model_types), Layout())
 
 
 def _file_sha256(file: Path) -> str:

@@ -18,28 +18,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from models import family_of
+from models import FAMILIES, TAKEN_FOR, check_taken_for, family_for, family_of
+from models.alike import alike, check_linears
 from models.checkpoint import Checkpoint, resolve
-from models.container import CONFIG, GPTQ_CONFIG, metadata_of
+from models.container import CONFIG, metadata_of
+from models.conv1d import plain_linears
+from models.declared import LARGEST_SIZE, MOST_BLOCKS, check_declared, check_sizes, quantized_by
 from models.experts import separate_experts
 from models.family import Groups, ModelFamily
 from models.unread import carried_over, own_head, saved_buffers, spellings
-from models.unsupported import METHODS
 from quant.core.errors import InputError, foreign
-from quant.core.files import read_json
-from quant.core.text import brief
 
 log = logging.getLogger(__name__)
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 IN_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")  # a tensor of a list of modules, by its index
-SIZES = (
-    "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "head_dim",
-    "intermediate_size", "ffn_dim", "ffn_hidden_size", "word_embed_proj_dim",
-)  # fmt: skip
-NEEDED = SIZES[:3]
-MOST_BLOCKS, LARGEST_SIZE = 2000, 1 << 24  # where no checkpoint says it: ten times what any published model has
-LONGEST_WINDOW = 1 << 31
 ATTENTION = (None, "eager", "sdpa")
 Weights = dict[str, Tensor]
 Opener = Callable[[Path], Checkpoint]
@@ -224,80 +217,65 @@ class LazyModel:
 
 
 def load_config(
-    model: str, cache_dir: Path, trust_remote_code: bool = False, with_weights: bool = True, quantized: bool = False
+    model: str,
+    cache_dir: Path,
+    trust_remote_code: bool = False,
+    with_weights: bool = True,
+    quantized: bool = False,
+    family: str | None = None,
 ) -> tuple[Any, Path]:
-    """The configuration of a model and its local directory. Raises InputError for unknown families, and for quantized
-    models where only full precision will do."""
+    """The configuration of a model and its local directory. family: what one of an unknown type is taken for. Raises
+    InputError for unknown families, and for quantized models where only full precision will do."""
     path = resolve(model, cache_dir, with_weights)
     declared = metadata_of(path)
-    family_of(declared.get("model_type", "none"))
+    model_type = declared.get("model_type", "none")
+    if family is None:
+        family_of(model_type, lambda: _advice(path, declared, trust_remote_code))
+    else:
+        check_taken_for(family, model_type)
     check_declared(declared, path / CONFIG)
     with foreign(f"{path / 'config.json'} is not a usable model configuration"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if declared.get("quantization_config") and not quantized:
-        raise InputError(f"{model} is quantized already{_by(path, declared)}")
+        raise InputError(f"{model} is quantized already{quantized_by(path, declared)}")
+    if family is not None:
+        setattr(config, TAKEN_FOR, family)
     return config, path
 
 
-def _by(path: Path, declared: Mapping[str, Any]) -> str:
-    """By what a model is quantized, as far as it is known, and what to do."""
-    quantization = declared["quantization_config"]
-    method = str(quantization.get("quant_method", "")) if isinstance(quantization, dict) else ""
-    alone = "quantization_config" not in read_json(path / CONFIG) and (path / GPTQ_CONFIG).exists()
-    known = f", {METHODS[method]}" if method in METHODS else ""
-    by = f" (by {method}{known})" if method else ""
-    return f"{by}; give the full-precision checkpoint" + (f", or remove {GPTQ_CONFIG} if this is it" if alone else "")
-
-
-def check_declared(declared: Mapping[str, Any], where: Path) -> None:
-    """Raise InputError for fields of config.json that libraries stumble over, or that contradict each other: rotary settings
-    in the forms of transformers 4 and 5, of which readers take one or the other."""
-    for key in ("dtype", "torch_dtype"):
-        name = declared.get(key)
-        if isinstance(name, str) and not isinstance(getattr(torch, name, None), torch.dtype):
-            raise InputError(f"{where}: {key} is {brief(repr(name), 40)}, where a name such as bfloat16 belongs")
-    if not isinstance(declared.get("quantization_config") or {}, dict):
-        raise InputError(f"{where}: quantization_config is no JSON object")
-    newer, scaling = declared.get("rope_parameters"), declared.get("rope_scaling")
-    if not isinstance(newer, dict):
-        return
-    older = {key: declared.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    if isinstance(scaling, dict):
-        older |= scaling | {"rope_type": scaling.get("rope_type", scaling.get("type"))}
-    for key, value in older.items():
-        if None not in (value, newer.get(key)) and value != newer[key]:
-            raise InputError(
-                f"{where} gives {key} twice, {brief(repr(newer[key]), 40)} in rope_parameters and "
-                f"{brief(repr(value), 40)} in the form of transformers 4: remove what is wrong"
-            )
-
-
-def check_sizes(config: Any, where: Path, most_blocks: int, largest: int) -> None:
-    """Raise InputError for sizes that no such model has, before anything is built in them.
-
-    where: config.json. most_blocks: in the checkpoint. largest: dimension of any of its tensors.
-    """
-    blocks = config.num_hidden_layers
-    if not is_count(blocks, most_blocks):
-        raise InputError(f"{where} asks for {brief(repr(blocks), 40)} blocks, where 1 to {most_blocks} can be")
-    for name in SIZES:
-        value = getattr(config, name, None)
-        if (name in NEEDED or value is not None) and not is_count(value, largest):
-            raise InputError(f"{where}: {name} is {brief(repr(value), 40)}, where 1 to {largest} can be")
-    window = getattr(config, "sliding_window", None)
-    unused = window == 0 and getattr(config, "use_sliding_window", True) is False  # as Qwen2-MoE writes it
-    if window is not None and not unused and not is_count(window, LONGEST_WINDOW):
-        raise InputError(f"{where}: sliding_window is {brief(repr(window), 40)}, where null or 1 and more can be")
-
-
-def is_count(value: object, most: int) -> bool:
-    """Whether a value is a number of things, from 1 to ``most``."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+def _advice(path: Path, declared: Mapping[str, Any], trust_remote_code: bool) -> str:
+    """What to do with a model of an unknown type: what it looks like, where the library builds one of its configuration."""
+    inner = declared.get("text_config")
+    if isinstance(inner, dict) and any(inner.get("model_type") in family.model_types for family in FAMILIES):
+        return f"; its language model ({inner['model_type']}) is read where it is saved by itself"
+    try:
+        with foreign("not known to the library either"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        names = alike(library_module(config, torch.float32, trust_remote_code), config, FAMILIES)
+    except InputError:  # that its type is unknown is what has to be said
+        return ""
+    if not names:
+        return ""
+    return f"; its blocks look like those of {' and '.join(names)}: --family {names[0]} takes it for one, at your risk"
 
 
 def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The causal LM of a configuration, parameters on `meta`, computed buffers real. Raises InputError, naming
-    config.json, where no model can be built of it."""
+    """The causal LM of a configuration, parameters on `meta`, computed buffers real; all that is quantized in its blocks is
+    plain linears. Raises InputError, naming config.json, where no model can be built of it."""
+    module, family = library_module(config, dtype, trust_remote_code), family_for(config)
+    with foreign(f"a {config.model_type} model has no blocks where the family {family.model_types[0]} has them"):
+        blocks = module.get_submodule(family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+    separate_experts(blocks, family)
+    plain_linears(blocks, family.layout)
+    if getattr(config, TAKEN_FOR, None):
+        check_linears(blocks[0], family, config)
+    return module.eval().requires_grad_(False)
+
+
+def library_module(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The library's causal LM of a configuration, parameters on `meta`, computed buffers real. Raises InputError as
+    `build_meta`."""
     where = Path(config.name_or_path or ".") / "config.json"
     check_sizes(config, where, MOST_BLOCKS, LARGEST_SIZE)
     hint = "; use --attn_implementation eager" if config._attn_implementation == "sdpa" else ""
@@ -307,11 +285,7 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool = False)
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         module.tie_weights()  # type: ignore[operator]  # not above: parameters are made anew there
-    family = family_of(config.model_type)
-    blocks = module.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    separate_experts(blocks, family)
-    return module.eval().requires_grad_(False)
+    return module
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -334,22 +308,23 @@ def load_model(
     attn_implementation: str | None = None,
     biases: bool = False,
     opener: Opener | None = None,
+    family: str | None = None,
 ) -> LazyModel:
     """Open a hub id or a local directory. dtype None: the checkpoint's own.
 
     attn_implementation: of transformers (``eager``, ``sdpa``; None: its own choice). biases: give linears without a
     bias one of zeros where the family can (config.json then says so). opener: opens the tensors, also of a quantized
-    checkpoint, given its directory and config.json.
+    checkpoint, given its directory and config.json. family: what a model of an unknown type is taken for.
     """
     if attn_implementation not in ATTENTION:
         raise InputError(f"attention {attn_implementation!r}: use eager or sdpa")
-    config, path = load_config(model, cache_dir, trust_remote_code, quantized=opener is not None)
+    config, path = load_config(model, cache_dir, trust_remote_code, quantized=opener is not None, family=family)
     if config._attn_implementation not in ATTENTION:
         config._attn_implementation = None  # a name on the hub, of code that would be fetched and run
-    family = family_of(config.model_type)
+    kind = family_for(config)
     if attn_implementation is not None:
-        if attn_implementation == "eager" and family.no_eager(config):
-            raise InputError(f"{model}: {family.no_eager(config)}; use --attn_implementation sdpa")
+        if attn_implementation == "eager" and kind.no_eager(config):
+            raise InputError(f"{model}: {kind.no_eager(config)}; use --attn_implementation sdpa")
         config._attn_implementation = attn_implementation
     if (path / "adapter_config.json").exists():
         raise InputError(f"{path} holds an adapter (adapter_config.json): merge it into the model first")
@@ -362,16 +337,16 @@ def load_model(
         log.warning("%s: config.json ties %s, which has values of its own: it is not tied here", path, tied)
         config.tie_word_embeddings = False
         module = build_meta(config, compute, trust_remote_code)
-    if biases and family.biases:
+    if biases and kind.biases:
         without = {name for name, _ in module.named_parameters()}
-        config.update(dict(family.biases))
+        config.update(dict(kind.biases))
         module = build_meta(config, compute, trust_remote_code)
         added = frozenset(name for name, _ in module.named_parameters() if name not in without)
-    lazy = LazyModel(model, config, family, module, checkpoint, compute, storage, added)
+    lazy = LazyModel(model, config, kind, module, checkpoint, compute, storage, added)
     with foreign(f"{path / 'config.json'} does not describe a model of the family {config.model_type}"):
         lazy.linear_shapes()
-        family.heads(config)
-        family.seams(config)
+        kind.heads(config)
+        kind.seams(config)
     lazy.check_tensors()
     return lazy
 

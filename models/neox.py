@@ -7,6 +7,7 @@ from typing import Any
 from models import llama
 from models.family import Groups, HeadLayout, ModelFamily, Seam, fused_heads, rotated_rows
 from models.llama import ATTENTION_INPUTS, KEYS, MLP_INPUTS, UP, VALUES
+from models.stored import Layout
 
 QKV, DENSE, NEOX_UP, NEOX_DOWN = (
     "attention.query_key_value",
@@ -113,6 +114,7 @@ NEOX = ModelFamily(
     neox_heads,
     biases={"attention_bias": True},
     residual_at=neox_residual_at,
+    layout=Layout(renamed=(("embed_out", "lm_head"),)),
 )
 STARCODER2 = ModelFamily(
     ("starcoder2",),

@@ -64,6 +64,9 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         GQA | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
     "ministral3": ("ministral3", NO_PADDING),
+    "gpt neox": ("gpt_neox", NEOX),
+    "gpt neox sequential": ("gpt_neox", NEOX | {"use_parallel_residual": False, "attention_bias": False}),
+    "gpt2": ("gpt2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64} | IDS),
     "starcoder2": ("starcoder2", LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "stablelm": ("stablelm", STABLE | {"use_qkv_bias": True}),
     "stablelm parallel": ("stablelm", STABLE | {"use_parallel_residual": True, "qk_layernorm": True}),
@@ -82,7 +85,9 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 IN_FLOAT32 = {"bloom": 1e-7, "gemma2": 1e-6, "gemma3": 1e-6, "cohere2": 1e-6}
 # For tests that take long: without those whose blocks compute what another's do, but for what the other tests cover
 DISTINCT = [
-    name for name in CONFIGS if name not in ("ministral", "ministral3", "smollm3", "granite", "starcoder2", "stablelm")
+    name
+    for name in CONFIGS
+    if name not in ("ministral", "ministral3", "smollm3", "granite", "starcoder2", "stablelm", "gpt neox sequential")
 ]
 EXPERTS = GQA | {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}

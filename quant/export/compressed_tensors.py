@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models import layout_for
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
@@ -47,7 +48,12 @@ class CompressedTensors:
     )
 
     def refuses(self, content: Content) -> str | None:
-        """Sparse parts, act-order, activations other than W8A8."""
+        """Sparse parts, act-order, activations other than W8A8; models whose linears other software has as something else."""
+        if layout_for(content.model_type).transposed:
+            return (
+                f"{self.name} describes linears, and those of {content.model_type} models are none in other software "
+                "(Conv1D): use format gptq, gptq_v2 or bitplane"
+            )
         if against := refuses_codes(content, self.name) or real_minimum(content, self.name):
             return against
         if against := refuses_outside(content, self.name):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.gguf_layout import MODEL_TYPES
+from models import layout_for
 from quant.blocks.fake_quant import ActSpec
 from quant.core.names import DEQUANTIZED, FORMATS, GGUF, MLX, RUNTIMES
 from quant.core.types import QuantSpec
@@ -27,9 +27,14 @@ GPTQMODEL: dict[str, Any] = {
 MARLIN: dict[str, Any] = {"groups": (-1, 32, 64, 128), "inputs": 128, "outputs": 64, "head": True}
 ALL_BITS = tuple(range(1, 9))
 # Model types that a runtime knows, of those that this toolkit quantizes (auto_gptq/modeling/_const.py of 0.7.1; the
-# converters of llama.cpp, conversion/)
-AUTO_GPTQ_MODELS = ("bloom", "falcon", "llama", "mistral", "opt", "qwen2")
-LLAMA_CPP_MODELS = tuple(sorted(MODEL_TYPES))
+# converters of llama.cpp, conversion/__init__.py, which have no Ministral of 2024)
+AUTO_GPTQ_MODELS = ("bloom", "falcon", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2")
+LLAMA_CPP_MODELS = (
+    "bloom", "cohere2", "falcon", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite", "llama", "ministral3", "mistral",
+    "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
+# Their converters transpose weights, which those read from codes are already
+LLAMA_CPP_PACKED = tuple(name for name in LLAMA_CPP_MODELS if not layout_for(name).transposed)
 # Of which benchmarks/results/loaders.md has run checkpoints
 TRIED_MODELS = ("bloom", "falcon", "llama", "mistral", "opt")
 # What a runtime needs for models of a type, besides what its rule says (llama.cpp's conversion/gemma.py; transformers 4
@@ -148,9 +153,9 @@ RULES = (
          needs="a GPU before Blackwell"),
     Rule("llama.cpp", GGUF, models=LLAMA_CPP_MODELS, tried=ALL_BITS, head=True, embedding=True),
     Rule("llama.cpp", DEQUANTIZED, models=LLAMA_CPP_MODELS),
-    Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_MODELS),
-    Rule("llama.cpp", "gptq_v2", (2, 4, 8), models=LLAMA_CPP_MODELS),
-    Rule("llama.cpp", "compressed-tensors", (2, 4, 8), grouped=True, models=LLAMA_CPP_MODELS),
+    Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_PACKED),
+    Rule("llama.cpp", "gptq_v2", (2, 4, 8), models=LLAMA_CPP_PACKED),
+    Rule("llama.cpp", "compressed-tensors", (2, 4, 8), grouped=True, models=LLAMA_CPP_PACKED),
     *(Rule("auto-gptq", "gptq", bits, outputs=32, inputs=32, reordered=False, partial=False, models=AUTO_GPTQ_MODELS, needs=needs)
       for bits, needs in (((2, 3, 4), ""), ((8,), "its torch kernels: those in CUDA cut the zero points of 8 bits"))),
     Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS, models_tried=None),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from models import FAMILIES, family_of
 from models.checkpoint import Checkpoint, resolve
@@ -32,7 +33,7 @@ def test_families_name_every_linear_once_and_in_order_of_execution(name, model_d
     block = reference.get_submodule(model.family.blocks)[0]
     inputs: dict[str, torch.Tensor] = {}
     for linear, module in block.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear | Conv1D):
 
             def hook(m, args, linear=linear):
                 order.append(linear)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from models.load import load_model
 from quant.blocks.backward import Labels, backward, sample
@@ -59,7 +60,7 @@ def whole(
     kept = {}
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, torch.nn.Linear | Conv1D):
                 module.register_forward_hook(
                     lambda m, args, out, key=(index, name): kept.__setitem__(key, (args[0].detach(), out))
                 )

@@ -131,8 +131,8 @@ ACCEPTED = [
       if 256 % group == 0 or group == -1),
     ("auto-gptq", V2, {}, False), ("auto-gptq", V1, bits(5), False), ("auto-gptq", V1, {"reordered": True}, False),
     ("auto-gptq", V1, {"whole": False}, False), ("auto-gptq", CT, {}, False),
-    *(("auto-gptq", V1, of(name), True) for name in ("opt", "bloom", "falcon", "llama", "mistral", "qwen2", "")),
-    *(("auto-gptq", V1, of(name), False) for name in ("qwen3", "gemma2")),
+    *(("auto-gptq", V1, of(name), True) for name in ("opt", "bloom", "falcon", "llama", "mistral", "qwen2", "gpt_neox", "gpt2", "")),
+    *(("auto-gptq", V1, of(name), False) for name in ("qwen3", "gemma2", "gemma3_text", "phi3")),
     # GPTQModel 7: groups of a list, or of as many columns as the inputs have; asymmetric v1 is refused
     *(("gptqmodel", V2, bits(n, sym), True) for n in (2, 3, 4, 8) for sym in (True, False)),
     *(("gptqmodel", kind, bits(4, True, group), True) for kind in (V1, V2) for group in (-1, 16, 32, 64, 128, 256)),
@@ -156,9 +156,10 @@ ACCEPTED = [
     ("llama.cpp", V1, bits(3), False), ("llama.cpp", V2, bits(3, False), False),
     ("llama.cpp", CT, bits(4, True, 8), True), ("llama.cpp", CT, bits(4, True, 512), True), ("llama.cpp", CT, bits(4, True, -1), False),
     ("llama.cpp", CT, bits(3), False),
-    *(("llama.cpp", kind, of("opt"), False) for kind in (V1, V2, CT, PLAIN)),
-    *(("llama.cpp", kind, of(name), True) for kind in (V1, PLAIN) for name in ("llama", "qwen3", "gemma2", "bloom")),
-    ("vllm", PLAIN, of("opt"), True), ("transformers", PLAIN, {"act": ActSpec(8)}, False),
+    *(("llama.cpp", kind, of(name), False) for kind in (V1, V2, CT, PLAIN) for name in ("opt", "ministral")),
+    *(("llama.cpp", kind, of(name), True) for kind in (V1, PLAIN) for name in ("llama", "qwen3", "gemma2", "bloom", "gemma3_text", "phi3")),
+    ("llama.cpp", PLAIN, of("gpt2"), True), ("llama.cpp", V1, of("gpt2"), False), ("llama.cpp", CT, of("gpt2"), False),
+    ("transformers", CT, of("gpt2"), False), ("this toolkit", V1, of("gpt2"), True), ("vllm", PLAIN, of("opt"), True), ("transformers", PLAIN, {"act": ActSpec(8)}, False),
 ]  # fmt: skip
 
 

@@ -59,7 +59,11 @@ def test_values_and_the_last_linear_are_rotated_in_every_family(name, kind, exac
     ("name", "kinds"),
     [
         *((name, ROTATIONS) for name in ("phi3", "smollm3", "granite")),
-        *((name, ("vo", "qk", "down")) for name in ("olmo2", "glm4", "starcoder2", "stablelm parallel", "cohere2")),
+        *(
+            (name, ("vo", "qk", "down"))
+            for name in ("olmo2", "glm4", "starcoder2", "stablelm parallel", "cohere2", "gpt neox")
+        ),
+        ("gpt2", ("vo", "down")),
     ],
 )
 def test_all_that_a_family_allows_is_rotated(name, kinds, exact):

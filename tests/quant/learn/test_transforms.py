@@ -117,7 +117,7 @@ def test_every_seam_of_every_family_is_there(model_dir, tmp_path):
         "qwen3": {"norm": 2, "vo": 1, "mul": 1},
         "gemma3": {"norm": 2, "vo": 1, "mul": 1},
         "olmo2": {"vo": 1, "mul": 1},
-        "starcoder2": {"norm": 2, "vo": 1, "qk": 1},
+        **dict.fromkeys(("starcoder2", "gpt neox", "gpt neox sequential", "gpt2"), {"norm": 2, "vo": 1, "qk": 1}),
         "stablelm parallel": {"norm": 1, "vo": 1, "mul": 1},
         "cohere2": {"norm": 1, "vo": 1, "qk": 1, "mul": 1},
     }
@@ -128,7 +128,9 @@ def test_every_seam_of_every_family_is_there(model_dir, tmp_path):
         assert counted == expected.get(name, {"norm": 2, "vo": 1, "qk": 1, "mul": 1}), name
 
 
-@pytest.mark.parametrize("name", ["llama", "llama gqa, tied", "falcon 40b", "falcon 7b", "phi3", "glm4", "cohere2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama gqa, tied", "falcon 40b", "falcon 7b", "phi3", "glm4", "cohere2", "gpt neox"]
+)
 @pytest.mark.parametrize("matrix", [False, True])
 def test_untied_scales_are_no_equivalence_with_rope(name, matrix, model_dir, tmp_path):
     """Negative control: the released codes' q/k transform changes the function."""
