@@ -31,7 +31,9 @@ def main() -> None:
     from quant.export.target import size_on_disk
     from quant.run.convert import convert
 
-    content = convert(args.source, args.to, args.out, args.overwrite, args.trust_remote_code, args.cache_dir)
+    content = convert(
+        args.source, args.to, args.out, args.overwrite, args.trust_remote_code, args.cache_dir, args.family
+    )
     console = make_console()
     console.print(loadability_table(args.to, loadability(args.to, content)))
     console.print(f"{args.out}: {size_on_disk(args.out) / 1e6:.1f} MB", soft_wrap=True)

@@ -173,6 +173,11 @@ QUANTIZED_FLAGS = (
         missing={**dict.fromkeys(RUNS, NO_MODEL.format("llama")), SCALES: NO_MODEL.format("opt")},
     ),
     Flag(
+        "family", same_name("--family", (*SESSIONS, GENERATE, CONVERT)),
+        "take a model of an unknown type for one of this family, by a model type of it (--list shows all); at your risk: its "
+        "first blocks are tried, the others are not (default: from its config)", WHAT, metavar="TYPE",
+    ),
+    Flag(
         None, {QUANTIZER: "--quantization-method"},
         "rtn, gptq, quantease, gptq_quantease, spqr, autoround, or several with commas (default: quantease)", WHAT,
         "quantease", metavar="NAME[,NAME]",

@@ -38,7 +38,7 @@ def talk(args: argparse.Namespace) -> None:
 
     device = env.pick_device(args.device)
     dtype = env.pick_dtype(args.dtype, device)
-    quantized = open_quantized(args.model, args.cache_dir, dtype, args.trust_remote_code)
+    quantized = open_quantized(args.model, args.cache_dir, dtype, args.trust_remote_code, args.family)
     tokenizer = load_tokenizer(quantized.model.checkpoint.path, args.trust_remote_code)
     prompt = encode_prompt(tokenizer, args.prompt.removeprefix(BOM), "--prompt")
     if not prompt:

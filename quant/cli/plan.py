@@ -25,7 +25,9 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
     places = dict.fromkeys(place for request in requests for place in places_written(request.output))
     check_places(places_read(first, [request.run for request in requests]), [*places, cache_place(first.cache_dir)])
     device = env.pick_device(first.device)
-    model_config, path = load_config(first.model, first.cache_dir, first.trust_remote_code, with_weights=False)
+    model_config, path = load_config(
+        first.model, first.cache_dir, first.trust_remote_code, with_weights=False, family=first.family
+    )
     dtype = env.pick_dtype(first.dtype, device) or getattr(model_config, "dtype", None) or torch.float16
     shapes = shapes_of(model_config, first.trust_remote_code)
     contents = check_contents(requests, shapes, model_config)

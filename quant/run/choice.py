@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from data.written import written
-from models import family_of
+from models import family_for
 from models.load import load_config
 from quant.core import env
 from quant.core.errors import InputError
@@ -47,8 +48,8 @@ def with_residual_where_added(request: Request) -> Request:
     """The request, which makes up for the residual stream's error where the model's family says how. Raises InputError
     where the model cannot be described."""
     session = request.session
-    declared, _ = load_config(session.model, session.cache_dir, session.trust_remote_code, with_weights=False)
-    return request.but(residual_correction=bool(family_of(declared.model_type).residual_at(declared)))
+    declared = _declared(session)
+    return request.but(residual_correction=bool(family_for(declared).residual_at(declared)))
 
 
 def with_scope(request: Request) -> Request:
@@ -92,5 +93,12 @@ def in_packed_format(request: Request) -> Request:
 
 def _shapes(session: SessionConfig) -> tuple[Shapes, str]:
     """Sizes of a session's model by its configuration alone, and its type."""
-    declared, _ = load_config(session.model, session.cache_dir, session.trust_remote_code, with_weights=False)
+    declared = _declared(session)
     return shapes_of(declared, session.trust_remote_code), declared.model_type
+
+
+def _declared(session: SessionConfig) -> Any:
+    """The configuration of a session's model."""
+    return load_config(
+        session.model, session.cache_dir, session.trust_remote_code, with_weights=False, family=session.family
+    )[0]

@@ -25,9 +25,10 @@ WHERE_IT_DIFFERS = {"decides": "where it is not the default"}  # of a field that
 class SessionConfig:
     """What is opened once, for several runs: model, data to evaluate on, machine. Runs with equal ones share a session.
 
-    Paths are as given. biases: the runs need biases that the model may not have (a shift ends in them). evaluates: no run
-    quantizes, so that the model may be a quantized checkpoint. rotated: what the runs rotate of the model; rotated_for: what of the runs learned rotations
-    depend on. deterministic: on CUDA, only deterministic algorithms.
+    Paths are as given. family: what a model of an unknown type is taken for. biases: the runs need biases that the model may
+    not have (a shift ends in them). evaluates: no run quantizes, so that the model may be a quantized checkpoint. rotated: what
+    the runs rotate of the model; rotated_for: what of the runs learned rotations depend on. deterministic: on CUDA, only
+    deterministic algorithms.
     """
 
     model: str
@@ -46,6 +47,7 @@ class SessionConfig:
     calib_batch: int = field(default=4, metadata=DECIDES_CODES)
     attn_implementation: str | None = field(default=None, metadata=DECIDES_CODES)
     trust_remote_code: bool = False
+    family: str | None = field(default=None, metadata=WHERE_IT_DIFFERS)
     deterministic: bool = False
     biases: bool = False
     evaluates: bool = False

@@ -65,9 +65,10 @@ def convert(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     cache_dir: Path = DEFAULT_CACHE,
+    family: str | None = None,
 ) -> Content:
     """Write ``source`` in a format to ``target``; returns what it holds. What is there already, of this source in this
-    format and whole, stays. Raises InputError where that cannot be."""
+    format and whole, stays. family: what a checkpoint of an unknown model type is taken for; a run says it itself. Raises InputError where that cannot be."""
     check_places([Place("the source", source)], [Place("--out", target), cache_place(cache_dir)])
     if is_run(source):
         run = open_run(source, cache_dir, trust_remote_code=trust_remote_code)
@@ -75,7 +76,7 @@ def convert(
             check_places([Place("the model of the run", origin)], [Place("--out", target)])
         conversion = _of_run(run, kind)
     elif (source / "config.json").exists():
-        conversion = _of_checkpoint(source, kind, trust_remote_code, cache_dir)
+        conversion = _of_checkpoint(source, kind, trust_remote_code, cache_dir, family)
     else:
         what = of_file(source) if source.is_file() else of_directory(source, "config.json")
         neither = f"{source} is neither a run directory (manifest.json) nor a checkpoint (config.json)"
@@ -122,13 +123,13 @@ def _of_run(run: FinishedRun, kind: str) -> Conversion:
     )
 
 
-def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: Path) -> Conversion:
+def _of_checkpoint(source: Path, kind: str, trust_remote_code: bool, cache_dir: Path, family: str | None) -> Conversion:
     declared = metadata_of(source)
     digest = {"config": json_sha256(declared), "to": kind}
     if not declared.get("quantization_config"):
         raise InputError(f"{source} is a plain checkpoint: there are no codes to convert; quantize it")
     model = load_model(str(source), dtype=None, cache_dir=cache_dir, opener=open_checkpoint,
-                       trust_remote_code=trust_remote_code)  # fmt: skip
+                       trust_remote_code=trust_remote_code, family=family)  # fmt: skip
     checkpoint = model.checkpoint
     assert isinstance(checkpoint, QuantizedCheckpoint)
     layers = _layers_in(model, checkpoint)

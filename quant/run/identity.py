@@ -27,8 +27,8 @@ def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
     decided |= {
         f.name: getattr(run, f.name) for f in fields(run) if f.metadata not in (BY_WHAT_IT_NAMES, WHERE_IT_DIFFERS)
     }
-    later = {f.name: getattr(run, f.name) for f in fields(run) if f.metadata == WHERE_IT_DIFFERS}
-    decided |= {name: value for name, value in later.items() if value != getattr(RunConfig, name)}
+    later = [(part, f) for part in (inputs.config, run) for f in fields(part) if f.metadata == WHERE_IT_DIFFERS]
+    decided |= {f.name: value for part, f in later if (value := getattr(part, f.name)) != f.default}
     decided |= {
         "model_sha256": inputs.model_sha256,
         "calibration": None if tokens is None else f"{tokens.name} ({tokens.protocol}) {tokens.sha256[:16]}",

@@ -36,6 +36,7 @@ from quant.run.bias import check_biases
 from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfig
 from quant.run.content import candidate_widths, check_format, content_of, spec_of
 from quant.run.folding import check_turned
+from quant.run.likeness import check_family
 from quant.run.quantize import Recipe, check_options
 from quant.run.request import cache_place, places_read
 from quant.run.rotating import LearnedRotation, SpinTask, learned_rotation
@@ -89,7 +90,7 @@ class Inputs:
 
     def _open_model(self) -> LazyModel:
         config = self.config
-        return load_model(
+        model = load_model(
             config.model,
             dtype=env.pick_dtype(config.dtype, self.device),
             cache_dir=config.cache_dir,
@@ -97,7 +98,11 @@ class Inputs:
             attn_implementation=config.attn_implementation,
             biases=config.biases,
             opener=open_checkpoint if config.evaluates else None,
+            family=config.family,
         )
+        if config.family is not None:
+            check_family(model, config.trust_remote_code)
+        return model
 
     def _rotate(self) -> None:
         """Put the rotated model in the place of the original, with learned matrices where they are asked for."""

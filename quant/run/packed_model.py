@@ -20,6 +20,7 @@ from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.kernels.matmul.pack import pack_block
 from quant.learn.rotation import rotated
 from quant.run.directory import OUTSIDE, ROTATION, RunDirectory, check_manifest
+from quant.run.likeness import check_family
 from quant.run.outside import packed_bytes as held_by
 from quant.run.outside import packed_outside
 from quant.run.request import Request
@@ -92,7 +93,7 @@ def open_run(
     if not Path(name).exists() and (name.startswith(("/", ".")) or name.count("/") > 1):
         raise InputError(f"{source} was made of {name}, which is not here: run this where that run was made")
     model = load_model(name, dtype=dtype, cache_dir=cache_dir, biases=request.session.biases,
-                       trust_remote_code=request.session.trust_remote_code)  # fmt: skip
+                       trust_remote_code=request.session.trust_remote_code, family=request.session.family)  # fmt: skip
     if model.checkpoint.sha256() != expected:
         raise InputError(f"{name} is not the model of the run any more: its weights have another hash")
     if request.run.rotation is not None:
@@ -110,13 +111,20 @@ def is_run(path: Path) -> bool:
 
 
 def open_quantized(
-    source: str, cache_dir: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    source: str,
+    cache_dir: Path,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    family: str | None = None,
 ) -> Quantized:
-    """A run directory, a quantized checkpoint, or a plain one, of which nothing is packed."""
+    """A run directory, a quantized checkpoint, or a plain one, of which nothing is packed. family: what a checkpoint of an
+    unknown model type is taken for; a run says it itself."""
     if is_run(Path(source)):
         return open_run(Path(source), cache_dir, dtype, trust_remote_code).quantized()
     model = load_model(source, dtype=dtype, cache_dir=cache_dir, opener=open_checkpoint,
-                       trust_remote_code=trust_remote_code)  # fmt: skip
+                       trust_remote_code=trust_remote_code, family=family)  # fmt: skip
+    if family is not None:
+        check_family(model, trust_remote_code)
     return of_checkpoint(model)
 
 

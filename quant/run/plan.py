@@ -54,7 +54,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import family_of
+from models import family_for
 from models.gguf_facts import check_config
 from models.load import build_meta
 from models.vocabulary import Vocabulary, vocabulary_of
@@ -106,7 +106,7 @@ class Shapes:
 
 def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
     """Sizes from a configuration alone; no weights are needed."""
-    family = family_of(config.model_type)
+    family = family_for(config)
     module = build_meta(config, torch.float32, trust_remote_code)
     blocks = module.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
@@ -390,13 +390,13 @@ def check_contents(requests: Sequence[Request], shapes: Shapes, model_config: An
     contents = []
     for run, output in ((r.run, r.output) for r in requests if r.run.quantizes):
         if run.learning is not None:
-            check_seams(family_of(model_config.model_type), model_config, run.learning.transform)
+            check_seams(family_for(model_config), model_config, run.learning.transform)
         if run.rotation is not None:
-            check_rotation(family_of(model_config.model_type), model_config, run.rotation)
+            check_rotation(family_for(model_config), model_config, run.rotation)
         content = content_of(run, named, shapes.n_blocks, model_config.model_type, shapes.ends)
         if output.save is not None or output.target is not None or output.format != DEQUANTIZED:
             check_format(output, content)
         if output.format == GGUF:
-            check_config(model_config, family_of(model_config.model_type).heads(model_config))
+            check_config(model_config, family_for(model_config).heads(model_config))
         contents.append((output.format, content))
     return contents
