@@ -27,7 +27,7 @@ real: venv
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-# Also what needs other software: Ray, a browser of Chromium's kind (pages are opened in it, else skipped), and the readers of our checkpoints (two environments of their own, 2 GB each)
+# Also what needs other software: Ray, a browser of Chromium's kind (pages are opened in it, else skipped), and the readers of our checkpoints (four environments of their own, of up to 2 GB)
 test-all: test
 	$(BIN)/python -m pip install --quiet -r requirements-ray.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_sweep.py tests/quant/report/test_page.py -k "ray or browser"
@@ -35,6 +35,11 @@ test-all: test
 	.venv-peers/bin/python -m pip install --quiet "setuptools>=84" wheel torch==2.13.0 "transformers>=5.23,<6"
 	.venv-peers/bin/python -m pip install --quiet --no-build-isolation -r requirements-pack.txt torch==2.13.0
 	$(BIN)/python -m benchmarks.loaders --peer .venv-peers/bin/python
+	test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip install --quiet xllamacpp==2026.10.11549
+	test -x .venv-mlx/bin/python || $(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/python -m pip install --quiet "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+	$(BIN)/python -m benchmarks.runtimes --llama-cpp .venv-llama/bin/python --mlx .venv-mlx/bin/python
 	test -x .venv-older/bin/python || $(PYTHON) -m venv .venv-older
 	.venv-older/bin/python -m pip install --quiet torch==2.13.0 "transformers==4.57.*" "accelerate>=1.10,<2"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/quant/export/test_older_transformers.py

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import end_to_end, loaders, tables
+from benchmarks import end_to_end, loaders, runtimes, tables
 from benchmarks.loaders import Case
 from benchmarks.solvers import column_loop, measure, problem
 from quant.blocks.fake_quant import ActSpec
@@ -172,3 +172,36 @@ def test_refusals_that_the_table_expects_are_those_of_the_rules():
             content = Content(spec, {"a": (128, 128)}, case.act, model_type=family)
             takes = not objections("transformers", case.format, content) or case.format == "gptq"
             assert takes != (case.kind in loaders.EXPECTED_REFUSED.get(family, ())), (family, case)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4, 32, symmetric=True), QuantSpec(4, -1)], ids=["blocks", "super-blocks"])
+def test_inputs_in_bytes_are_rounded_block_by_block(spec):
+    """As ggml's quantize_row_q8_0 and quantize_row_q8_K, number by number."""
+    inputs = torch.randn(2, 3, 512, dtype=torch.float32)
+    inputs[0, 0, :256] = 0.0
+    (rounded,) = runtimes._in_bytes(spec, torch.nn.Identity(), (inputs,))
+    columns = 32 if spec.group_size == 32 else 256
+    for row, given in zip(rounded.view(-1, 512), inputs.view(-1, 512), strict=True):
+        for start in range(0, 512, columns):
+            part = given[start : start + columns].tolist()
+            step = max(map(abs, part)) / 127
+            stored = torch.tensor(step).half().item() if columns == 32 else step
+            expected = [stored * round(x / step) if step else 0.0 for x in part]
+            torch.testing.assert_close(row[start : start + columns], torch.tensor(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_a_runtime_is_the_same_where_its_probabilities_are(tmp_path):
+    """The demo model against answers that are its own, and against some that are not."""
+    job = runtimes.prepare("gguf", "llama", QuantSpec(8, 32, symmetric=True), tmp_path)
+    prompt = runtimes.prompts()[0]
+    tokens = [5, 71, 320]
+    right = runtimes.ours(job, [*prompt, *tokens], in_bytes=True)[len(prompt) - 1 : -1]
+    wrong = torch.log_softmax(right + torch.linspace(0, 2, right.shape[1]), -1)
+    for rows, said in ((right, "same"), (wrong, "DIFFERENT")):
+        answers = [{"tokens": tokens, "logprobs": rows.tolist()}]
+        Path(f"{job.file}.json").write_text(json.dumps(answers))
+        row = runtimes.compare("gguf", job, [prompt], "")
+        assert row[""] == said and row["blocks"] == "Q8_0" and row["same tokens"].endswith("of 3")
+        divergence = float((right.exp() * (right - rows)).sum(-1).mean())
+        assert float(row["KL, inputs of 8 bits"]) == pytest.approx(divergence, rel=0.1, abs=1e-12)
+    assert runtimes.compare("gguf", replace(job, file=tmp_path / "none"), [prompt], "no file")[""] == "no file"

@@ -37,6 +37,7 @@ LLAMA_CPP_MODELS = (
 LLAMA_CPP_PACKED = tuple(name for name in LLAMA_CPP_MODELS if not layout_for(name).transposed)
 # Of which benchmarks/results/loaders.md has run checkpoints
 TRIED_MODELS = ("bloom", "falcon", "llama", "mistral", "opt")
+TRIED_FILES = tuple(sorted({*LLAMA_CPP_MODELS, *MLX_MODELS}))  # those of benchmarks/results/runtimes.md
 # What a runtime needs for models of a type, besides what its rule says (llama.cpp's conversion/gemma.py; transformers 4
 # was run)
 MODELS_NEED = {
@@ -151,7 +152,7 @@ RULES = (
          needs="a version with asymmetric grids of these bits (its pull request 46528)"),
     Rule("vllm", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          needs="a GPU before Blackwell"),
-    Rule("llama.cpp", GGUF, models=LLAMA_CPP_MODELS, tried=ALL_BITS, head=True, embedding=True),
+    Rule("llama.cpp", GGUF, models=LLAMA_CPP_MODELS, tried=(2, 3, 4, 5, 6, 8), models_tried=TRIED_FILES, head=True, embedding=True),
     Rule("llama.cpp", DEQUANTIZED, models=LLAMA_CPP_MODELS),
     Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_PACKED),
     Rule("llama.cpp", "gptq_v2", (2, 4, 8), models=LLAMA_CPP_PACKED),
@@ -160,7 +161,7 @@ RULES = (
       for bits, needs in (((2, 3, 4), ""), ((8,), "its torch kernels: those in CUDA cut the zero points of 8 bits"))),
     Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
     *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS, models_tried=None, head=True, embedding=True) for name in PACKED),
-    Rule("mlx-lm", MLX, models=MLX_MODELS, tried=ALL_BITS, models_tried=("llama", "mistral"), needs="mlx>=0.26"),
+    Rule("mlx-lm", MLX, models=MLX_MODELS, tried=(2, 3, 4, 5, 6, 8), models_tried=TRIED_FILES),
     Rule("this toolkit", GGUF, head=True, embedding=True, tried=ALL_BITS, models_tried=None, needs="the file as --model: its weights, dequantized"),
 )  # fmt: skip
 
@@ -249,6 +250,7 @@ def loadability(kind: str, content: Content) -> list[tuple[str, bool, str, str]]
         ran = ran and (rule.models_tried is None or content.model_type in ("", *rule.models_tried))
         ran = ran and (not content.outside or (runtime, kind) in HEADS_TRIED)
         head = HEAD_NEEDS.get((runtime, kind)) if content.outside else None
-        needs = "; ".join(filter(None, (rule.needs, MODELS_NEED.get((runtime, content.model_type)), head)))
+        of_model = MODELS_NEED.get((runtime, content.model_type)) if kind != GGUF else None  # converters need it
+        needs = "; ".join(filter(None, (rule.needs, of_model, head)))
         rows.append((runtime, True, needs, "ran" if ran and rule.tried else "read in its source"))
     return rows

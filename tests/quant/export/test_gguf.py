@@ -63,7 +63,7 @@ def write(lazy, target, spec=SPEC, n_blocks=2, results=()):
 
     content = Content(spec, lazy.linear_shapes(), model_type=lazy.config.model_type)
     assert refusal("gguf", content) is None
-    form = form_of(lazy, "gguf", content, layers_of(lazy, n_blocks), lambda: entries(lazy, replaced),
+    form = form_of(lazy, "gguf", content, layers_of(lazy, n_blocks, content), lambda: entries(lazy, replaced),
                    dtype_of=lazy.storage_of, layout=lazy.family.layout, side_files=lambda directory: None,
                    tokenizer=load_tokenizer(lazy.checkpoint.path), results=dict(results))  # fmt: skip
     save_checkpoint(form.tensors(), target, form.config, form.side_files, {"format": "gguf"}, False, form.writer_in)

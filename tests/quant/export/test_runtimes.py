@@ -99,6 +99,8 @@ def test_rules_of_vllm():
         ("gptqmodel", "gptq", "qwen3", "read in its source", ""),
         ("llama.cpp", "gptq", "gemma2", "read in its source", "tokenizer.model beside the weights"),
         ("llama.cpp", "gptq", "llama", "read in its source", ""),
+        ("llama.cpp", "gguf", "gemma2", "ran", ""),
+        ("mlx-lm", "mlx", "qwen3", "ran", ""),
         ("this toolkit", "gptq", "gemma2", "ran", ""),
     ],
 )
