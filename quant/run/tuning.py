@@ -253,5 +253,6 @@ def _write(job: Job, block: TunedBlock, summary: BlockSummary, state: State, sec
     changed = job.target.read_changed(block.index) | block.changes_at(own)
     learned = job.target.read_learned(block.index)
     job.target.write_block(
-        block.index, answers, records, spent, changed=changed, learned=learned, tuning=state.record()
+        block.index, answers, records, spent, changed=changed, learned=learned, learning=summary.learning,
+        tuning=state.record(),
     )  # fmt: skip

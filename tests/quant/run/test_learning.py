@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from data.demo import text as stories
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.weights import BlockWeights
+from quant.blocks.weights import BlockWeights, is_online
 from quant.core.errors import InputError
 from quant.learn.affinequant import dominance
 from quant.run import learning as stage
@@ -20,7 +20,7 @@ from quant.run.kept import Kept
 from quant.run.loop import read_block
 from quant.run.session import open_session
 from quant.tune import limits
-from quant.tune.config import batch_of, split
+from quant.tune.config import Tuning, batch_of, split
 from quant.tune.objectives import divergence
 from tests.helpers import CPU, DEMO, asked, learned_config, perform, replace, whole_model_logits
 
@@ -188,6 +188,27 @@ def test_it_composes_with_solvers_and_scales(demo_text, tmp_path, model_dir):
     for first, last in zip(seen[:n], seen[n:], strict=True):
         assert first[3] and all(torch.equal(first[3][k], last[3][k]) for k in first[3])
     assert math.isfinite(results["perplexity"]["stories"]["quantized"])
+
+
+def test_codes_are_tuned_behind_it_with_what_stands_beside_the_weights(whole, demo_text, tmp_path):
+    """The start of the second stage is the end of the first, bit for bit; matrices and clips move with the codes."""
+    tuning = Tuning("model", 20, rate=2e-3, grid_rate=3e-4, online=True)
+    config = together(DEMO / "llama", demo_text, tmp_path, tuning=tuning)
+    results = perform(config)
+    before, after = RunDirectory(whole[0]), RunDirectory(config.output.run_dir)
+    for index, (log, tuned) in enumerate(zip(results["learning"], results["tuning"], strict=True)):
+        assert log["together"] == whole[1]["learning"][index]["together"]
+        assert tuned["held_out_start"] == log["together"]["held_out_end"]
+        old, new = before.read_changed(index).named(), after.read_changed(index).named()
+        assert old.keys() == new.keys()
+        moved = {name for name in old if not torch.equal(old[name], new[name])}
+        online = {name for name in old if is_online(name)}
+        assert (
+            {name for name in online if "clip" not in name} <= moved <= online
+        )  # norms stay, clips may round to the same
+        learned = after.read_learned(index)
+        assert all(torch.equal(tensor, learned[name]) for name, tensor in before.read_learned(index).items())
+    assert results["tuning"][0]["held_out_end"] < results["tuning"][0]["held_out_start"]
 
 
 def test_rows_that_would_lose_their_dominance_stay(demo_text, tmp_path, model_dir):
