@@ -154,8 +154,9 @@ def test_several_runs_share_a_page(finished, tmp_path):
     _, *rows = page.tables["runs"]
     for row, run in zip(rows, runs, strict=True):
         assert row[0] == run.model and row[1] == run.label
-        assert row[3] == str(run.manifest["seed"])
-        assert row[6] == f"{run.results['perplexity']['words']['quantized']:.3f}"
+        assert row[3] == f"{run.results['model_bits_per_weight']:.3f}"
+        assert row[4] == str(run.manifest["seed"])
+        assert row[7] == f"{run.results['perplexity']['words']['quantized']:.3f}"
     assert "Quality against size, words" in html and (tmp_path / "perplexity-words.png").exists()
     assert len(list(csv.reader((tmp_path / "report.csv").open()))) == 5
     shown = [float(cell) for row in page.tables["heat"] for cell in row[1:] if re.fullmatch(r"[\d.]+", cell)]
