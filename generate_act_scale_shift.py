@@ -47,7 +47,10 @@ def measure(session: Any, run: Any, progress: Any) -> tuple[dict[str, Any], dict
     from quant.blocks.weights import BlockWeights
     from quant.learn.parametrization import InputRange
 
-    model, stream = session.model, session.calibration_stream(run)
+    model = session.model
+    if model.family.experts:
+        raise InputError(f"learned methods are not for mixtures of experts ({model.config.model_type})")
+    stream = session.calibration_stream(run)
     scales, shifts = {}, {}
     for index in range(len(model.blocks)):
         weights = BlockWeights.read(model, index, session.device)

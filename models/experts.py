@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from models.family import ModelFamily
 
+READ_HIDDEN = (".gate_proj", ".up_proj")  # ends of the names of an expert's linears that read what it is called with
+
 
 class Expert(nn.Module):
     """down(act(gate(x)) * up(x)) for x [tokens, hidden]; weights on `meta`."""

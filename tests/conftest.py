@@ -89,10 +89,17 @@ DISTINCT = [
     for name in CONFIGS
     if name not in ("ministral", "ministral3", "smollm3", "granite", "starcoder2", "stablelm", "gpt neox sequential")
 ]
-EXPERTS = GQA | {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = LLAMA | {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MIXTURES: dict[str, tuple[str, dict]] = {  # some with blocks that differ
-    "mixtral": ("mixtral", GQA | LOCAL | {"num_hidden_layers": 2, "intermediate_size": 32}),
+    "mixtral": ("mixtral", EXPERTS | LOCAL | {"intermediate_size": 32}),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 2}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
     "qwen3_moe, first dense": ("qwen3_moe", EXPERTS | {"mlp_only_layers": [0], "norm_topk_prob": True}),
@@ -101,7 +108,7 @@ MIXTURES: dict[str, tuple[str, dict]] = {  # some with blocks that differ
         "deepseek_v3",
         LLAMA
         | {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2,
-           "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8,
+           "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32,
            "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
     ),
 }  # fmt: skip

@@ -267,8 +267,9 @@ def test_dry_run_needs_a_configuration_only(name, command, tmp_path, monkeypatch
 def test_dry_run_sizes_are_right(tmp_path):
     """LLaMA-2-7B: one block has 202 million parameters; 32 blocks of codes at 3 bits are 2.43 GB."""
     from models.load import load_config
-    from quant.run.plan import estimate, shapes_of
+    from quant.run.plan import estimate
     from quant.run.request import Request
+    from quant.run.shapes import shapes_of
 
     config, _ = load_config("benchmarks/configs/llama-2-7b", tmp_path, with_weights=False)
     shapes = shapes_of(config)

@@ -20,7 +20,8 @@ from models.load import load_config
 from quant.blocks.fake_quant import ActSpec
 from quant.core import env
 from quant.learn.config import Learning, TransformSpec
-from quant.run.plan import estimate, shapes_of
+from quant.run.plan import estimate
+from quant.run.shapes import shapes_of
 from quant.solvers import get_solver, solver_options, solvers
 from tests.helpers import called
 

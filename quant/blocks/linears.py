@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from models.load import Weights
 
-See = Callable[[Tensor], None]  # what to do with inputs [..., in]
+See = Callable[[Any], None]  # what to do with inputs [..., in] of a linear, or with all arguments of a module
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,22 @@ class LinearRef:
         else:
             with _Products(self.weight(weights), see):
                 yield
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """A module of a block whose calls are seen with all their arguments."""
+
+    name: str
+
+    @contextmanager
+    def observe(self, block: nn.Module, weights: Mapping[str, Tensor], see: See) -> Iterator[None]:
+        """For the length of a `with`, give the arguments of every call to ``see``, as a tuple."""
+        handle = block.get_submodule(self.name).register_forward_pre_hook(lambda module, args: see(args))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class _Products(TorchFunctionMode):

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
-from quant.blocks.linears import LinearRef, See
+from quant.blocks.linears import LinearRef, ModuleCall, See
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError, foreign
 from quant.core.files import reserve, temporary_name
@@ -233,14 +233,15 @@ class BlockStream:
         index: int,
         weights: BlockWeights,
         *,
-        observe: Mapping[str, See] | Mapping[LinearRef, See] | None = None,
+        observe: Mapping[Any, See] | None = None,
         advance: bool = False,
         act: ActSpec | None = None,
         only: int | None = None,
     ) -> None:
         """Run block ``index`` on every batch. only: on the batch of this number alone, which cannot advance.
 
-        observe: for linears of the block, by name or reference, what to do with their inputs; without ``advance`` a batch
+        observe: for linears of the block, by name or reference, what to do with their inputs, and for `ModuleCall` with all
+        arguments; without ``advance`` a batch
         stops as soon as all have seen theirs. advance: the outputs become the next block's inputs, here and of held-out windows,
         which observers do not see. act: how
         activations are quantized; observers see them quantized.
@@ -273,8 +274,8 @@ class BlockStream:
         if advance and self.heldout is not None:
             self.heldout.run(index, weights, advance=True, act=act)
 
-    def _observer(self, linear: LinearRef, act: See, waiting: set[LinearRef], stop: bool) -> See:
-        def see(x: Tensor) -> None:
+    def _observer(self, linear: LinearRef | ModuleCall, act: See, waiting: set[Any], stop: bool) -> See:
+        def see(x: Any) -> None:
             self._synchronize()
             started = time.perf_counter()
             act(x)

@@ -15,8 +15,10 @@ from quant.core.places import check_places
 from quant.export.runtimes import loadability
 from quant.run.calibration import shortage
 from quant.run.config import DEFAULT_MAX_SEQLEN
-from quant.run.plan import check_contents, estimate, product_rates, shapes_of, solver_cost
+from quant.run.plan import check_contents, estimate
+from quant.run.rates import product_rates, solver_cost
 from quant.run.request import Request, cache_place, places_read, places_written
+from quant.run.shapes import shapes_of
 
 
 def show_plan(requests: Sequence[Request], console: Console) -> None:
@@ -34,7 +36,7 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
     rates = product_rates(device, dtype)
     quantizing = [request for request in requests if request.run.quantizes]
     plans = [estimate(r, shapes, dtype.itemsize, rates, solver_cost(device, r.run)) for r in quantizing]
-    parameters = (shapes.outside + shapes.block * shapes.n_blocks) / 1e9
+    parameters = shapes.parameters / 1e9
     console.print(
         f"{first.model}: {model_config.model_type}, {parameters:.2f}B parameters, {shapes.n_blocks} blocks, "
         f"{device} in {str(dtype).removeprefix('torch.')}; {requests[0].run.windows} calibration windows; nothing is run",

@@ -136,6 +136,24 @@ class GramStats:
         return torch.argsort(self.diagonal, descending=True, stable=True)
 
 
+def shrunk(own: GramStats, weight: float, towards: GramStats, prior: int) -> GramStats:
+    """Statistics of own's n tokens as if ``prior`` tokens like those of ``towards`` had been seen too: n times the mean of own,
+    whose tokens weigh ``weight`` together, and prior times the mean of the others, whose tokens weigh 1. Cross terms likewise
+    where both have them. Of two that saw nothing, or nothing with a weight, the other counts alone."""
+    n = own.n_tokens if weight > 0 else 0
+    added = prior if towards.n_tokens else 0
+
+    def mixed(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        parts = [part * factor for part, factor in ((first, n / weight if n else 0.0), (second, added / towards.n_tokens if added else 0.0))
+                 if part is not None and factor]  # fmt: skip
+        return sum(parts[1:], parts[0]) if parts else None
+
+    gram = mixed(own.gram, towards.gram)
+    stats = GramStats.from_gram(torch.zeros_like(own.gram) if gram is None else gram, n + added)
+    stats.cross = mixed(own.cross, towards.cross)
+    return stats
+
+
 def _chunks(rows: Tensor, root: Tensor | None) -> Iterator[Tensor]:
     """Float32 parts of rows [tokens, n], each row times its root [tokens, 1]."""
     for start in range(0, rows.shape[0], CHUNK):

@@ -78,8 +78,9 @@ def pass_blocks(
 ) -> None:
     """Carry streams (each by variant) through all blocks, side by side. Linears are read only where a variant needs them."""
     n_blocks = len(model.blocks)
-    without = list(model.linear_shapes()) if all(variant.packed for variant in variants.values()) else []
+    packed = all(variant.packed for variant in variants.values())
     for index in range(n_blocks):
+        without = list(model.linear_shapes(index)) if packed else []
         weights = BlockWeights.read(model, index, device, without=without)
         for name, variant in variants.items():
             own = variant.deploy(index, weights)

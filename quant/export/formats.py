@@ -6,7 +6,7 @@ Codes, scales and zero points go from the solver's answer into the tensors as th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -34,7 +34,8 @@ class OutsideMatrix:
 class Content:
     """What a checkpoint is to hold, as far as it is known before work begins.
 
-    spec: None where weights stay in full precision. shapes: (out, in) of the linears. reordered: columns change their
+    spec: None where weights stay in full precision. shapes: (out, in) of the linears by their names in a block; where
+    blocks differ, of all. reordered: columns change their
     group (act-order without static groups). outliers: sparse parts. online: what puts matrices behind norms or in front of
     linears, in flags where a run asks for it. whole: whether every block is quantized. model_type: of config.json.
     true_sequential, static_groups: what GPTQ's config tells of how the codes came about. misfit: a linear whose scales
@@ -91,6 +92,11 @@ class Content:
         return self.spec.code_bits
 
     @property
+    def has_experts(self) -> bool:
+        """Whether linears are those of a mixture's experts."""
+        return any(".experts." in name for name in self.shapes)
+
+    @property
     def centered(self) -> bool:
         """Whether every zero point is 2^(bits-1), so that it need not be stored."""
         return self.spec is not None and self.spec.symmetric and self.spec.levels is None
@@ -106,6 +112,11 @@ class Layers:
     blocks: str
     n_blocks: int
     gates: Sequence[str] = ()
+
+    def renamed(self, rename: Callable[[str], str]) -> Layers:
+        """The same under other names."""
+        quantized, untouched, gates = ([*map(rename, names)] for names in (self.quantized, self.untouched, self.gates))
+        return replace(self, quantized=quantized, untouched=untouched, gates=gates)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,14 @@ GPTQMODEL: dict[str, Any] = {
     "inputs": 32,
     "outputs": 32,
 }
-MARLIN: dict[str, Any] = {"groups": (-1, 32, 64, 128), "inputs": 128, "outputs": 64, "head": True}
+MARLIN: dict[str, Any] = {
+    "groups": (-1, 32, 64, 128),
+    "inputs": 128,
+    "outputs": 64,
+    "head": True,
+    "experts_reordered": False,
+}
+FUSED = "fuses a mixture's experts as it loads them, and is not known to do so with codes"
 ALL_BITS = tuple(range(1, 9))
 # Model types that a runtime knows, of those that this toolkit quantizes (auto_gptq/modeling/_const.py of 0.7.1; the
 # converters of llama.cpp, conversion/__init__.py, which have no Ministral of 2024)
@@ -56,7 +63,8 @@ class Rule:
     as many columns as the inputs have. grouped: any size, but not whole rows. inputs, outputs: multiples of.
     activations: whether it takes none, only quantized ones, or any. models: the types that it knows (a model whose type is
     not known passes). families: model types that it reads without an error but computes wrongly. head: whether it reads a
-    quantized head, that is no embedding too; embedding: a quantized embedding."""
+    quantized head, that is no embedding too; embedding: a quantized embedding. experts_reordered: whether it takes a
+    mixture's experts in act-order; experts: why it takes none at all."""
 
     runtime: str
     format: str
@@ -72,6 +80,8 @@ class Rule:
     activations: str = NONE
     models: tuple[str, ...] | None = None
     families: tuple[str, ...] = ()
+    experts_reordered: bool = True
+    experts: str = ""
     needs: str = ""
     tried: tuple[int, ...] = ()
     models_tried: tuple[str, ...] | None = TRIED_MODELS
@@ -105,6 +115,10 @@ class Rule:
             yield "needs every block quantized"
         if not self.reordered and content.reordered:
             yield "takes columns in order only (no --act-order without --static-groups)"
+        if content.has_experts and self.experts:
+            yield self.experts
+        elif content.has_experts and content.reordered and not self.experts_reordered:
+            yield "takes a mixture's experts with columns in order only (no --act-order without --static-groups)"
         if content.act.active and self.activations == NONE:
             yield "runs without activation quantization"
         if not content.act.active and self.activations == ONLY:
@@ -133,14 +147,14 @@ class Rule:
 RULES = (
     Rule("transformers", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
     *(Rule("transformers", name, (2, 3, 4, 8), **GPTQMODEL,
-           families=("falcon",), needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
-    Rule("transformers", "compressed-tensors", symmetric=True, families=("falcon",), tried=(2, 3, 4, 8), head=True,
+           families=("falcon",), experts=FUSED, needs="optimum and gptqmodel", tried=tried) for name, tried in (("gptq", (2, 3, 4, 8)), ("gptq_v2", (3, 4)))),
+    Rule("transformers", "compressed-tensors", symmetric=True, families=("falcon",), experts=FUSED, tried=(2, 3, 4, 8), head=True,
          needs="compressed-tensors>=0.18"),
-    Rule("transformers", "compressed-tensors", tried=(3, 4), head=True,
+    Rule("transformers", "compressed-tensors", experts=FUSED, tried=(3, 4), head=True,
          needs="compressed-tensors>=0.18 and CompressedTensorsConfig(dequantize=True)"),
     # OPT flattens tokens before its fully connected part, and then one scale serves all of them
     Rule("transformers", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
-         families=("falcon", "opt"), tried=(8,), needs="compressed-tensors>=0.18"),
+         families=("falcon", "opt"), experts=FUSED, tried=(8,), needs="compressed-tensors>=0.18"),
     Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, **GPTQMODEL, tried=(3, 4), head=True),
     Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), **GPTQMODEL, tried=(3, 4), head=True),
     Rule("vllm", DEQUANTIZED),

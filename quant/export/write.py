@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -232,12 +232,7 @@ def model_config(model: LazyModel, kind: str, content: Content, layers: Layers) 
     if tied != declared.get(TIE, getattr(type(model.config)(), TIE, False)):
         changes[TIE] = tied
     if kind in PACKED:
-        on_disk = model.family.layout.on_disk
-        quantized, untouched, gates = (
-            [on_disk(n) for n in ns] for ns in (layers.quantized, layers.untouched, layers.gates)
-        )
-        named = replace(layers, quantized=quantized, untouched=untouched, gates=gates)
-        changes["quantization_config"] = PACKED[kind].config(content, named)
+        changes["quantization_config"] = PACKED[kind].config(content, layers.renamed(model.family.layout.on_disk))
     return carried_config(declared, model.storage_dtype, changes)
 
 

@@ -37,6 +37,8 @@ RESIDUAL, VALUES = (
 
 def check_rotation(family: ModelFamily, config: Any, rotation: Rotation) -> None:
     """Raise InputError, with what to do, for what cannot be rotated in a model of this configuration."""
+    if family.experts:
+        raise InputError(f"--rotate: not for mixtures of experts ({config.model_type}); drop the flag")
     rope = family.heads(config).rope
     others = f"--rotate {'vo,qk,down' if rope else 'vo,down'}"
     if "residual" in rotation.kinds:

@@ -26,8 +26,9 @@ from urllib.parse import quote
 from quant.core.files import write_owned
 from quant.core.text import csv_cell, printable
 from quant.report import plots
+from quant.report.experts import experts_plot
 from quant.report.published import published_figures
-from quant.report.runs import Run, open_run, score_of
+from quant.report.runs import Run, by_line, open_run, score_of
 from quant.run.finished import JournalLine
 from quant.run.linear import LOOK_ABOVE
 
@@ -47,36 +48,46 @@ def reason(record: JournalLine) -> str:
         return (
             f"{error / nearest - 1:.0%} worse than rounding to nearest" if nearest else "worse than rounding to nearest"
         )
+    if error <= LOOK_ABOVE and record["n_tokens"] == 0:
+        return "no calibration token was routed to this expert: it is solved on those of others"
     if error <= LOOK_ABOVE and record["rank"] is not None:
         return f"too little calibration: its inputs vary in {record['rank']} directions only"
     return f"relative error above {LOOK_ABOVE:g}"
 
 
 def heat(records: Sequence[JournalLine]) -> dict[str, Any] | None:
-    """Relative errors as a table blocks x linears with a colour strength in 0..1 on a logarithmic scale."""
+    """Relative errors as a table blocks x linears with a colour strength in 0..1 on a logarithmic scale. Experts share a
+    column, with their mean."""
     if not records:
         return None
-    names = list(dict.fromkeys(r["name"] for r in records))
+    lines = {place: _together(own) for place, own in by_line(records).items()}
+    names = list(dict.fromkeys(name for _, name in lines))
     blocks = sorted({r["block"] for r in records})
-    by_linear = {(r["block"], r["name"]): r for r in records}
-    errors = [r["relative_error"] for r in records if r["relative_error"] > 0 and math.isfinite(r["relative_error"])]
+    errors = [error for error, _ in lines.values() if error > 0 and math.isfinite(error)]
     low, high = (math.log(min(errors)), math.log(max(errors))) if errors else (0.0, 1.0)
     rows = []
     for block in blocks:
         cells = []
         for name in names:
-            record = by_linear.get((block, name))
-            error = record["relative_error"] if record else 0.0
+            known = lines.get((block, name))
+            error = known[0] if known else 0.0
             strength = (math.log(error) - low) / max(high - low, 1e-9) if error > 0 and math.isfinite(error) else 0.0
             cells.append(
                 {
-                    "error": error if record else None,
+                    "error": error if known else None,
                     "strength": round(strength, 3),
-                    "verdict": record and record["verdict"],
+                    "verdict": known and known[1],
                 }
             )
         rows.append({"block": block, "cells": cells})
     return {"names": names, "rows": rows}
+
+
+def _together(records: Sequence[JournalLine]) -> tuple[float, str | None]:
+    """Mean relative error and worst verdict of linears that share a line."""
+    verdicts = {record["verdict"] for record in records}
+    worst = next((verdict for verdict in ("bad", "look", "ok") if verdict in verdicts), None)
+    return sum(record["relative_error"] for record in records) / len(records), worst
 
 
 def _link(run: Run, out: Path) -> str:
@@ -109,7 +120,12 @@ def page(runs: Sequence[Run], title: str, out: Path) -> tuple[str, dict[str, byt
     if drawn := plots.accuracy_plot(runs):
         drawings["zero-shot"] = drawn
     if len(runs) == 1:
-        of_one = {"bits": plots.bits_plot, "losses": plots.losses_plot, "ranges": plots.ranges_plot}
+        of_one = {
+            "bits": plots.bits_plot,
+            "losses": plots.losses_plot,
+            "ranges": plots.ranges_plot,
+            "experts": experts_plot,
+        }
         for name, plot in (of_one | {"memory": plots.memory_plot}).items():
             if drawn := plot(runs[0]):
                 drawings[name] = drawn

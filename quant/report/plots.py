@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 
 from quant.core.text import brief, printable
 from quant.report.published import method_of
-from quant.report.runs import Run, mean_of, score_of
+from quant.report.runs import Run, by_line, mean_of, score_of
+from quant.run.finished import JournalLine
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 INK = "#010203"  # stands for the page's text colour in plots, which follows light and dark
@@ -25,7 +26,7 @@ LONGEST, IN_LEGEND = 40, 18  # letters of a name in a plot, and in its legend
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Any]:
+def new_figure(width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure whose text is the page's, closed at the end."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ def _figure(width: float, height: float) -> Iterator[Any]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _draw(figure: Any, about: str) -> tuple[str, bytes]:
+def draw(figure: Any, about: str) -> tuple[str, bytes]:
     """(inline SVG that follows the page's colours and width, PNG on white)."""
     svg, png = io.StringIO(), io.BytesIO()
     figure.get_layout_engine().execute(figure)
@@ -120,7 +121,7 @@ def _against_bits(
         return None
     columns = min(3, len(points))
     rows = -(-len(points) // columns)
-    with _figure(7.2 if columns < 3 else 9.6, 3.6 * rows + 0.4) as figure:
+    with new_figure(7.2 if columns < 3 else 9.6, 3.6 * rows + 0.4) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, (model, own) in zip(panels, points.items(), strict=False):
             for method, (marker, colour) in looks.items():
@@ -156,7 +157,7 @@ def _against_bits(
             ncols=min(5, len(handles)),
             loc="outside upper left",
         )
-        return _draw(figure, about)
+        return draw(figure, about)
 
 
 def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
@@ -166,7 +167,7 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
     if not 0 < len(shown) <= SCORED:
         return None
     tasks, looks = list(shown[0].results["zero_shot"]), _looks(runs)
-    with _figure(7.2, 0.5 + 0.32 * len(tasks) * (len(shown) + 1)) as figure:
+    with new_figure(7.2, 0.5 + 0.32 * len(tasks) * (len(shown) + 1)) as figure:
         axes = figure.subplots()
         rows, names = 0, []
         for task in tasks:
@@ -189,13 +190,13 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
         axes.set_xlim(0, 1.02)
         axes.set_xlabel("score")
         axes.grid(axis="x", alpha=0.25)
-        return _draw(figure, "Zero-shot scores before and after")
+        return draw(figure, "Zero-shot scores before and after")
 
 
 def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
     """Seconds by stage of the BARS longest runs."""
     shown = sorted(runs, key=lambda run: -run.results["seconds"].get("total", 0.0))[:BARS]
-    with _figure(7.2, 0.9 + 0.36 * len(shown)) as figure:
+    with new_figure(7.2, 0.9 + 0.36 * len(shown)) as figure:
         axes = figure.subplots()
         left = [0.0] * len(shown)
         for i, stage in enumerate(STAGES):
@@ -207,7 +208,7 @@ def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
         axes.legend(frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-        return _draw(figure, "Seconds by stage")
+        return draw(figure, "Seconds by stage")
 
 
 def memory_plot(run: Run) -> tuple[str, bytes] | None:
@@ -219,7 +220,7 @@ def memory_plot(run: Run) -> tuple[str, bytes] | None:
     amounts = {where: of_stages for where, of_stages in amounts.items() if any(of_stages)}
     if not amounts:
         return None
-    with _figure(7.2, 0.9 + 0.36 * len(stages)) as figure:
+    with new_figure(7.2, 0.9 + 0.36 * len(stages)) as figure:
         axes = figure.subplots()
         for i, (where, of_stages) in enumerate(amounts.items()):
             height = 0.7 / len(amounts)
@@ -229,7 +230,7 @@ def memory_plot(run: Run) -> tuple[str, bytes] | None:
         axes.invert_yaxis()
         axes.set_xlabel("peak memory, GB")
         axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-        return _draw(figure, "Peak memory by stage")
+        return draw(figure, "Peak memory by stage")
 
 
 def _ratio(loss: float | None, start: float) -> float:
@@ -243,7 +244,7 @@ def losses_plot(run: Run) -> tuple[str, bytes] | None:
     logs = run.results["learning"]
     if not any(log["losses"] for log in logs):
         return None
-    with _figure(7.2, 3.4) as figure:
+    with new_figure(7.2, 3.4) as figure:
         axes = figure.subplots()
         shades = [i / max(1, len(logs) - 1) for i in range(len(logs))]
         import matplotlib as mpl
@@ -256,7 +257,7 @@ def losses_plot(run: Run) -> tuple[str, bytes] | None:
         axes.set_ylabel("loss / loss at the start")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9, ncols=2)
-        return _draw(figure, "Loss of every block over its epochs")
+        return draw(figure, "Loss of every block over its epochs")
 
 
 def bits_plot(run: Run) -> tuple[str, bytes] | None:
@@ -266,7 +267,7 @@ def bits_plot(run: Run) -> tuple[str, bytes] | None:
     if len(widths) < 2:
         return None
     names, n_blocks = list(dict.fromkeys(name for _, name in bits)), 1 + max(block for block, _ in bits)
-    with _figure(7.2, 1.2 + 0.3 * len(names)) as figure:
+    with new_figure(7.2, 1.2 + 0.3 * len(names)) as figure:
         axes = figure.subplots()
         import matplotlib as mpl
 
@@ -282,17 +283,27 @@ def bits_plot(run: Run) -> tuple[str, bytes] | None:
         axes.invert_yaxis()
         axes.set_xlabel("block")
         axes.legend(frameon=False, fontsize=9, ncols=len(widths), loc="lower left", bbox_to_anchor=(0, 1))
-        return _draw(figure, "Bits of every linear, by block")
+        return draw(figure, "Bits of every linear, by block")
+
+
+def _extremes(records: Sequence[JournalLine]) -> tuple[tuple[float, float], float | None, float]:
+    """Least and largest root mean square of input channels, largest weight over root mean square, and share of outliers of
+    linears that share a line."""
+    rms = [pair for record in records if (pair := record["input_rms"])]
+    peaks = [peak for record in records if (peak := record["weight_peak"]) is not None]
+    share = sum(record["outlier_share"] or 0.0 for record in records) / len(records)
+    return (min(low for low, _ in rms), max(high for _, high in rms)), max(peaks, default=None), share
 
 
 def ranges_plot(run: Run) -> tuple[str, bytes] | None:
     """Input channels (median and largest root mean square) and weights (largest over root mean square, outliers kept)
-    of every linear in order; None for journals without them."""
-    shown = [(r["name"], rms, r["weight_peak"], r["outlier_share"]) for r in run.records if (rms := r["input_rms"])]
+    of every linear in order, of experts the extremes over all in a block; None for journals without them."""
+    lines = [(name, [r for r in own if r["input_rms"]]) for (_, name), own in by_line(run.records).items()]
+    shown = [(name, *_extremes(own)) for name, own in lines if own]
     if not shown:
         return None
     names = list(dict.fromkeys(name for name, *_ in shown))
-    with _figure(7.2, 5.4) as figure:
+    with new_figure(7.2, 5.4) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         for i, name in enumerate(names):
             own = [(n, rms, peak) for n, (its, rms, peak, _) in enumerate(shown) if its == name]
@@ -314,4 +325,4 @@ def ranges_plot(run: Run) -> tuple[str, bytes] | None:
         for axes in (above, below):
             axes.grid(axis="y", alpha=0.25)
         above.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-        return _draw(figure, "Ranges of inputs and weights of every linear")
+        return draw(figure, "Ranges of inputs and weights of every linear")

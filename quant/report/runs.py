@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,21 @@ from quant.core.errors import InputError
 from quant.report.published import method_of
 from quant.run.directory import RunDirectory
 from quant.run.finished import JournalLine, Manifest, Results, Score, read_journal, read_manifest, read_results
+
+EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")  # the number of an expert in the name of one of its linears
+
+
+def of_all_experts(name: str) -> str:
+    """The name that an expert's linear shares with those of the other experts; any other linear's own."""
+    return EXPERT.sub("#", name)
+
+
+def by_line(records: Sequence[JournalLine]) -> dict[tuple[int, str], list[JournalLine]]:
+    """Records by block and by what a table has a line for: a linear, or those of all experts of a block that share a name."""
+    lines: dict[tuple[int, str], list[JournalLine]] = {}
+    for record in records:
+        lines.setdefault((record["block"], of_all_experts(record["name"])), []).append(record)
+    return lines
 
 
 @dataclass(frozen=True)

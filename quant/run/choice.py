@@ -18,8 +18,9 @@ from quant.core.names import AUTO_GROUPS, FULL_BITS
 from quant.export import first_holding
 from quant.run.config import DEFAULT_MAX_SEQLEN, SessionConfig
 from quant.run.content import content_of
-from quant.run.plan import Shapes, shapes_of, tuning_cost
+from quant.run.plan import tuning_cost
 from quant.run.request import Request
+from quant.run.shapes import Shapes, shapes_of
 
 MOST_GROUPED = 128  # columns of a group, a power of two
 OWN, OWN_TOKENS = 7, 1 << 17  # what measured best on a text that nothing was decided on otherwise; docs/which-method.md

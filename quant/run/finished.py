@@ -154,7 +154,7 @@ class Results(TypedDict):
 
 
 class JournalLine(TypedDict):
-    """A line of the journal: one linear. input_rms: of its channels, median and largest.
+    """A line of the journal: one linear. input_rms: of its channels, median and largest. n_tokens: of calibration, that it saw.
 
     `LinearRecord` is what this version writes, and what it goes on from; this is what others may rely on in a line of any
     version, which is read entry by entry, so that an error names the one that is damaged.
@@ -176,6 +176,7 @@ class JournalLine(TypedDict):
     weight_peak: float | None
     outlier_share: float | None
     rank: int | None
+    n_tokens: int | None
 
 
 def read_manifest(directory: RunDirectory) -> Manifest | None:

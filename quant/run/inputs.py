@@ -35,6 +35,7 @@ from quant.learn.transforms import check_seams
 from quant.run.bias import check_biases
 from quant.run.config import DEFAULT_MAX_SEQLEN, Output, RunConfig, SessionConfig
 from quant.run.content import candidate_widths, check_format, content_of, spec_of
+from quant.run.experts import check_mixture
 from quant.run.folding import check_turned
 from quant.run.likeness import check_family
 from quant.run.quantize import Recipe, check_options
@@ -157,6 +158,7 @@ class Inputs:
             raise InputError(
                 f"{self.config.model} was opened for other runs, not for {run.method}: open it again for that"
             )
+        check_mixture(self.model.family, self.model.config, run)
         if run.learning is not None:
             check_seams(self.model.family, self.model.config, run.learning.transform)
             if run.learning.together:
@@ -166,8 +168,8 @@ class Inputs:
             check_biases(self.model)
         spec = spec_of(run, self.model.linear_shapes())
         if spec is not None:  # what is written out, and what is evaluated
-            names = [f"{name}.weight" for name in self.model.linear_shapes()]
-            dtypes = {self.model.storage_of(name, i) for i in range(self.n_blocks(run)) for name in names}
+            blocks = [(i, self.model.linear_shapes(i)) for i in range(self.n_blocks(run))]
+            dtypes = {self.model.storage_of(f"{name}.weight", i) for i, own in blocks for name in own}
             dtypes.add(self.model.dtype)
             spec = replace(spec, largest=min(LARGEST, *(torch.finfo(dtype).max for dtype in dtypes)))
         recipe = Recipe(
@@ -257,8 +259,9 @@ class Inputs:
     def _largest(self) -> list[dict[str, float]]:
         """The largest |weight| of every linear, by block. All blocks are read once for that, before anything is solved.
         Raises InputError, with the tensor's name, where a number in them is not finite."""
-        linears, largest = self.model.linear_shapes(), []
+        largest = []
         for index in range(len(self.model.blocks)):
+            linears = self.model.linear_shapes(index)
             weights = self.model.block_weights(index, torch.device("cpu"), torch.float32)
             largest.append({name: largest_of(weights[f"{name}.weight"]) for name in linears})
         return largest

@@ -122,7 +122,8 @@ def _check_save(inputs: Inputs, job: Job) -> list[Path]:
 def _check_space(inputs: Inputs, job: Job, tokens: int, together: int) -> None:
     """Raise InputError where the blocks, and the checkpoint if asked for, cannot fit on the disk. tokens: of calibration;
     together: how many runs are evaluated at a time."""
-    need = job.n_blocks * sum(out * n_in for out, n_in in inputs.model.linear_shapes().values())
+    shapes = (inputs.model.linear_shapes(index) for index in range(job.n_blocks))
+    need = sum(out * n_in for own in shapes for out, n_in in own.values())
     if job.run.beyond_blocks:
         need += sum(matrix.shape[0] * matrix.shape[1] for matrix in inputs.content(job.run).outside.values())
     if inputs.config.activation_store == "disk":  # those of calibration, then of full precision and the runs with it

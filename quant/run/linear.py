@@ -21,7 +21,8 @@ class LinearRecord:
     """A line of the journal. shape: (out, in). The fields are the keys of its JSON, in this order.
 
     relative_error: ‖(W-Ŵ)X‖² / ‖WX‖² over the calibration tokens that were solved with, and of rounding to nearest;
-    with ``_heldout`` over windows that no solver saw, None where there were none. n_tokens: of calibration. input_rms:
+    with ``_heldout`` over windows that no solver saw, None where there were none. n_tokens: of calibration, of an expert those that were
+    routed to it. input_rms:
     of the input channels, median and largest. weight_peak: the largest weight over the root mean square of all.
     outlier_share: of weights beside the codes. seconds: of the solver alone. rank: directions in which the calibration
     inputs vary, where they are fewer than the columns and the solver reads them. info: what the solver tells.

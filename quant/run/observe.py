@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.linears import See
+from quant.blocks.linears import ModuleCall, See
 from quant.blocks.saliency import TokenWeights
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.gram import GramStats, InputSample
+from quant.run.experts import Calls, ExpertStats, is_experts
+from quant.run.statistics import HELDOUT_TOKENS, InputStats, Original
 
-HELDOUT_TOKENS = 2048  # that errors are measured on, of the windows that are kept out
-
-
-@dataclass(frozen=True)
-class InputStats:
-    """What is known of the inputs of a group of linears: the statistics that are solved with, and inputs at tokens that
-    were kept out of them, to measure on; None where there are none. weighted: by linear, the statistics that parts of its rows
-    are solved with instead, where tokens count differently for each."""
-
-    calibration: GramStats
-    heldout: InputSample | None = None
-    weighted: Mapping[str, Sequence[GramStats]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Original:
-    """The original model beside the quantized one, in front of the same block: its stream, the block's weights in full
-    precision, and for linears that add to the residual stream the module whose input that stream is."""
-
-    stream: BlockStream
-    weights: BlockWeights
-    residual_at: Mapping[str, str] = field(default_factory=dict)
+Place = str | ModuleCall  # a linear, or a module of which all arguments are seen
 
 
 def observe(
@@ -46,31 +27,61 @@ def observe(
     act: ActSpec | None = None,
     original: Original | None = None,
     tokens: TokenWeights | None = None,
-) -> dict[str, InputStats]:
+) -> Mapping[str, InputStats]:
     """Inputs of block ``index`` by the first linear of each group; the streams stay in front of it. original: whose inputs
-    the statistics hold besides. tokens: what tokens weigh for each linear."""
-    names = [group[0] for group in groups]
-    shapes = {name: weights.weight(name).shape for name in names}
-    stats = {group[0]: Sums(group, index, stream, shapes[group[0]][1], tokens) for group in groups}
+    the statistics hold besides. tokens: what tokens weigh for each linear. Those of experts are made when they are asked for
+    (`ExpertStats`)."""
+    family = stream.model.family
+    ordinary = [group for group in groups if not is_experts(group[0], family)]
+    names = [group[0] for group in ordinary]
+    sums: dict[str, Sums] = {}
+    stats: dict[Place, Sums | Calls] = {}
+    for group in ordinary:
+        stats[group[0]] = sums[group[0]] = Sums(group, index, stream, weights.weight(group[0]).shape[1], tokens)
     heldout = stream.heldout
-    samples: dict[str, InputSample] = {}
+    samples: dict[Place, InputSample | Calls] = {}
     if heldout is not None:
         samples = {name: InputSample(-(-heldout.tokens.numel() // HELDOUT_TOKENS)) for name in names}
-    if original is None:
-        stream.run(index, weights, observe={name: stats[name].update for name in names}, act=act)
+    mixture = ModuleCall(family.experts)
+    if len(ordinary) < len(groups):
+        stats[mixture] = Calls(stream, paired=original is not None)
         if heldout is not None:
-            heldout.run(index, weights, observe={name: samples[name].update for name in names}, act=act)
-        return {name: InputStats(stats[name].plain, samples.get(name), stats[name].weighted) for name in names}
-    for batch in range(len(stream.rows)):
-        pair = _Pair(original, index, batch, names)
-        stream.run(index, weights, observe=pair.observers(stats), act=act, only=batch)
+            samples[mixture] = Calls(heldout, paired=original is not None)
+    _run(stream, index, weights, stats, act, original)
     if heldout is not None:
-        assert original.stream.heldout is not None
-        apart = Original(original.stream.heldout, original.weights)
-        for batch in range(len(heldout.rows)):
-            observers: dict[str, See] = _Pair(apart, index, batch, names).observers(samples)
-            heldout.run(index, weights, observe=observers, act=act, only=batch)
-    return {name: InputStats(stats[name].plain, samples.get(name), stats[name].weighted) for name in names}
+        apart = None
+        if original is not None:
+            assert original.stream.heldout is not None
+            apart = Original(original.stream.heldout, original.weights)
+        _run(heldout, index, weights, samples, act, apart)
+    plain = {}
+    for name, one in sums.items():
+        sample = samples.get(name)
+        assert not isinstance(sample, Calls)
+        plain[name] = InputStats(one.plain, sample, one.weighted)
+    calls, apart_calls = stats.get(mixture), samples.get(mixture)
+    if not isinstance(calls, Calls):
+        return plain
+    assert apart_calls is None or isinstance(apart_calls, Calls)
+    of_experts = [group[0] for group in groups if is_experts(group[0], family)]
+    return ExpertStats(stream, index, weights, of_experts, act, calls, apart_calls, original, plain)
+
+
+def _run(
+    stream: BlockStream,
+    index: int,
+    weights: BlockWeights,
+    stats: Mapping[Place, Sums | Calls] | Mapping[Place, InputSample | Calls],
+    act: ActSpec | None,
+    original: Original | None,
+) -> None:
+    """Show ``stats`` what goes into their places, of all windows."""
+    if original is None:
+        stream.run(index, weights, observe={place: one.update for place, one in stats.items()}, act=act)
+        return
+    for batch in range(len(stream.rows)):
+        pair = _Pair(original, index, batch, list(stats))
+        stream.run(index, weights, observe=pair.observers(stats), act=act, only=batch)
 
 
 class Sums:
@@ -101,24 +112,23 @@ class Sums:
 class _Pair:
     """The original's inputs at the tokens of one batch, waiting for those of the quantized model."""
 
-    def __init__(self, original: Original, index: int, batch: int, names: Sequence[str]) -> None:
-        self.writers = {name: place for name, place in original.residual_at.items() if name in names}
-        self.full: dict[str, Tensor] = {}
+    def __init__(self, original: Original, index: int, batch: int, places: Sequence[Place]) -> None:
+        self.writers = {name: place for name, place in original.residual_at.items() if name in places}
+        self.full: dict[Place, Any] = {}
         self.lacking: dict[str, Tensor] = {}
-        observers = {name: self._keep(name) for name in (*names, *self.writers.values())}
+        observers = {place: self._keep(place) for place in (*places, *self.writers.values())}
         original.stream.run(index, original.weights, observe=observers, only=batch)
 
-    def _keep(self, name: str) -> See:
-        def see(x: Tensor) -> None:
-            self.full[name] = x
+    def _keep(self, place: Place) -> See:
+        def see(x: Any) -> None:
+            self.full[place] = x
 
         return see
 
-    def observers(self, stats: Mapping[str, Sums] | Mapping[str, InputSample]) -> dict[str, See]:
+    def observers(self, stats: Mapping[Place, Sums | Calls] | Mapping[Place, InputSample | Calls]) -> dict[Place, See]:
         """What to do with the quantized model's inputs of the same batch."""
-        places = {place: self._residual(place) for place in self.writers.values()}
-        linears = {name: self._update(name, one, places.get(name)) for name, one in stats.items()}
-        return places | linears
+        written: dict[Place, See] = {place: self._residual(place) for place in self.writers.values()}
+        return written | {place: self._update(place, one, written.get(place)) for place, one in stats.items()}
 
     def _residual(self, place: str) -> See:
         def see(x: Tensor) -> None:
@@ -126,15 +136,15 @@ class _Pair:
 
         return see
 
-    def _update(self, name: str, stats: Sums | InputSample, also: See | None) -> See:
-        def see(x: Tensor) -> None:
+    def _update(self, place: Place, stats: Sums | InputSample | Calls, also: See | None) -> See:
+        def see(x: Any) -> None:
             if also is not None:  # a linear that reads the stream itself
                 also(x)
-            if name in self.writers:
+            if isinstance(place, str) and place in self.writers:
                 assert isinstance(stats, Sums)
-                stats.update(x, self.full[name], self.lacking[self.writers[name]])
+                stats.update(x, self.full[place], self.lacking[self.writers[place]])
             else:
-                stats.update(x, self.full[name])
+                stats.update(x, self.full[place])
 
         return see
 

@@ -3,6 +3,7 @@
 Memory (bytes)
   block       parameters of a block x bytes of the arithmetic's dtype
   statistics  4·in² for every Gram matrix alive: all groups of a block, or the largest with --true-sequential
+              of a mixture's experts 3 for the largest, as experts come one after another, and one of all tokens
   solver      of the linear that takes most, the Gram matrix itself is statistics': what the solver declares (its workspace
               in quant/solvers; those of the libraries' factorizations are not in it), and at least 3.25·4·out·in to
               measure the error (weight, codes, values, error), 2·4·out·in more with groups
@@ -24,7 +25,8 @@ Memory (bytes)
               evaluated (HEAD_ELEMENTS at a time); with --head-bits also 4·hidden² for the head's Gram matrix (twice with the
               original's inputs beside) and what the solver takes of PART weights of it at a time
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
-              two of them, one more for --aug_loss and one for an attention loss; tuning one more, a window of blocks two
+              two of them, one more for --aug_loss and one for an attention loss; tuning one more, a window of blocks two;
+              what a mixture's experts are called with is as much again
 Time (seconds)
   calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
               --true-sequential one partial pass a group), at the measured matrix-product rate of the dtype;
@@ -39,29 +41,23 @@ Time (seconds)
   tune        2·parameters flops a token forward and 4 backward in every step (2 more with --tune-recompute), 2 in every
               validation, times 2 for all that is no matrix product
   head        with --head-bits one pass of the calibration windows through the blocks, its Gram matrix, and the solver's time
+  mixtures    the passes meet the parameters that a token is routed to; of experts all are solved, and their Gram matrices are
+              summed over the tokens of each, besides one over all tokens; their inner values are computed once more
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set, or --limit windows
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from models import family_for
 from models.gguf_facts import check_config
-from models.load import build_meta
-from models.vocabulary import Vocabulary, vocabulary_of
 from quant.blocks.backward import HEAD_ELEMENTS
-from quant.core.gram import BLOCK, GramStats
+from quant.core.gram import BLOCK
 from quant.core.names import DEQUANTIZED, FULL_BITS, GGUF
-from quant.core.types import QuantSpec
 from quant.evaluate import passes
 from quant.export.formats import Content
 from quant.learn.flatquant import numbers_beside
@@ -69,103 +65,15 @@ from quant.learn.rotation import check_rotation
 from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
 from quant.run.content import PART, candidate_widths, check_format, content_of, expected_bits, outside_matrices
+from quant.run.experts import check_mixture, stages
 from quant.run.request import Request
-from quant.solvers import declaration_of, get_solver, with_defaults
+from quant.run.shapes import Kind, Shapes
+from quant.solvers import declaration_of, with_defaults
 from quant.tune.config import Tuning, batch_of
 from quant.tune.limits import OVERHEAD, Sizes, learning_memory, memory
 from quant.tune.limits import flops as tuning_flops
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
-SAMPLES = (512, 1024)  # inputs of the two layers that a solver is timed on
-SAMPLE_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of a model: blocks, parameters of one block and outside, linears as groups of (name, out, in), norms of a
-    block that a matrix may stand behind, the linear behind the heads, and the size of one."""
-
-    n_blocks: int
-    block: int
-    outside: int
-    hidden: int
-    max_length: int
-    groups: list[list[tuple[str, int, int]]]
-    heads: int = 1
-    norms: int = 0
-    vocabulary: int = 0
-    output: str = ""
-    head_dim: int = 0
-    ends: Vocabulary | None = None
-
-    @property
-    def linears(self) -> list[tuple[str, int, int]]:
-        """All linears of a block."""
-        return [linear for group in self.groups for linear in group]
-
-
-def shapes_of(config: Any, trust_remote_code: bool = False) -> Shapes:
-    """Sizes from a configuration alone; no weights are needed."""
-    family = family_for(config)
-    module = build_meta(config, torch.float32, trust_remote_code)
-    blocks = module.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    modules = dict(blocks[0].named_modules())
-    groups = [
-        [(name, modules[name].out_features, modules[name].in_features) for name in group]
-        for group in family.groups(config)
-    ]
-    per_block = sum(p.numel() for p in blocks[0].parameters())
-    outside = sum(p.numel() for p in module.parameters()) - per_block * len(blocks)
-    longest = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_SEQLEN)
-    layout = family.heads(config)
-    heads, head_dim = layout.q[1].shape
-    norms = sum(seam.kind == "norm" for seam in family.seams(config))
-    return Shapes(
-        len(blocks), per_block, outside, config.hidden_size, longest, groups, heads, norms, config.vocab_size,
-        layout.output, head_dim, vocabulary_of(module),
-    )  # fmt: skip
-
-
-def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """flop/s of matrix products on this machine, in the arithmetic's dtype and in float32."""
-    size = 2048 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device)
-    half = a.to(dtype)
-    return 2 * size**3 / _seconds(lambda: half @ half, device), 2 * size**3 / _seconds(lambda: a @ a, device)
-
-
-def solver_cost(device: torch.device, run: RunConfig) -> tuple[float, float]:
-    """(a, b): the solver takes out·(a·in + b·in²) seconds on this machine."""
-    if run.wbits == FULL_BITS:
-        return 0.0, 0.0
-    solver = get_solver(run.solver)
-    spec = QuantSpec(run.wbits, -1, run.symmetric, run.range, run.levels, run.grid_kind)
-    seconds = []
-    for n_in in SAMPLES:
-        stats = GramStats(n_in, device)
-        x = torch.randn(2 * n_in, n_in, device=device)
-        stats.update(x, x)
-        weight = torch.randn(SAMPLE_ROWS, n_in, device=device)
-        work = partial(solver, weight, stats, spec, **run.options)
-        seconds.append(_seconds(work, device, repeats=1))
-    (p, r), (t, u) = SAMPLES, (x / SAMPLE_ROWS for x in seconds)
-    b = max(0.0, (u / r - t / p) / (r - p))
-    return max(0.0, t / p - b * p), b
-
-
-def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Best of a few runs, after one to warm up."""
-    best = float("inf")
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        result = work()
-        if isinstance(result, Tensor):
-            result.flatten()[0].item()  # waits for the device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def estimate(
@@ -177,20 +85,20 @@ def estimate(
     n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.windows * seqlen
     beside = 1 + (run.target_correction > 0 or _uses_cross(run))  # models that calibration runs through
     statistics, forward, gram = _calibration(run, shapes, tokens, beside, rates)
+    blocks = list(shapes.first(n_blocks))
     workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
     batch = session.calib_batch * seqlen * (8 * shapes.hidden + 3 * widest) * itemsize
-    weights = sum(out * n_in for _, out, n_in in shapes.linears)
-    stored, times = _stored_bits(run, shapes)
-    solve = times * n_blocks * sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in shapes.linears)
+    weights = sum(kind.weights * count for kind, count in blocks)
+    stored, times = _stored_bits(run, shapes, n_blocks)
+    solve = times * sum(count * _solving(kind, cost) for kind, count in blocks)
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
     tune, tuning = tuning_cost(run, shapes, seqlen, itemsize)
     windows = EVAL_TOKENS if session.limit is None else min(EVAL_TOKENS, session.limit * seqlen)
     evaluated = windows * len(session.eval_datasets) * (2 if session.full_precision_eval else 1)
     ends, beyond = outside_cost(run, shapes, tokens, beside, rates, cost)
-    total_parameters = shapes.outside + shapes.block * shapes.n_blocks
-    evaluate = evaluated * 2 * total_parameters / rates[0]
+    evaluate = evaluated * 2 * shapes.active / rates[0]
     behind = _logits(shapes.vocabulary, seqlen, windows) if evaluated else 0
     return {
         "device bytes: block": shapes.block * itemsize,
@@ -209,12 +117,12 @@ def estimate(
         f"{'disk' if session.activation_store == 'disk' else 'host'} bytes: hidden states": tokens
         * shapes.hidden
         * itemsize
-        * (run.hidden_states(shapes.n_blocks) + beside - 1),
-        "disk bytes: run directory": n_blocks * weights,
-        "disk bytes: checkpoint": total_parameters * 2 if request.output.save else 0,
-        "quantized bytes": n_blocks * stored / 8,
+        * (run.hidden_states(shapes.n_blocks) + beside - 1 + beside * any(kind.routed for kind, _ in blocks)),
+        "disk bytes: run directory": weights,
+        "disk bytes: checkpoint": shapes.parameters * 2 if request.output.save else 0,
+        "quantized bytes": stored / 8,
         "bits per weight": stored / weights,
-        "bits per weight, whole model": _whole_bits(run, shapes, n_blocks * stored),
+        "bits per weight, whole model": _whole_bits(run, shapes, stored),
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,
@@ -227,16 +135,21 @@ def estimate(
     }
 
 
-def _stored_bits(run: RunConfig, shapes: Shapes) -> tuple[float, int]:
-    """Bits that a block's linears and what is beside them take, and how many times a linear is solved."""
-    weights = sum(out * n_in for _, out, n_in in shapes.linears)
-    named = {name: (out, n_in) for name, out, n_in in shapes.linears}
+def _stored_bits(run: RunConfig, shapes: Shapes, n_blocks: int) -> tuple[float, int]:
+    """Bits that the linears of the first blocks and what is beside them take, and how many times a linear is solved."""
+    blocks = list(shapes.first(n_blocks))
+    weights = sum(kind.weights * count for kind, count in blocks)
     stored, times = 16.0 * weights, 1
     if run.avg_bits is not None:  # at most; all candidates are solved once before
-        stored, times = run.avg_bits * weights, 1 + len(candidate_widths(run, named))
+        stored, times = run.avg_bits * weights, 1 + len(candidate_widths(run, shapes.kinds[-1].shapes))
     elif run.wbits != FULL_BITS:
-        stored = expected_bits(run, named)
-    return stored + 16 * _online_numbers(run, shapes), times
+        stored = sum(count * expected_bits(run, kind.shapes) for kind, count in blocks)
+    return stored + 16 * n_blocks * _online_numbers(run, shapes), times
+
+
+def _solving(kind: Kind, cost: tuple[float, float]) -> float:
+    """Seconds of the solver for the linears of one block."""
+    return sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in kind.linears)
 
 
 def _logits(vocabulary: int, seqlen: int, tokens: int) -> int:
@@ -259,7 +172,7 @@ def outside_cost(
         part = rows if declaration_of(run.solver).rows_coupled else min(rows, -(-PART // n_in))
         most = max(most, 4.0 * n_in**2 * beside + solver_bytes(run, part, n_in))
         if matrix.multiplied:
-            seconds += beside * tokens * 2 * shapes.block * shapes.n_blocks / rates[0]
+            seconds += beside * tokens * 2 * sum(kind.active for kind in shapes.kinds) / rates[0]
             seconds += tokens * (_gram_flops(n_in) + 2 * (beside - 1) * n_in**2) / rates[1]
             seconds += rows * (cost[0] * n_in + cost[1] * n_in**2)
     return most, seconds
@@ -268,8 +181,8 @@ def outside_cost(
 def _whole_bits(run: RunConfig, shapes: Shapes, in_blocks: float) -> float:
     """Bits of a weight of the whole model. in_blocks: of all linears that are quantized; the rest has 16, as most
     checkpoints keep it."""
-    weights = min(run.num_layers, shapes.n_blocks) * sum(out * n_in for _, out, n_in in shapes.linears)
-    bits, count = in_blocks, shapes.outside + shapes.block * shapes.n_blocks
+    weights = sum(kind.weights * count for kind, count in shapes.first(run.num_layers))
+    bits, count = in_blocks, shapes.parameters
     for name, matrix in outside_matrices(run, shapes.ends).items():
         bits += expected_bits(replace(run, levels=None), {name: matrix.shape}, matrix.bits)
         weights += matrix.shape[0] * matrix.shape[1]
@@ -322,21 +235,72 @@ def _calibration(
 ) -> tuple[float, float, float]:
     """Bytes of the statistics, and seconds of the blocks' passes and of the sums. beside: models that calibration runs
     through."""
-    n_blocks = min(run.num_layers, shapes.n_blocks)
-    matrices = [1 + run.saliency * len(group) for group in shapes.groups]
-    grams = [4 * group[0][2] ** 2 * n for group, n in zip(shapes.groups, matrices, strict=True)]
-    sizes = [sum(out * n_in for _, out, n_in in group) for group in shapes.groups]
-    before = [sum(sizes[:i]) / sum(sizes) for i in range(len(sizes))]  # share of the block in front of each group
-    passes = 1 + (sum(before) if run.true_sequential else 1)
-    products = (
-        n * (_gram_flops(group[0][2]) + 2 * (beside - 1) * group[0][2] ** 2)
-        for group, n in zip(shapes.groups, matrices, strict=True)
-    )
+    blocks = list(shapes.first(min(run.num_layers, shapes.n_blocks)))
+    forward = sum(count * _passes(run, kind) for kind, count in blocks)
+    again = sum(count * _inner_flops(kind, tokens) for kind, count in blocks)
+    products = sum(count * _products(run, kind, tokens, beside) for kind, count in blocks)
     return (
-        beside * (max(grams) if run.true_sequential else sum(grams)),
-        beside * n_blocks * tokens * 2 * shapes.block * passes / rates[0],
-        n_blocks * tokens * sum(products) / rates[1],
+        beside * max(_statistics(run, kind) for kind, _ in blocks),
+        beside * (tokens * 2 * forward + again) / rates[0],
+        products / rates[1],
     )
+
+
+def _steps(run: RunConfig, kind: Kind) -> list[list[str]]:
+    """First linears of the groups whose statistics are alive together."""
+    groups = tuple(tuple(name for name, _, _ in group) for group in kind.groups)
+    steps = stages(groups) if run.true_sequential else [list(groups)]
+    return [[group[0] for group in step] for step in steps]
+
+
+def _statistics(run: RunConfig, kind: Kind) -> int:
+    """Bytes of the Gram matrices that are alive together."""
+    by_name = {group[0][0]: group for group in kind.groups}
+
+    def of_step(names: list[str]) -> int:
+        groups = [by_name[name] for name in names]
+        plain = sum(
+            4 * group[0][2] ** 2 * (1 + run.saliency * len(group)) for group in groups if not kind.is_routed(group)
+        )
+        routed = [group[0][2] for group in groups if kind.is_routed(group)]
+        return plain + 4 * (3 * max(routed) ** 2 + routed[0] ** 2 if routed else 0)
+
+    return max(map(of_step, _steps(run, kind)))
+
+
+def _passes(run: RunConfig, kind: Kind) -> float:
+    """Parameters that a token meets in all passes of a block: one advances, one observes, partly for each of the steps in
+    --true-sequential."""
+    if not run.true_sequential:
+        return kind.active * 2
+    by_name = {group[0][0]: group for group in kind.groups}
+    sizes = [
+        sum(
+            out * n_in * (kind.share if kind.is_routed(by_name[name]) else 1)
+            for name in names
+            for _, out, n_in in by_name[name]
+        )
+        for names in _steps(run, kind)
+    ]
+    return kind.active * (1 + sum(sum(sizes[:i]) / sum(sizes) for i in range(len(sizes))))
+
+
+def _inner_flops(kind: Kind, tokens: int) -> float:
+    """flops of computing once more what the experts' last linears read."""
+    readers = [group for group in kind.routed if len(group) > 1]
+    return 2.0 * sum(out * n_in for group in readers for _, out, n_in in group) * kind.share * tokens
+
+
+def _products(run: RunConfig, kind: Kind, tokens: int, beside: int) -> float:
+    """flops of the sums for Gram matrices and products with the original's inputs, of one block."""
+
+    def of_token(n_in: int) -> float:
+        return _gram_flops(n_in) + 2 * (beside - 1) * n_in**2
+
+    plain = sum((1 + run.saliency * len(group)) * of_token(group[0][2]) for group in kind.ordinary)
+    routed = sum(kind.share * of_token(group[0][2]) for group in kind.routed)
+    everyone = of_token(kind.routed[0][0][2]) if kind.routed else 0.0
+    return tokens * (plain + routed + everyone)
 
 
 def _uses_cross(run: RunConfig) -> bool:
@@ -389,6 +353,7 @@ def check_contents(requests: Sequence[Request], shapes: Shapes, model_config: An
     named = {name: (out, n_in) for name, out, n_in in shapes.linears}
     contents = []
     for run, output in ((r.run, r.output) for r in requests if r.run.quantizes):
+        check_mixture(family_for(model_config), model_config, run)
         if run.learning is not None:
             check_seams(family_for(model_config), model_config, run.learning.transform)
         if run.rotation is not None:

@@ -32,8 +32,10 @@ from quant.kernels.columns import describe as describe_kernels
 from quant.learn.config import Learning
 from quant.learn.learner import LearnedBlock
 from quant.run.bias import corrected_biases
+from quant.run.experts import stages
 from quant.run.linear import LinearRecord, input_rms, verdict, weight_peak
-from quant.run.observe import InputStats, Original, observe
+from quant.run.observe import observe
+from quant.run.statistics import InputStats, Original
 from quant.solvers import declaration_for, solver_options
 from quant.solvers.rtn import rtn
 
@@ -136,15 +138,15 @@ def quantize_block(
     learned: the block with its transforms, which then is what is solved. full: the original model's stream in front of the
     same block, where the recipe asks for it. tokens: what tokens weigh, likewise. Raises InputError for non-finite inputs and RunError, with the linear's name, where a solver fails.
     """
-    groups = stream.model.groups
-    stages = [[group] for group in groups] if recipe.true_sequential else [list(groups)]
+    groups = stream.model.groups_at(index)
+    steps = stages(groups) if recipe.true_sequential else [list(groups)]
     weights, changed = (learned.weights, learned.tensors) if learned else (weights, BlockWeights())
     if recipe.spec is None:
-        stages = []
+        steps = []
     original = None if full is None else Original(full, weights, residual_places(stream.model, recipe))
     solved: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
-    for stage in stages:
+    for stage in steps:
         stats = observe(stream, index, weights, stage, recipe.act, original, tokens)
         for name, inputs in ((name, stats[group[0]]) for group in stage for name in group):
             weight, grid = weights.weight(name), None
@@ -184,7 +186,7 @@ def static_ranges(stream: BlockStream, index: int, weights: BlockWeights, act: A
 
         return update
 
-    names = [name for group in stream.model.groups for name in group]
+    names = [name for group in stream.model.groups_at(index) for name in group]
     stream.run(index, weights, observe={name: see(name) for name in names}, act=replace(act, bits=FULL_BITS))
     return spans
 
@@ -193,7 +195,7 @@ def compare_block(
     stream: BlockStream, index: int, weights: BlockWeights, recipes: Sequence[Recipe]
 ) -> list[LinearRecord]:
     """Records of every recipe for every linear of block ``index``, from one set of statistics; nothing is deployed."""
-    groups = stream.model.groups
+    groups = stream.model.groups_at(index)
     same = Original(stream, weights) if any(recipe.asks_for_original for recipe in recipes) else None
     stats = observe(stream, index, weights, groups, original=same)
     return [
@@ -316,7 +318,7 @@ def solve_linear(
     judged = heldout or solved
     takes_nothing = recipe.solver is rtn and recipe.correction is None
     rank = weight.shape[1] if takes_nothing else calibration.rank
-    bits, is_short = quantized.bits_per_weight(), rank < weight.shape[1]
+    bits, is_short = quantized.bits_per_weight(), rank < weight.shape[1] or stats.routed == 0
     kept = 0 if quantized.outliers is None else quantized.outliers.value.numel()
     return quantized, LinearRecord(
         block=block,
@@ -331,7 +333,7 @@ def solve_linear(
         bits_per_weight=bits,
         storage_bits=quantized.storage_bits(),
         scale_bits=quantized.grid.scale_bits,
-        n_tokens=calibration.n_tokens,
+        n_tokens=calibration.n_tokens if stats.routed is None else stats.routed,
         verdict=verdict(judged[0], judged[1], bits, is_short),
         kernels=describe_kernels(weight.device),
         input_rms=input_rms(calibration),

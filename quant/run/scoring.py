@@ -147,7 +147,7 @@ def _full_variant(inputs: Inputs, job: Job) -> Variant:
     model, checkpoint = inputs.model, inputs.model.checkpoint
     if not (job.output.packed and isinstance(checkpoint, QuantizedCheckpoint)):
         return Variant(lambda _, weights: weights, inputs.act)
-    whole = all(set(checkpoint.solved(model, i)) == set(model.linear_shapes()) for i in range(len(model.blocks)))
+    whole = all(set(checkpoint.solved(model, i)) == set(model.linear_shapes(i)) for i in range(len(model.blocks)))
 
     def block(index: int, weights: BlockWeights) -> BlockWeights:
         return _pack(inputs, job, index, weights, checkpoint.solved(model, index))

@@ -20,9 +20,10 @@ def block_storage(model: LazyModel, checkpoint: QuantizedCheckpoint) -> tuple[in
 def plain_storage(model: LazyModel, n_blocks: int) -> tuple[int, int]:
     """Bits that the linears of the first blocks take in the source's dtype, and the number of their weights."""
     bits = count = 0
-    for name, (out, n_in) in model.linear_shapes().items():
-        widths = [torch.finfo(model.storage_of(f"{name}.weight", index)).bits for index in range(n_blocks)]
-        bits, count = bits + out * n_in * sum(widths), count + out * n_in * len(widths)
+    for index in range(n_blocks):
+        for name, (out, n_in) in model.linear_shapes(index).items():
+            width = torch.finfo(model.storage_of(f"{name}.weight", index)).bits
+            bits, count = bits + out * n_in * width, count + out * n_in
     return bits, count
 
 

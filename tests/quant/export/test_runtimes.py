@@ -25,6 +25,17 @@ PACKS = {
 }
 
 
+def test_experts_of_a_mixture():
+    """Transformers fuses them as it loads; vLLM's fused kernels take columns in order only."""
+    content = Content(QuantSpec(4, 128, True), {"mlp.experts.0.up_proj": (256, 256)}, model_type="qwen3_moe")
+    assert content.has_experts and not replace(content, shapes={"mlp.up_proj": (256, 256)}).has_experts
+    assert objections("vllm", "gptq", content) == [] and objections("transformers", "dequantized", content) == []
+    (against,) = objections("vllm", "gptq", replace(content, reordered=True))
+    assert "experts with columns in order only" in against
+    (against,) = objections("transformers", "gptq", content)
+    assert against.startswith("fuses a mixture's experts")
+
+
 @pytest.mark.parametrize("case", PACKS)
 def test_real_quant_takes_the_first_format_that_holds_it(case):
     content, expected = PACKS[case]

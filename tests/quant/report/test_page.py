@@ -396,6 +396,7 @@ def test_reasons():
         "verdict": "look",
         "relative_error_heldout": None,
         "rank": None,
+        "n_tokens": 512,
     }
     assert report.reason(line) == "relative error above 0.1"
     assert report.reason(line | {"relative_error": 0.4, "verdict": "bad"}) == "33% worse than rounding to nearest"
@@ -405,6 +406,7 @@ def test_reasons():
     assert report.reason(line | heldout | {"verdict": "bad"}) == "50% worse than rounding to nearest"
     few = {"relative_error": 0.05, "rank": 64}
     assert report.reason(line | few) == "too little calibration: its inputs vary in 64 directions only"
+    assert report.reason(line | few | {"n_tokens": 0}).startswith("no calibration token was routed to this expert")
 
 
 def test_mistakes(finished, tmp_path, monkeypatch, capsys, model_dir, text):

@@ -10,8 +10,9 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.run.directory import RunDirectory
-from quant.run.observe import Original, observe, original_beside
+from quant.run.observe import observe, original_beside
 from quant.run.session import open_session
+from quant.run.statistics import Original
 from tests.conftest import CONFIGS
 from tests.helpers import CPU, DEMO, config_for, perform
 

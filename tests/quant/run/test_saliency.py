@@ -16,8 +16,9 @@ from quant.core.gram import GramStats
 from quant.core.parts import row_parts
 from quant.core.types import QuantSpec
 from quant.run.directory import RunDirectory
-from quant.run.observe import Original, observe
+from quant.run.observe import observe
 from quant.run.session import open_session
+from quant.run.statistics import Original
 from quant.solvers import get_solver
 from tests.helpers import CPU, called, config_for, perform, same_codes
 
