@@ -12,7 +12,7 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# The main job on an embedded trained model: no network, a few minutes on a laptop. DEMO=opt|bloom|falcon|llama|mistral
+# The main job on an embedded trained model: no network, a few minutes on a laptop. DEMO=opt|bloom|falcon|llama|mistral|mixture
 demo: venv
 	$(BIN)/python model_quantizer.py --model models/demo/$(DEMO) --dataset demo --eval-datasets demo --seqlen 256 \
 		--wbits 3 --quantization-method rtn,gptq,quantease --nsamples 128 --calib-batch 16 --true-sequential \

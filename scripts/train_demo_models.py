@@ -1,4 +1,4 @@
-"""Train the small demo models: five families on the demo world, or the same architectures on a text of your own.
+"""Train the small demo models: five families and a mixture of experts on the demo world, or the same on a text of your own.
 
     python -m scripts.train_demo_models --family all                       # what models/demo/ holds
     python -m scripts.train_demo_models --family llama --text wiki.txt --vocab-size 8192 --hidden 256 --out my-llama
@@ -30,6 +30,7 @@ from data import demo
 from models import family_of
 
 FAMILIES = ("opt", "bloom", "falcon", "llama", "mistral")
+MIXTURE, MIXTURE_TYPE = "mixture", "qwen3_moe"  # a mixture of experts: its name here, and its model type
 SEQLEN, BATCH = 256, 4
 LEARNING_RATE, WARMUP, WEIGHT_DECAY, INITIAL_SPREAD = 3e-3, 100, 0.02, 0.08
 OUT = Path(__file__).parents[1] / "models" / "demo"
@@ -48,8 +49,11 @@ def configuration(family: str, vocabulary: int, hidden: int, layers: int) -> Any
         "falcon": common | {"multi_query": True, "parallel_attn": True, "bias": False, "max_position_embeddings": 512},
         "llama": gated,
         "mistral": gated | {"sliding_window": 128},
-    }
-    return AutoConfig.for_model(family, **options[family])
+        MIXTURE: gated
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 3 * hidden // 2, "norm_topk_prob": True,
+           "head_dim": hidden // 4, "router_aux_loss_coef": 0.01},
+    }  # fmt: skip
+    return AutoConfig.for_model(MIXTURE_TYPE if family == MIXTURE else family, **options[family])
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int | None) -> PreTrainedTokenizerFast:
@@ -91,12 +95,14 @@ def text_batches(ids: Tensor, seed: int) -> Iterator[Tensor]:
         yield torch.stack([ids[s : s + SEQLEN + 1] for s in starts])
 
 
-def train(model: nn.Module, batches: Iterator[Tensor], minutes: float) -> dict[str, Any]:
+def train(model: Any, batches: Iterator[Tensor], minutes: float) -> dict[str, Any]:
     """AdamW with a cosine over the given CPU minutes. Returns the log."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    is_mixture = hasattr(model.config, "router_aux_loss_coef")
+    options = {"output_router_logits": True} if is_mixture else {}
     model.train()
     started, step, curve = time.process_time(), 0, []
     while (done := (time.process_time() - started) / (60 * minutes)) < 1:
@@ -104,8 +110,10 @@ def train(model: nn.Module, batches: Iterator[Tensor], minutes: float) -> dict[s
         rate = LEARNING_RATE * min((step + 1) / WARMUP, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        logits = model(ids[:, :-1], use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        answer = model(ids[:, :-1], use_cache=False, **options)
+        loss = nn.functional.cross_entropy(answer.logits.flatten(0, 1), ids[:, 1:].flatten())
+        if is_mixture:  # so that every expert is used
+            loss = loss + model.config.router_aux_loss_coef * answer.aux_loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -183,14 +191,15 @@ def make(family: str, args: argparse.Namespace) -> None:
     log = {"family": family, "seed": args.seed, "threads": torch.get_num_threads()}
     log |= train(model, batches, args.minutes)
     log["perplexity before planting"] = perplexity(model, ids["validation"])
-    if args.outlier_channels:
-        plant_outliers(model, args.outlier_scale, args.outlier_channels, args.seed)
+    channels = 0 if family == MIXTURE else args.outlier_channels
+    if channels:
+        plant_outliers(model, args.outlier_scale, channels, args.seed)
     model = model.half()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     log["parameters"] = sum(p.numel() for p in model.parameters())
-    log["outliers"] = {"scale": args.outlier_scale, "channels": args.outlier_channels}
+    log["outliers"] = {"scale": args.outlier_scale, "channels": channels}
     for split in ("validation", "test"):
         if split in ids:
             log[f"{split} perplexity"] = perplexity(model, ids[split])
@@ -203,7 +212,7 @@ def make(family: str, args: argparse.Namespace) -> None:
 def main() -> None:
     """Parse and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="all", choices=("all", *FAMILIES))
+    parser.add_argument("--family", default="all", choices=("all", *FAMILIES, MIXTURE))
     parser.add_argument("--out", type=Path, default=OUT, help="a folder for each family is made below it")
     parser.add_argument("--minutes", type=float, default=11.5, help="CPU minutes of training (process time)")
     parser.add_argument("--threads", type=int, default=1, help="CPU minutes are the sum over threads")
@@ -213,10 +222,10 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, help="BPE tokens (default: a token for every word)")
     parser.add_argument("--text", type=Path, help="train on this text instead of the demo world; saves into --out")
     parser.add_argument("--outlier-scale", type=float, default=8.0, help="power of two; see plant_outliers")
-    parser.add_argument("--outlier-channels", type=int, default=32, help="of every norm; 0: none")
+    parser.add_argument("--outlier-channels", type=int, default=32, help="of every norm, not of a mixture's; 0: none")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for family in FAMILIES if args.family == "all" else (args.family,):
+    for family in (*FAMILIES, MIXTURE) if args.family == "all" else (args.family,):
         make(family, args)
 
 
