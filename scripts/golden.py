@@ -42,7 +42,7 @@ import main as main_command
 import model_quantizer
 from data import demo
 from quant.core.errors import InputError
-from quant.core.names import FORMATS
+from quant.core.names import FORMATS, GGUF, MLX
 from quant.run.config import Output, SessionConfig
 from quant.run.convert import convert
 from quant.run.request import Request
@@ -54,6 +54,7 @@ FAMILIES = ("llama", "mistral", "opt", "bloom", "falcon")
 TOLERANCE, ERROR_TOLERANCE = 0.02, 0.05  # in another environment; one linear can make much of a mean of errors
 BLOCKS = 2  # of the models' 4, so that a checkpoint has blocks of both kinds
 SAVED = "bitplane"  # holds every case: what the run itself saves; the other formats are converted from its directory
+CONVERTED = tuple(kind for kind in FORMATS if kind not in (GGUF, MLX))  # with a config.json of ours
 STORIES = {"train": 200, "test": 100}  # of the demo world; all of them would take longer to write than to quantize with
 COMMON = "--nsamples 8 --seqlen 64 --calib-batch 8 --limit 32 --device cpu --dtype float32"
 
@@ -167,7 +168,7 @@ def record_of(output: Output) -> Record:
     return {
         "codes_sha256": results["codes_sha256"],
         "numbers": {name: float(f"{value:.6g}") for name, value in numbers.items()},
-        "checkpoints": {kind: digests(saved) if kind == SAVED else converted(run, kind) for kind in FORMATS},
+        "checkpoints": {kind: digests(saved) if kind == SAVED else converted(run, kind) for kind in CONVERTED},
         "keys": {
             "results.json": sorted(key_paths(results)),
             "manifest.json, configuration": sorted(key_paths(manifest["configuration"])),
