@@ -27,7 +27,7 @@ def family_of(model_type: str, advice: Callable[[], str] = str) -> ModelFamily:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    if model_type in UNREAD:
+    if isinstance(model_type, str) and model_type in UNREAD:  # a file may say anything
         raise InputError(f"{model_type} models are not read: {UNREAD[model_type]}")
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise InputError(

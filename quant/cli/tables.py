@@ -50,7 +50,7 @@ def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:
                 _number(perplexity.get("quantized"), 3),
                 f"{bounds[0]:.3f}-{bounds[1]:.3f}" if bounds else "-",
                 _number(results["fidelity"].get(name, {}).get("kl_divergence"), 4),
-                _number(results["mean_relative_error"], 4) if first else "",
+                _number(results.get("mean_relative_error"), 4) if first else "",
                 _number(results["seconds"].get("total"), 1) if first else "",
             )
     return table

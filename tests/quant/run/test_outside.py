@@ -23,10 +23,11 @@ from quant.run.content import PART
 from quant.run.convert import convert
 from quant.run.directory import OUTSIDE, RunDirectory
 from quant.run.packed_model import load_resident, open_quantized
-from quant.run.plan import Shapes, estimate, outside_cost, solver_bytes
+from quant.run.plan import estimate, outside_cost, solver_bytes
 from quant.run.repeat import repeat
 from quant.run.request import Request
 from quant.run.session import open_session
+from quant.run.shapes import Kind, Shapes
 from quant.run.stored import Allowed
 from quant.solvers.gptq import gptq
 from quant.solvers.rtn import rtn
@@ -375,7 +376,8 @@ def test_names_of_earlier_runs_stay(models, text, tmp_path):
 def test_a_plan_solves_a_vocabulary_in_parts():
     """128k words of 4096 numbers: the Gram matrix, and a solver at work on a part; of a solver of coupled rows on all."""
     ends = Vocabulary("embedding", "head", (128_256, 4096), (128_256, 4096), tied=False)
-    shapes = Shapes(2, 10**8, 2 * 128_256 * 4096, 4096, 2048, [[("a", 4096, 4096)]], vocabulary=128_256, ends=ends)
+    kinds = (Kind(10**8, ((("a", 4096, 4096),),)),) * 2
+    shapes = Shapes(kinds, 2 * 128_256 * 4096, 4096, 2048, vocabulary=128_256, ends=ends)
     rates, cost, tokens = (1e12, 1e12), (1e-12, 1e-15), 128 * 2048
     run = RunConfig(solver="gptq", wbits=4, head_bits=8)
     most, seconds = outside_cost(run, shapes, tokens, 1, rates, cost)
