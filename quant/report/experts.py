@@ -29,16 +29,21 @@ def experts_plot(run: Run) -> tuple[str, bytes] | None:
     with new_figure(7.2, 1.4 + min(8.0, 0.28 * len(blocks))) as figure:
         axes = figure.subplots()
         highest = max(2.0, max(map(max, shares)))
-        drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=highest, aspect="auto")
-        nothing = [(x, y) for y, row in enumerate(shares) for x, share in enumerate(row) if share == 0]
+        # Vectors, as everything on the page: it shows no images, not even those that an SVG holds
+        drawn = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=highest)
+        axes.invert_yaxis()
+        nothing = [(x + 0.5, y + 0.5) for y, row in enumerate(shares) for x, share in enumerate(row) if share == 0]
         if nothing:
             axes.plot(*zip(*nothing, strict=True), "x", color="#d55e00", markersize=5)
         step = max(1, len(blocks) // 16)
-        axes.set_yticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_yticks([y + 0.5 for y in range(0, len(blocks), step)], [str(block) for block in blocks[::step]])
+        apart = max(1, experts // 16)
+        axes.set_xticks([x + 0.5 for x in range(0, experts, apart)], [str(x) for x in range(0, experts, apart)])
         axes.set_xlabel("expert")
         axes.set_ylabel("block")
-        figure.colorbar(drawn, ax=axes, label="tokens / equal share", ticks=_ticks(highest)).outline.set_edgecolor(INK)
+        bar = figure.colorbar(drawn, ax=axes, label="tokens / equal share", ticks=_ticks(highest))
+        bar.outline.set_edgecolor(INK)
+        bar.solids.set_rasterized(False)
         return draw(figure, "Calibration tokens of every expert, by block")
 
 

@@ -293,6 +293,7 @@ def test_the_page_has_a_picture_of_experts_and_one_line_for_all(model_dir, text,
     assert {block for block, _ in tokens} == {1} and sum(tokens.values()) == 2 * 2 * 32
     html, pictures = page([opened], "a mixture", tmp_path)
     assert "experts" in pictures and "<h2>Experts</h2>" in html
+    assert "<image" not in html, "the page shows no images"
     columns = heat(opened.records)["names"]
     together = [f"mlp.experts.#.{part}_proj" for part in ("gate", "up", "down")]
     assert [name for name in columns if ".experts." in name] == together
