@@ -23,6 +23,7 @@ from quant.run.folding import exact_behind, exact_weights, folded_again, learned
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress
 from quant.run.kept import Kept
+from quant.run.observe import original_behind
 from quant.solvers import get_solver
 from quant.tune.chain import Chain
 from quant.tune.config import Tuning, batch_of
@@ -121,12 +122,9 @@ def _optimize(
     steps = Tuning("model", job.run.learning.together)
     stream = inputs.calibration_stream(job.run, job.target.path)
     start = stream.in_batches_of(batch_of(stream.tokens.shape[0]), outside)
-    full = start.fork()
-    for index in range(len(model.blocks)):
-        full.run(index, BlockWeights.read(model, index, inputs.device), advance=True)
     recompute = recomputes(model, len(stream.tokens), inputs.seqlen, inputs.device)
     chain = Chain(start, {link.index: link for link in links}, job.recipe.act, recompute)
-    objective = model_objective(chain, full, outside)
+    objective = model_objective(chain, original_behind(start), outside)
     if state is None:
         initial = {name: tensor for link in links for name, tensor in link.initial().items()}
         state = begin(objective, initial, steps, "--whole_model")

@@ -149,6 +149,14 @@ class _Pair:
         return see
 
 
+def original_behind(start: BlockStream) -> BlockStream:
+    """The original model's stream over the windows of a stream in front of the first block, behind the last one."""
+    full = start.fork()
+    for index in range(len(full.model.blocks)):
+        full.run(index, BlockWeights.read(full.model, index, full.device), advance=True)
+    return full
+
+
 def original_beside(stream: BlockStream) -> BlockStream:
     """The original model's stream over the same windows, those that are held out too; both are in front of the first block
     still."""

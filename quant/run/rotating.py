@@ -18,13 +18,13 @@ from torch import Tensor
 from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
-from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.files import check_plain_file, json_sha256, write_atomically
 from quant.core.types import QuantSpec
 from quant.learn.config import Rotation
 from quant.learn.rotation import RESIDUAL, Matrices, Rewriting, random_matrices, untied
 from quant.learn.spin import Spin, links_of
+from quant.run.observe import original_behind
 from quant.tune.chain import Chain
 from quant.tune.codes import Parameters
 from quant.tune.config import Tuning, batch_of
@@ -101,16 +101,13 @@ def _train(model: LazyModel, task: SpinTask, device: torch.device, batch: int) -
     started, outside = time.perf_counter(), model.outside_weights(device)
     stream = BlockStream(model, task.tokens, device=device, batch=batch).capture(outside)
     start = stream.in_batches_of(batch_of(len(task.tokens)), outside)
-    full = start.fork()
-    for index in range(len(model.blocks)):
-        full.run(index, BlockWeights.read(model, index, device), advance=True)
     rewriting = Rewriting.of(model, untied(model.config), task.rotation, device)
     spin = Spin(random_matrices(model, task.rotation))
     links = links_of(model, rewriting, task.spec, device)
     recompute = recomputes(model, len(task.tokens), task.tokens.shape[1], device, "--rotate-steps")
     chain = TurnedChain(start, {link.index: link for link in links}, task.act, recompute)
     chain.spin = spin
-    objective = model_objective(chain, full, outside)
+    objective = model_objective(chain, original_behind(start), outside)
     steps = Tuning("model", task.rotation.steps)
     state = begin(objective, spin.initial(device), steps, "--rotate-steps")
     optimize(objective, state, spin.rates(), steps, task.seed)

@@ -22,6 +22,7 @@ from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress
 from quant.run.kept import Kept
 from quant.run.linear import LinearRecord
+from quant.run.observe import original_behind
 from quant.run.quantize import deploy
 from quant.run.solved import Solved
 from quant.tune.block import TunedBlock
@@ -230,18 +231,18 @@ def _steps(
 
 
 def _objective(inputs: Inputs, job: Job, blocks: list[TunedBlock]) -> Objective:
-    """The divergence from full precision, which passes the blocks first."""
+    """The divergence from full precision, which passes the blocks first; blocks that are not tuned stay as they are."""
     assert job.recipe is not None
     model, outside = inputs.model, inputs.model.outside_weights(inputs.device)
     stream = inputs.calibration_stream(job.run, job.target.path)
     start = stream.in_batches_of(batch_of(stream.tokens.shape[0]), outside)
-    full, links = start.fork(), dict[int, TunedBlock | BlockWeights](enumerate(blocks))
-    for index in range(len(model.blocks)):
-        weights = BlockWeights.read(model, index, inputs.device)
-        full.run(index, weights, advance=True)
-        links.setdefault(index, weights)
+    links = dict[int, TunedBlock | BlockWeights](enumerate(blocks))
+    for index in range(len(blocks), len(model.blocks)):
+        links[index] = BlockWeights.read(model, index, inputs.device)
     assert job.run.tuning is not None
-    return model_objective(Chain(start, links, job.recipe.act, job.run.tuning.recompute), full, outside)
+    return model_objective(
+        Chain(start, links, job.recipe.act, job.run.tuning.recompute), original_behind(start), outside
+    )
 
 
 def _write(job: Job, block: TunedBlock, summary: BlockSummary, state: State, seconds: float) -> None:
