@@ -74,7 +74,8 @@ def test_methods_differ_as_they_should(family, tmp_path):
     after = {m: r["perplexity"]["demo"]["quantized"] for m, r in results.items()}
     assert after["gptq"] < after["rtn"] and after["quantease"] < after["rtn"]
     assert results["rtn"]["perplexity"]["demo"]["ratio_ci95"][0] > 1, "3-bit rounding does not show"
-    if family == MIXTURE:
-        return  # its minutes of training were too few for the tasks
-    for task in ("demo_yesno", "demo_reference", "demo_continuation"):
+    learned = ["demo_yesno", "demo_reference"]
+    if family != MIXTURE:  # its minutes of training were too few for what follows of what
+        learned.append("demo_continuation")
+    for task in learned:
         assert accuracy(session, demo.task_items(task, 40)) > 0.9, task
