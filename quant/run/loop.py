@@ -96,7 +96,7 @@ def _quantize_blocks(
             learning = time.perf_counter() - started if learned else 0.0
             block = quantize_block(stream, index, weights, recipe, learned, full, tokens)
             solved = Solved(index, weights, block, learned, {"solve": block.seconds, "learn": learning})
-            finished = [solved] if tuner is None else tuner.add(solved)
+            complete = [solved] if tuner is None else tuner.add(solved)
             if tuner is None and index + 1 < n_blocks:
                 stream.run(index, block.weights, advance=True, act=act)
             solved.seconds |= {
@@ -104,7 +104,7 @@ def _quantize_blocks(
             }
             if together is not None:
                 solved.seconds |= together.added_to(index, solved.seconds)
-            summaries += write_all(target, finished)
+            summaries += write_all(target, complete)
             note = _note(block.records, learned)
         if tokens is not None:
             tokens.drop(index)
