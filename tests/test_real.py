@@ -10,7 +10,8 @@ from gguf import GGMLQuantizationType as Type
 from quant.cli.console import console
 from quant.core.errors import InputError, RunError
 from scripts import real
-from scripts.sweep import cells_of, groups_of, read_table
+from scripts.sweep_cells import cells_of, groups_of
+from scripts.sweep_table import read_table
 from tests.conftest import build
 from tests.gguf_files import write_gguf
 

@@ -19,7 +19,7 @@ from quant.blocks.stream import BlockStream
 from quant.cli.errors import exit_code_of
 from quant.core.errors import InputError
 from quant.run import scoring
-from scripts import sweep
+from scripts import sweep, sweep_board, sweep_cells, sweep_table
 from tests.helpers import config_for, replace
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def summary(out: Path) -> list[dict]:
 
 
 def test_a_grid_expands_to_its_product(table):
-    rows = [row.flags for row in sweep.read_table(table)]
+    rows = [row.flags for row in sweep_table.read_table(table)]
     assert len(rows) == 9 and all(row["command"] == "model_quantizer.py" for row in rows)
     assert [(r["quantization-method"], r["seed"]) for r in rows[:4]] == [
         ("rtn", "0"),
@@ -71,9 +71,9 @@ def test_a_grid_expands_to_its_product(table):
         ("gptq", "0"),
         ("gptq", "1"),
     ]
-    demo = sweep.read_table(ROOT / "scripts" / "sweeps" / "demo.yaml")
+    demo = sweep_table.read_table(ROOT / "scripts" / "sweeps" / "demo.yaml")
     assert len(demo) == 150
-    cells = sweep.cells_of(demo, Path("x"))
+    cells = sweep_cells.cells_of(demo, Path("x"))
     assert len({cell.request.session for cell in cells}) == 5, "one evaluation a model"
     assert len({cell.label for cell in cells}) == 75
     assert len({cell.request.output.run_dir for cell in cells}) == 150
@@ -84,7 +84,7 @@ def test_a_grid_expands_to_its_product(table):
 def test_a_grid_may_be_several(tmp_path):
     table = tmp_path / "t.yaml"
     table.write_text("grid:\n- {model: &m [a, b], wbits: [3, 4]}\n- {model: *m, wbits: 2}\n")
-    rows = [(row.flags["model"], row.flags["wbits"]) for row in sweep.read_table(table)]
+    rows = [(row.flags["model"], row.flags["wbits"]) for row in sweep_table.read_table(table)]
     assert rows == [("a", "3"), ("a", "4"), ("b", "3"), ("b", "4"), ("a", "2"), ("b", "2")]
 
 
@@ -95,34 +95,34 @@ def test_rows_of_the_results_parse(table, tmp_path, monkeypatch):
     for name in ("wikitext2-valid", "wikitext2-test", "ptb-test"):
         (tmp_path / "text" / f"{name}.txt").touch()
     monkeypatch.chdir(tmp_path)
-    rows = sweep.read_table(table)
-    cells = sweep.cells_of(rows, tmp_path)
+    rows = sweep_table.read_table(table)
+    cells = sweep_cells.cells_of(rows, tmp_path)
     models = {cell.request.session.model for cell in cells}
     assert models == {row.flags["model"] for row in rows} and len(cells) == len(rows)
-    assert len(sweep.groups_of(cells, None)) <= 2 * len(models)
+    assert len(sweep_cells.groups_of(cells, None)) <= 2 * len(models)
 
 
 def test_rows_of_the_papers_are_a_sweep():
     """Every line of papers.tsv becomes commands that parse; patterns choose, seeds multiply, further flags are added."""
     papers = ROOT / "scripts" / "papers.tsv"
     lines = [line.split("\t") for line in papers.read_text().splitlines() if not line.startswith("#")][1:]
-    rows = sweep.read_table(papers)
+    rows = sweep_table.read_table(papers)
     assert len(rows) == sum(len(line[2].split(",")) for line in lines)
-    assert len(sweep.cells_of(rows, Path("x"))) == len(rows)
-    rows = sweep.read_table(papers, {"paper": "omniquant", "family": "llama*", "size": "7b", "setting": "W4A4"})
-    rows = sweep.with_more(rows, ["0", "1"], sweep.flags_of("--nsamples 16 --limit -1", "--flags"))
-    cells = sweep.cells_of(rows, Path("x"))
+    assert len(sweep_cells.cells_of(rows, Path("x"))) == len(rows)
+    rows = sweep_table.read_table(papers, {"paper": "omniquant", "family": "llama*", "size": "7b", "setting": "W4A4"})
+    rows = sweep_cells.with_more(rows, ["0", "1"], sweep_table.flags_of("--nsamples 16 --limit -1", "--flags"))
+    cells = sweep_cells.cells_of(rows, Path("x"))
     assert [(c.request.session.model, c.request.run.seed) for c in cells] == [
         ("huggyllama/llama-7b", 0), ("huggyllama/llama-7b", 1), ("meta-llama/Llama-2-7b-hf", 0), ("meta-llama/Llama-2-7b-hf", 1)
     ]  # fmt: skip
     assert all(c.request.run.nsamples == 16 and (c.request.run.wbits, c.request.run.act.bits) == (4, 4) for c in cells)
     assert [c.label for c in cells[::2]] == ["omniquant W4A4 llama-7b", "omniquant W4A4 Llama-2-7b-hf"]
-    (row,) = sweep.read_table(
+    (row,) = sweep_table.read_table(
         papers, {"paper": "quantease", "family": "opt", "size": "13b", "setting": "W3"}, Path("/m")
     )
     assert row.flags["model"] == "/m/opt-13b" and row.flags["dataset"] == "c4" and row.flags["wbits"] == "3"
     with pytest.raises(InputError, match="no row has paper 'nobody'"):
-        sweep.read_table(papers, {"paper": "nobody"})
+        sweep_table.read_table(papers, {"paper": "nobody"})
     code, out, _ = command(papers, "--paper", "abq", "--family", "llama", "--size", "7b", "--dry-run")
     assert code == 0 and out.count("huggyllama/llama-7b") == out.count("task ") == len(out.splitlines()) > 5
 
@@ -158,11 +158,11 @@ def test_full_precision_is_evaluated_once_however_many_rows_are_together(model_d
     by_size = {}
     for together in (1, 3):
         own = [
-            sweep.Cell({}, replace(config, wbits=bits, run_dir=tmp_path / f"{together}-{bits}"), str(bits))
+            sweep_cells.Cell({}, replace(config, wbits=bits, run_dir=tmp_path / f"{together}-{bits}"), str(bits))
             for bits in (2, 3, 4)
         ]
         passed.clear()
-        sweep.run_group(own, together, lambda cell: changes.append(cell.status))
+        sweep_cells.run_group(own, together, lambda cell: changes.append(cell.status))
         assert len(passed) == 3 * (3 + 1), "three blocks, three rows and full precision once"
         by_size[together] = [{k: c.results[k] for k in ("perplexity", "fidelity")} for c in own]
     assert by_size[1] == by_size[3] and all(f["perplexity"]["words"]["fp"] > 1 for f in by_size[1])
@@ -181,10 +181,10 @@ def test_tasks_of_full_precision_are_scored_once(model_dir, text, tmp_path, loca
     passes = []
     for together in (1, 2):
         own = [
-            sweep.Cell({}, replace(config, wbits=bits, run_dir=tmp_path / f"{together}-{bits}"), str(bits))
+            sweep_cells.Cell({}, replace(config, wbits=bits, run_dir=tmp_path / f"{together}-{bits}"), str(bits))
             for bits in (2, 3)
         ]
-        sweep.run_group(own, together)
+        sweep_cells.run_group(own, together)
         passes.append([cell.results["zero_shot"] for cell in own])
     assert scored == [2, 1, 3] and passes[0] == passes[1]
     assert all(entry["mine"]["difference_ci95"] is not None for entry in passes[0])
@@ -193,10 +193,10 @@ def test_tasks_of_full_precision_are_scored_once(model_dir, text, tmp_path, loca
 def test_the_table_shows_what_waits():
     from rich.console import Console
 
-    cells = [sweep.Cell({"seed": "7"}, None, name, status) for name, status in
+    cells = [sweep_cells.Cell({"seed": "7"}, None, name, status) for name, status in
              (("one", "failed"), ("two", "quantized"), ("three", "waiting"))]  # fmt: skip
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(sweep.Board(cells, console)._table())
+    console.print(sweep_board.Board(cells, console)._table())
     shown = console.export_text()
     assert "0 done, 1 failed, 1 quantized, 1 waiting of 3 rows" in shown
     assert all(f"{cell.label}" in shown and cell.status in shown for cell in cells)
@@ -207,19 +207,19 @@ def test_progress_says_which_row_is_at_work_and_how_far(monkeypatch):
     from rich.console import Console
 
     console = Console(width=200, record=True, file=io.StringIO())
-    cells = [sweep.Cell({"seed": "7"}, None, name) for name in ("one", "two")]
-    board = sweep.Board(cells, console)
+    cells = [sweep_cells.Cell({"seed": "7"}, None, name) for name in ("one", "two")]
+    board = sweep_board.Board(cells, console)
     progress = board.watch("row 1 of 2, one")
     progress("quantize", 1, 4, "")
     assert board.stage == "row 1 of 2, one: quantize 1 of 4" and console.export_text() == "", "nothing for short stages"
-    monkeypatch.setattr(sweep, "EVERY", 0.0)
+    monkeypatch.setattr(sweep_board, "EVERY", 0.0)
     progress("quantize", 2, 4, "")
     for cell in cells:
-        cell.status = sweep.QUANTIZED
+        cell.status = sweep_cells.QUANTIZED
         board.moved(cell)
         if cell is cells[0]:
             assert "1 of 2 quantized: one" in console.export_text(clear=False)
-    cells[0].status, cells[0].message = sweep.FAILED, "why"
+    cells[0].status, cells[0].message = sweep_cells.FAILED, "why"
     board.moved(cells[0])
     lines = console.export_text().splitlines()
     assert lines[0].startswith("row 1 of 2, one: quantize 2 of 4, about ") and lines[0].endswith(" left")
@@ -369,7 +369,7 @@ def test_killed_in_the_middle_and_continued(table, whole, tmp_path):
 def test_malformed_tables_say_where(name, content, says, tmp_path):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as error:
-        sweep.cells_of(sweep.read_table(tmp_path / name), tmp_path)
+        sweep_cells.cells_of(sweep_table.read_table(tmp_path / name), tmp_path)
     assert says in str(error.value)
 
 
