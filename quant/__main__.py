@@ -14,12 +14,12 @@ def main() -> None:
 
 def model_quantizer() -> None:
     """Run ``model-quantizer``, which is ``python model_quantizer.py``."""
-    _run_file("model_quantizer")
+    _run_file("model_quantizer", shared=True)
 
 
 def learned() -> None:
     """Run ``quantize-learned``, which is ``python main.py``."""
-    _run_file("main")
+    _run_file("main", shared=True)
 
 
 def act_scale_shift() -> None:
@@ -27,9 +27,9 @@ def act_scale_shift() -> None:
     _run_file("generate_act_scale_shift")
 
 
-def _run_file(name: str) -> None:
-    """Run the command line in a file beside ``quant/``."""
-    sys.exit(exit_code_of(importlib.import_module(name).main))
+def _run_file(name: str, shared: bool = False) -> None:
+    """Run the command line in a file beside ``quant/``. shared: one that several processes may do together."""
+    sys.exit(exit_code_of(importlib.import_module(name).main, shared))
 
 
 if __name__ == "__main__":

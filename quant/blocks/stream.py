@@ -21,6 +21,7 @@ from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
 from quant.blocks.linears import LinearRef, ModuleCall, See
 from quant.blocks.weights import BlockWeights
+from quant.core import ranks
 from quant.core.errors import InputError, foreign
 from quant.core.files import reserve, temporary_name
 
@@ -94,7 +95,7 @@ class Activations:
         directory: Path,
     ) -> None:
         self.device = device
-        if kind == "disk":
+        if kind == "disk" and shape[0]:
             directory.mkdir(parents=True, exist_ok=True)
             size = shape[0] * shape[1] * shape[2]
             file = temporary_name(directory / STORE)
@@ -111,6 +112,15 @@ class Activations:
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
         self.data[rows] = value.to(self.data.device)
+
+
+def own_windows(n: int, batch: int) -> slice:
+    """This process's part of n windows: whole batches, so that every window is computed beside the same ones as on one
+    process; single windows where there are fewer batches than processes."""
+    unit = batch if -(-n // batch) >= ranks.size() else 1
+    units = -(-n // unit)
+    first, last = (units * place // ranks.size() for place in (ranks.rank(), ranks.rank() + 1))
+    return slice(first * unit, min(last * unit, n))
 
 
 class BlockStream:

@@ -20,7 +20,7 @@ COMMANDS = {
 
 def run(words: Sequence[str]) -> int:
     """Run the command that the first word names; its exit code."""
-    return exit_code_of(lambda: _run(list(words)))
+    return exit_code_of(lambda: _run(list(words)), shared=list(words[:1]) == ["evaluate"])
 
 
 def _run(words: list[str]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from quant.core import ranks
 from quant.core.errors import InputError, RunError, first_line, is_memory
 from quant.core.text import brief, one_line, printable
 
@@ -27,21 +28,24 @@ log = logging.getLogger(__name__)
 
 
 def fail(*lines: str) -> None:
-    """One line on standard error for each mistake, whatever the names in it hold."""
+    """One line on standard error for each mistake, whatever the names in it hold; of several processes by one of them."""
+    if not ranks.may_speak():
+        return
     with contextlib.suppress(BrokenPipeError):  # nobody reads
         for line in dict.fromkeys(map(str, lines)):  # one file may be wrong under two flags
             sys.stderr.write(f"error: {one_line(line)}\n")
 
 
-def exit_code_of(main: Callable[[], None]) -> int:
+def exit_code_of(main: Callable[[], None], shared: bool = False) -> int:
     """Run a command; turn every failure into one line and an exit code, whatever library it came from.
 
-    ``--log-level debug`` shows its traceback before.
+    ``--log-level debug`` shows its traceback before. shared: it is one that several processes may do together.
     """
     _open_streams()
     try:
-        with _seen_interrupts() as interrupts:
+        with _seen_interrupts() as interrupts, ranks.joined():
             _check_directory()
+            _share(shared)
             try:
                 main()
             finally:
@@ -58,6 +62,17 @@ def exit_code_of(main: Callable[[], None]) -> int:
         fail(*lines)
         return code
     return DONE
+
+
+def _share(shared: bool) -> None:
+    """Let the first of several processes speak for all. Raises InputError where the command is one process's."""
+    if ranks.size() > 1 and not shared:
+        raise InputError(
+            f"this command is of one process, and {ranks.size()} were started: start it without torchrun (model_quantizer.py and "
+            "main.py can be shared)"
+        )
+    if not ranks.is_first():
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (open to the end)
 
 
 def _interrupted() -> int:
@@ -186,7 +201,9 @@ class _Record(logging.LogRecord):
 
 
 def set_logging(level: str) -> None:
-    """Log to standard error; libraries stay quiet unless something is wrong."""
+    """Log to standard error, of several processes the first one alone but for debugging; libraries stay quiet unless
+    something is wrong."""
+    level = level if ranks.is_first() or level == "debug" else "critical"
     logging.setLogRecordFactory(_Record)
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for library in ("transformers", "datasets", "huggingface_hub", "urllib3", "filelock", "fsspec"):

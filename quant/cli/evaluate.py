@@ -29,13 +29,14 @@ def evaluate(args: argparse.Namespace, values: dict[str, Any]) -> None:
     from quant.cli.console import ProgressBars
     from quant.cli.console import console as make_console
     from quant.cli.tables import results_table, tasks_table
+    from quant.core import ranks
     from quant.core.files import check_owned, write_owned
     from quant.core.places import Place, check_places
     from quant.run.request import Request, cache_place, places_read
     from quant.run.session import open_session
 
     with tempfile.TemporaryDirectory() as directory:
-        request = Request.of(**values, run_dir=Path(directory) / "run")
+        request = Request.of(**values, run_dir=Path(ranks.from_first(lambda: directory)) / "run")
         if args.out is not None:
             check_places(places_read(request.session), [Place("--out", args.out), cache_place(args.cache_dir)])
             check_owned(args.out)
@@ -45,7 +46,7 @@ def evaluate(args: argparse.Namespace, values: dict[str, Any]) -> None:
     console.print(results_table([results], args.model))
     if results["zero_shot"]:
         console.print(tasks_table([results]))
-    if args.out is not None:
+    if args.out is not None and ranks.is_first():
         kept = ("perplexity", "zero_shot", "evaluation")
         numbers = {"model": args.model} | {key: results[key] for key in kept}
         write_owned(args.out.parent, {args.out.name: (json.dumps(numbers, indent=2) + "\n").encode()})

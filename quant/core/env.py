@@ -15,13 +15,17 @@ from typing import Any
 
 import torch
 
+from quant.core import ranks
 from quant.core.errors import InputError
 
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy")
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:i``. Raises InputError if it is not there."""
+    """``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:i``; of several processes each gets a CUDA device of its
+    own. Raises InputError if it is not there."""
+    if ranks.size() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        return _own_device()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,10 +35,24 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
+    if ranks.size() > 1 and device.index is not None:
+        raise InputError(
+            f"--device {name}: every process of a job has a device of its own; use --device cuda, cpu or auto"
+        )
     if device.type == "cuda" and (device.index or 0) >= count:
         present = f"{count} CUDA device(s)" if count else "no CUDA device"
         raise InputError(f"--device {name} is not there: this machine has {present}; use --device cpu or auto")
     return device
+
+
+def _own_device() -> torch.device:
+    local, count = ranks.local_rank(), torch.cuda.device_count()
+    if local >= count:
+        raise InputError(
+            f"process {local} on this machine has no CUDA device, there are {count}: give torchrun --nproc-per-node {count}, or "
+            "use --device cpu"
+        )
+    return torch.device("cuda", local)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:

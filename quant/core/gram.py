@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from quant.core import ranks
 from quant.core.errors import InputError
 
 SAMPLE = 512  # columns of which the rank is counted
@@ -83,6 +84,23 @@ class GramStats:
         self.n_tokens += rows.shape[0]
         self._weightless += 0 if weights is None else int((weights == 0).sum())
         self._mirrored, self._rank = False, None
+
+    def add_up(self, paired: bool = False) -> GramStats:
+        """Return self, with the sums over the inputs of all processes of this job. paired: whether those of the original model
+        were given, which a process that saw no input does not know."""
+        if ranks.size() == 1:
+            return self
+        if paired and self.cross is None:
+            self.cross, self.full_total = torch.zeros_like(self._sum), torch.zeros_like(self.total)
+        for block in self._blocks:
+            ranks.all_sum_(self._sum[block, : block.stop])
+        for sums in (self.cross, self.residual, self.total, self.full_total):
+            if sums is not None:
+                ranks.all_sum_(sums)
+        counts = ranks.all_told([self.n_tokens, self._weightless])
+        self.n_tokens, self._weightless = (sum(own) for own in zip(*counts, strict=True))
+        self._mirrored, self._rank = False, None
+        return self
 
     @property
     def gram(self) -> Tensor:

@@ -108,16 +108,22 @@ def relative_errors(weight: Tensor, approximations: Iterable[Tensor], energy: Ca
 
 
 def output_errors(
-    weight: Tensor, approximations: Iterable[Tensor], inputs: Tensor, full: Tensor | None = None
+    weight: Tensor,
+    approximations: Iterable[Tensor],
+    inputs: Tensor,
+    full: Tensor | None = None,
+    measured: Callable[[Callable[[Tensor], float]], Callable[[Tensor], float]] = lambda energy: energy,
 ) -> list[float]:
-    """‖WX - ŴX̂‖² / ‖WX‖² of each Ŵ at inputs X̂ [tokens, in]. full: X, where it is not the same; 0 where both vanish."""
+    """‖WX - ŴX̂‖² / ‖WX‖² of each Ŵ at inputs X̂ [tokens, in]. full: X, where it is not the same; 0 where both vanish.
+    measured: how ‖E X‖² of a matrix E is found by what measures it of any rows."""
     if full is None:
-        return relative_errors(weight, approximations, partial(output_energy, inputs=inputs))
+        return relative_errors(weight, approximations, measured(partial(output_energy, inputs=inputs)))
     factor = 2.0 ** -exponent_outside(weight)
     both = torch.cat([full, inputs], 1)  # WX - ŴX̂ = [W, -Ŵ] of X above X̂
-    norm, errors = output_energy(weight * factor, full), []
+    norm, errors = measured(partial(output_energy, inputs=full))(weight * factor), []
+    energy = measured(partial(output_energy, inputs=both))
     for approximation in approximations:
-        error = output_energy(torch.cat([weight, -approximation], 1) * factor, both)
+        error = energy(torch.cat([weight, -approximation], 1) * factor)
         errors.append(error / norm if norm > 0 else (0.0 if error == 0 else float("inf")))
     return errors
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from data.calibration import Tokens
 from models.load import LazyModel
 from quant.blocks.outside import OutsideWeights
-from quant.blocks.stream import BlockStream
+from quant.blocks.stream import BlockStream, own_windows
+from quant.core import ranks
 from quant.evaluate.bootstrap import paired_interval
 from quant.evaluate.passes import (
     FULL,
@@ -62,7 +63,7 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, Scores]]:
     """Scores by corpus and variant; full precision, where it is asked for, is the variant ``fp`` (of a quantized
-    checkpoint: itself).
+    checkpoint: itself). Several processes pass a part of the windows each, and have the scores of all.
 
     full_streams: full precision behind the last block by corpus, of an earlier call; filled if empty, else full precision
     does not pass the blocks again.
@@ -73,7 +74,8 @@ def evaluate(
     streams: dict[str, dict[str, BlockStream]] = {}
     for name, tokens in corpora.items():
         settings = {"device": device, "batch": batch, "store": store, "directory": directory}
-        streams[name] = captured(model, tokens.ids, everything, outside, **settings)
+        ids = tokens.ids[own_windows(len(tokens.ids), batch)]
+        streams[name] = captured(model, ids, everything, outside, **settings)
     del outside  # embeddings and head leave the device while blocks pass
     pass_blocks(model, everything, streams.values(), device, progress)
     if FULL in everything:
@@ -82,7 +84,18 @@ def evaluate(
         streams = {name: {FULL: kept[name]} | by_variant for name, by_variant in streams.items()}
     everything = ({FULL: full} if full is not None else {}) | dict(variants)
     forms = outside_of(everything, model.outside_weights(device))
-    return {name: _scores(by_variant, forms) for name, by_variant in streams.items()}
+    return {name: _of_all(_scores(by_variant, forms)) for name, by_variant in streams.items()}
+
+
+def _of_all(scores: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Scores of the windows of all processes, in their order."""
+
+    def of_all(column: Tensor | None) -> Tensor | None:
+        return None if column is None else ranks.all_rows(column)
+
+    return {
+        variant: Scores(ranks.all_rows(own.nll), of_all(own.kl), of_all(own.top1)) for variant, own in scores.items()
+    }
 
 
 @torch.inference_mode()
@@ -103,6 +116,9 @@ def _scores(streams: Mapping[str, BlockStream], outside: Mapping[str, OutsideWei
         for variant, losses_of_parts in pieces.items():
             whole = [torch.cat(parts, -1) for parts in zip(*losses_of_parts, strict=True)]
             collected[variant].append(tuple(part.double().mean(-1).cpu() for part in whole))
+    if not n:  # fewer windows than processes
+        nothing = torch.empty(0, dtype=torch.float64)
+        return {v: Scores(*[nothing] * (1 if v == FULL or FULL not in streams else 3)) for v in streams}
     return {v: Scores(*(torch.cat(column) for column in zip(*rows, strict=True))) for v, rows in collected.items()}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.load import LazyModel, Weights
 from quant.blocks.stream import BlockStream
+from quant.core import ranks
 from quant.evaluate.passes import HEAD_ELEMENTS, Variant, captured, outside_of, pass_blocks, tokens_at_a_time
 
 HIDDEN_BYTES = 4 << 30  # of hidden states held at a time, all variants together
@@ -39,9 +40,10 @@ class Scorer:
         self.known: dict[str, dict[Key, Score]] = {name: {} for name in self.variants}
 
     def scores(self, variant: str, requests: Sequence[Key]) -> list[Score]:
-        """Scores of requests under one variant; what is new is computed for all of them."""
+        """Scores of requests under one variant; what is new is computed for all of them, by several processes every n-th each."""
         known = self.known[variant]
-        new = sorted({key for key in requests if key not in known}, key=lambda key: (len(key[0]), key))
+        everyone = sorted({key for key in requests if key not in known}, key=lambda key: (len(key[0]), key))
+        new = everyone[ranks.rank() :: ranks.size()]
         width = self.model.config.hidden_size * self.model.dtype.itemsize * len(self.variants)
         chunk: list[Key] = []
         chunks, held = [chunk], 0
@@ -54,7 +56,17 @@ class Scorer:
         for number, part in enumerate(chunks):
             if part:
                 self._score(part, number, len(chunks))
+        if ranks.size() > 1:
+            self._learn_of_others(everyone)
         return [known[key] for key in requests]
+
+    def _learn_of_others(self, keys: Sequence[Key]) -> None:
+        """Take in what every process has found for its part of these."""
+        mine = keys[ranks.rank() :: ranks.size()]
+        for known in self.known.values():
+            for place, scores in enumerate(ranks.all_told([known[key] for key in mine])):
+                own = keys[place :: ranks.size()]
+                known.update({key: (value, likely) for key, (value, likely) in zip(own, scores, strict=True)})
 
     def _padded_length(self, key: Key) -> int:
         """Length of the window that holds all tokens but the last, which nothing follows."""

@@ -23,6 +23,7 @@ from models.load import LazyModel
 from quant.blocks.linears import LinearRef
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
+from quant.core import ranks
 from quant.learn.affine import Affine, apply_seam
 from quant.learn.learner import LearnedBlock
 from quant.learn.parametrization import Parameters
@@ -45,6 +46,12 @@ class MeanSquares:
         self.sum = squares if self.sum is None else self.sum + squares
         self.n_tokens += rows.shape[0]
 
+    def add_up(self) -> None:
+        """Take in what all processes of this job have seen."""
+        assert self.sum is not None
+        ranks.all_sum_(self.sum)
+        self.n_tokens = sum(ranks.all_told(self.n_tokens))
+
     @property
     def mean(self) -> Tensor:
         """What was seen."""
@@ -57,6 +64,8 @@ def mean_squares(stream: BlockStream, index: int, weights: BlockWeights) -> dict
     groups = stream.model.groups
     seen = {group[0]: MeanSquares() for group in groups}
     stream.run(index, weights, observe={name: one.update for name, one in seen.items()})
+    for one in seen.values():
+        one.add_up()
     return {name: seen[group[0]].mean for group in groups for name in group}
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.files import write_atomically
 from quant.core.knapsack import choose
+from quant.core.linalg import objective
 from quant.learn.column_scales import unfold
 from quant.run.content import candidate_widths
 from quant.run.directory import PLAN
@@ -88,7 +90,7 @@ class _Candidates:
                     with name_errors(f"block {index} {name} at {bits} bits"):
                         calibration.check(f"block {index} {name}")
                         answer, _, _ = solve(weight, calibration, self.recipe.with_bits(bits))
-                    answer = store_in_float16(answer, weight, calibration.gram)
+                    answer = store_in_float16(answer, weight, partial(objective, gram=calibration.gram))
                     self.stored.setdefault((index, name), []).append(answer.storage_bits())
                     solved[LinearRef.of_module(name).parameter] = answer.dequantize()
             block = start.with_parameters(solved)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from quant.blocks.stream import STORE
 from quant.blocks.weights import BlockWeights
-from quant.core.errors import InputError
+from quant.core import ranks
+from quant.core.errors import InputError, RunError
 from quant.core.files import (
     RECORD,
     RECORD_LOCK,
@@ -38,7 +39,8 @@ from quant.core.files import (
     write_atomically,
     write_json,
 )
-from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
+from quant.core.types import QuantizedWeight
+from quant.run.answers import answer_in, tensors_of
 from quant.run.linear import LinearRecord
 
 Record = dict[str, Any]
@@ -90,8 +92,11 @@ class RunDirectory:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Make the directory, and keep other processes out of it. Raises InputError where the place cannot be written or
-        holds files of others, or another process holds it."""
+        """Make the directory, and keep processes of other jobs out of it; of this job the first one does. Raises InputError
+        where the place cannot be written or holds files of others, or another process holds it."""
+        if not ranks.is_first():
+            yield
+            return
         if self.path.is_dir():
             try:
                 self._check_place()  # before anything is made there
@@ -122,10 +127,23 @@ class RunDirectory:
 
     def open(self, manifest: Record, overwrite: bool) -> list[Path]:
         """Start a run, or continue the one that is here if its configuration is the same. overwrite: discard that one,
-        file by file; returns what else lies there, which stays.
+        file by file; returns what else lies there, which stays. Of several processes the first does, and all see it.
 
-        Raises InputError with the differences if it is another, or if what is here is not a run.
+        Raises InputError with the differences if it is another, if what is here is not a run, or where a process does not see
+        what another one wrote.
         """
+        others = [Path(name) for name in ranks.from_first(lambda: list(map(str, self._open(manifest, overwrite))))]
+        if ranks.size() > 1:
+            digest = ranks.from_first(lambda: sha256_of_file(self.path / "manifest.json"))
+            path = self.path / "manifest.json"
+            if not path.exists() or sha256_of_file(path) != digest:
+                raise InputError(
+                    f"process {ranks.rank()} of the job does not see the run directory {self.path} as the first one wrote it: "
+                    "give --run-dir a place that all machines share"
+                )
+        return others
+
+    def _open(self, manifest: Record, overwrite: bool) -> list[Path]:
         previous, others = self._check_place()
         if previous is not None and overwrite:
             self._discard()
@@ -211,6 +229,10 @@ class RunDirectory:
 
     def finished_blocks(self) -> list[BlockSummary]:
         """The leading blocks that are done; the journal is rewritten to hold exactly their lines."""
+        stored = ranks.from_first(lambda: [summary.to_json() for summary in self._finished_blocks()])
+        return [BlockSummary.from_json(one) for one in stored]
+
+    def _finished_blocks(self) -> list[BlockSummary]:
         done: list[BlockSummary] = []
         while self.block_file(len(done)).exists():
             done.append(self.read_summary(len(done)))
@@ -221,13 +243,17 @@ class RunDirectory:
     def finished_outside(self, behind: str) -> BlockSummary | None:
         """What was quantized outside the blocks, behind blocks with this hash; None where that is not done. Its lines are
         added to the journal, as `finished_blocks` left it."""
+        stored = ranks.from_first(lambda: self._finished_outside(behind))
+        return None if stored is None else BlockSummary.from_json(stored)
+
+    def _finished_outside(self, behind: str) -> Record | None:
         if not self.block_file(OUTSIDE).exists():
             return None
         summary = self.read_summary(OUTSIDE)
         if summary.behind != behind:
             return None
         self._add_to_journal(summary.records)
-        return summary
+        return summary.to_json()
 
     def write_block(
         self,
@@ -249,28 +275,19 @@ class RunDirectory:
         """
         others = changed.named() if changed else {}
         tensors = {CHANGED + name: tensor.cpu().contiguous() for name, tensor in others.items()}
-        linears: dict[str, Any] = {}
-        for name, weight in weights.items():
-            grid = weight.grid
-            parts = {"codes": weight.codes, "scale": grid.scale, "g_idx": grid.g_idx}
-            parts |= {"zero": grid.zero} if grid.minimum is None else {"minimum": grid.minimum}
-            linears[name] = {"spec": weight.spec.to_json(), "qmax": grid.qmax, "info": dict(weight.info)}
-            if weight.outliers is not None:
-                parts |= {"outlier_index": weight.outliers.index, "outlier_value": weight.outliers.value}
-                linears[name]["whole_columns"] = weight.outliers.whole_columns
-            if grid.bilevel is not None:
-                level = grid.bilevel
-                parts |= {"scale_codes": level.codes, "scale_base": level.base, "scale_step": level.step}
-                linears[name]["bilevel"] = {"bits": level.bits, "rows": level.rows}
-            tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
+        solved, linears = tensors_of(weights)
+        tensors |= solved
         summary = BlockSummary(
             records, dict(seconds), _digest(tensors), dict(learning or {}), dict(tuning or {}), behind
         )
         tensors |= {LEARNED + name: tensor.cpu().contiguous() for name, tensor in (learned or {}).items()}
         metadata = {"format": "pt", "linears": json.dumps(linears), "summary": json.dumps(summary.to_json())}
-        write_atomically(self.block_file(index), save(tensors, metadata))
+        if ranks.is_first():  # all of them hold the same answers
+            write_atomically(self.block_file(index), save(tensors, metadata))
+            self._add_to_journal(records)
         self._verified.discard(index)
-        self._add_to_journal(records)
+        if len(set(ranks.all_told(summary.codes_sha256))) > 1:  # behind it, whoever reads the block finds it
+            raise RunError(f"{self.block_file(index)}: the processes of this job hold other answers than the first one")
         return summary
 
     def _add_to_journal(self, records: Sequence[LinearRecord]) -> None:
@@ -288,7 +305,7 @@ class RunDirectory:
         with self._open_block(index) as file:
             self._verify(index, file)
             entries = json.loads(file.metadata()["linears"])
-            return {name: _read_linear(file, name, entry).check() for name, entry in entries.items()}
+            return {name: answer_in(file.get_tensor, name, entry).check() for name, entry in entries.items()}
 
     def read_changed(self, index: int) -> BlockWeights:
         """What a finished block deploys otherwise than the checkpoint, besides the solved linears."""
@@ -368,26 +385,6 @@ def _holds(path: Path, names: set[str]) -> bool:
 
 def _is_one_of(path: Path, hashes: list[str]) -> bool:
     return path.is_file() and not path.is_symlink() and sha256_of_file(path) in hashes
-
-
-def _read_linear(file: Any, name: str, entry: Record) -> QuantizedWeight:
-    """One linear of an opened block file."""
-
-    def part(which: str) -> Tensor:
-        tensor: Tensor = file.get_tensor(f"{name}.{which}")
-        return tensor
-
-    bilevel = outliers = None
-    if "bilevel" in entry:
-        bilevel = BilevelScales(part("scale_codes"), part("scale_base"), part("scale_step"), **entry["bilevel"])
-    if "whole_columns" in entry:
-        outliers = Outliers(part("outlier_index"), part("outlier_value"), entry["whole_columns"])
-    spec, scale, g_idx, qmax = QuantSpec(**entry["spec"]), part("scale"), part("g_idx"), entry["qmax"]
-    if spec.has_minimum:
-        grid = Grid.real(scale, part("minimum"), g_idx, qmax)
-    else:
-        grid = Grid(scale, part("zero"), g_idx, qmax, bilevel)
-    return QuantizedWeight(part("codes"), grid, spec, entry["info"], outliers)
 
 
 def answers_sha256(answers: Mapping[str, QuantizedWeight]) -> str:

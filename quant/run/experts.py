@@ -30,6 +30,7 @@ from quant.blocks.instrument import instrument
 from quant.blocks.linears import LinearRef
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
+from quant.core import ranks
 from quant.core.errors import InputError
 from quant.core.gram import CHUNK, GramStats, InputSample, shrunk
 from quant.run.config import RunConfig
@@ -133,28 +134,38 @@ class ExpertStats(Mapping[str, InputStats]):
         n_in = self._weights.weight(name).shape[1]
         prior = max(1, n_in // 2)
         routed = self._sums(name, tokens, share.square())
+        counts = ranks.all_told([len(tokens), float(share.square().sum())])
+        n_routed, weight = (sum(own) for own in zip(*counts, strict=True))
         if name.endswith(READ_HIDDEN):
             if self._everyone is None:
                 self._everyone = self._sums(name, torch.arange(self._calls.n_tokens))
             others = self._everyone
         else:
             seed = 1_000_003 * self._index + number_of(name)
-            others = self._sums(name, drawn_others(self._calls.n_tokens, tokens, prior, seed))
-        if not len(tokens):
+            others = self._sums(name, self._drawn_others(tokens, prior, seed))
+        if not n_routed:
             log.warning(
                 "block %d %s: no calibration token was routed to it; solved on those of others", self._index, name
             )
-        stats = shrunk(routed, float(share.square().sum()), others, prior)
-        return InputStats(stats, self._sample(name), routed=len(tokens))
+        stats = shrunk(routed, weight, others, prior)
+        return InputStats(stats, self._sample(name), routed=n_routed)
+
+    def _drawn_others(self, routed: Tensor, n: int, seed: int) -> Tensor:
+        """This process's of the tokens that are drawn among those of all: see `drawn_others`."""
+        counts = ranks.all_told(self._calls.n_tokens)
+        before = sum(counts[: ranks.rank()])
+        drawn = drawn_others(sum(counts), ranks.all_rows(routed + before), n, seed)
+        return drawn[(drawn >= before) & (drawn < before + self._calls.n_tokens)] - before
 
     def _sums(self, name: str, tokens: Tensor, weights: Tensor | None = None) -> GramStats:
-        """Sums over what a linear reads where its expert gets these tokens, with weights [n] or without."""
+        """Sums over what a linear reads where its expert gets these tokens, with weights [n] or without; those of all
+        processes of the job."""
         stats = GramStats(self._weights.weight(name).shape[1], self._stream.device)
         parts = tokens.split(CHUNK)
         for part, own in zip(parts, [None] * len(parts) if weights is None else weights.split(CHUNK), strict=True):
             if len(part):
                 stats.update(*self._inputs(name, self._calls, part), weights=own)
-        return stats
+        return stats.add_up(self._original is not None)
 
     def _sample(self, name: str) -> InputSample | None:
         """What a linear reads at held-out tokens of its expert, times the router's weights; None where there are none."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from quant.core import ranks
 from quant.core.files import json_sha256
 from quant.learn.config import Rotation
 from quant.run.config import BY_WHAT_IT_NAMES, DECIDES_CODES, WHERE_IT_DIFFERS, Output, RunConfig
@@ -43,6 +44,8 @@ def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
         "dtype": str(inputs.model.dtype).removeprefix("torch."),
         "device": inputs.device.type,
     }
+    if ranks.size() > 1 and run.quantizes:
+        decided["processes"] = ranks.size()  # sums are added in other parts
     if inputs.device.type == "cuda":
         decided["deterministic"] = inputs.config.deterministic  # a CPU always is
     configuration: Record = json.loads(json.dumps(decided, default=_plain))  # as it will be read back: tuples are lists

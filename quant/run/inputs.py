@@ -18,7 +18,7 @@ from data.written import written
 from models.load import LazyModel, load_model, load_tokenizer
 from models.vocabulary import vocabulary_of
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.stream import BlockStream
+from quant.blocks.stream import BlockStream, own_windows
 from quant.blocks.weights import is_online
 from quant.core import env
 from quant.core.errors import InputError
@@ -273,11 +273,14 @@ class Inputs:
     def calibration_stream(
         self, run: RunConfig, directory: Path | None = None, ids: Tensor | None = None
     ) -> BlockStream:
-        """The calibration samples of a run in front of the first block. directory: for those that are kept on the disk.
-        ids: windows in place of the calibration's."""
+        """The calibration samples of a run in front of the first block, of several processes this one's part of them.
+        directory: for those that are kept on the disk. ids: windows in place of the calibration's, all of them."""
+        if ids is None:
+            ids = self.calibration(run).ids
+            ids = ids[own_windows(len(ids), self.config.calib_batch)]
         return BlockStream(
             self.model,
-            self.calibration(run).ids if ids is None else ids,
+            ids,
             device=self.device,
             batch=self.config.calib_batch,
             store=self.config.activation_store,

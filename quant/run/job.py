@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from quant.core import env
+from quant.core import env, ranks
 from quant.core.files import check_space, json_sha256, write_json
 from quant.core.places import check_places
 from quant.core.types import QuantizedWeight
@@ -27,6 +27,7 @@ from quant.run.request import Request, cache_place, places_read, places_written
 from quant.run.results import is_saved, manifest_of
 from quant.run.resume import check_ranges
 from quant.run.rotating import keep_rotation
+from quant.run.sharing import check_sharing
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 log = logging.getLogger(__name__)
@@ -79,17 +80,16 @@ def open_jobs(inputs: Inputs, runs: Sequence[tuple[RunConfig, Output]], held: Ex
 
 
 def _open_job(inputs: Inputs, run: RunConfig, output: Output, held: ExitStack, together: int) -> Job:
+    check_sharing(run, ranks.size())
     recipe = inputs.recipe(run) if run.quantizes else None
     if run.learning is not None:
         check_ranges(run, inputs.model, inputs.model_sha256)
     configuration = configuration_of(inputs, run)
     target = RunDirectory(path_of(inputs, run, output))
-    stored = None if output.overwrite else read_results(target)
-    same = stored is not None and stored["evaluation"] == evaluation_of(inputs, output)
-    previous = target.read("results.json") if same else None  # as it stands there, without entries that it lacks
+    previous = ranks.from_first(lambda: _previous(inputs, output, target))
     job = Job(run, output, recipe, target, json_sha256(configuration), configuration["blocks"], previous)
     inputs.check_export(run, output)
-    stay = _check_save(inputs, job)
+    stay = [Path(name) for name in ranks.from_first(lambda: list(map(str, _check_save(inputs, job))))]
     calibration = inputs.calibration(run) if run.quantizes else None
     _check_space(inputs, job, 0 if calibration is None else calibration.ids.numel(), together)
     request = Request(inputs.config, run, output)
@@ -97,11 +97,20 @@ def _open_job(inputs: Inputs, run: RunConfig, output: Output, held: ExitStack, t
     manifest = manifest_of(request, configuration, inputs.model, inputs.device, calibration, evaluated)
     held.enter_context(target.hold())
     others = target.open(manifest, output.overwrite)
-    keep_rotation(target.path / ROTATION, inputs.rotation)
+    if ranks.is_first():
+        keep_rotation(target.path / ROTATION, inputs.rotation)
     stay += others if output.overwrite else []
     if stay:
         log.warning("these are not of a run or checkpoint of this toolkit and stay: %s", ", ".join(map(str, stay)))
     return job
+
+
+def _previous(inputs: Inputs, output: Output, target: RunDirectory) -> Record | None:
+    """The results that are there already, as they stand there, without entries that they lack; None where there are none of
+    the evaluation that is asked for."""
+    stored = None if output.overwrite else read_results(target)
+    same = stored is not None and stored["evaluation"] == evaluation_of(inputs, output)
+    return target.read("results.json") if same else None
 
 
 def _check_save(inputs: Inputs, job: Job) -> list[Path]:
@@ -158,4 +167,5 @@ def write_results(inputs: Inputs, job: Job) -> None:
     stages = job.results.get("peak_bytes_by_stage", {}) | {"load": inputs.load_peak} | job.peaks
     highest = {where: max(peak[where] for peak in stages.values()) for where in ("device", "host")}
     job.results |= {"seconds": seconds, "peak_bytes": highest, "peak_bytes_by_stage": stages}
-    write_json(job.target.path / "results.json", job.results)
+    if ranks.is_first():
+        write_json(job.target.path / "results.json", job.results)

@@ -58,7 +58,7 @@ def observe(
     for name, one in sums.items():
         sample = samples.get(name)
         assert not isinstance(sample, Calls)
-        plain[name] = InputStats(one.plain, sample, one.weighted)
+        plain[name] = InputStats(one.plain.add_up(original is not None), sample, one.weighted)
     calls, apart_calls = stats.get(mixture), samples.get(mixture)
     if not isinstance(calls, Calls):
         return plain

@@ -133,6 +133,7 @@ def _inputs_of_head(
         passing.report(index + 1)
     stats = GramStats(vocabulary_of(model.module).head_shape[1], inputs.device)
     _observe(stream, full, head, own, outside, stats)
+    stats.add_up(full is not None)
     sample = None
     if (heldout := stream.heldout) is not None:
         sample = InputSample(-(-heldout.tokens.numel() // HELDOUT_TOKENS))

@@ -19,6 +19,7 @@ from quant.blocks.linears import LinearRef
 from quant.blocks.saliency import TokenWeights
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
+from quant.core import ranks
 from quant.core.env import peak_bytes
 from quant.core.errors import InputError, RunError
 from quant.core.gram import GramStats
@@ -32,9 +33,10 @@ from quant.kernels.columns import describe as describe_kernels
 from quant.learn.config import Learning
 from quant.learn.learner import LearnedBlock
 from quant.run.bias import corrected_biases
-from quant.run.experts import stages
+from quant.run.experts import is_experts, stages
 from quant.run.linear import LinearRecord, input_rms, verdict, weight_peak
 from quant.run.observe import observe
+from quant.run.sharing import Solution, dealt, energy_in_rows, solved_in_rows
 from quant.run.statistics import InputStats, Original
 from quant.solvers import declaration_for, solver_options
 from quant.solvers.rtn import rtn
@@ -148,14 +150,9 @@ def quantize_block(
     records: list[LinearRecord] = []
     for stage in steps:
         stats = observe(stream, index, weights, stage, recipe.act, original, tokens)
-        for name, inputs in ((name, stats[group[0]]) for group in stage for name in group):
-            weight, grid = weights.weight(name), None
-            if learned is not None:
-                weight, grid = learned.targets[name], learned.grids.get(name)
-            solved[name], record = solve_linear(index, name, weight, inputs, recipe.of(index, name), grid)
-            peak = peak_bytes(stream.device)
-            records.append(replace(record, peak_bytes=peak["device"] or peak["host"]))
-        new = {name: solved[name] for group in stage for name in group}
+        answers = solve_stage(stream, index, stage, stats, weights, recipe, learned)
+        new = {name: answer for name, (answer, _) in answers.items()}
+        solved, records = solved | new, records + [record for _, record in answers.values()]
         originals = {name: learned.targets[name] if learned else weights.weight(name) for name in new}
         weights = deploy(weights, new, stream.model, index)
         if recipe.bias_correction:
@@ -166,6 +163,37 @@ def quantize_block(
         changed = replace(changed, input_ranges=static_ranges(stream, index, weights, recipe.act))
     weights = deploy(weights, {}, stream.model, index, changed)
     return SolvedBlock(weights, solved, changed, records, sum(record.seconds for record in records))
+
+
+def solve_stage(
+    stream: BlockStream,
+    index: int,
+    stage: Sequence[Sequence[str]],
+    stats: Mapping[str, InputStats],
+    weights: BlockWeights,
+    recipe: Recipe,
+    learned: LearnedBlock | None,
+) -> dict[str, Solution]:
+    """Answers and journal records, by linear, of groups whose inputs are known."""
+
+    def solve_one(name: str, inputs: InputStats, alone: bool = True) -> Solution:
+        weight, grid = weights.weight(name), None
+        if learned is not None:
+            weight, grid = learned.targets[name], learned.grids.get(name)
+        answer, record = solve_linear(index, name, weight, inputs, recipe.of(index, name), grid, alone)
+        peak = peak_bytes(stream.device)
+        return answer, replace(record, peak_bytes=peak["device"] or peak["host"])
+
+    units = [(name, group[0]) for group in stage for name in group]
+    if ranks.size() == 1:
+        return {name: solve_one(name, stats[first]) for name, first in units}
+    assert recipe.spec is not None
+    declared = declaration_for(recipe.solver)
+    coupled = declared.rows_coupled or declared.outliers(solver_options(recipe.solver) | dict(recipe.options))
+    whole = [unit for unit in units if coupled or is_experts(unit[0], stream.model.family)]
+    answers = {name: solve_one(name, stats[first], False) for name, first in units if (name, first) not in whole}
+    answers |= dealt(whole, stats, solve_one, recipe.spec, stream.device)
+    return {name: answers[name] for name, _ in units}
 
 
 def residual_places(model: LazyModel, recipe: Recipe) -> Mapping[str, str]:
@@ -186,9 +214,13 @@ def static_ranges(stream: BlockStream, index: int, weights: BlockWeights, act: A
 
         return update
 
+    def of_all(span: Tensor) -> Tensor:
+        low, high = zip(*ranks.all_told(span.tolist()), strict=True)
+        return span.new_tensor([min(low), max(high)])
+
     names = [name for group in stream.model.groups_at(index) for name in group]
     stream.run(index, weights, observe={name: see(name) for name in names}, act=replace(act, bits=FULL_BITS))
-    return spans
+    return {name: of_all(span) for name, span in spans.items()}
 
 
 def compare_block(
@@ -253,6 +285,20 @@ def solve(
     return answer, nearest, time.perf_counter() - started
 
 
+def _solve_rows(
+    weight: Tensor, stats: GramStats, recipe: Recipe, grid: Grid | None, alone: bool
+) -> tuple[QuantizedWeight, Grid, float]:
+    """`solve`, by all processes of the job unless ``alone``."""
+    assert recipe.spec is not None
+    if alone or ranks.size() == 1:
+        return solve(weight, stats, recipe, grid)
+
+    def of_rows(rows: slice) -> tuple[QuantizedWeight, Grid, float]:
+        return solve(weight[rows], stats, recipe, None if grid is None else rows_of(grid, rows))
+
+    return solved_in_rows(weight.shape[0], of_rows, recipe.spec, weight.device)
+
+
 def solve_in_parts(
     weight: Tensor, stats: Sequence[GramStats], recipe: Recipe, grid: Grid | None = None
 ) -> tuple[QuantizedWeight, Grid, float]:
@@ -278,22 +324,30 @@ def target_of(weight: Tensor, calibration: GramStats, recipe: Recipe) -> tuple[T
     return target, damped if recipe.correction else calibration
 
 
-def store_in_float16(answer: QuantizedWeight, weight: Tensor, gram: Tensor) -> QuantizedWeight:
-    """The answer as checkpoints can hold it (see `in_float16`); what that costs the layer is in its ``info``."""
+def store_in_float16(answer: QuantizedWeight, weight: Tensor, energy: Callable[[Tensor], float]) -> QuantizedWeight:
+    """The answer as checkpoints can hold it (see `in_float16`); what that costs the layer is in its ``info``. energy: as of
+    `relative_errors`."""
     stored = in_float16(answer, weight)
     if stored is answer:
         return answer
     values = (one.dequantize() for one in (answer, stored))
-    before, after = relative_errors(weight, values, partial(objective, gram=gram))
+    before, after = relative_errors(weight, values, energy)
     count = int((stored.grid.scale != answer.grid.scale).sum())
     return replace(stored, info={**answer.info, "rounded_scales": count, "rounded_scales_cost": after - before}).check()
 
 
 def solve_linear(
-    block: int, name: str, weight: Tensor, stats: InputStats, recipe: Recipe, grid: Grid | None = None
-) -> tuple[QuantizedWeight, LinearRecord]:
+    block: int,
+    name: str,
+    weight: Tensor,
+    stats: InputStats,
+    recipe: Recipe,
+    grid: Grid | None = None,
+    alone: bool = False,
+) -> Solution:
     """One linear's answer, on the learned grid if there is one, and its line of the journal (without memory). Errors are
-    those of its outputs from what it was solved for: its own, or with a correction the original model's."""
+    those of its outputs from what it was solved for: its own, or with a correction the original model's. alone: by this
+    process; else all processes of the job solve it, each some rows."""
     spec, where = recipe.spec, f"block {block} {name}"
     assert spec is not None
     weight, calibration = weight.float(), stats.calibration.check(where)
@@ -302,8 +356,12 @@ def solve_linear(
         if parts := stats.weighted.get(name):
             quantized, nearest, seconds = solve_in_parts(weight, [own.check(where) for own in parts], recipe, grid)
         else:
-            quantized, nearest, seconds = solve(target if recipe.correction else weight, known, recipe, grid)
-    quantized = store_in_float16(quantized, target, calibration.gram)
+            quantized, nearest, seconds = _solve_rows(
+                target if recipe.correction else weight, known, recipe, grid, alone
+            )
+    in_rows = (lambda energy: energy) if alone else energy_in_rows
+    energy = in_rows(partial(objective, gram=calibration.gram))
+    quantized = store_in_float16(quantized, target, energy)
     damping = quantized.info.get("percdamp")
     if damping is not None and damping != recipe.options.get("percdamp", damping):
         log.warning("%s: the Gram matrix was singular, damping raised to %g", where, damping)
@@ -311,10 +369,10 @@ def solve_linear(
     def answers() -> Iterator[Tensor]:  # one matrix at a time
         return (answer.dequantize() for answer in (quantized, rtn(weight, calibration, spec, grid=nearest)))
 
-    solved = relative_errors(target, answers(), partial(objective, gram=calibration.gram))
+    solved = relative_errors(target, answers(), energy)
     heldout = None
     if (sample := stats.heldout) is not None:
-        heldout = output_errors(weight, answers(), sample.inputs, sample.full)
+        heldout = output_errors(weight, answers(), sample.inputs, sample.full, in_rows)
     judged = heldout or solved
     takes_nothing = recipe.solver is rtn and recipe.correction is None
     rank = weight.shape[1] if takes_nothing else calibration.rank

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from quant.blocks.linears import LinearRef
+from quant.core import ranks
 from quant.core.errors import InputError, RunError
 from quant.core.types import QuantizedWeight
 from quant.export.target import size_on_disk
@@ -20,11 +22,16 @@ log = logging.getLogger(__name__)
 
 
 def save(inputs: Inputs, job: Job, progress: Progress) -> None:
-    """Save the checkpoint if asked for, and say so in results.json."""
-    target, results = job.output.save, job.results
+    """Save the checkpoint if asked for, and say so in results.json; of several processes the first does, and all wait."""
+    if job.output.save is not None:
+        if ranks.is_first():
+            _save(inputs, job, job.output.save, progress)
+        ranks.barrier()
+
+
+def _save(inputs: Inputs, job: Job, target: Path, progress: Progress) -> None:
+    results = job.results
     assert results is not None
-    if target is None:
-        return
     if not job.is_saved():
         progress("save", 0, 1, str(target))
         with measure(inputs.device, [job], "export") as spent:
