@@ -26,7 +26,9 @@ from quant.core import ranks
 
 PATIENCE = 60.0  # seconds that a test waits for them
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.helpers", "numba", "transformers.models.llama.modeling_llama", "torch.distributed"])
+SERVER.set_forkserver_preload(
+    ["tests.helpers", "numba", "transformers.models.llama.modeling_llama", "torch.distributed"]
+)
 
 
 class Crew:
@@ -40,7 +42,13 @@ class Crew:
         self._files = [directory / f"rank-{rank}-{time.monotonic_ns()}.json" for rank in range(size)]
         self.processes = []
         for rank, file in enumerate(self._files):
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            world = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             world["TORCHELASTIC_USE_AGENT_STORE"] = True
             self.processes.append(SERVER.Process(target=_work, args=(world, file, function, given)))
             self.processes[-1].start()
@@ -83,7 +91,7 @@ def _work(world: dict[str, object], file: Path, function: Callable[..., Any], gi
         result = function(*given)
         file.write_text(json.dumps(result))
         code = result if isinstance(result, int) else 0
-    except BaseException:  # a test's process ends here, whatever it was
+    except Exception:  # noqa: BLE001 (a test's process ends here, whatever it was)
         traceback.print_exc()
     finally:
         sys.stderr.flush()

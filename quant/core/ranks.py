@@ -118,7 +118,7 @@ def joined() -> Iterator[None]:
         with _losses():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if with_cuda else "gloo",
-                store=dist.PrefixStore("job", store), rank=number, world_size=count, timeout=LONGEST,
+                store=store, rank=number, world_size=count, timeout=LONGEST,
             )  # fmt: skip
         yield
         barrier()

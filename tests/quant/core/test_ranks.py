@@ -25,7 +25,11 @@ def summed(shape, dtype, transposed):
 @pytest.mark.parametrize("size", [2, 3])
 def test_sums_are_added_in_float64_in_order_and_rounded_once(size, tmp_path):
     """Also where entries do not divide, and of a view that is not contiguous."""
-    for shape, dtype, transposed in (((5, 7), torch.float32, False), ((4, 3), torch.float64, True), ((1,), torch.float32, False)):
+    for shape, dtype, transposed in (
+        ((5, 7), torch.float32, False),
+        ((4, 3), torch.float64, True),
+        ((1,), torch.float32, False),
+    ):
         expected = torch.zeros(shape, dtype=torch.float64)
         for own in shares(size, shape, dtype):
             expected += own

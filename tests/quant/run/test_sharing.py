@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import time
+import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +15,18 @@ import torch
 
 import model_quantizer
 from quant.blocks.fake_quant import ActSpec
+from quant.blocks.stream import own_windows
 from quant.cli.errors import BAD_INPUT, FAILED, exit_code_of
 from quant.core import gram, ranks
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
-from quant.run import experts, observe, outside
+from quant.run import experts, observe, outside, quantize
+from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
 from quant.run.sharing import check_sharing
+from quant.tune.config import Tuning
 from tests.crew import Crew, together
-from tests.helpers import asked, config_for, perform, replace, same_codes
+from tests.helpers import config_for, perform, replace, same_codes
 
 
 class InFloat64(GramStats):
@@ -40,6 +46,7 @@ class InFloat64(GramStats):
         return GramStats.from_gram(*given, **options)
 
     def add_up(self, paired=False):
+        self.full_total = None if self.full_total is None else self.full_total.double()
         super().add_up(paired)
         self._sum, self.total = self._sum.float(), self.total.float()
         for name in ("cross", "residual", "full_total"):
@@ -74,46 +81,163 @@ def count_differences(first: Path, second: Path) -> tuple[int, int]:
     return sum(int((one[k].codes != other[k].codes).sum()) for k in one), sum(a.codes.numel() for a in one.values())
 
 
+EVERYTHING = {"target_correction": 1.0, "residual_correction": True, "column_scales": True, "true_sequential": True}
 RUNS = {
-    "gptq": {"solver": "gptq", "group_size": 16, "options": {"act_order": True}},
-    "quantease": {"true_sequential": True, "range": "mse"},
+    "gptq": {"solver": "gptq", "group_size": 16, "options": {"act_order": True}, "head_bits": 4},
+    "quantease": {"range": "mse", "options": {"num_iter": 3}} | EVERYTHING,
     "spqr": {"solver": "spqr", "group_size": 16, "options": {"outlier": 0.2}},
-    "outliers": {"options": {"num_iter": 3, "outlier": 0.02}},
-    "gptaq": {"solver": "gptaq", "options": {}},
+    "mixture": {"solver": "gptaq", "options": {}, "true_sequential": True},
     "biases": {"solver": "rtn", "options": {}, "bias_correction": True, "act": ActSpec(8, method="static")},
-    "corrected": {"target_correction": 1.0, "residual_correction": True, "column_scales": True},
-    "head": {"solver": "gptq", "options": {}, "head_bits": 4},
 }
+PROCESSES = {name: 3 if name in ("gptq", "mixture") else 2 for name in RUNS}
 
 
 @pytest.fixture(scope="module")
 def runs(model_dir, text, tmp_path_factory):
-    """Directories and results of RUNS by one process and by three. 7 windows in batches of 2: three have 2, 2 and 3."""
+    """Directory and results of RUNS by one process and by several. 7 windows in batches of 2: three have 2, 2 and 3."""
     path = tmp_path_factory.mktemp("shared")
     requests = {}
     for name, options in RUNS.items():
-        model = model_dir("opt" if name == "biases" else "llama")
+        model = model_dir({"biases": "opt", "mixture": "mixtral"}.get(name, "llama"))
         requests[name] = config_for(model, text, path, nsamples=7, calib_batch=2, limit=5, **options)
-    by_size = {}
-    for size in (1, 3):
-        given = [replace(request, run_dir=path / f"{name}-{size}") for name, request in requests.items()]
-        by_size[size] = [dict(zip(RUNS, own, strict=True)) for own in together(size, in_float64, given, directory=path)]
-    return path, by_size
+    results = {}
+    for size in (1, 2, 3):
+        names = [name for name in RUNS if size in (1, PROCESSES[name])]
+        given = [replace(requests[name], run_dir=path / f"{name}-{size}") for name in names]
+        by_rank = together(size, in_float64, given, directory=path)
+        results |= {(name, size): [own[i] for own in by_rank] for i, name in enumerate(names)}
+    return path, results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_codes_are_those_of_one_process(name, runs):
     """In float64: every code and scale."""
-    path, by_size = runs
-    one = by_size[1][0][name]
-    first, second = answers(path / f"{name}-1"), answers(path / f"{name}-3")
+    path, results = runs
+    (one,), size = results[name, 1], PROCESSES[name]
+    first, second = answers(path / f"{name}-1"), answers(path / f"{name}-{size}")
     assert first and first.keys() == second.keys() and all(same_codes(first[k], second[k]) for k in first)
-    for own in (results[name] for results in by_size[3]):
+    for own in results[name, size]:
         assert own["codes_sha256"] == one["codes_sha256"]
         for key in ("fp", "quantized"):
             assert own["perplexity"]["words"][key] == pytest.approx(one["perplexity"]["words"][key], rel=1e-6)
         assert own["mean_relative_error"] == pytest.approx(one["mean_relative_error"], rel=1e-5)
         assert own["mean_relative_error_heldout"] == pytest.approx(one["mean_relative_error_heldout"], rel=1e-5)
-    journals = [(path / f"{name}-{size}" / "journal.jsonl").read_text().splitlines() for size in (1, 3)]
+    journals = [(path / f"{name}-{n}" / "journal.jsonl").read_text().splitlines() for n in (1, size)]
     for ours, theirs in zip(*([json.loads(line) for line in lines] for lines in journals), strict=True):
         assert ours["n_tokens"] == theirs["n_tokens"] and ours["name"] == theirs["name"]
+
+
+def command(*words):
+    """The exit code of model_quantizer.py with these flags."""
+    sys.argv = ["model_quantizer.py", *map(str, words)]
+    return exit_code_of(model_quantizer.main, shared=True)
+
+
+def command_that_dies(rank, block, written, *words):
+    """The same, and one process is killed as a block is done, before or after its file is written."""
+    write = RunDirectory.write_block
+
+    def write_and_die(self, index, *given, **options):
+        dies = ranks.rank() == rank and index == block
+        if dies and not written:
+            os.kill(os.getpid(), signal.SIGKILL)
+        summary = write(self, index, *given, **options)
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return summary
+
+    RunDirectory.write_block = write_and_die
+    return command(*words)
+
+
+def command_that_fails(rank, *words):
+    """The same, and one process cannot solve its rows."""
+    solve = quantize.solve
+
+    def solve_or_fail(weight, *given):
+        if ranks.rank() == rank and weight.shape[0] != 4:  # not that of the check before work begins
+            raise InputError("its rows cannot be solved")
+        return solve(weight, *given)
+
+    quantize.solve = solve_or_fail
+    return command(*words)
+
+
+@pytest.fixture
+def flags(small, tmp_path):
+    """Of a small run of model_quantizer.py."""
+    rest = ["--wbits", 3, "--dataset", small[3], "--no-report", "--cache-dir", tmp_path / "cache"]
+    return [*small, *rest, "--quantization-method", "gptq"]
+
+
+def only_line(crew: Crew) -> str:
+    """What all processes say together, which is one line."""
+    lines = "".join(crew.errors()).splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_all_with_one_line_and_the_command_resumes(flags, tmp_path):
+    chosen = random.Random()
+    rank, block, written = chosen.randrange(2), chosen.randrange(3), chosen.random() < 0.5
+    killed = Crew(2, command_that_dies, rank, block, written, *flags, directory=tmp_path)
+    codes = killed.wait()
+    where = (rank, block, written, killed.errors())
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == FAILED, where
+    line = "error: another process of this job is gone .*the same command continues"
+    assert re.match(line, only_line(killed)), where
+    assert len(answers(tmp_path / "run")) in (7 * block, 7 * (block + 1)), where
+    assert Crew(2, command, *flags, directory=tmp_path).wait() == [0, 0]
+    assert Crew(2, command, *flags, "--run-dir", tmp_path / "whole", directory=tmp_path).wait() == [0, 0]
+    first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "whole"))
+    assert first["codes_sha256"] == second["codes_sha256"] and first["perplexity"] == second["perplexity"]
+
+
+def test_what_fails_on_one_process_is_said_by_it_alone(flags, tmp_path):
+    failed = Crew(2, command_that_fails, 1, *flags, directory=tmp_path)
+    assert failed.wait() == [FAILED, BAD_INPUT]
+    assert only_line(failed) == "error: block 0 self_attn.q_proj: its rows cannot be solved"
+
+
+def test_a_mistake_of_all_is_said_once(flags, tmp_path):
+    wrong = Crew(2, command, *flags, "--tune", "block", "--dataset", "self", directory=tmp_path)
+    assert wrong.wait() == [BAD_INPUT, BAD_INPUT]
+    lines = "".join(wrong.errors()).splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == ["--tune", "--dataset self"]
+
+
+def test_other_commands_are_of_one_process(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "_worlds", [ranks.World(0, 2, 0, None, speaks=True)])
+    assert exit_code_of(lambda: None) == BAD_INPUT
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"nsamples": 3}, "--nsamples 3: 4 processes need a window each"),
+        ({"saliency": 2}, "--saliency: of one process"),
+        ({"avg_bits": 3.5}, "--avg-bits"),
+        ({"tuning": Tuning("block", 3)}, "--tune"),
+        ({"dataset": "self:4"}, "--dataset self:4"),
+    ],
+)
+def test_what_is_not_shared_is_refused(options, says):
+    run = RunConfig(wbits=3, **options)
+    check_sharing(run, 1)
+    with pytest.raises(InputError, match=re.escape(says)):
+        check_sharing(run, 4)
+
+
+@pytest.mark.parametrize(("n", "batch", "size"), [(7, 2, 3), (128, 4, 8), (5, 4, 3), (2, 4, 3), (0, 4, 2)])
+def test_windows_are_shared_in_order_and_whole_batches_where_there_are_enough(n, batch, size, monkeypatch):
+    parts = []
+    for rank in range(size):
+        monkeypatch.setattr(ranks, "_worlds", [ranks.World(rank, size, rank, None)])
+        parts.append(own_windows(n, batch))
+    assert [i for part in parts for i in range(n)[part]] == list(range(n))
+    if -(-n // batch) >= size:
+        assert all(part.start % batch == 0 for part in parts)
+        assert max(len(range(n)[part]) for part in parts) <= batch * -(-n // batch // size) + batch
