@@ -336,6 +336,12 @@ def store_in_float16(answer: QuantizedWeight, weight: Tensor, energy: Callable[[
     return replace(stored, info={**answer.info, "rounded_scales": count, "rounded_scales_cost": after - before}).check()
 
 
+def _tell_of_damping(where: str, answer: QuantizedWeight, recipe: Recipe) -> None:
+    damping = answer.info.get("percdamp")
+    if damping is not None and damping != recipe.options.get("percdamp", damping):
+        log.warning("%s: the Gram matrix was singular, damping raised to %g", where, damping)
+
+
 def solve_linear(
     block: int,
     name: str,
@@ -356,23 +362,19 @@ def solve_linear(
         if parts := stats.weighted.get(name):
             quantized, nearest, seconds = solve_in_parts(weight, [own.check(where) for own in parts], recipe, grid)
         else:
-            quantized, nearest, seconds = _solve_rows(
-                target if recipe.correction else weight, known, recipe, grid, alone
-            )
+            wanted = target if recipe.correction else weight
+            quantized, nearest, seconds = _solve_rows(wanted, known, recipe, grid, alone)
     in_rows = (lambda energy: energy) if alone else energy_in_rows
     energy = in_rows(partial(objective, gram=calibration.gram))
     quantized = store_in_float16(quantized, target, energy)
-    damping = quantized.info.get("percdamp")
-    if damping is not None and damping != recipe.options.get("percdamp", damping):
-        log.warning("%s: the Gram matrix was singular, damping raised to %g", where, damping)
+    _tell_of_damping(where, quantized, recipe)
 
     def answers() -> Iterator[Tensor]:  # one matrix at a time
         return (answer.dequantize() for answer in (quantized, rtn(weight, calibration, spec, grid=nearest)))
 
     solved = relative_errors(target, answers(), energy)
-    heldout = None
-    if (sample := stats.heldout) is not None:
-        heldout = output_errors(weight, answers(), sample.inputs, sample.full, in_rows)
+    sample = stats.heldout
+    heldout = None if sample is None else output_errors(weight, answers(), sample.inputs, sample.full, in_rows)
     judged = heldout or solved
     takes_nothing = recipe.solver is rtn and recipe.correction is None
     rank = weight.shape[1] if takes_nothing else calibration.rank
