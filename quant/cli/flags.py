@@ -498,7 +498,7 @@ MACHINE_FLAGS = (
     }, WHERE, type=bool),
     Flag("attn_implementation", {LEARNER: "--attn_implementation"},
          "of transformers: eager, sdpa (faster) (default: eager)", WHERE, "eager", choices=("eager", "sdpa")),
-    Flag(None, {LEARNER: "--multigpu"}, "accepted; blocks pass one device at a time", WHERE, type=bool),
+    Flag(None, {LEARNER: "--multigpu"}, "accepted; several devices work together under torchrun", WHERE, type=bool),
     Flag(None, {LEARNER: "--net"}, "accepted; the family comes from the configuration", WHERE),
 )  # fmt: skip
 
@@ -524,6 +524,8 @@ RESULT_FLAGS = (
     }, RESULTS, type=bool),
     Flag(None, same_name("--no-report"), "do not write report.html, report.csv and its pictures", RESULTS, type=bool),
     Flag(None, same_name("--dry-run"), "plan, memory, time and size; nothing is run", RESULTS, type=bool),
+    Flag(None, same_name("--world-size"), "--dry-run: of so many processes, as torchrun starts them", RESULTS, None, int,
+         AT_LEAST_1, most=1 << 16, metavar="N"),
     Flag(None, same_name("--list"), "methods with their options, families, formats, data sets", RESULTS, type=bool),
     Flag(None, same_name("--log-level", ALL), "debug: also the traceback of an error (default: %(default)s)",
          dict.fromkeys(RUNS, "results"), {**dict.fromkeys(ALL, "warning"), REPORT: "error", SWEEP: "error"},

@@ -19,10 +19,15 @@ from quant.run.plan import check_contents, estimate
 from quant.run.rates import product_rates, solver_cost
 from quant.run.request import Request, cache_place, places_read, places_written
 from quant.run.shapes import shapes_of
+from quant.run.sharing import check_sharing
+from quant.run.wire import shared_plan
 
 
-def show_plan(requests: Sequence[Request], console: Console) -> None:
-    """Print the estimates of every method side by side. Raises InputError for what a run would refuse."""
+def show_plan(requests: Sequence[Request], console: Console, processes: int | None = None) -> None:
+    """Print the estimates of every method side by side, and those of so many processes. Raises InputError for what a run would
+    refuse."""
+    for request in requests:
+        check_sharing(request.run, processes or 1)
     first = requests[0].session
     places = dict.fromkeys(place for request in requests for place in places_written(request.output))
     check_places(places_read(first, [request.run for request in requests]), [*places, cache_place(first.cache_dir)])
@@ -48,6 +53,11 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
     for key in plans[0] if plans else ():
         table.add_row(key.replace(" bytes", ""), *(_readable(key, plan[key]) for plan in plans))
     console.print(table)
+    if processes is not None:
+        shared = [
+            shared_plan(r.run, shapes, plan, processes, rates[1]) for r, plan in zip(quantizing, plans, strict=True)
+        ]
+        _show_shared(quantizing, shared, processes, console)
     linears = {name: (out, n_in) for name, out, n_in in shapes.linears}
     length = first.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     for line in dict.fromkeys(shortage(request.run, linears, length) for request in quantizing):
@@ -60,6 +70,19 @@ def show_plan(requests: Sequence[Request], console: Console) -> None:
             console.print(loadability_table(*answer))
             told.append(answer)
     console.print(f"configuration: {path}; formulas: quant/run/plan.py", soft_wrap=True)
+
+
+def _show_shared(
+    requests: Sequence[Request], plans: Sequence[dict[str, float]], processes: int, console: Console
+) -> None:
+    """The plans of several processes side by side."""
+    table = Table(f"{processes} processes", header_style="bold")
+    for run in (request.run for request in requests):
+        table.add_column(f"{run.method} w{run.width}", justify="right")
+    for key in plans[0] if plans else ():
+        table.add_row(key, *(_readable(key, plan[key]) for plan in plans))
+    console.print(table)
+    console.print("links are as their makers say, not measured; formulas: quant/run/wire.py", soft_wrap=True)
 
 
 def _readable(key: str, value: float) -> str:

@@ -22,6 +22,7 @@ def quantizer_rules(args: argparse.Namespace) -> Rules:
     yield from tuning_rules(args)
     yield from rotation_rules(args)
     yield from block_rules(args)
+    yield from plan_rules(args)
 
 
 def learner_rules(args: argparse.Namespace) -> Rules:
@@ -30,6 +31,7 @@ def learner_rules(args: argparse.Namespace) -> Rules:
     yield from correction_rules(args)
     yield from saliency_rules(args)
     yield from block_rules(args)
+    yield from plan_rules(args)
     yield from learning_rules(args)
     yield from tuning_rules(args)
     yield from file_rules(args)
@@ -157,6 +159,14 @@ def rotation_rules(args: argparse.Namespace) -> Rules:
     bits = [args.wbits, getattr(args, "abits", None), getattr(args, "kvbits", None)]
     stays = min(b or FULL_BITS for b in bits) == FULL_BITS and getattr(args, "avg_bits", None) is None
     yield bool(args.rotate_steps) and stays, "--rotate-steps learns for what is quantized: give --wbits 1 to 8"
+
+
+def plan_rules(args: argparse.Namespace) -> Rules:
+    """Of flags of the plan."""
+    yield (
+        args.world_size is not None and not args.dry_run,
+        f"--world-size {args.world_size} is of a plan: give --dry-run, or start the run with torchrun --nproc-per-node N",
+    )
 
 
 def block_rules(args: argparse.Namespace) -> Rules:

@@ -26,7 +26,7 @@ def carry_out(args: argparse.Namespace, requests: Sequence[Request], bits: str, 
     console = _console_with(notes)
     if args.dry_run:
         if ranks.is_first():
-            show_plan(requests, console)
+            show_plan(requests, console, args.world_size)
         return
     session, first = _open(requests), requests[0]
     if first.output.save is not None and first.run.quantizes:

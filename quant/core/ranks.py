@@ -186,8 +186,7 @@ def all_rows(rows: Tensor) -> Tensor:
     import torch
 
     given = _exchange(rows.contiguous().view(-1).view(torch.uint8), "rows")
-    parts = [part.view(rows.dtype).view(-1, *rows.shape[1:]) for part in given]
-    return torch.cat(parts)
+    return torch.cat(given).view(rows.dtype).view(-1, *rows.shape[1:])
 
 
 def all_told(value: Any) -> list[Any]:

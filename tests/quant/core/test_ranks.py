@@ -47,6 +47,7 @@ def gathered():
     told = ranks.all_told({"rank": rank, "not a number": float("nan")})
     first = ranks.from_first(lambda: [rank, "only here"])
     bits = ranks.all_bytes(bytes(range(rank)), "codes")
+    assert ranks.all_rows(torch.empty(0, dtype=torch.int64)).shape == (0,)  # of none at all
     return ranks.all_rows(rows).tolist(), [one["rank"] for one in told], first, [list(own) for own in bits]
 
 

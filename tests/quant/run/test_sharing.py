@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import model_quantizer
+from models.load import load_config
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import own_windows
 from quant.cli.errors import BAD_INPUT, FAILED, exit_code_of
@@ -23,7 +24,9 @@ from quant.core.gram import GramStats
 from quant.run import experts, observe, outside, quantize
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
+from quant.run.shapes import shapes_of
 from quant.run.sharing import check_sharing
+from quant.run.wire import codes_sent, shared_plan, sums_sent
 from quant.tune.config import Tuning
 from tests.crew import Crew, together
 from tests.helpers import config_for, perform, replace, same_codes
@@ -241,3 +244,39 @@ def test_windows_are_shared_in_order_and_whole_batches_where_there_are_enough(n,
     if -(-n // batch) >= size:
         assert all(part.start % batch == 0 for part in parts)
         assert max(len(range(n)[part]) for part in parts) <= batch * -(-n // batch // size) + batch
+
+
+def bytes_sent(request):
+    """What this process sent in a run, by what it was."""
+    perform(request)
+    return dict(ranks.sent())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_bytes_on_the_wire_are_those_of_the_plan(name, size, model_dir, text, tmp_path):
+    """Sums exactly; answers up to the names of tensors, which are most of a model this small."""
+    options = {"solver": "rtn", "options": {}, "group_size": 16, "target_correction": 1.0, "full_precision_eval": False}
+    request = config_for(model_dir(name), text, tmp_path, nsamples=size, calib_batch=1, eval_datasets=(), **options)
+    kinds = shapes_of(load_config(str(model_dir(name)), tmp_path, with_weights=False)[0]).kinds
+    assert not sum(sums_sent(request.run, kind, 1) + codes_sent(request.run, kind, 1) for kind in kinds)
+    sums = sum(sums_sent(request.run, kind, size) for kind in kinds)
+    codes = sum(codes_sent(request.run, kind, size) for kind in kinds)
+    linears = sum(len(kind.linears) for kind in kinds)
+    for own in together(size, bytes_sent, request, directory=tmp_path):
+        assert own["sums"] == sums
+        assert codes <= own["codes"] <= codes + (size - 1) * linears * 1200
+
+
+def test_a_plan_of_one_process_sends_nothing_and_more_take_less(tmp_path):
+    shapes = shapes_of(load_config("benchmarks/configs/llama-3-405b", tmp_path, with_weights=False)[0])
+    run = RunConfig(wbits=4, solver="gptq", group_size=128)
+    plan = dict.fromkeys((f"seconds: {stage}" for stage in ("forward", "gram", "solve", "evaluate")), 1000.0)
+    one, eight, many = (shared_plan(run, shapes, plan, n, 1e13) for n in (1, 8, 64))
+    assert one["bytes sent a block: sums"] == one["bytes sent a block: codes"] == 0
+    factors = 126 * (6 * 16384**3 + 53248**3) / 3 / 1e13
+    assert one["seconds: total"] == pytest.approx(4000 + factors)
+    assert eight["seconds a block: factors"] == pytest.approx(factors / 126)
+    assert many["seconds: total"] < eight["seconds: total"] < one["seconds: total"]
+    strips = sum((n // 512) * (n // 512 + 1) / 2 * 512**2 + n for n in (16384, 16384, 16384, 53248))
+    assert eight["bytes sent a block: sums"] == pytest.approx(2 * 7 / 8 * 4 * strips, rel=1e-5)
