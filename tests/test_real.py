@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -59,9 +60,10 @@ def test_the_table_asks_for_one_session(tmp_path):
     """Full precision is evaluated once; the model is where it is put."""
     rows = read_table(real.TABLE)
     (cells,) = groups_of(cells_of(rows, tmp_path), None)
-    assert [(c.request.run.wbits, c.request.run.method) for c in cells] == [
-        (bits, method) for bits in (4, 3) for method in ("rtn", "gptq", "quantease")
-    ]
+    methods = ("rtn", "gptq", "quantease", "preset balanced")
+    named = [replace(cell, results={"method": cell.request.run.method}) for cell in cells]
+    assert [(c.request.run.wbits, real.name_of(c)) for c in named] == [(b, m) for b in (4, 3) for m in methods]
+    assert [c.request.run.target_correction > 0 for c in cells] == 2 * [False, False, False, True]
     assert {c.request.run.group_size for c in cells} == {64}
     assert {c.request.session.model for c in cells} == {str(real.CACHE / real.FILE)}
 
@@ -72,12 +74,12 @@ def test_from_a_file_to_an_answer(tmp_path, monkeypatch, text, capfd):
     table = tmp_path / "table.yaml"
     table.write_text(
         f"command: model_quantizer.py\nfixed: {{model: {tmp_path}/model.gguf, seqlen: 32, nsamples: 4, limit: 4, wbits: 3, "
-        f"cache-dir: {tmp_path}/cache, num-iter: 3}}\ngrid:\n  quantization-method: [rtn, quantease]\n"
+        f"cache-dir: {tmp_path}/cache, num-iter: 3}}\ngrid:\n  quantization-method: [rtn, quantease, {{preset: fast}}]\n"
     )
     monkeypatch.setattr(real, "TABLE", table)
     monkeypatch.chdir(tmp_path)
     rows = real.run_table(tmp_path / "out", {"dataset": str(text), "eval-datasets": str(text)}, console())
-    assert [row["method"] for row in rows] == ["rtn", "quantease"]
+    assert [row["method"] for row in rows] == ["rtn", "quantease", "preset fast"]
     assert len({scores["fp"] for row in rows for scores in row["perplexity"].values()}) == 1
     assert (tmp_path / "out" / "report.html").is_file()
     monkeypatch.setattr(real, "TOKENS", 3)
