@@ -15,7 +15,7 @@ from quant.cli.arguments import build_parser, flag_mistakes, parse, place_mistak
 from quant.cli.errors import exit_code_of
 from quant.cli.flags import QUANTIZER, split_words
 from quant.cli.options import choices_made, method_mistakes, options_of, solver_of, tuning_of, unused_options
-from quant.cli.presets import apply_preset
+from quant.cli.presets import apply_grid, apply_preset
 from quant.cli.rules import quantizer_rules
 from quant.core.errors import InputError
 from quant.core.names import AUTO_SCOPE, FULL_BITS
@@ -56,6 +56,7 @@ def prepare(args: argparse.Namespace, here: bool = True) -> None:
         if args.wbits != FULL_BITS:
             raise InputError(f"--avg-bits {args.avg_bits:g} chooses the widths: drop --wbits {args.wbits}")
         args.wbits = min(8, max(2, int(args.avg_bits))) if math.isfinite(args.avg_bits) else 2
+    apply_grid(args, parser())
     if args.wbits != FULL_BITS:
         apply_preset(args, parser())
     args.methods = list(split_words(args.quantization_method)) if args.wbits != FULL_BITS else ["quantease"]

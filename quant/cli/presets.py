@@ -9,12 +9,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from quant.core.names import AUTO_SCOPE
+from quant.core.names import AUTO_SCOPE, SUPER_GRIDS
 
 FAST: dict[str, Any] = {"range": "mse", "search_grid": True, "refit_grid": True}
 BALANCED: dict[str, Any] = FAST | {"true_sequential": True, "target_correction": 1.0, "residual_correction": True}
 BEST: dict[str, Any] = BALANCED | {"tune": AUTO_SCOPE, "tune_norms": True}
 PRESETS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
+
+
+def apply_grid(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Set the bits and groups that a grid of super-blocks has, where the flags have their defaults still."""
+    if kind := SUPER_GRIDS.get(args.grid):
+        for name, value in (("wbits", kind.bits), ("groupsize", kind.part)):
+            if getattr(args, name) == parser.get_default(name):
+                setattr(args, name, value)
 
 
 def apply_preset(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quant.core.real_grid import fit_scale_minimum
 from quant.core.stored import at_least_finest, round_scale, short_scale, stored_fraction, within_largest
+from quant.core.superblocks import fit_superblocks
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index, is_short
 
 SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released code: 1.00, 0.99, ... 0.21
@@ -94,7 +95,7 @@ def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, 
         group = torch.empty_like(group).index_copy_(0, order, group)
     grouped = weight.reshape(n_out, n_groups, -1)
     weights_of_error = None if importance is None else importance.view(n_groups, -1)
-    fit = fit_scale_minimum if spec.has_minimum else fit_scale_zero
+    fit = fit_superblocks if spec.super_kind else fit_scale_minimum if spec.has_minimum else fit_scale_zero
     parts = [fit(rows, spec, weights_of_error) for rows in grouped.split(max(1, CHUNK // n_in))]
     scale, base = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Grid.real(scale, base, group, spec.qmax) if spec.has_minimum else Grid(scale, base, group, spec.qmax)
@@ -106,9 +107,11 @@ def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     grid.
 
     The answer itself where all are that already, where scales are stored in two levels, and where the layer as a whole is
-    out of float16's range: then its scales are needed as they are.
+    out of float16's range: then its scales are needed as they are. Super-blocks have no others than float16's.
     """
     grid = answer.grid
+    if answer.spec.super_kind is not None:
+        return answer
     fractional = answer.spec.kind == "fractional"
     narrow = is_short(grid, answer.spec) if fractional else 32 not in (grid.scale_bits, grid.minimum_bits)
     if grid.bilevel is not None or narrow:

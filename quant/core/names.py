@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 DEQUANTIZED = "dequantized"
 FORMATS = (DEQUANTIZED, "gptq", "gptq_v2", "compressed-tensors", "bitplane", "gguf", "mlx")
@@ -11,6 +12,27 @@ FULL_BITS = 16  # of weights and activations that are not quantized
 AUTO_GROUPS = 0  # a group size that the shapes of the model decide
 DEFAULT_CACHE = Path(os.path.expanduser("~/.cache/llm-quantizer"))  # noqa: PTH111 (~ stays where nobody has a home)
 GRIDS = ("integer", "real", "fractional")  # kinds of grids: of what a code of 0 stands for
+SUPER_COLUMNS = 256  # of a super-block of GGUF
+
+
+class SuperKind(NamedTuple):
+    """bits of a code; part: columns with integers of their own, of which ``most`` is the largest; minima: whether there are
+    any; size: bytes of a super-block."""
+
+    bits: int
+    part: int
+    most: int
+    minima: bool
+    size: int
+
+
+SUPER_GRIDS = {  # kinds of grids that are a type of GGUF's blocks, scales and all (quant/core/superblocks.py)
+    "q2_k": SuperKind(2, 16, 15, True, 84),
+    "q3_k": SuperKind(3, 16, 31, False, 110),
+    "q4_k": SuperKind(4, 32, 63, True, 144),
+    "q5_k": SuperKind(5, 32, 63, True, 176),
+    "q6_k": SuperKind(6, 16, 127, False, 210),
+}
 TUNING_SCOPES = ("block", "window", "model")  # what is tuned together after solving
 AUTO_SCOPE = "auto"  # the one of them that the memory decides
 ROTATIONS = ("residual", "vo", "qk", "down")  # what is rotated before anything is solved

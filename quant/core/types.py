@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.core.names import GRIDS
+from quant.core.names import GRIDS, SUPER_COLUMNS, SUPER_GRIDS, SuperKind
 from quant.core.rounding import NumberFormat
 
 RANGES = ("minmax", "mse")
@@ -34,7 +34,8 @@ class QuantSpec:
     (search of the shrink with the least weighted squared error). levels: number of codes where it is
     not 2^bits (ABQ-LLM's bit balance uses 5 levels at 2 bits). kind: ``integer`` zero points, a ``real`` minimum, or
     ``fractional`` zero points: multiples of 1/ZERO_STEPS of a step, beside scales of 6 bits behind the point, which together
-    take the bits of a float16 scale and an integer zero point.
+    take the bits of a float16 scale and an integer zero point. Other kinds are GGUF's super-blocks, of bits and groups of
+    their own (`quant.core.superblocks`).
 
     largest: magnitude that no level exceeds, that of the dtype in which weights are written out. finest: a scale is a
     multiple of it (a power of two), above float32's own where the weights are solved scaled up. Both belong to the
@@ -59,9 +60,11 @@ class QuantSpec:
             raise ValueError(f"range={self.range!r}: use one of {', '.join(RANGES)}")
         if self.levels is not None and not 2 <= self.levels <= 256:
             raise ValueError(f"levels={self.levels}: a grid has 2 to 256 levels")
-        if self.kind not in GRIDS:
-            raise ValueError(f"kind={self.kind!r}: use one of {', '.join(GRIDS)}")
-        if self.symmetric and self.has_minimum:
+        if self.kind not in (*GRIDS, *SUPER_GRIDS):
+            raise ValueError(f"kind={self.kind!r}: use one of {', '.join((*GRIDS, *SUPER_GRIDS))}")
+        if (fixed := self.super_kind) and (self.bits, self.group_size, self.levels) != (fixed.bits, fixed.part, None):
+            raise ValueError(f"kind={self.kind!r}: it has {fixed.bits} bits in groups of {fixed.part}")
+        if self.symmetric and self.kind != "integer":
             raise ValueError(
                 f"a symmetric grid has its zero point in the middle, and no {self.kind} one: leave one of them out"
             )
@@ -76,7 +79,12 @@ class QuantSpec:
     @property
     def has_minimum(self) -> bool:
         """Whether its grids have minima, and no integer zero points."""
-        return self.kind != "integer"
+        return self.kind != "integer" if self.super_kind is None else self.super_kind.minima
+
+    @property
+    def super_kind(self) -> SuperKind | None:
+        """The layout of its super-blocks; None where it has none."""
+        return SUPER_GRIDS.get(self.kind)
 
     @property
     def qmax(self) -> int:
@@ -95,12 +103,16 @@ class QuantSpec:
 
     def described(self) -> str:
         """In words."""
+        if self.super_kind is not None:
+            return f"the super-blocks of {self.kind}"
         kind = "symmetric" if self.symmetric else self.kind if self.has_minimum else "asymmetric"
         groups = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
         return f"{kind} grids of {self.qmax + 1} levels in {groups}"
 
     def n_groups(self, in_features: int) -> int:
-        """Groups along the inputs of a layer. Raises ValueError where the group size does not divide."""
+        """Groups along the inputs of a layer. Raises ValueError where the group size, or a super-block, does not divide."""
+        if self.super_kind is not None and in_features % SUPER_COLUMNS:
+            raise ValueError(f"{self.kind} has super-blocks of {SUPER_COLUMNS} columns, not in_features={in_features}")
         if self.group_size == -1:
             return 1
         if in_features % self.group_size:
@@ -303,6 +315,8 @@ class QuantizedWeight:
     def storage_bits(self) -> int:
         """Bits that must be stored: codes, grid, outliers, and the column order where it is not i // group."""
         n_out, n_in = self.codes.shape
+        if self.spec.super_kind is not None:
+            return 8 * self.spec.super_kind.size * (n_out * n_in // SUPER_COLUMNS)
         bits = n_out * n_in * self.spec.code_bits
         if self.outliers is not None:
             bits += self.outliers.storage_bits(n_out, n_in)

@@ -49,7 +49,7 @@ PARTS = (
 
 
 class Bitplane:
-    """Holds every answer of every solver."""
+    """Holds every answer of every solver, but those on the grids of another format."""
 
     name = "bitplane"
     parts: tuple[str, ...] = PARTS
@@ -61,6 +61,8 @@ class Bitplane:
                 f"{self.name} holds one number of levels, and head or embedding have others than the blocks: use "
                 "--bit-balance off, or format dequantized"
             )
+        if content.spec is not None and content.spec.super_kind is not None:
+            return f"{self.name} has no super-blocks of --grid {content.spec.kind}: use format gguf"
         return refuses_codes(replace(content, outliers=False, online=(), mixed=False), self.name) or uneven_groups(
             content, self.name
         )

@@ -197,6 +197,8 @@ def real_minimum(content: Content, name: str) -> str | None:
     if content.spec is None or content.spec.kind == "integer":
         return None
     kind = content.spec.kind
+    if content.spec.super_kind is not None:
+        return f"{name} cannot hold the super-blocks of --grid {kind}: use format gguf"
     what = "real minima" if kind == "real" else f"{kind} ones"
     return f"{name} stores integer zero points and cannot hold {what} (--grid {kind}): use format bitplane"
 

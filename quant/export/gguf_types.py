@@ -3,6 +3,7 @@
 Two kinds. Of one, a value is d·(q - centre) with a fixed centre: an integer zero point moves the codes, as far as they then
 fit. Of the other it is d·q + m: m is a float16 number in blocks of 32, and minus an integer times a float16 number in
 super-blocks of 256, which holds scale·zero as it is. A scale that serves more columns than a block has is written in each.
+Grids that are a super-block's own (`quant.core.superblocks`) have its integers and float16 numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from quant.core.errors import InputError
+from quant.core.superblocks import units_of
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.export import gguf_blocks as blocks
 from quant.export.formats import in_order
@@ -41,6 +43,8 @@ class BlockType:
 
     def holds_every(self, spec: QuantSpec, n_in: int) -> bool:
         """Whether it holds whatever a grid of ``spec`` on n_in columns can be (its scales and minima being float16)."""
+        if spec.super_kind is not None:
+            return self.type.name == spec.kind.upper() and n_in % self.columns == 0
         if not self._has_columns(spec, n_in):
             return False
         if self.centre is None:
@@ -53,8 +57,8 @@ class BlockType:
     def holds(self, weight: QuantizedWeight) -> bool:
         """Whether it holds this answer: what `holds_every` says, or what its codes and zero points happen to be."""
         spec, n_in = weight.spec, weight.codes.shape[1]
-        if self.holds_every(spec, n_in):
-            return True
+        if spec.super_kind is not None or self.holds_every(spec, n_in):
+            return self.holds_every(spec, n_in)
         if not self._has_columns(spec, n_in) or (spec.has_minimum and self.centre is not None):
             return False
         if self.centre is None:
@@ -73,6 +77,7 @@ class BlockType:
         return -self.centre <= lowest and highest < self.levels - self.centre
 
 
+Q3_OFFSET = 32  # of the scales of Q3_K as they are stored
 Type = GGMLQuantizationType
 TYPES = (  # from few bits to many
     BlockType(Type.Q2_K, 4),
@@ -95,10 +100,10 @@ def type_for(spec: QuantSpec, n_in: int) -> BlockType | None:
 
 def type_of(weight: QuantizedWeight) -> BlockType:
     """The smallest type that holds an answer. Raises InputError where none does."""
-    grid = weight.grid
+    grid, own = weight.grid, weight.spec.super_kind is not None
     if not in_order(weight):
         raise InputError("gguf holds columns in order, and these are not: use format bitplane")
-    if grid.scale_bits != 16 or grid.minimum_bits == 32:
+    if not own and (grid.scale_bits != 16 or grid.minimum_bits == 32):
         raise InputError("gguf stores scales and minima in float16 and cannot hold these exactly: use format bitplane")
     found = next((one for one in TYPES if one.holds(weight)), None)
     if found is None:
@@ -111,7 +116,8 @@ def nearest(spec: QuantSpec, inputs: Iterable[int]) -> str | None:
     more, then fewer. None if there is none."""
     widths = (*range(spec.bits, 9), *range(spec.bits - 1, 0, -1))
     groups = dict.fromkeys((spec.group_size, 128, 64, 32, -1))
-    kinds = dict.fromkeys(((spec.symmetric, spec.kind), (spec.symmetric, "integer"), (True, "integer")))
+    own = spec.kind if spec.super_kind is None else "real"
+    kinds = dict.fromkeys(((spec.symmetric, own), (spec.symmetric, "integer"), (True, "integer")))
     sizes = tuple(inputs)
     for bits in widths:
         for group in groups:
@@ -120,7 +126,7 @@ def nearest(spec: QuantSpec, inputs: Iterable[int]) -> str | None:
                     continue
                 asked = QuantSpec(bits, group, symmetric, kind=kind)
                 if all(type_for(asked, n_in) is not None for n_in in sizes):
-                    grid = " --sym" if symmetric else " --grid integer" if kind != spec.kind else ""
+                    grid = " --sym" if symmetric else f" --grid {kind}" if kind != spec.kind else ""
                     return f"--wbits {bits} --group-size {group}{grid}"
     return None
 
@@ -129,6 +135,8 @@ def encode(weight: QuantizedWeight, kind: BlockType) -> np.ndarray:
     """The blocks of an answer, uint8 [out, bytes of a row]; dequantized they are its values, element by element. Raises
     ValueError where the type does not hold it."""
     n_out, n_in = weight.codes.shape
+    if weight.spec.super_kind is not None:
+        return _of_super_blocks(weight).reshape(n_out, -1)
     grid, first = weight.grid, weight.grid.g_idx.view(n_in // kind.columns, kind.columns)[:, 0]
 
     def of_blocks(numbers: Tensor) -> np.ndarray:
@@ -151,6 +159,25 @@ def encode(weight: QuantizedWeight, kind: BlockType) -> np.ndarray:
     else:
         data = _super(kind.type, codes, d, blocks.halves(-of_blocks(grid.minimum)), np.ones(len(codes)))
     return data.reshape(n_out, -1)
+
+
+def _of_super_blocks(weight: QuantizedWeight) -> np.ndarray:
+    """The blocks of a grid that is its type's own."""
+    spec, units = weight.spec, units_of(weight.grid, weight.spec)
+    codes = weight.codes.numpy().reshape(-1, blocks.SUPER)
+    d, a = blocks.halves(units.d.flatten().numpy()), units.a.flatten(0, 1).numpy()
+    if units.e is not None and units.b is not None:
+        e, b = blocks.halves(units.e.flatten().numpy()), units.b.flatten(0, 1).numpy().astype(np.uint8)
+        pack = {"q2_k": blocks.q2_k, "q4_k": blocks.q4_k, "q5_k": blocks.q5_k}[spec.kind]
+        return pack(codes, d, e, a.astype(np.uint8), b)
+    mirrored = (
+        (weight.grid.zero < spec.numbers.middle).view(len(codes), -1).numpy()
+    )  # the codes count from the other end
+    signed = np.where(mirrored, -a, a).astype(np.int8)
+    codes = np.where(np.repeat(mirrored, blocks.SUPER // a.shape[1], 1), np.uint8(spec.qmax) - codes, codes)
+    if spec.kind == "q3_k":
+        return blocks.q3_k(codes, d, (signed + Q3_OFFSET).astype(np.uint8))
+    return blocks.q6_k(codes, d, signed)
 
 
 def _centred(kind: GGMLQuantizationType, codes: np.ndarray, d: np.ndarray) -> np.ndarray:

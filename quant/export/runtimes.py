@@ -212,7 +212,7 @@ def nearest(runtime: str, kind: str, content: Content) -> str | None:
         return None
     kinds = [kind, *(f for f in FORMATS if f not in (kind, DEQUANTIZED))]
     sizes = (spec.group_size, 128, 64, 32, -1)
-    grids = [(False, group, spec.kind) for group in sizes if spec.has_minimum]
+    grids = [(False, group, spec.kind) for group in sizes if spec.has_minimum and spec.super_kind is None]
     grids += [(sym, group, "integer") for group in sizes for sym in (spec.symmetric, True)]
     for bits in dict.fromkeys((spec.bits, 4, 8)):
         for relax in (False, True):

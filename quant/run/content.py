@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from models.vocabulary import Vocabulary
 from quant.core.errors import InputError
-from quant.core.names import FULL_BITS
+from quant.core.names import FULL_BITS, SUPER_COLUMNS, SUPER_GRIDS
 from quant.core.types import QuantSpec
 from quant.export import refusal
 from quant.export.formats import Content, OutsideMatrix
@@ -23,6 +23,11 @@ def spec_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec 
     if run.wbits == FULL_BITS:
         return None
     for name, (_, n_in) in shapes.items():
+        if run.grid_kind in SUPER_GRIDS and n_in % SUPER_COLUMNS:
+            raise InputError(
+                f"{name}: --grid {run.grid_kind} has super-blocks of {SUPER_COLUMNS} columns, and it has {n_in}: use --grid real "
+                "or --sym with --group-size 32, which --format gguf holds in blocks of 32"
+            )
         if run.group_size > 0 and n_in % run.group_size:
             sizes = group_sizes([inputs for _, inputs in shapes.values()])
             auto = ", or auto" if any(size % 2 == 0 for size in sizes) else ""
@@ -51,6 +56,8 @@ def expected_bits(run: RunConfig, shapes: Mapping[str, tuple[int, int]], bits: i
     outliers where their number is asked for. bits: of codes, where not the run's own."""
     spec = QuantSpec(bits or run.wbits, run.group_size, run.symmetric, levels=run.levels, kind=run.grid_kind)
     weights = sum(out * n_in for out, n_in in shapes.values())
+    if spec.super_kind is not None:
+        return weights * 8 * spec.super_kind.size / SUPER_COLUMNS
     group_bits = 16 + (16 if spec.kind == "real" else 0 if spec.symmetric else spec.code_bits)  # fractional as integer
     side = sum(out * spec.n_groups(n_in) * group_bits for out, n_in in shapes.values())
     outliers = declaration_of(run.solver).outlier_bits(with_defaults(run.solver, run.options))

@@ -25,7 +25,7 @@ from quant.core.errors import InputError, RunError
 from quant.core.gram import GramStats
 from quant.core.grid import in_float16
 from quant.core.linalg import SingularGramError, objective, output_errors, products_in, relative_errors
-from quant.core.names import FULL_BITS
+from quant.core.names import FULL_BITS, SUPER_COLUMNS
 from quant.core.parts import row_parts, rows_of, stacked, stacked_grids
 from quant.core.target import Correction, corrected
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
@@ -241,7 +241,8 @@ def compare_block(
 def check_options(recipe: Recipe, device: torch.device) -> QuantizedWeight:
     """The answer for one small layer, so that no work is lost later. Raises InputError where the solver refuses its options."""
     assert recipe.spec is not None
-    n_in = max(1, 128 // recipe.spec.group_size) * recipe.spec.group_size if recipe.spec.group_size > 0 else 128
+    whole = SUPER_COLUMNS if recipe.spec.super_kind else recipe.spec.group_size
+    n_in = max(1, 128 // whole) * whole if whole > 0 else 128
     weight = torch.linspace(-1, 1, 4 * n_in, device=device).view(4, n_in)
     stats = GramStats.from_gram(torch.eye(n_in, device=device))
     stats.cross = stats.gram.clone()

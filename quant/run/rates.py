@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.core.gram import GramStats
-from quant.core.names import FULL_BITS
+from quant.core.names import FULL_BITS, SUPER_GRIDS
 from quant.core.types import QuantSpec
 from quant.run.config import RunConfig
 from quant.solvers import get_solver
@@ -33,7 +33,8 @@ def solver_cost(device: torch.device, run: RunConfig) -> tuple[float, float]:
     if run.wbits == FULL_BITS:
         return 0.0, 0.0
     solver = get_solver(run.solver)
-    spec = QuantSpec(run.wbits, -1, run.symmetric, run.range, run.levels, run.grid_kind)
+    group = run.group_size if run.grid_kind in SUPER_GRIDS else -1
+    spec = QuantSpec(run.wbits, group, run.symmetric, run.range, run.levels, run.grid_kind)
     seconds = []
     for n_in in SAMPLES:
         stats = GramStats(n_in, device)

@@ -22,7 +22,7 @@ from quant.core.linalg import damped_factor
 from quant.core.real_grid import fit_scale_minimum
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import Options, solver
-from quant.solvers.gptq import gptq_bytes, keeps_first_grid, visiting_order
+from quant.solvers.gptq import fits_on_the_way, gptq_bytes, keeps_first_grid, visiting_order
 
 
 def gptaq_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
@@ -58,7 +58,7 @@ def gptaq(
     upper, used_damp = damped_factor(gram, percdamp, auto_damp)
     upper = torch.linalg.solve_triangular(upper, torch.eye(len(order), device=upper.device), upper=True)  # U = V⁻¹
     pull = gptaq_alpha * ((cross - gram) @ upper.T).triu_(1) @ upper  # αP
-    fits = grid is None and not static_groups and spec.group_size != -1
+    fits = fits_on_the_way(spec, static_groups) and grid is None
     if grid is None:
         grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
     visited = replace(grid, scale=grid.scale.clone(), zero=grid.zero.clone(), g_idx=grid.g_idx[order])

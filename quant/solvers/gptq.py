@@ -55,7 +55,7 @@ def gptq(
     V_jk / V_kk. That is GPTQ's answer (there w_k -= e_j U_jk with the factor U of the inverse) from one factorization
     and no inverse (QuIP shows that its LDLQ equals GPTQ). Group grids are fitted to the
     compensated weights when the sweep reaches the group, unless static_groups fits them to the original
-    weights. act_order visits columns by decreasing Gram diagonal and forms groups in that order (checkpoints must
+    weights, as those of super-blocks always are. act_order visits columns by decreasing Gram diagonal and forms groups in that order (checkpoints must
     then store the order); with group_aware, whole groups by decreasing sum of their diagonal and columns by
     decreasing diagonal inside, so that column i stays in group i // group_size. Raises SingularGramError, see there.
     Deviation: a dead column keeps its nearest code (the released code sets it to zero).
@@ -66,7 +66,7 @@ def gptq(
     gram = stats.gram[order][:, order] if act_order or group_aware else stats.gram
     upper, used_damp = damped_factor(gram, percdamp, auto_damp)
     del gram
-    fits_groups = grid is None and not static_groups and spec.group_size != -1
+    fits_groups = fits_on_the_way(spec, static_groups) and grid is None
     if grid is None:
         grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
     visited = replace(grid, g_idx=grid.g_idx[order])
@@ -78,6 +78,11 @@ def gptq(
     if minimum is not None:
         fitted = Grid.real(layer.scale, minimum, grid.g_idx, grid.qmax)
     return QuantizedWeight(layer.codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
+
+
+def fits_on_the_way(spec: QuantSpec, static_groups: bool) -> bool:
+    """Whether the grid of a group is fitted when the sweep reaches it: not where several groups share numbers."""
+    return not static_groups and spec.group_size != -1 and spec.super_kind is None
 
 
 def group_fit(spec: QuantSpec, importance: Tensor, group: Tensor, minimum: Tensor | None) -> Fit:

@@ -21,9 +21,11 @@ from torch import Tensor
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, refit_scale_zero
 from quant.core.linalg import largest_eigenvalue
+from quant.core.names import SUPER_COLUMNS
 from quant.core.outliers import kept_outliers
 from quant.core.real_grid import refit_scale_minimum
 from quant.core.stored import stored_base, stored_scale, within_largest
+from quant.core.superblocks import kind_of, refit_integers, refit_units, rescaled, units_of
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.columns import ColumnBlock, kernels
 from quant.solvers import Options, solver
@@ -83,6 +85,9 @@ class Descent:
     def refit(self, spec: QuantSpec) -> None:
         """Scale and zero point, or minimum, of every group in closed form for the codes as they are; never raises the
         objective."""
+        if spec.super_kind is not None:
+            self._refit_superblocks(spec)
+            return
         for g in range(self.scale.shape[1]):
             columns = (self.group == g).nonzero().squeeze(1)  # [n]
             if self.minimum is not None:
@@ -118,6 +123,47 @@ class Descent:
         self.residual[:, columns] += change
         self.kernels.propagate_(self.correlation, change, rows)
 
+    def _refit_superblocks(self, spec: QuantSpec) -> None:
+        """Of every super-block the float16 numbers that its parts share, then the integers of each part."""
+        kind, units = kind_of(spec), units_of(self.grid(self.group), spec)
+        parts = SUPER_COLUMNS // kind.part
+        d, a = units.d, units.a
+        e, b = (torch.zeros_like(d), torch.zeros_like(a)) if units.e is None or units.b is None else (units.e, units.b)
+        for s in range(d.shape[1]):
+            groups = slice(s * parts, (s + 1) * parts)
+            columns = slice(s * SUPER_COLUMNS, (s + 1) * SUPER_COLUMNS)
+            codes = self._counted(columns)
+            each_a, each_b = (t[:, s].repeat_interleave(kind.part, 1) for t in (a, b))
+            d[:, s], e[:, s] = refit_units(
+                codes, d[:, s].clone(), each_a, e[:, s].clone(), each_b,
+                self.gram[columns, columns], self.correlation[:, columns],
+            )  # fmt: skip
+            self._move_grid(groups, columns, d[:, s, None] * a[:, s], -e[:, s, None] * b[:, s])
+            for p in range(parts):
+                own = slice(columns.start + p * kind.part, columns.start + (p + 1) * kind.part)
+                a[:, s, p], b[:, s, p] = refit_integers(
+                    self._counted(own), d[:, s], a[:, s, p], e[:, s] if kind.minima else None, b[:, s, p],
+                    self.gram[own, own], self.correlation[:, own], kind.most,
+                )  # fmt: skip
+                one = slice(groups.start + p, groups.start + p + 1)
+                self._move_grid(one, own, (d[:, s] * a[:, s, p])[:, None], (-e[:, s] * b[:, s, p])[:, None])
+
+    def _counted(self, columns: slice) -> Tensor:
+        """Codes of some columns as floats, counted from the zero points where there are those."""
+        codes = self.codes[:, columns].float()
+        return codes if self.minimum is not None else codes - self.zero[:, self.group[columns]]
+
+    def _move_grid(self, groups: slice, columns: slice, scale: Tensor, minimum: Tensor) -> None:
+        """Give groups other scales, and minima if they have any; their codes stay."""
+        counted, group = self._counted(columns), self.group[columns] - groups.start
+        change = counted * (self.scale[:, groups] - scale)[:, group]  # E = W - Ŵ grows by what Ŵ loses
+        if self.minimum is not None:
+            change += (self.minimum[:, groups] - minimum)[:, group]
+            self.minimum[:, groups], self.zero[:, groups] = minimum, -minimum / scale
+        self.scale[:, groups] = scale
+        self.residual[:, columns] += change
+        self.kernels.propagate_(self.correlation, change, self.gram[columns])
+
 
 def is_rounding_sweep(sweep: int, num_iter: int) -> bool:
     """Whether a sweep rounds. Sweeps 1, 4, ..., 25 store the unrounded minimizer (released code's schedule)."""
@@ -144,6 +190,8 @@ def search_scales(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, blo
 
 def scaled_by(grid: Grid, factor: float, spec: QuantSpec) -> Grid:
     """The grid with its scales times a factor: integer zero points stay, and else the middle of the grid."""
+    if spec.super_kind is not None:
+        return rescaled(grid, factor, spec)
     wanted = stored_scale(grid.scale * factor, spec)
     if grid.minimum is None:
         return replace(grid, scale=within_largest(wanted, grid.zero, spec))

@@ -86,7 +86,7 @@ def spqr(
 
 def check_levels(spec: QuantSpec, scale_bits: int, scale_group: int) -> None:
     """Raise ValueError where scales of two levels cannot be those of the grid."""
-    if spec.has_minimum:
+    if spec.kind != "integer":
         raise ValueError(
             f"spqr's scales of two levels have integer zero points: drop --grid {spec.kind}, or use another method"
         )

@@ -120,7 +120,8 @@ class StoredLine(torch.autograd.Function):
 
 
 class TunedLinear:
-    """One solved linear. spec: the grid that was asked for; before: the weight [out, in] that was solved.
+    """One solved linear. spec: the grid that was asked for; before: the weight [out, in] that was solved. Grids of
+    super-blocks, whose scales are small integers, stay as they are.
 
     Raises InputError for grids whose scales are quantized themselves: a factor would leave them.
     """
@@ -136,6 +137,8 @@ class TunedLinear:
         self.zero = start.grid.zero.float()
         if start.grid.minimum is not None:
             self.keys, self.zero = (POSITION, FACTOR, OFFSET), torch.zeros_like(start.grid.scale)
+        if spec.super_kind is not None:
+            self.keys = (POSITION,)
 
     def initial(self) -> Parameters:
         """Position and factor (and offset), float32, that give the solved answer."""
@@ -162,6 +165,8 @@ class TunedLinear:
     def grid(self, parameters: Mapping[str, Tensor]) -> Grid:
         """Scales, and minima, as they are stored."""
         grid = self.start.grid
+        if self.spec.super_kind is not None:
+            return grid
         scale = grid.scale * (1 + parameters[FACTOR])
         if grid.minimum is None:
             return replace(grid, scale=StoredScale.apply(scale, grid.zero, self.spec))

@@ -48,8 +48,8 @@ class OffsetLinear:
     keys = (OFFSET, LOW, HIGH)
 
     def __init__(self, where: str, start: QuantizedWeight, spec: QuantSpec, before: Tensor) -> None:
-        if start.grid.minimum is not None:
-            raise InputError(f"{where}: autoround tunes integer zero points: drop --grid real, or use --tune")
+        if spec.kind != "integer":
+            raise InputError(f"{where}: autoround tunes integer zero points: drop --grid {spec.kind}, or use --tune")
         if start.outliers is not None or start.grid.bilevel is not None:
             raise InputError(
                 f"{where}: autoround begins with weights that are rounded to nearest, not with this method's"

@@ -15,15 +15,18 @@ from models.gguf_writer import FILE
 from models.load import load_model, load_tokenizer
 from quant.core.errors import InputError
 from quant.core.grid import fit_grid
+from quant.core.names import SUPER_GRIDS
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.export import refusal
 from quant.export.formats import Content
 from quant.export.gguf_model import check_model
 from quant.export.write import entries, form_of, layers_of, save_checkpoint
 from quant.run.convert import convert
+from quant.tune.config import Tuning
 from tests.conftest import CONFIGS, build
 from tests.gguf_files import NAMES, logits, made, module_of
 from tests.helpers import config_for, perform
+from tests.helpers import replace as replace_in
 
 SPEC = QuantSpec(4, 32, symmetric=True)
 
@@ -169,7 +172,36 @@ def test_a_run_and_its_checkpoint_become_the_same_file(kind, text, tmp_path):
     assert file.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k"])
+def test_a_run_on_the_grid_of_super_blocks_is_its_file(kind, text, tmp_path):
+    """Solved, tuned and written: what the file holds is what the run says, resumed alike, and no other format takes it."""
+    own = SUPER_GRIDS[kind]
+    options = CONFIGS["llama gqa, tied"][1] | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    made("llama", **options | {"num_hidden_layers": 1}).half().save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    tuned = {"tuning": Tuning("block", 2, rate=0.05)} if kind == "q3_k" else {}
+    config = config_for(tmp_path / "model", text, tmp_path, wbits=own.bits, group_size=own.part, grid_kind=kind, range="mse",
+                        options={"num_iter": 3, "search_grid": True, "refit_grid": True}, save=tmp_path / "saved",
+                        format="gguf", nsamples=8, limit=4, **tuned)  # fmt: skip
+    results = perform(config)
+    assert results["bits_per_weight"] == own.size * 8 / 256 and results["grid_kind"] == kind
+    convert(tmp_path / "run", "dequantized", tmp_path / "plain", cache_dir=tmp_path / "cache")
+    lazy, right = (load_model(str(tmp_path / d), dtype=None, cache_dir=tmp_path / "cache") for d in ("saved", "plain"))
+    for name, _ in right.module.named_parameters():
+        assert torch.equal(lazy.checkpoint.read(name).half(), right.checkpoint.read(name))
+    reader = PackageReader(tmp_path / "saved" / FILE)
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert {types[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_output", "ffn_down")} == {kind.upper()}
+    for other in ("bitplane", "gptq", "compressed-tensors"):
+        with pytest.raises(InputError, match=f"{other} .*--grid {kind}.*: use format gguf"):
+            convert(tmp_path / "run", other, tmp_path / "other", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "other").exists()
+    again = perform(replace_in(config, run_dir=tmp_path / "second", save=None, format=None))
+    assert again["codes_sha256"] == results["codes_sha256"]
+
+
 REFUSED = {
+    "super-blocks": ({"spec": QuantSpec(4, 32, kind="q4_k")}, "nearest that it holds: --wbits 4 --group-size 32 --grid real)"),
     "no architecture": ({"model_type": "opt"}, "no architecture for opt models"),
     "no blocks": ({"spec": QuantSpec(8, 32)}, "asymmetric grids of 256 levels in groups of 32 on 128 inputs of a "
                   "(the nearest that it holds: --wbits 8 --group-size 32 --sym): use format bitplane"),
