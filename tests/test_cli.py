@@ -367,6 +367,28 @@ BAD = {
         ["--wbits", 3, "--grid", "real", "--quantization-method", "spqr"],
         "--grid real: spqr's scales",
     ),
+    "another width than a super-block's": (
+        ["--grid", "q4_k", "--wbits", 3],
+        "--grid q4_k has codes of 4 bits: drop --wbits 3",
+    ),
+    "other groups than a super-block's": (
+        ["--grid", "q3_k", "--groupsize", 64],
+        "every 16 columns: drop --groupsize 64",
+    ),
+    "super-blocks out of order": (
+        ["--grid", "q2_k", "--act-order"],
+        "--grid q2_k holds columns in order: drop --act-order",
+    ),
+    "outliers beside super-blocks": (
+        ["--grid", "q2_k", "--outlier", 0.01],
+        "--grid q2_k holds codes alone: drop --outlier",
+    ),
+    "mixed super-blocks": (["--grid", "q5_k", "--avg-bits", 4.5], "5 bits everywhere: drop --avg-bits"),
+    "a head of other bits": (["--grid", "q6_k", "--head-bits", 4], "--head-bits 4: --grid q6_k has 6 bits there too"),
+    "rounding that is tuned": (
+        ["--grid", "q6_k", "--quantization-method", "autoround"],
+        "autoround tunes scales and zero",
+    ),
     "a grid of no codes": (["--grid", "real"], "--grid real is of quantized weights: give --wbits 1 to 8"),
     "negative outliers": (["--outlier", -0.1], "--outlier -0.1"),
     "outliers with gptq": (

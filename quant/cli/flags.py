@@ -26,6 +26,7 @@ from quant.core.names import (
     RUNTIMES,
     SAMPLED_LABELS,
     STATES,
+    SUPER_GRIDS,
 )
 
 QUANTIZER, LEARNER, SCALES = "model_quantizer.py", "main.py", "generate_act_scale_shift.py"
@@ -231,8 +232,9 @@ QUANTIZED_FLAGS = (
          choices=("minmax", "mse")),
     Flag("grid_kind", {QUANTIZER: "--grid"},
          "what a code of 0 stands for: an integer number of steps below 0; real: a 16-bit minimum of its own, finer at few "
-         "bits; fractional: a number of 1/32 steps, in the bits of an integer one (the scale has fewer digits). The last two are "
-         "held by --format bitplane and dequantized", WHAT, "integer", choices=GRIDS),
+         "bits; fractional: a number of 1/32 steps, in the bits of an integer one (the scale has fewer digits). These two are "
+         "held by --format bitplane and dequantized. Else a type of llama.cpp's blocks, scales and all, solved on as --format "
+         "gguf then holds it; it sets --wbits and --groupsize", WHAT, "integer", choices=(*GRIDS, *SUPER_GRIDS)),
     Flag(None, {QUANTIZER: "--preset"},
          "a set of flags, with quantease; flags that are given besides stay. fast: searched and refitted grids, seconds for "
          "a small model; balanced: also one linear after the other, for the original model's outputs, about twice as long; "
@@ -534,6 +536,9 @@ RESULT_FLAGS = (
          Path("../log/"), Path),
     Flag("save", {QUANTIZER: "--save", LEARNER: "--save_dir"}, "write the quantized checkpoint and results.json here",
          RESULTS, type=Path, metavar="DIR"),
+    Flag("imatrix", {QUANTIZER: "--imatrix"},
+         "also write what inputs weigh on the calibration text, for llama.cpp's own quantizer (llama-quantize --imatrix FILE)", RESULTS,
+         type=Path, metavar="FILE"),
     Flag(None, {QUANTIZER: "--compare-layers"},
          "only compare: every method solves every linear from one set of statistics; one table", RESULTS, type=bool),
 )  # fmt: skip

@@ -6,7 +6,15 @@ import argparse
 from collections.abc import Iterator
 
 from quant.cli.flags import PARTS, SEAMS, rotations
-from quant.core.names import AUTOROUND, FULL_BITS, ONLINE_ROTATIONS, ROTATIONS, SAMPLED_LABELS, TUNED_METHODS
+from quant.core.names import (
+    AUTOROUND,
+    FULL_BITS,
+    ONLINE_ROTATIONS,
+    ROTATIONS,
+    SAMPLED_LABELS,
+    SUPER_GRIDS,
+    TUNED_METHODS,
+)
 
 Rules = Iterator[tuple[bool, str]]
 TUNING_OPTIONS = ("iterations", "rate", "grid_rate", "norms", "optimizer", "drop", "last", "recompute", "state")
@@ -17,6 +25,7 @@ def quantizer_rules(args: argparse.Namespace) -> Rules:
     """Those of model_quantizer.py."""
     yield from solver_rules(args)
     yield from correction_rules(args)
+    yield from super_grid_rules(args)
     yield from saliency_rules(args)
     yield from run_rules(args)
     yield from tuning_rules(args)
@@ -88,6 +97,15 @@ def saliency_rules(args: argparse.Namespace) -> Rules:
 
 def run_rules(args: argparse.Namespace) -> Rules:
     """Of flags of the run."""
+    yield (
+        args.imatrix is not None and (args.wbits == FULL_BITS or args.compare_layers),
+        "--imatrix is of the calibration text of a run that quantizes: give --wbits 1 to 8, and no --compare-layers",
+    )
+    yield args.imatrix is not None and args.rotate is not None, "--imatrix is of the original model: drop --rotate"
+    yield (
+        args.imatrix is not None and len(args.methods) > 1,
+        "--imatrix is of the original model, whatever the method: give it with one method",
+    )
     yield args.avg_bits is not None and args.compare_layers, "--compare-layers compares at one width: drop --avg-bits"
     yield args.compare_layers and args.wbits == FULL_BITS, "--compare-layers needs --wbits 1 to 8"
     yield (
@@ -184,6 +202,31 @@ def block_rules(args: argparse.Namespace) -> Rules:
             bits is not None and args.wbits == FULL_BITS,
             f"{flag} {bits} quantizes what is outside the blocks besides: give --wbits 1 to 8 too",
         )
+
+
+def super_grid_rules(args: argparse.Namespace) -> Rules:
+    """Of --grid that is a type of GGUF's blocks."""
+    kind = SUPER_GRIDS.get(args.grid)
+    if kind is None:
+        return
+    grid = f"--grid {args.grid}"
+    yield args.avg_bits is not None, f"{grid} has {kind.bits} bits everywhere: drop --avg-bits"
+    yield (
+        args.avg_bits is None and args.wbits != kind.bits,
+        f"{grid} has codes of {kind.bits} bits: drop --wbits {args.wbits}",
+    )
+    yield (
+        args.groupsize != kind.part,
+        f"{grid} has scales for every {kind.part} columns: drop --groupsize {args.groupsize}",
+    )
+    yield args.act_order, f"{grid} holds columns in order: drop --act-order, or use --group-aware with gptq"
+    yield args.outlier > 0, f"{grid} holds codes alone: drop --outlier"
+    yield (
+        AUTOROUND in args.methods,
+        f"{grid}: autoround tunes scales and zero points of their own; use another method, with --tune if wanted",
+    )
+    for flag, bits in (("--head-bits", args.head_bits), ("--embedding-bits", args.embedding_bits)):
+        yield bits not in (None, kind.bits), f"{flag} {bits}: {grid} has {kind.bits} bits there too, or leave it out"
 
 
 def grid_rules(args: argparse.Namespace) -> Rules:

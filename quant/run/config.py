@@ -173,7 +173,7 @@ class Output:
 
     format: of the checkpoint in ``save``; fallback: the format to save in where an answer turns out not to fit the first
     (None: that is a failure); target: the software that is to load it. packed: evaluate with packed weights, as they
-    would be used.
+    would be used. imatrix: a file for llama.cpp's quantizer, of what inputs weigh.
     """
 
     runs: Path = Path("runs")
@@ -184,3 +184,4 @@ class Output:
     target: str | None = None
     packed: bool = False
     overwrite: bool = False
+    imatrix: Path | None = None

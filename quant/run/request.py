@@ -132,6 +132,7 @@ def places_written(output: Output, run_dir: Path | None = None) -> list[Place]:
     places = [Place("--run-dir", output.run_dir, adds=True)] if output.run_dir is not None else []
     if output.run_dir is None and run_dir is not None:
         places.append(Place("the run directory", run_dir, frozenset((INSIDE,)), adds=True))
+    places += [Place("--imatrix", output.imatrix)] if output.imatrix is not None else []
     return places + ([Place("--save", output.save)] if output.save is not None else [])
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from quant.run.config import Output, RunConfig
 from quant.run.directory import Record
+from quant.run.importance import check_importance, keep_importance
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress, measure, open_jobs, write_results
 from quant.run.loop import quantize
@@ -22,10 +23,14 @@ def run_all(
     full: FullPrecision,
 ) -> list[Record]:
     """Several runs on the same inputs; see `Session.run_all`."""
+    for file in (output.imatrix for _, output in runs if output.imatrix is not None):
+        check_importance(inputs, file)
     with ExitStack() as held:
         jobs = open_jobs(inputs, runs, held)
         for job in jobs:
             _quantize(inputs, job, progress(job.run.method))
+            if job.output.imatrix is not None:
+                keep_importance(inputs, job.run, job.output.imatrix, progress(job.run.method))
         waiting = [job for job in jobs if job.results is None]
         score(inputs, waiting, progress(waiting[0].run.method if len(waiting) == 1 else "all"), full)
         for job in waiting:
