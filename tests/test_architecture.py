@@ -25,7 +25,7 @@ EDGE = Path("quant/cli/errors.py")  # the edge of every command: what nobody for
 ONLY_IN = {
     "transformers": {"models/load.py", "models/gguf_config.py"},
     "gguf": {
-        *(f"models/gguf_{what}.py" for what in ("header", "file", "config", "writer")),
+        *(f"models/gguf_{what}.py" for what in ("header", "file", "config", "writer", "importance")),
         "quant/export/gguf_types.py",
     },
     "accelerate": {"models/load.py"},

@@ -10,6 +10,7 @@ from torch import Tensor
 from models.gguf_importance import check_importance_file, write_importance
 from models.gguf_layout import architecture_for
 from quant.blocks.weights import BlockWeights
+from quant.core import ranks
 from quant.core.errors import InputError
 from quant.run.config import RunConfig
 from quant.run.inputs import Inputs
@@ -38,11 +39,14 @@ def keep_importance(inputs: Inputs, run: RunConfig, file: Path, progress: Progre
         weights = BlockWeights.read(model, index, inputs.device)
         groups = model.groups_at(index)
         stream.run(index, weights, observe={group[0]: _adding(own, group[0]) for group in groups}, advance=True)
-        sums |= {_place(inputs, index, name): own[group[0]].cpu() for group in groups for name in group}
+        of_all = {name: ranks.all_sum_(square).cpu() for name, square in own.items()}
+        sums |= {_place(inputs, index, name): of_all[group[0]] for group in groups for name in group}
         progress(STAGE, index + 1, len(model.blocks), "")
-    windows, length = stream.tokens.shape
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_importance(file, sums, windows * length, (inputs.calibration(run).name,), windows, length)
+    calibration = inputs.calibration(run)
+    windows, length = calibration.ids.shape
+    if ranks.is_first():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_importance(file, sums, windows * length, (calibration.name,), windows, length)
 
 
 def _adding(sums: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
