@@ -16,6 +16,7 @@ from quant.cli.errors import exit_code_of
 from quant.cli.flags import LEARNER, split_words
 from quant.cli.options import choices_made, method_mistakes, options_of, tuning_of
 from quant.cli.rules import learner_rules
+from quant.core import ranks
 from quant.core.errors import InputError
 from quant.core.names import AUTO_SCOPE
 
@@ -137,7 +138,10 @@ def notes_on(args: argparse.Namespace) -> list[str]:
     """What flags do not do that a person may expect of them."""
     notes = (
         (args.net, "--net is not needed: the family comes from the model's configuration"),
-        (args.multigpu, "--multigpu: blocks pass through one device; more are not used"),
+        (
+            args.multigpu and ranks.size() == 1,
+            "--multigpu: one process was started; torchrun --nproc-per-node N starts N",
+        ),
         (not args.eval_ppl and not args.tasks, "no evaluation: give --eval_ppl for perplexity, --tasks for accuracy"),
     )
     return [note for given, note in notes if given]

@@ -123,6 +123,13 @@ def own_windows(n: int, batch: int) -> slice:
     return slice(first * unit, min(last * unit, n))
 
 
+def own_of_batches(n: int, batch: int) -> Tensor:
+    """This process's windows of n, int64: its part of every batch, so that all processes together take the steps that one
+    takes. The number of processes divides batch, which divides n."""
+    windows = torch.arange(n).view(-1, ranks.size(), batch // ranks.size())  # [batches, processes, windows]
+    return windows[:, ranks.rank()].flatten()
+
+
 class BlockStream:
     """Hidden states of tokens [n, T] in front of one block at a time.
 

@@ -14,6 +14,7 @@ from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
+from quant.core import ranks
 from quant.core.errors import InputError
 from quant.core.types import QuantSpec
 from quant.learn.config import Learning
@@ -53,6 +54,8 @@ def learn_block(
     measured = {group[0]: InputRange() for group in full.model.groups} if learning.ranges and ranges is None else {}
     full.run(index, weights, advance=True, observe={name: span.update for name, span in measured.items()})
     if measured:
+        for span in measured.values():
+            span.join(len(full.tokens), learning.batch // ranks.size())
         ranges = {name: measured[group[0]] for group in full.model.groups for name in group}
     targets = [full.hidden]
     if learning.augmented:
@@ -148,6 +151,16 @@ def rate_shares(learning: Learning, epoch: int, batches: int) -> list[float] | N
     return [LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * turn)) for turn in turns]
 
 
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Put the mean of the gradients of all processes, whose batches are of equal size, in the place of this one's."""
+    if ranks.size() == 1 or not parameters:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    together = ranks.all_sum_(torch.cat([g.flatten() for g in gradients])) / ranks.size()
+    for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def train_epoch(
     learner: Learner,
     loss: BlockLoss,
@@ -164,6 +177,7 @@ def train_epoch(
         weights = learner.materialize(learner.effective(learner.parameters, opened))
         optimizer.zero_grad(set_to_none=True)
         loss(training, weights, rows, arguments).backward()
+        average_gradients([p for p in learner.parameters.values() if p.grad is not None])
         before = learner.before_step()
         optimizer.step()
         learner.after_step(before, opened)

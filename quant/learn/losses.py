@@ -14,6 +14,7 @@ from torch import Tensor
 from quant.blocks.instrument import instrument
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
+from quant.core import ranks
 from quant.learn import attention_term, loss_term
 from quant.learn.config import Learning
 from quant.learn.learner import Learner
@@ -88,9 +89,9 @@ class BlockLoss:
 
     @torch.no_grad()
     def over_all(self, stream: BlockStream, effective: Parameters) -> float:
-        """Mean loss over all samples."""
+        """Mean loss over all samples, those of all processes."""
         weights = self.learner.materialize(effective)
         total, n = torch.zeros((), device=stream.device, dtype=torch.float64), stream.tokens.shape[0]
         for rows, arguments in zip(stream.rows, stream.arguments, strict=True):
             total += self(stream, weights, rows, arguments).double() * (rows.stop - rows.start)
-        return float(total / n)
+        return float(ranks.all_sum_(total)) / sum(ranks.all_told(n)) if ranks.size() > 1 else float(total / n)

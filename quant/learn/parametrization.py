@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.load import LazyModel
 from quant.blocks.weights import BlockWeights
+from quant.core import ranks
 from quant.core.types import QuantSpec
 from quant.learn.config import Learning
 
@@ -25,14 +26,33 @@ class InputRange:
 
     def __init__(self, absmax: Tensor | None = None, shift: Tensor | None = None) -> None:
         self.absmax, self.shift = absmax, shift
+        self._windows: list[Tensor] = []  # largest |x| and middle of each, [2, in], where other processes have more
 
     def update(self, x: Tensor) -> None:
         """Add a batch of windows [n, T, in], or rows of one window [T, in]."""
         for window in x.reshape(-1, *x.shape[-2:]).float():
             low, high = window.amin(0), window.amax(0)
             largest, middle = torch.maximum(-low, high).clamp_(min=0), (low + high) / 2
-            self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
-            self.shift = middle if self.shift is None else 0.99 * self.shift + 0.01 * middle
+            if ranks.size() > 1:
+                self._windows.append(torch.stack([largest, middle]))
+            self._add(largest, middle)
+
+    def join(self, windows: int, part: int) -> None:
+        """Take in what the other processes have seen, in the order in which one process would: of every batch each has
+        ``part`` of its ``windows`` windows. Where a family hands on rows of several windows as one, these take turns."""
+        if ranks.size() == 1:
+            return
+        every = ranks.all_rows(torch.stack(self._windows)).unflatten(0, (ranks.size(), -1))  # [processes, seen, 2, in]
+        part = part if every.shape[1] == windows else 1
+        ordered = every.unflatten(1, (-1, part)).transpose(0, 1).flatten(0, 2)
+        self.absmax = self.shift = None
+        self._windows.clear()
+        for largest, middle in ordered:
+            self._add(largest, middle)
+
+    def _add(self, largest: Tensor, middle: Tensor) -> None:
+        self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
+        self.shift = middle if self.shift is None else 0.99 * self.shift + 0.01 * middle
 
 
 @dataclass(frozen=True)

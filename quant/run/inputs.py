@@ -18,9 +18,9 @@ from data.written import written
 from models.load import LazyModel, load_model, load_tokenizer
 from models.vocabulary import vocabulary_of
 from quant.blocks.fake_quant import ActSpec
-from quant.blocks.stream import BlockStream, own_windows
+from quant.blocks.stream import BlockStream, own_of_batches, own_windows
 from quant.blocks.weights import is_online
-from quant.core import env
+from quant.core import env, ranks
 from quant.core.errors import InputError
 from quant.core.grid import largest_of, misfit_float16
 from quant.core.names import GGUF
@@ -270,6 +270,12 @@ class Inputs:
         """How many blocks a run quantizes."""
         return min(run.num_layers, len(self.model.blocks)) if run.quantizes else 0
 
+    def _own(self, run: RunConfig, n: int) -> slice | Tensor:
+        """This process's part of n calibration windows."""
+        if run.learning is None or ranks.size() == 1:
+            return own_windows(n, self.config.calib_batch)
+        return own_of_batches(n, run.learning.batch)
+
     def calibration_stream(
         self, run: RunConfig, directory: Path | None = None, ids: Tensor | None = None
     ) -> BlockStream:
@@ -277,7 +283,7 @@ class Inputs:
         directory: for those that are kept on the disk. ids: windows in place of the calibration's, all of them."""
         if ids is None:
             ids = self.calibration(run).ids
-            ids = ids[own_windows(len(ids), self.config.calib_batch)]
+            ids = ids[self._own(run, len(ids))]
         return BlockStream(
             self.model,
             ids,

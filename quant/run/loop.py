@@ -11,6 +11,7 @@ from pathlib import Path
 from models.load import LazyModel
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
+from quant.core import ranks
 from quant.learn.learner import LearnedBlock
 from quant.learn.loop import learn_block
 from quant.run.allocation import planned
@@ -158,7 +159,7 @@ class _Pair:
         self.learning = job.recipe.learning
         self.quantized, self.full = quantized, quantized.fork()
         outside = inputs.model.outside_weights(inputs.device)
-        self.training = quantized.in_batches_of(self.learning.batch, outside)
+        self.training = quantized.in_batches_of(self.learning.batch // ranks.size(), outside)
         self.start = None if job.run.resume is None else RunDirectory(job.run.resume)
 
     def pass_on(self, index: int, weights: BlockWeights) -> None:

@@ -6,7 +6,7 @@ outliers by a threshold over the matrix), and for experts, whole linears go roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -19,6 +19,7 @@ from quant.core import ranks
 from quant.core.errors import InputError
 from quant.core.parts import row_parts, stacked, stacked_grids
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.learn.config import Learning
 from quant.run.answers import answer_in, tensors_of
 from quant.run.config import RunConfig
 from quant.run.linear import LinearRecord
@@ -38,7 +39,7 @@ def check_sharing(run: RunConfig, processes: int) -> None:
         "--avg-bits": run.avg_bits is not None,
         "--rotate-steps": run.rotation is not None and run.rotation.steps > 0,
         f"--dataset {run.dataset}": written(run.dataset) is not None,
-        "learned clips and transforms": run.learning is not None,
+        "--whole_model": run.learning is not None and run.learning.together > 0,
     }
     lines = [
         f"{flag}: of one process, and {processes} were started: drop it, or start the run without torchrun"
@@ -49,8 +50,24 @@ def check_sharing(run: RunConfig, processes: int) -> None:
         lines.append(
             f"--nsamples {run.windows}: {processes} processes need a window each; give --nsamples {processes} or more"
         )
+    if not lines and run.learning is not None:
+        lines += _learning_mistakes(run.learning, run.windows, processes)
     if lines:
         raise InputError(*lines)
+
+
+def _learning_mistakes(learning: Learning, windows: int, processes: int) -> Iterator[str]:
+    """Why a step of learning cannot be taken by all processes together."""
+    if learning.batch % processes or windows % learning.batch:
+        yield (
+            f"--batch_size {learning.batch} with {windows} windows: {processes} processes share every step; give a multiple of "
+            f"{processes} that divides --nsamples"
+        )
+    if learning.distribution:
+        yield (
+            "the distribution loss of abq is of a whole batch and not of its parts: give --without distribution, or start the "
+            "run without torchrun"
+        )
 
 
 def own_rows(n_out: int) -> slice:

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 import model_quantizer
-from models.load import load_config
+from models.load import load_config, load_model
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import own_windows
 from quant.cli.errors import BAD_INPUT, FAILED, exit_code_of
 from quant.core import gram, ranks
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
+from quant.evaluate.passes import FULL, UNCHANGED
+from quant.evaluate.scorer import Scorer
 from quant.run import experts, observe, outside, quantize
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
@@ -29,7 +31,7 @@ from quant.run.sharing import check_sharing
 from quant.run.wire import codes_sent, shared_plan, sums_sent
 from quant.tune.config import Tuning
 from tests.crew import Crew, together
-from tests.helpers import config_for, perform, replace, same_codes
+from tests.helpers import CPU, asked, config_for, learned_config, perform, replace, same_codes
 
 
 class InFloat64(GramStats):
@@ -280,3 +282,64 @@ def test_a_plan_of_one_process_sends_nothing_and_more_take_less(tmp_path):
     assert many["seconds: total"] < eight["seconds: total"] < one["seconds: total"]
     strips = sum((n // 512) * (n // 512 + 1) / 2 * 512**2 + n for n in (16384, 16384, 16384, 53248))
     assert eight["bytes sent a block: sums"] == pytest.approx(2 * 7 / 8 * 4 * strips, rel=1e-5)
+
+
+def learned(request):
+    """What was learned of the blocks, losses and perplexity of a run."""
+    results = perform(request)
+    blocks = [RunDirectory(request.output.run_dir).read_learned(i) for i in range(3)]
+    losses = [(own["loss_start"], *own["losses"]) for own in results["learning"]]
+    return (
+        losses,
+        [{k: t.tolist() for k, t in own.items()} for own in blocks],
+        results["perplexity"]["words"]["quantized"],
+    )
+
+
+@pytest.mark.parametrize("method", ["omniquant", "affinequant"])
+def test_processes_that_learn_take_the_steps_of_one(method, model_dir, text, tmp_path):
+    """Gradients, losses and ranges of inputs are those of all windows: two processes with two windows a step each."""
+    learning = asked(method, epochs=2, batch=4, lwc_lr=0.05)
+    request = learned_config(model_dir("qwen2"), text, tmp_path, learner=method, learning=learning, nsamples=8)
+    one, two = (replace(request, run_dir=tmp_path / str(n)) for n in (1, 2))
+    losses, parameters, perplexity = learned(one)
+    for own_losses, own_parameters, own_perplexity in together(2, learned, two, directory=tmp_path):
+        assert own_losses[0] == pytest.approx(losses[0], rel=1e-4)  # of the first block
+        assert own_perplexity == pytest.approx(perplexity, rel=1e-2)
+        assert own_parameters[0].keys() == parameters[0].keys() and parameters[0]
+        for name, values in parameters[0].items():
+            ours, theirs = torch.tensor(own_parameters[0][name]), torch.tensor(values)
+            assert torch.allclose(ours, theirs, atol=2e-3), (name, (ours - theirs).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("learning", "says"),
+    [
+        (asked(batch=3), "--batch_size 3 with 128 windows: 2 processes share every step"),
+        (asked(batch=6), "a multiple of 2 that divides --nsamples"),
+        (asked("abq", batch=2), "--without distribution"),
+        (asked(batch=2, together=5), "--whole_model"),
+    ],
+)
+def test_what_cannot_be_learned_together_is_refused(learning, says):
+    run = RunConfig(wbits=3, solver="rtn", learner="omniquant", learning=learning)
+    check_sharing(replace(run, learning=asked(batch=4)), 2)
+    with pytest.raises(InputError, match=re.escape(says)):
+        check_sharing(run, 2)
+
+
+def scored(model, cache):
+    """Log-likelihoods of uneven requests, one of them twice, and of one alone, which leaves the other processes nothing."""
+    scorer = Scorer(
+        load_model(str(model), dtype=torch.float32, cache_dir=cache), {FULL: UNCHANGED}, CPU, 2, "cpu", cache
+    )
+    keys = [(tuple(range(1, 4 + 5 * i)), 1 + i % 3) for i in range(7)]
+    return [scorer.scores(FULL, [*keys, keys[2]]), scorer.scores(FULL, [((5, 6, 7), 2)])]
+
+
+def test_requests_of_tasks_are_shared(model_dir, tmp_path):
+    expected = scored(model_dir("llama"), tmp_path)
+    for own in together(3, scored, model_dir("llama"), tmp_path, directory=tmp_path):
+        for mine, theirs in zip(own, expected, strict=True):
+            assert [likely for _, likely in mine] == [likely for _, likely in theirs]
+            assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], rel=1e-6)
