@@ -94,7 +94,7 @@ def may_speak() -> bool:
 @contextmanager
 def joined() -> Iterator[None]:
     """Meet the other processes of the job, where there are any. Raises InputError where the environment does not say how."""
-    if asked() == 1:
+    if asked() <= 1:
         yield
         return
     import torch

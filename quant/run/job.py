@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from quant.core import env, ranks
+from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, write_json
 from quant.core.places import check_places
 from quant.core.types import QuantizedWeight
@@ -85,6 +86,7 @@ def _open_job(inputs: Inputs, run: RunConfig, output: Output, held: ExitStack, t
     if run.learning is not None:
         check_ranges(run, inputs.model, inputs.model_sha256)
     configuration = configuration_of(inputs, run)
+    _check_same(configuration)
     target = RunDirectory(path_of(inputs, run, output))
     previous = ranks.from_first(lambda: _previous(inputs, output, target))
     job = Job(run, output, recipe, target, json_sha256(configuration), configuration["blocks"], previous)
@@ -103,6 +105,16 @@ def _open_job(inputs: Inputs, run: RunConfig, output: Output, held: ExitStack, t
     if stay:
         log.warning("these are not of a run or checkpoint of this toolkit and stay: %s", ", ".join(map(str, stay)))
     return job
+
+
+def _check_same(configuration: Record) -> None:
+    """Raise InputError where processes of one job have opened other files or devices."""
+    for number, other in enumerate(ranks.all_told(configuration)):
+        if changed := [key for key, value in configuration.items() if other.get(key) != value]:
+            raise InputError(
+                f"process {number} of the job has another {changed[0]} ({other.get(changed[0])}) than process {ranks.rank()} "
+                f"({configuration[changed[0]]}): give all machines the same files, and devices of one kind"
+            )
 
 
 def _previous(inputs: Inputs, output: Output, target: RunDirectory) -> Record | None:

@@ -17,13 +17,14 @@ import model_quantizer
 from models.load import load_config, load_model
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.stream import own_windows
+from quant.cli.commands import run as run_command
 from quant.cli.errors import BAD_INPUT, FAILED, exit_code_of
 from quant.core import gram, ranks
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
 from quant.evaluate.passes import FULL, UNCHANGED
 from quant.evaluate.scorer import Scorer
-from quant.run import experts, observe, outside, quantize
+from quant.run import experts, inputs, observe, outside, quantize
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
 from quant.run.shapes import shapes_of
@@ -31,7 +32,7 @@ from quant.run.sharing import check_sharing
 from quant.run.wire import codes_sent, shared_plan, sums_sent
 from quant.tune.config import Tuning
 from tests.crew import Crew, together
-from tests.helpers import CPU, asked, config_for, learned_config, perform, replace, same_codes
+from tests.helpers import CPU, asked, called, config_for, learned_config, perform, replace, same_codes
 
 
 class InFloat64(GramStats):
@@ -343,3 +344,50 @@ def test_requests_of_tasks_are_shared(model_dir, tmp_path):
         for mine, theirs in zip(own, expected, strict=True):
             assert [likely for _, likely in mine] == [likely for _, likely in theirs]
             assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], rel=1e-6)
+
+
+def command_with_other_text(rank, *words):
+    """model_quantizer.py, and one process reads another text under the same name."""
+    if ranks.asked() and int(os.environ["RANK"]) == rank:
+        read = inputs.calibration_tokens
+        inputs.calibration_tokens = lambda *given, **more: read(*given, **{**more, "seed": 5})
+    return command(*words)
+
+
+def test_processes_with_other_files_are_named(flags, tmp_path):
+    crew = Crew(2, command_with_other_text, 1, *flags, directory=tmp_path)
+    assert set(crew.wait()) <= {BAD_INPUT, FAILED}
+    assert re.match("error: process [01] of the job has another calibration", only_line(crew))
+    assert not (tmp_path / "run").exists()
+
+
+def evaluate(*words):
+    """The exit code of python -m quant evaluate with these flags."""
+    return run_command(["evaluate", *map(str, words)])
+
+
+def test_a_checkpoint_is_evaluated_together(model_dir, text, tmp_path):
+    flags = ["--model", model_dir("llama"), "--eval-datasets", text, "--seqlen", 32, "--limit", 5, "--calib-batch", 2,
+             "--cache-dir", tmp_path / "cache", "--out"]  # fmt: skip
+    assert evaluate(*flags, tmp_path / "one.json") == 0
+    assert Crew(2, evaluate, *flags, tmp_path / "two.json", directory=tmp_path).wait() == [0, 0]
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text())["perplexity"]["words"] for n in ("one", "two"))
+    assert two["fp"] == pytest.approx(one["fp"], rel=1e-6) and two["windows"] == 5
+
+
+def test_the_plan_of_several_processes_is_shown(monkeypatch, capsys, tmp_path):
+    words = [
+        "--model",
+        "benchmarks/configs/llama-2-7b",
+        "--wbits",
+        4,
+        "--quantization-method",
+        "rtn",
+        "--world-size",
+        8,
+    ]
+    code, shown, _ = called(model_quantizer, monkeypatch, capsys, *words, "--dry-run", "--cache-dir", tmp_path)
+    strips = 3 * 4096 * 4608 / 2 + sum(512 * 512 * (i + 1) for i in range(21)) + 256 * 11008 + 3 * 4096 + 11008
+    assert code == 0 and re.search(rf"bytes sent a block: sums.* {2 * 7 / 8 * 4 * strips / 1e9:.3f} GB", shown), shown
+    code, _, said = called(model_quantizer, monkeypatch, capsys, *words)
+    assert code == BAD_INPUT and "--world-size 8 is of a plan: give --dry-run" in said
