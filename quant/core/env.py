@@ -18,12 +18,13 @@ import torch
 from quant.core import ranks
 from quant.core.errors import InputError
 
-PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "numba")
 
 
 def pick_device(name: str) -> torch.device:
     """``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:i``; of several processes each gets a CUDA device of its
-    own. Raises InputError if it is not there."""
+    own. A device with a number becomes torch's current one: Triton starts its kernels there, whatever tensors they are given.
+    Raises InputError if it is not there."""
     if ranks.size() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         return _own_device()
     if name == "auto":
@@ -42,6 +43,8 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         present = f"{count} CUDA device(s)" if count else "no CUDA device"
         raise InputError(f"--device {name} is not there: this machine has {present}; use --device cpu or auto")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -113,6 +116,10 @@ def versions() -> dict[str, str]:
             by_package[package] = version(package)
         except PackageNotFoundError:
             by_package[package] = "missing"
+    if torch.version.cuda is not None:  # kernels are compiled by Triton for CUDA alone
+        by_package["cuda"] = torch.version.cuda
+        with suppress(PackageNotFoundError):
+            by_package["triton"] = version("triton")
     return by_package
 
 

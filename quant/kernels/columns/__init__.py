@@ -21,13 +21,14 @@ _chosen: dict[str, Kernels] = {}
 
 
 def kernels(device: torch.device) -> Kernels:
-    """The fastest implementation that works on a device; chosen once a process.
+    """The fastest implementation that works on a device; chosen once a process and device.
 
     A Triton that cannot be imported or does not compile is reported in one warning that names what is used instead.
     """
-    if device.type not in _chosen:
-        _chosen[device.type] = _choose(device)
-    return _chosen[device.type]
+    named = str(device) if device.index else device.type  # the first has no number, or 0
+    if named not in _chosen:
+        _chosen[named] = _choose(device)
+    return _chosen[named]
 
 
 def describe(device: torch.device) -> str:

@@ -16,6 +16,9 @@ from quant.core.rounding import NumberFormat
 from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels, inverse_diagonal
 
 ROWS = 16
+FUSED = (
+    True  # a product and a sum are rounded once; said, as the default of Triton changes and codes on an edge with it
+)
 
 
 @triton.jit
@@ -177,6 +180,7 @@ class TritonKernels:
             residual.stride(0), incoming.stride(0), target.stride(0), codes.stride(0), free.stride(0),
             rounding=block.rounding, has_free=block.rounding and block.free is not None,
             one_group=block.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
+            enable_fp_fusion=FUSED,
         )  # fmt: skip
         return change
 
@@ -190,7 +194,7 @@ class TritonKernels:
             n_rows, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             incoming.stride(0), target.stride(0), codes.stride(0), residual.stride(0),
             has_outliers=block.outlier_above is not None, one_group=block.scale.shape[1] == 1, rows_tile=ROWS,
-            columns=triton.next_power_of_2(n_columns),
+            columns=triton.next_power_of_2(n_columns), enable_fp_fusion=FUSED,
         )  # fmt: skip
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
