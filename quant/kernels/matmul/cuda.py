@@ -20,6 +20,8 @@ WIDTHS = (8, 4, 2, 1)
 COLUMNS = 128  # columns of a block, where groups are multiples of it
 ROWS_OF_ONE, ROWS_OF_MANY, TOKENS = 16, 64, 64  # rows of a program, and tokens
 DOT = 16  # the least columns that tensor cores take
+FUSED = True  # as for the loops over columns
+STAGES, STAGES_OF_FLOATS = 3, 2  # tiles that are loaded ahead: as many as 99 KB of shared memory hold
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -92,7 +94,7 @@ def _many_tokens(  # type: ignore[no-untyped-def]
         column = start + tl.arange(0, columns)
         part = tl.load(x + token[:, None] * n_columns + column[None, :], mask=given[:, None], other=0.0)
         exact = (code - z[:, None]).to(part.dtype)  # integers of at most 8 bits and a sign
-        total += tl.dot(part, tl.trans(exact), input_precision="ieee") * s[None, :]
+        total += tl.dot(part, tl.trans(exact), input_precision="tf32x3") * s[None, :]
     tl.store(y + token[:, None] * n_rows + row[None, :], total, mask=given[:, None] & inside[None, :])
 
 
@@ -148,13 +150,14 @@ class Fields:
             for token, out in zip(x, y, strict=True):
                 _one_token[(triton.cdiv(n_rows, ROWS_OF_ONE),)](
                     token, *fields, scale, stored, out, *common, w0=w0, w1=w1, w2=w2, zero_width=width,
-                    rows=ROWS_OF_ONE, columns=columns,
+                    rows=ROWS_OF_ONE, columns=columns, enable_fp_fusion=FUSED,
                 )  # fmt: skip
             return y
         tokens = min(TOKENS, max(DOT, triton.next_power_of_2(x.shape[0])))
         _many_tokens[(triton.cdiv(n_rows, ROWS_OF_MANY), triton.cdiv(x.shape[0], tokens))](
             x, *fields, scale, stored, y, x.shape[0], *common, w0=w0, w1=w1, w2=w2, zero_width=width,
-            tokens=tokens, rows=ROWS_OF_MANY, columns=columns,
+            tokens=tokens, rows=ROWS_OF_MANY, columns=columns, enable_fp_fusion=FUSED,
+            num_stages=STAGES_OF_FLOATS if x.dtype == torch.float32 else STAGES,
         )  # fmt: skip
         return y
 
