@@ -1,9 +1,9 @@
-"""Draw the README's figure from the tables in benchmarks/results; nothing is measured.
+"""Draw the figures of the README and the docs from the tables in benchmarks/results; nothing is measured.
 
-    python -m scripts.figures            writes docs/bits-against-perplexity.svg
+    python -m scripts.figures            writes docs/bits-against-perplexity.svg and docs/superblocks.svg
 
-A line joins the geometric means over the models of a table, a dot is one model. Rows with one scale a row of the weight
-matrix are taken, and the first data set of a table.
+In the first a line joins the geometric means over the models of a table, a dot is one model. Rows with one scale a row of the
+weight matrix are taken, and the first data set of a table. The second has one model on the grids of GGUF's blocks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "bits-against-perplexity.svg"
+SUPER_FIGURE = ROOT / "docs" / "superblocks.svg"
 COLOURS = {"rtn": "#7d838c", "gptq": "#c8690f", "quantease": "#1d6fb8"}
 WIDTH, HEIGHT, TOP, BOTTOM = 820, 360, 76, 296  # of the picture, and of the panels in it; pixels
 INK, PALE = "#24292f", "#d8dde3"
@@ -128,5 +129,73 @@ def picture() -> str:
     return "\n".join(lines) + "\n"
 
 
+SUPER_ROWS = {
+    "llama.cpp": "#7d838c",
+    "llama.cpp, importance matrix": "#c8690f",
+    "preset fast": "#6aa3d5",
+    "preset balanced": "#1d6fb8",
+}
+SUPER_PANELS = (("wikitext2-test", "WikiText-2", 70, 400), ("ptb-test", "Penn Treebank", 480, 810))
+LEAST, MOST, DECADES = 2e-4, 4e-2, (0.001, 0.01)  # of divergences, and lines across
+
+
+def super_rows() -> list[dict[str, str]]:
+    """The rows of superblocks.md by the names of its columns."""
+    table = (ROOT / "benchmarks" / "results" / "superblocks.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def super_panel(data: str, title: str, left: int, right: int) -> list[str]:
+    """Divergence against stored bits on one text."""
+
+    def x(bits: float) -> float:
+        return left + (bits - 2.3) / 2.5 * (right - left)
+
+    def y(divergence: float) -> float:
+        return BOTTOM - math.log(divergence / LEAST) / math.log(MOST / LEAST) * (BOTTOM - TOP)
+
+    lines = [text((left + right) / 2, TOP - 12, title)]
+    for tick in DECADES:
+        lines.append(f'<path d="M{left} {y(tick):.1f}H{right}" stroke="{PALE}"/>')
+        lines.append(text(left - 6, y(tick) + 4, f"{tick:g}", "end", size=12))
+    lines.append(f'<path d="M{left} {BOTTOM}H{right}" stroke="{INK}"/>')
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in SUPER_ROWS}
+    for row in super_rows():
+        bits = float(row["stored"])
+        if row["method"] in points:
+            points[row["method"]].append((bits, float(row[f"{data}: KL"])))
+        if row["method"] == next(iter(points)):
+            lines.append(f'<path d="M{x(bits):.1f} {BOTTOM}v5" stroke="{INK}"/>')
+            lines.append(text(x(bits), BOTTOM + 19, f"{row['grid'].upper()} {bits:g}", size=12))
+    for name, own in points.items():
+        path = "L".join(f"{x(bits):.1f} {y(divergence):.1f}" for bits, divergence in own)
+        lines.append(f'<path d="M{path}" fill="none" stroke="{SUPER_ROWS[name]}" stroke-width="2.5"/>')
+        lines += [f'<circle cx="{x(b):.1f}" cy="{y(d):.1f}" r="3" fill="{SUPER_ROWS[name]}"/>' for b, d in own]
+    return lines
+
+
+def super_picture() -> str:
+    """The figure of super-blocks as SVG."""
+    about = "KL divergence to full precision on the grids of llama.cpp's K types, against stored bits per weight"
+    legend, place = [], 16
+    for name, colour in SUPER_ROWS.items():
+        legend.append(f'<circle cx="{place + 5}" cy="{HEIGHT - 12}" r="5" fill="{colour}"/>')
+        legend.append(text(place + 15, HEIGHT - 8, name, "start", colour))
+        place += 45 + 7 * len(name)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'role="img" font-family="Helvetica, Arial, sans-serif">',
+        f"<title>{about}</title>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        text(16, 28, about, "start", size=15),
+        *(line for panel in SUPER_PANELS for line in super_panel(*panel)),
+        *legend,
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     FIGURE.write_text(picture())
+    SUPER_FIGURE.write_text(super_picture())
