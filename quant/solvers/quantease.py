@@ -26,7 +26,7 @@ from quant.core.outliers import kept_outliers
 from quant.core.real_grid import refit_scale_minimum
 from quant.core.stored import stored_base, stored_scale, within_largest
 from quant.core.superblocks import kind_of, refit_integers, refit_units, rescaled, units_of
-from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec
+from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec, group_index
 from quant.kernels.columns import ColumnBlock, kernels
 from quant.solvers import Options, solver
 
@@ -124,7 +124,10 @@ class Descent:
         self.kernels.propagate_(self.correlation, change, rows)
 
     def _refit_superblocks(self, spec: QuantSpec) -> None:
-        """Of every super-block the float16 numbers that its parts share, then the integers of each part."""
+        """Of every super-block the float16 numbers that its parts share, then the integers of each part. Raises ValueError where
+        columns are not in order."""
+        if not torch.equal(self.group, group_index(len(self.group), spec.group_size, self.group.device)):
+            raise ValueError(f"{spec.kind} holds columns in order: leave act_order out")
         kind, units = kind_of(spec), units_of(self.grid(self.group), spec)
         parts = SUPER_COLUMNS // kind.part
         d, a = units.d, units.a

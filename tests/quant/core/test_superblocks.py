@@ -12,6 +12,7 @@ from quant.core.names import SUPER_COLUMNS, SUPER_GRIDS
 from quant.core.superblocks import refit_integers, refit_units, units_of
 from quant.core.types import Grid, QuantSpec, group_index
 from quant.export.gguf_types import encode, type_of
+from quant.kernels.matmul.pack import pack_weight
 from quant.solvers import get_solver
 from quant.solvers.quantease import Descent
 from tests.references import objective64
@@ -219,5 +220,16 @@ def test_what_no_grid_is_says_so():
     with pytest.raises(ValueError, match="super-blocks of 256 columns, not in_features=128"):
         fit_grid(torch.randn(4, 128), spec_for("q4_k"))
     weight, stats = layer(4, 256)
+    with pytest.raises(ValueError, match="q4_k holds columns in order: leave act_order out"):
+        get_solver("quantease")(weight, stats, spec_for("q4_k"), act_order=True, static_groups=True, refit_grid=True)
     with pytest.raises(ValueError, match="integer zero points"):
         get_solver("spqr")(weight, stats, spec_for("q3_k"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_products_are_those_of_the_values(kind):
+    weight, stats = layer(40, 512, seed=7)
+    answer = get_solver("gptq")(weight, stats, spec_for(kind))
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(8))
+    expected = x.double() @ answer.dequantize().double().T
+    assert torch.allclose(pack_weight(answer).matmul(x).double(), expected, atol=1e-4 * float(expected.abs().max()))
