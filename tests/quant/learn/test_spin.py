@@ -110,13 +110,18 @@ def test_a_block_that_is_trained_is_the_block_that_is_read(model_dir, tmp_path):
     matrices = spin.matrices(raw)
     turned = rotated(model, rotation, CPU, matrices={name: m.detach() for name, m in matrices.items()})
     for index in range(len(model.blocks)):
-        link = TurnedLink(model, index, model.block_weights(index, CPU, torch.float32), rewriting, spec)
+        read = model.block_weights(index, CPU, torch.float32)
+        link = TurnedLink(model, index, read, rewriting, spec)
         own = link.weights_at(link.own(matrices))
+        exact = TurnedLink(model, index, read, rewriting, None).weights_at(link.own(matrices)).named()
         expected = BlockWeights.read(turned, index, CPU)
         linears = {f"{name}.weight" for group in model.groups for name in group}
         for name, tensor in expected.named().items():
-            wanted = by_hand(tensor, 4, 8) if name in linears else tensor
-            torch.testing.assert_close(own.named()[name].detach(), wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(exact[name].detach(), tensor, rtol=1e-5, atol=1e-6)
+            if name in linears:
+                assert_rounded(own.named()[name].detach(), by_hand(exact[name].detach(), 4, 8), 8)
+            else:
+                assert torch.equal(own.named()[name], exact[name])
         assert own.named().keys() == expected.named().keys()
         own.weight("self_attn.o_proj").square().sum().backward(retain_graph=True)
         own.weight("self_attn.q_proj").mul(torch.arange(own.weight("self_attn.q_proj").shape[1])).sum().backward(
@@ -124,6 +129,13 @@ def test_a_block_that_is_trained_is_the_block_that_is_read(model_dir, tmp_path):
         )
         assert float(raw["residual"].grad.abs().sum()) > 0
         assert float(raw[f"{index}.vo"].grad.abs().sum()) > 0
+
+
+def assert_rounded(own, wanted, size):
+    """The same values; of one group in a hundred the scale may be the next float16 number: its quotient lay between two."""
+    apart = ~torch.isclose(own, wanted, rtol=1e-5, atol=1e-6)
+    assert float(apart.view(len(own), -1, size).any(-1).float().mean()) <= 0.01
+    torch.testing.assert_close(own, wanted, rtol=2.0**-10, atol=1e-6)
 
 
 def by_hand(weight, bits, size):
