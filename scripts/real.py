@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from quant.cli.console import console as make_console  # noqa: E402
 from quant.cli.errors import exit_code_of  # noqa: E402
+from quant.cli.presets import PRESETS  # noqa: E402
 from quant.cli.tables import results_table  # noqa: E402
 from quant.core.errors import InputError, RunError  # noqa: E402
 from quant.core.files import hold_lock, sha256_of_file, temporary_name  # noqa: E402
@@ -96,9 +97,10 @@ def run_table(out: Path, flags: Mapping[str, str], console: Any) -> list[dict[st
 
 
 def name_of(cell: Cell) -> str:
-    """What the table calls a row: its preset, or its method."""
-    preset = cell.flags.get("preset")
-    return f"preset {preset}" if preset else str(cell.results["method"])
+    """What the table calls a row: the preset whose flags it has, or its method."""
+    given = {flag.replace("-", "_") for flag in cell.flags}
+    presets = [name for name, flags in PRESETS.items() if given.issuperset(flags)]
+    return f"preset {presets[-1]}" if presets else str(cell.results["method"])
 
 
 def talk(run_dir: str, prompt: str) -> None:

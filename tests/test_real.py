@@ -74,7 +74,7 @@ def test_from_a_file_to_an_answer(tmp_path, monkeypatch, text, capfd):
     table = tmp_path / "table.yaml"
     table.write_text(
         f"command: model_quantizer.py\nfixed: {{model: {tmp_path}/model.gguf, seqlen: 32, nsamples: 4, limit: 4, wbits: 3, "
-        f"cache-dir: {tmp_path}/cache, num-iter: 3}}\ngrid:\n  quantization-method: [rtn, quantease, {{preset: fast}}]\n"
+        f"cache-dir: {tmp_path}/cache, num-iter: 3}}\ngrid:\n  quantization-method: [rtn, quantease, {{range: mse, search-grid: true, refit-grid: true}}]\n"
     )
     monkeypatch.setattr(real, "TABLE", table)
     monkeypatch.chdir(tmp_path)
