@@ -50,6 +50,10 @@ CPU = torch.device("cpu")
 SIZES = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 843, "pad_token_id": None,
          "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
 LLAMA = SIZES | {"intermediate_size": 512, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512}
+PLAIN_LLAMA = {key: value for key, value in LLAMA.items() if key != "head_dim"}
+ENDS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+PARTLY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 512}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192, "rope_theta": 500000.0}  # fmt: skip
 RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,6 +62,16 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "random qwen2": ("qwen2", LLAMA),
     "random qwen3": ("qwen3", LLAMA),
     "random gemma2": ("gemma2", LLAMA | {"query_pre_attn_scalar": 64}),
+    "random gemma3": (
+        "gemma3_text",
+        LLAMA | {"query_pre_attn_scalar": 64, "num_hidden_layers": 6, "sliding_window": 16},
+    ),
+    "random phi3": ("phi3", PLAIN_LLAMA | PARTLY),
+    "random gpt neox": ("gpt_neox", SIZES | {"intermediate_size": 512, "max_position_embeddings": 512} | PARTLY),
+    "random gpt2": ("gpt2", {"vocab_size": 843, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512} | ENDS),
+    "random starcoder2": ("starcoder2", PLAIN_LLAMA),
+    "random qwen3 moe": ("qwen3_moe", LLAMA | EXPERTS | {"num_experts": 4, "norm_topk_prob": True}),
+    "random mixtral": ("mixtral", LLAMA | EXPERTS | {"num_local_experts": 4}),
     "random falcon 40b": ("falcon", SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": False}),
 }
 SYMMETRIC, WIDE = QuantSpec(4, 32, True), QuantSpec(4, -1)
@@ -83,7 +97,7 @@ CASES: dict[str, dict[str, tuple[QuantSpec, ...]]] = {
     "mlx": {
         "llama": ALL + MLX_MORE,
         "mistral": ALL,
-        **{name: (SYMMETRIC, WIDE) for name in RANDOM if "falcon" not in name},
+        **{f"random {name}": (SYMMETRIC, WIDE) for name in ("llama", "llama 3", "qwen2", "qwen3", "gemma2")},
     },
 }
 

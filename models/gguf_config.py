@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from models.container import CONFIG
+from models.gguf_architectures import BLOCK
 from models.gguf_file import LINK, PLAIN, values_of
 from models.gguf_header import Header, read_header
-from models.gguf_layout import BLOCK, ROTARY, architecture_of, corrections, rotary_scaling
+from models.gguf_layout import ROTARY, architecture_of, corrections, rotary_scaling, scaled
 from quant.core.errors import InputError, foreign
 from quant.core.files import hold_lock, write_json
 from quant.core.text import brief
@@ -71,7 +72,9 @@ def _config(file: Path, header: Header) -> dict[str, Any]:
         rotary = values_of(np.memmap(file, np.uint8, "r"), header.tensors[ROTARY]).float()
     changed = corrections(header.facts, header.tensors, file)
     if scaling := rotary_scaling(header.facts, rotary, file):
-        changed["rope_parameters"] = (fields.get("rope_parameters") or {}) | scaling
+        changed["rope_parameters"] = scaled(
+            changed.get("rope_parameters") or fields.get("rope_parameters") or {}, scaling
+        )
     with foreign(f"{file}: no configuration can be made of its header"):
         config = AutoConfig.for_model(fields.pop("model_type"), **fields | changed)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]

@@ -1,7 +1,7 @@
 """llama.cpp's importance matrix as a GGUF file: of every linear the sums of its squared inputs, and of how many tokens.
 
 What `llama-quantize --imatrix` reads: ``general.type`` is ``imatrix``; of a weight ``W`` there are ``W.in_sum2``, float32 [1, in], and
-``W.counts``, float32 [1, 1] (llama.cpp, tools/imatrix).
+``W.counts``, float32 [1, 1], and of a stack of experts a row of each for every expert (llama.cpp, tools/imatrix).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from gguf import GGUFWriter
 from torch import Tensor
 
@@ -39,10 +38,10 @@ def check_importance_file(path: Path) -> None:
 
 
 def write_importance(
-    path: Path, sums: Mapping[str, Tensor], tokens: int, datasets: Sequence[str], chunks: int, chunk: int
+    path: Path, sums: Mapping[str, tuple[Tensor, Tensor]], datasets: Sequence[str], chunks: int, chunk: int
 ) -> None:
-    """Write the file, whole or not at all. sums: squared inputs [in] by name in the file, each over so many tokens in
-    ``chunks`` windows of ``chunk``. Raises OSError where the disk does not take it."""
+    """Write the file, whole or not at all. sums: by name in the file squared inputs [n, in] and their tokens [n], n being 1
+    or the number of experts, of ``chunks`` windows of ``chunk`` tokens. Raises OSError where the disk does not take it."""
     temporary = temporary_name(path)
     try:
         writer = GGUFWriter(temporary, TYPE)
@@ -51,9 +50,9 @@ def write_importance(
         writer.add_array("imatrix.datasets", list(datasets))
         writer.add_uint32("imatrix.chunk_count", chunks)
         writer.add_uint32("imatrix.chunk_size", chunk)
-        for name, square in sums.items():
-            writer.add_tensor(f"{name}.in_sum2", square.float().numpy()[None])
-            writer.add_tensor(f"{name}.counts", np.full((1, 1), tokens, np.float32))
+        for name, (squares, tokens) in sums.items():
+            writer.add_tensor(f"{name}.in_sum2", squares.float().numpy())
+            writer.add_tensor(f"{name}.counts", tokens.float().numpy()[:, None])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -1,157 +1,35 @@
-"""How the architectures of GGUF files lay out the families that are known here: names of tensors, order of their rows, and
-facts that transformers' own reader leaves out. What llama.cpp's convert_hf_to_gguf.py did is undone here."""
+"""What reading a GGUF file takes beside the names of its tensors: which architecture it has, and facts that transformers' own
+reader leaves out."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.gguf_architectures import ARCHITECTURES, READ, Architecture
 from quant.core.errors import InputError
 from quant.core.text import brief
 
-BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 ROTARY = "rope_freqs.weight"  # factors of the rotary frequencies of Llama 3.1 and later
 LLAMA3_LENGTH = 8192  # tokens of Llama 3, from which its successors scale; low and high factor are theirs too
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 GEMMA2_27B_BLOCKS = 46  # the one Gemma 2 whose queries are not scaled by its head's size (llama.cpp: LLM_TYPE_27B)
-NO_ARCHITECTURE = "gguf has no architecture for {} models (but for {}): use format bitplane or compressed-tensors"
+GEMMA3_27B_BLOCKS = 62  # and the one Gemma 3
+GEMMA3_TURN, GEMMA3_LOCAL_BASE = 6, 10_000.0  # every sixth layer sees all; the base of rotary frequencies of the others
 Json = dict[str, Any]
-Undo = Callable[[Tensor, int, int], Tensor]  # of rows [R, ...], by heads of queries and of keys
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """outside, inside: modules of the family by their names in the file, outside the blocks and in them; blocks: where these
-    are. undo: what to do to the rows of a module inside. offset: what was added to the weights of norms."""
-
-    blocks: str
-    outside: Mapping[str, str]
-    inside: Mapping[str, str]
-    undo: Mapping[str, Undo]
-    offset: float = 0.0
-
-    def place(self, name: str) -> tuple[str, str] | None:
-        """The family's name of a tensor, and what the tensor is of; None for one that the architecture does not have."""
-        stem, _, kind = name.rpartition(".")
-        if kind not in ("weight", "bias"):
-            return None
-        if match := BLOCK.fullmatch(stem):
-            module = self.inside.get(match[2])
-            return None if module is None else (f"{self.blocks}.{int(match[1])}.{module}.{kind}", match[2])
-        return (f"{self.outside[stem]}.{kind}", stem) if stem in self.outside else None
-
-    def stored(self, name: str) -> tuple[str, str] | None:
-        """The file's name of a tensor of the family, and what the tensor is of; None for one that has no place in it."""
-        path, _, kind = name.rpartition(".")
-        for own, module in self.outside.items():
-            if module == path:
-                return f"{own}.{kind}", own
-        if not path.startswith(f"{self.blocks}."):
-            return None
-        index, _, inner = path.removeprefix(f"{self.blocks}.").partition(".")
-        for own, module in self.inside.items():
-            if module == inner:
-                return f"blk.{index}.{own}.{kind}", own
-        return None
-
-
-def stored_rows(rows: Tensor, undo: Undo, heads: int, kv_heads: int) -> Tensor:
-    """Rows [R, ...] in the order of the file: the inverse of what reading does to them, which only moves them."""
-    return rows[undo(torch.arange(rows.shape[0]), heads, kv_heads).argsort()]
-
-
-def paired_rows(rows: Tensor, heads: int) -> Tensor:
-    """Rotated pairs stand side by side in the file, half a head apart in transformers."""
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def fused_rows(rows: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """All queries, keys, values in the file; [kv heads, (its queries, key, value), head_dim] in BLOOM and Falcon."""
-    rest, size = rows.shape[1:], rows.shape[0] // (heads + 2 * kv_heads)
-    q, k, v = rows.split([heads * size, kv_heads * size, kv_heads * size])
-    grouped = [part.view(kv_heads, -1, size, *rest) for part in (q, k, v)]
-    return torch.cat(grouped, 1).reshape(rows.shape)
-
-
-TIED_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-LLAMA_OUTSIDE = TIED_OUTSIDE | {"output": "lm_head"}
-LLAMA_INSIDE = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-NORM_BEFORE_MLP = {"ffn_norm": "post_attention_layernorm"}
-HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-FOUR_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-FUSED_OUTSIDE = {"token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f", "output": "lm_head"}
-FUSED_INSIDE = {
-    "attn_qkv": "self_attention.query_key_value",
-    "attn_output": "self_attention.dense",
-    "ffn_up": "mlp.dense_h_to_4h",
-    "ffn_down": "mlp.dense_4h_to_h",
-}
-ONE_NORM = {"attn_norm": "input_layernorm"}
-PAIRS: dict[str, Undo] = {
-    "attn_q": lambda rows, heads, kv_heads: paired_rows(rows, heads),
-    "attn_k": lambda rows, heads, kv_heads: paired_rows(rows, kv_heads),
-}
-ARCHITECTURES = {
-    "llama": Architecture("model.layers", LLAMA_OUTSIDE, LLAMA_INSIDE | NORM_BEFORE_MLP, PAIRS),
-    "qwen2": Architecture("model.layers", LLAMA_OUTSIDE, LLAMA_INSIDE | NORM_BEFORE_MLP, {}),
-    "qwen3": Architecture("model.layers", LLAMA_OUTSIDE, LLAMA_INSIDE | NORM_BEFORE_MLP | HEAD_NORMS, {}),
-    "gemma2": Architecture("model.layers", TIED_OUTSIDE, LLAMA_INSIDE | FOUR_NORMS, {}, offset=1.0),
-    "bloom": Architecture(
-        "transformer.h",
-        FUSED_OUTSIDE | {"token_embd_norm": "transformer.word_embeddings_layernorm"},
-        FUSED_INSIDE | ONE_NORM | NORM_BEFORE_MLP,
-        {"attn_qkv": fused_rows},
-    ),
-    "falcon": Architecture("transformer.h", FUSED_OUTSIDE, FUSED_INSIDE | ONE_NORM, {"attn_qkv": fused_rows}),
-    "falcon, two norms": Architecture(
-        "transformer.h",
-        FUSED_OUTSIDE,
-        FUSED_INSIDE | {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
-        {"attn_qkv": fused_rows},
-    ),
-}
-
-
-MODEL_TYPES = {name: name for name in ARCHITECTURES if "," not in name} | {"mistral": "llama"}  # of config.json
-
-
-def architecture_for(config: Any) -> tuple[str, Architecture]:
-    """The name of a model's architecture, and how it is laid out. Raises InputError for one that llama.cpp does not have."""
-    if config.model_type not in MODEL_TYPES:
-        raise InputError(NO_ARCHITECTURE.format(config.model_type, ", ".join(sorted(MODEL_TYPES))))
-    named = MODEL_TYPES[config.model_type]
-    norms = getattr(config, "num_ln_in_parallel_attn", None) or 2
-    two_norms = named == "falcon" and config.new_decoder_architecture and norms == 2
-    return named, ARCHITECTURES["falcon, two norms" if two_norms else named]
 
 
 def architecture_of(facts: Mapping[str, Any], tensors: Collection[str], path: Path) -> Architecture:
     """How a file is laid out. Raises InputError for an architecture that is not covered, and for a part of a file."""
     named = facts.get("general.architecture")
-    known = sorted(name for name in ARCHITECTURES if "," not in name)
-    if named not in known:
+    if named not in READ:
         raise InputError(
-            f"{path}: GGUF files of architecture {brief(repr(named), 40)} are not read (but those of {', '.join(known)}); "
+            f"{path}: GGUF files of architecture {brief(repr(named), 40)} are not read (but those of {', '.join(READ)}); "
             "give the model as safetensors"
         )
     if parts := facts.get("split.count", 0):
@@ -188,7 +66,7 @@ def corrections(facts: Mapping[str, Any], tensors: Collection[str], path: Path) 
 
     heads, kv_heads = heads_of(facts, path)
     fields: Json = {}
-    if fact("attention.sliding_window") and named != "gemma2":
+    if fact("attention.sliding_window") and named not in ("gemma2", "gemma3"):
         raise InputError(f"{path}: {named} with attention.sliding_window is not read; give the model as safetensors")
     if named in ("llama", "qwen3") and fact("attention.key_length"):
         fields["head_dim"] = fact("attention.key_length")
@@ -216,7 +94,32 @@ def corrections(facts: Mapping[str, Any], tensors: Collection[str], path: Path) 
             if scaled and isinstance(width, int)
             else fact("attention.key_length"),
         }
+    if named == "gemma3":
+        fields |= _gemma3(facts, heads, path)
     return {key: value for key, value in fields.items() if value is not None}
+
+
+def _gemma3(facts: Mapping[str, Any], heads: int, path: Path) -> Json:
+    """What llama.cpp knows of Gemma 3 by itself. Raises InputError where the file says otherwise."""
+    count, width = facts.get("gemma3.block_count"), facts.get("gemma3.embedding_length")
+    if not isinstance(count, int) or not isinstance(width, int):
+        raise InputError(f"{path}: gemma3.block_count and gemma3.embedding_length are no numbers; download it again")
+    base = float(facts.get("gemma3.rope.freq_base") or GEMMA3_LOCAL_BASE)
+    local = float(facts.get("gemma3.rope.freq_base_swa") or GEMMA3_LOCAL_BASE)
+    turns = {"full_attention": base, "sliding_attention": local}
+    return {
+        "query_pre_attn_scalar": width // heads
+        if count == GEMMA3_27B_BLOCKS
+        else facts.get("gemma3.attention.key_length"),
+        "layer_types": gemma3_layers(count),
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in turns.items()},
+        "final_logit_softcapping": facts.get("gemma3.final_logit_softcapping"),
+    }
+
+
+def gemma3_layers(count: int) -> list[str]:
+    """What the layers of Gemma 3 see."""
+    return ["sliding_attention" if (i + 1) % GEMMA3_TURN else "full_attention" for i in range(count)]
 
 
 def rotary_scaling(facts: Mapping[str, Any], factors: Tensor | None, path: Path) -> Json:
@@ -234,6 +137,13 @@ def rotary_scaling(facts: Mapping[str, Any], factors: Tensor | None, path: Path)
     if kind in (None, "linear") and isinstance(factor, float | int):
         return {"rope_type": "linear", "factor": float(factor)}
     raise InputError(f"{path}: positions scaled by {brief(repr(kind), 40)} are not read; give the model as safetensors")
+
+
+def scaled(parameters: Json, scaling: Json) -> Json:
+    """``rope_parameters`` with a scaling: where they differ by layer, of the layers that see all."""
+    if "full_attention" in parameters:
+        return parameters | {"full_attention": parameters["full_attention"] | scaling}
+    return parameters | scaling
 
 
 def llama3_factors(

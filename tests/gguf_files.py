@@ -13,9 +13,11 @@ from gguf import GGMLQuantizationType as Type
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.gguf_layout import MODEL_TYPES
+from models.gguf_architectures import MODEL_TYPES, READ
 from models.load import LazyModel
-from tests.conftest import CONFIGS, VOCABULARY
+from tests.conftest import CONFIGS, MIXTURES, VOCABULARY
+
+ROTATED_IN_PAIRS = ("llama", "mistral", "mixtral")
 
 
 def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -38,11 +40,14 @@ def as_stored(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
     """A tensor as the converter changes it, by its name in transformers."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if config.model_type in ("llama", "mistral") and ".q_proj." in name:
+    if config.model_type == "gpt_neox" and ".query_key_value." in name:  # `modify_tensors` of the converter
+        parts = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
+        return torch.cat([parts[:, part].reshape(-1, *tensor.shape[1:]) for part in range(3)])
+    if config.model_type in ROTATED_IN_PAIRS and ".q_proj." in name:
         return permuted(tensor, heads)
-    if config.model_type in ("llama", "mistral") and ".k_proj." in name:
+    if config.model_type in ROTATED_IN_PAIRS and ".k_proj." in name:
         return permuted(tensor, kv_heads)
-    if config.model_type == "gemma2" and name.endswith("norm.weight"):
+    if config.model_type in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
         return tensor + 1
     if ".query_key_value." in name:
         if config.model_type == "falcon":
@@ -67,6 +72,7 @@ def add_facts(writer: gguf.GGUFWriter, config: Any) -> None:
     else:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters.get("full_attention", parameters)
     if "rope_theta" in parameters:
         writer.add_rope_freq_base(parameters["rope_theta"])
     head_dim = getattr(config, "head_dim", None)
@@ -74,6 +80,8 @@ def add_facts(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
         writer.add_rope_dimension_count(head_dim)
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -102,7 +110,7 @@ def write_gguf(
     """Write a model. type_of: of a tensor, by its name in the file; matrices alone are asked for. more: further entries.
     Returns name in the file, type and stored bytes by name in transformers."""
     config = model.config
-    named = "llama" if config.model_type == "mistral" else config.model_type
+    named = MODEL_TYPES[config.model_type]
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == named)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, named)
@@ -143,8 +151,20 @@ def blocks(shape: tuple[int, ...], kind: Type) -> np.ndarray:
     return data.reshape(*shape[:-1], -1)
 
 
-# llama.cpp writes ALiBi in another form than "falcon rw" has
-NAMES = [name for name, (kind, _) in CONFIGS.items() if kind in MODEL_TYPES and name != "falcon rw"]
+# llama.cpp writes ALiBi in another form than "falcon rw" has, and computes no attention without biases in GPT-NeoX
+NAMES = [name for name, (kind, _) in CONFIGS.items() if MODEL_TYPES.get(kind) in READ and name != "falcon rw"]
+WRITTEN = ["phi3", "gpt neox", "gpt2", "starcoder2", "mixtral", "qwen3_moe"]  # architectures whose files are no source
+AS_LLAMA_CPP = {  # what llama.cpp takes such models to be
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma3": {"query_pre_attn_scalar": 16, "sliding_window_pattern": 6, "num_hidden_layers": 6},
+    "qwen3_moe": {"norm_topk_prob": True},
+}
+
+
+def built(name: str) -> Any:
+    """A random model of the tests' configurations, as llama.cpp takes it to be."""
+    kind, options = (CONFIGS | MIXTURES)[name]
+    return made(kind, **options | AS_LLAMA_CPP.get(name, {}))
 
 
 def made(model_type: str, **options: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from models.gguf_layout import MODEL_TYPES, NO_ARCHITECTURE
+from models.gguf_architectures import MODEL_TYPES, NO_ARCHITECTURE
 from quant.core.names import GGUF
 from quant.export.formats import Content, misfit_linear, refuses_codes
 from quant.export.gguf_types import nearest, type_for

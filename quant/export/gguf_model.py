@@ -6,7 +6,7 @@ converter keeps them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.gguf_architectures import ALWAYS_FLOAT32, architecture_for, experts_of, stored_rows
 from models.gguf_facts import Facts, facts_of, rotary_factors
 from models.gguf_file import PLAIN as DTYPES
-from models.gguf_layout import ROTARY, architecture_for, stored_rows
+from models.gguf_layout import ROTARY
 from models.gguf_tokens import vocabulary
 from models.gguf_writer import FILE, GGUFFile, Place
 from models.load import LazyModel
 from models.unread import spellings
 from quant.core.errors import InputError
 from quant.core.types import QuantizedWeight
+from quant.export.gguf_types import TYPES as BLOCKS
 from quant.export.gguf_types import encode, type_of
 
+Stacked = list[Tensor] | list[QuantizedWeight]  # of all experts of a block
+Value = Tensor | QuantizedWeight | Stacked
 Entries = Callable[[], Iterator[tuple[str, Tensor | QuantizedWeight]]]
 PLAIN = {dtype: kind for kind, dtype in DTYPES.items()}
+TYPES = {one.type: one for one in BLOCKS}
 MADE_BY = {"method": str, "bits_per_weight": float, "configuration_sha256": str, "codes_sha256": str}  # of results.json
 
 
@@ -60,38 +65,39 @@ class GgufModel:
         for place, value in self._placed():
             yield place.name, self._stored(place, value)
 
-    def _placed(self) -> Iterator[tuple[Place, Tensor | QuantizedWeight]]:
+    def _placed(self) -> Iterator[tuple[Place, Value]]:
         _, architecture = architecture_for(self.model.config)
         factors = rotary_factors(self.model.config, self.model.family.heads(self.model.config))
         if factors is not None:
             yield Place(ROTARY, PLAIN[factors.dtype], tuple(factors.shape)), factors
         parameters = {spelt: name for name, _ in self.model.module.named_parameters()
                       for spelt in spellings(name, self.model.module)}  # fmt: skip
+        waiting: dict[str, list[Any]] = {}  # of experts, until the last of a block is there
         for key, value in self.entries():
             if key not in parameters:
                 continue  # carried for other software, read by no module
+            if stack := architecture.stacked(parameters[key]):
+                waiting.setdefault(stack, []).append(value)
+                if len(waiting[stack]) == experts_of(self.model.config):
+                    values = waiting.pop(stack)
+                    yield _place(stack, key, values), values
+                continue
             found = architecture.stored(parameters[key])
             if found is None:
                 raise InputError(f"gguf: {key} has no place in a file of {self.model.config.model_type} models")
-            if isinstance(value, QuantizedWeight):
-                try:
-                    kind = type_of(value).type
-                except InputError as error:
-                    raise InputError(f"{key.removesuffix('.weight')}: {error}") from error
-                yield Place(found[0], kind, tuple(value.codes.shape)), value
-            else:
-                dtype = torch.float32 if value.dim() == 1 or value.dtype not in PLAIN else value.dtype
-                yield Place(found[0], PLAIN[dtype], tuple(value.shape)), value
+            yield _place(found[0], key, [value]), value
 
-    def _stored(self, place: Place, value: Tensor | QuantizedWeight) -> Tensor:
+    def _stored(self, place: Place, value: Value) -> Tensor:
         """A tensor in the file's order of rows, numbers and type."""
+        if isinstance(value, list):
+            return torch.stack([self._stored(place, one) for one in value])
         if place.name == ROTARY:
             assert isinstance(value, Tensor)
             return value
         _, architecture = architecture_for(self.model.config)
         module = place.name.rpartition(".")[0].split(".")[-1]
         if isinstance(value, QuantizedWeight):
-            rows = torch.from_numpy(encode(value, type_of(value)))
+            rows = torch.from_numpy(encode(value, TYPES[place.type]))
         else:
             rows = value.to(DTYPES[place.type])
             if architecture.offset and module.endswith("norm"):
@@ -101,6 +107,21 @@ class GgufModel:
             return rows
         heads = self.model.family.heads(self.model.config)
         return stored_rows(rows, undo, heads.q[1].shape[0], heads.k[1].shape[0])
+
+
+def _place(name: str, key: str, values: Sequence[Any]) -> Place:
+    """The place of a tensor, or of those of all experts of a block, which are of one type. key: what messages call it."""
+    shape = tuple(values[0].codes.shape if isinstance(values[0], QuantizedWeight) else values[0].shape)
+    if len(values) > 1:
+        shape = (len(values), *shape)
+    if all(isinstance(value, QuantizedWeight) for value in values):
+        try:
+            return Place(name, type_of(*values).type, shape)
+        except InputError as error:
+            raise InputError(f"{key.removesuffix('.weight')}: {error}") from error
+    (dtype,) = {value.dtype for value in values}
+    plain = values[0].dim() == 1 or dtype not in PLAIN or name.split(".")[-2] in ALWAYS_FLOAT32
+    return Place(name, PLAIN[torch.float32 if plain else dtype], shape)
 
 
 def check_model(model: LazyModel, tokenizer: Any) -> None:

@@ -98,14 +98,17 @@ def type_for(spec: QuantSpec, n_in: int) -> BlockType | None:
     return next((one for one in TYPES if one.holds_every(spec, n_in)), None)
 
 
-def type_of(weight: QuantizedWeight) -> BlockType:
-    """The smallest type that holds an answer. Raises InputError where none does."""
-    grid, own = weight.grid, weight.spec.super_kind is not None
-    if not in_order(weight):
-        raise InputError("gguf holds columns in order, and these are not: use format bitplane")
-    if not own and (grid.scale_bits != 16 or grid.minimum_bits == 32):
-        raise InputError("gguf stores scales and minima in float16 and cannot hold these exactly: use format bitplane")
-    found = next((one for one in TYPES if one.holds(weight)), None)
+def type_of(*weights: QuantizedWeight) -> BlockType:
+    """The smallest type that holds an answer, or all of several. Raises InputError where none does."""
+    for weight in weights:
+        if not in_order(weight):
+            raise InputError("gguf holds columns in order, and these are not: use format bitplane")
+        exact = weight.grid.scale_bits == 16 and weight.grid.minimum_bits != 32
+        if weight.spec.super_kind is None and not exact:
+            raise InputError(
+                "gguf stores scales and minima in float16 and cannot hold these exactly: use format bitplane"
+            )
+    found = next((one for one in TYPES if all(one.holds(weight) for weight in weights)), None)
     if found is None:
         raise InputError("gguf has no type of blocks that holds this grid: use format bitplane")
     return found

@@ -17,8 +17,8 @@ from models.load import load_config, load_model, load_tokenizer
 from quant.cli.errors import exit_code_of
 from quant.core.errors import InputError
 from quant.core.files import sha256_of_file
-from tests.conftest import COMMON, CONFIGS, GQA, VOCABULARY, build
-from tests.gguf_files import NAMES, logits, made, module_of, write_gguf
+from tests.conftest import COMMON, GQA, VOCABULARY, build
+from tests.gguf_files import AS_LLAMA_CPP, NAMES, built, logits, made, module_of, write_gguf
 from tests.helpers import config_for, perform
 
 WIDE = GQA | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
@@ -31,9 +31,8 @@ def opened(file, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_numbers_give_the_logits_of_their_source(name, tmp_path):
     """F32: every tensor bit for bit, but norms to which one was added; and the logits of the whole model."""
-    model_type, options = CONFIGS[name]
-    offset = model_type == "gemma2"
-    source = made(model_type, **options, query_pre_attn_scalar=8) if offset else build(name)  # 8: the head's size
+    offset = name in AS_LLAMA_CPP
+    source = built(name) if offset else build(name)
     write_gguf(source, tmp_path / "model.gguf")
     lazy = opened(tmp_path / "model.gguf", tmp_path)
     state = source.state_dict()

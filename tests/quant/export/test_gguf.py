@@ -1,7 +1,9 @@
 """Models as GGUF files: read back they have the same weights, element by element, the same configuration and tokenizer."""
 
+import re
 from dataclasses import replace
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from gguf import GGUFReader as PackageReader
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from models.gguf_layout import ARCHITECTURES, stored_rows
+from models.gguf_architectures import ARCHITECTURES, MODEL_TYPES, stored_rows
 from models.gguf_tokens import vocabulary
 from models.gguf_writer import FILE
 from models.load import load_model, load_tokenizer
@@ -23,9 +25,9 @@ from quant.export.gguf_model import check_model
 from quant.export.write import entries, form_of, layers_of, save_checkpoint
 from quant.run.convert import convert
 from quant.tune.config import Tuning
-from tests.conftest import CONFIGS, build
-from tests.gguf_files import NAMES, logits, made, module_of
-from tests.helpers import config_for, perform
+from tests.conftest import CONFIGS, MIXTURES, build
+from tests.gguf_files import AS_LLAMA_CPP, NAMES, WRITTEN, as_stored, built, logits, made, module_of
+from tests.helpers import CPU, config_for, perform
 from tests.helpers import replace as replace_in
 
 SPEC = QuantSpec(4, 32, symmetric=True)
@@ -38,8 +40,7 @@ def save_tokenizer(path):
 
 def save_model(name, path):
     """A model that llama.cpp computes as it is, with tokenizer."""
-    model_type, options = CONFIGS[name]
-    model = made(model_type, **options, query_pre_attn_scalar=8) if name == "gemma2" else build(name)
+    model = built(name) if name in AS_LLAMA_CPP or name in WRITTEN else build(name)
     model.half().save_pretrained(path)
     save_tokenizer(path)
     return model
@@ -59,7 +60,8 @@ def write(lazy, target, spec=SPEC, n_blocks=2, results=()):
         if index >= n_blocks:
             return {}
         weights = lazy.block_weights(index, torch.device("cpu"))
-        solved = {f"{name}.weight": rounded(weights[f"{name}.weight"], spec) for name in lazy.linear_shapes()}
+        linears = lazy.linear_shapes(index)
+        solved = {f"{name}.weight": rounded(weights[f"{name}.weight"], spec) for name in linears}
         prefix = f"{lazy.family.blocks}.{index}."
         expected.update({prefix + name: weight.dequantize() for name, weight in solved.items()})
         return solved
@@ -85,7 +87,9 @@ def test_every_tensor_comes_back_element_by_element(name, tmp_path):
         value = expected.get(own, lazy.checkpoint.read(lazy.key(own)).float())
         read = back.checkpoint.read(back.key(own))
         assert read.dtype == (torch.float16 if own not in expected and value.dim() > 1 else torch.float32)
-        tolerance = 2.0**-22 if name == "gemma2" and own.endswith("norm.weight") else 0.0  # 1 was added to it
+        tolerance = (
+            2.0**-22 if name in ("gemma2", "gemma3") and own.endswith("norm.weight") else 0.0
+        )  # 1 was added to it
         torch.testing.assert_close(read.float(), value, rtol=0.0, atol=tolerance)
         state[own] = value
     source = AutoModelForCausalLM.from_config(lazy.config, dtype=torch.float32).eval()
@@ -95,10 +99,46 @@ def test_every_tensor_comes_back_element_by_element(name, tmp_path):
         logits(module_of(back))[:, :window],
         logits(source)[:, :window],
         rtol=0.0,
-        atol=1e-5 if name == "gemma2" else 0.0,
+        atol=1e-5 if name in ("gemma2", "gemma3") else 0.0,
     )
     raw = (tmp_path / "out" / FILE).read_bytes()
     assert b"/secret" not in raw and str(tmp_path).encode() not in raw
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_only_written_is_what_the_converter_writes(name, tmp_path):
+    """Names by the package's own map, rows by the converter's steps; experts of a block are one tensor, and routers float32."""
+    save_model(name, tmp_path / "model")
+    lazy = load_model(str(tmp_path / "model"), dtype=torch.float32, cache_dir=tmp_path / "cache")
+    own_names = {own for own, _ in lazy.module.named_parameters()}
+    values = {own: tensor for own, tensor in lazy.outside_weights(CPU).items() if own in own_names}
+    for index in range(len(lazy.blocks)):
+        prefix = f"{lazy.family.blocks}.{index}."
+        values |= {prefix + own: tensor for own, tensor in lazy.block_weights(index, CPU).items()}
+    values |= write(lazy, tmp_path / "out", n_blocks=len(lazy.blocks))
+    found = {one.name: one for one in PackageReader(tmp_path / "out" / FILE).tensors}
+    named = "llama" if name == "mixtral" else MODEL_TYPES[lazy.config.model_type]
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == named)
+    names = gguf.get_tensor_name_map(arch, lazy.config.num_hidden_layers)
+    experts: dict[str, list[torch.Tensor]] = {}
+    for own, value in values.items():
+        base, _, kind = own.rpartition(".")
+        if match := re.fullmatch(r"(.*mlp\.experts)\.\d+\.(\w+)", base):
+            experts.setdefault(f"{names.get_name(f'{match[1]}.{match[2]}')}.{kind}", []).append(value)
+            continue
+        if own == "lm_head.weight" and lazy.config.tie_word_embeddings:
+            continue
+        one = found.pop(f"{names.get_name(base)}.{kind}")
+        right = as_stored(own, value, lazy.config)
+        assert np.array_equal(gguf.dequantize(one.data, one.tensor_type), right.numpy()), own
+        if ".mlp.gate." in own or "wpe" in own:
+            assert one.tensor_type.name == "F32"
+    for own, parts in experts.items():
+        one = found.pop(own)
+        assert one.tensor_type.name == "Q4_0" and np.array_equal(
+            gguf.dequantize(one.data, one.tensor_type), torch.stack(parts).numpy()
+        )
+    assert not found and len(experts) == (3 * len(lazy.blocks) if lazy.family.experts else 0)
 
 
 def test_facts_are_those_that_the_package_reads(tmp_path):
@@ -236,6 +276,9 @@ OTHERWISE = {
     "windows": ("qwen2", {"use_sliding_window": True}, "sliding windows"),
     "bias of heads": ("qwen3", {"attention_bias": True}, "attention_bias"),
     "queries": ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar"),
+    "local layers": ("gemma3", {"query_pre_attn_scalar": 16}, "every sixth layer"),
+    "router": ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+    "dense blocks": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}, "blocks without experts"),
     "layers": ("gemma2", {"query_pre_attn_scalar": 8, "layer_types": ["full_attention"] * 3}, "every second"),
 }  # fmt: skip
 
@@ -243,7 +286,7 @@ OTHERWISE = {
 @pytest.mark.parametrize("case", OTHERWISE)
 def test_what_llama_cpp_computes_otherwise_is_refused(case, tmp_path):
     name, options, message = OTHERWISE[case]
-    model_type, base = CONFIGS["falcon 7b" if name == "falcon" else name]
+    model_type, base = (CONFIGS | MIXTURES)["falcon 7b" if name == "falcon" else name]
     made(model_type, **base | options).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     lazy = load_model(str(tmp_path), dtype=None, cache_dir=tmp_path / "cache")
