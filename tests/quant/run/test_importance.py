@@ -43,6 +43,27 @@ def test_sums_of_squared_inputs_are_those_of_the_original_model(model_dir, text,
     assert file.read_bytes() == before and [entry.name for entry in file.parent.iterdir()] == [file.name]
 
 
+def test_experts_have_a_row_each(model_dir, text, tmp_path):
+    """Of the tokens that each was given, by transformers' own router."""
+    path, file = model_dir("mixtral"), tmp_path / "importance.gguf"
+    request = config_for(path, text, tmp_path, nsamples=3, solver="rtn", options={}, wbits=2, imatrix=file)
+    perform(request)
+    ids = open_session(request).calibration(request.run).ids
+    lm, seen = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), []
+    lm.model.layers[1].mlp.experts.register_forward_pre_hook(lambda module, given: seen.append(given))
+    with torch.no_grad():
+        lm(ids)
+    ((x, chosen, _),) = seen
+    held = {tensor.name: tensor.data for tensor in GGUFReader(file).tensors}
+    for expert in range(4):
+        tokens = x[(chosen == expert).any(1)]
+        for stored in ("ffn_gate_exps", "ffn_up_exps"):
+            sums, counts = (held[f"blk.1.{stored}.weight.{end}"] for end in ("in_sum2", "counts"))
+            assert sums.shape == (4, 32) and counts.shape == (4, 1) and counts[expert] == len(tokens)
+            assert np.allclose(sums[expert], tokens.square().sum(0).numpy(), rtol=1e-4)
+        assert held["blk.1.ffn_down_exps.weight.counts"][expert] == len(tokens)
+
+
 def test_no_other_file_is_replaced(model_dir, text, tmp_path):
     file = tmp_path / "notes.gguf"
     file.write_text("mine")
@@ -56,7 +77,7 @@ def test_no_other_file_is_replaced(model_dir, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("opt", "no architecture for opt models"), ("mixtral", "not for mixtures of experts")]
+    ("name", "says"), [("opt", "no architecture for opt models"), ("qwen2_moe", "no architecture for qwen2_moe")]
 )
 def test_what_has_no_place_is_refused_before_work(name, says, model_dir, text, tmp_path):
     request = config_for(
