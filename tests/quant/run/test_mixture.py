@@ -25,9 +25,10 @@ from quant.report.experts import experts_plot, tokens_by_expert
 from quant.report.page import heat, page
 from quant.report.runs import open_run
 from quant.run.convert import convert
-from quant.run.directory import RunDirectory
+from quant.run.directory import OUTSIDE, RunDirectory
 from quant.run.experts import drawn_others, stages
 from quant.run.observe import observe, original_beside
+from quant.run.packed_model import open_quantized
 from quant.run.plan import estimate
 from quant.run.request import Request
 from quant.run.shapes import shapes_of
@@ -208,6 +209,32 @@ def test_quantized_activations_and_packed_weights_agree(model_dir, text, tmp_pat
         for one, entry in plain["perplexity"].items():
             assert packed["perplexity"][one]["quantized"] == pytest.approx(entry["quantized"], rel=2e-5)
             assert entry["quantized"] != entry["fp"]
+
+
+def test_head_and_embedding_of_a_mixture_are_quantized_too(model_dir, text, tmp_path):
+    """The checkpoint measures what the run measured, experts and head from their codes."""
+    asked = {
+        "solver": "gptq",
+        "options": {},
+        "wbits": 4,
+        "head_bits": 8,
+        "embedding_bits": 8,
+        "nsamples": 4,
+        "limit": 4,
+    }
+    run = config_for(model_dir("mixtral"), text, tmp_path, **asked)
+    results = perform(run)
+    answers = RunDirectory(tmp_path / "run").read_weights(OUTSIDE)
+    assert sorted(answers) == ["lm_head", "model.embed_tokens"]
+    assert results["model_bits_per_weight"] < 9
+    convert(tmp_path / "run", "bitplane", tmp_path / "bitplane")
+    assert {"lm_head", "model.embed_tokens"} <= open_quantized(
+        str(tmp_path / "bitplane"), tmp_path / "cache"
+    ).outside().keys()
+    again = perform(replace(run, model=str(tmp_path / "bitplane"), wbits=16, solver="rtn", head_bits=None,
+                            embedding_bits=None, run_dir=tmp_path / "again"))  # fmt: skip
+    (measured,), (read,) = results["perplexity"].values(), again["perplexity"].values()
+    assert read["fp"] == pytest.approx(measured["quantized"], rel=1e-6) != measured["fp"]
 
 
 def test_an_expert_without_tokens_is_solved_on_all_and_named(model_dir, text, tmp_path, caplog):
