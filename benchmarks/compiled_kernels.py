@@ -1,6 +1,6 @@
 """Every Triton kernel compiled for real GPUs, on a machine that has none: registers, stack and shared memory of each.
 
-    python -m benchmarks.kernels [--targets 80 90] [--quick] [--max-stack 1536] [--out benchmarks/results/kernels.md]
+    python -m benchmarks.compiled_kernels [--targets 80 90] [--quick] [--max-stack 1536] [--out benchmarks/results/kernels.md]
 
 The launchers themselves run, on CPU tensors, under a driver that only names a target, so that every kernel is specialized as on
 such a GPU (dtypes, alignment, arguments that are 1); nothing is launched. What a kernel takes is read from its binary by NVIDIA's

@@ -169,7 +169,7 @@ def peer_figures(args: argparse.Namespace, session: Session, model: str, bits: i
         save_file({"ids": tokens.ids}, file)
         command = [str(args.peer), str(Path(__file__).with_name("autoround.py")), model, str(file), str(out)]
         numbers = (bits, args.peer_steps, args.group_size)
-        done = subprocess.run([*command, *map(str, numbers)], capture_output=True, text=True, check=True)
+        done = subprocess.run([*command, *map(str, numbers)], stdout=subprocess.PIPE, text=True, check=True)
         other = load_model(str(out), dtype=session.model.dtype, cache_dir=out)
         variant = Variant(lambda index, weights: BlockWeights.read(other, index, session.device))
         scores = evaluate(session.model, session.evaluation, {"peer": variant}, device=session.device, batch=16)

@@ -1,4 +1,4 @@
-"""Triton kernels compile for real GPUs on a machine without one (benchmarks/kernels.py), within bounds that a wrong one leaves."""
+"""Triton kernels compile for real GPUs on a machine without one (benchmarks/compiled_kernels.py), within bounds that a wrong one leaves."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 def compiled(*words: str) -> subprocess.CompletedProcess:
     """In a process of its own: the interpreter of the other tests is chosen when kernels are defined."""
-    command = [sys.executable, "-m", "benchmarks.kernels", "--quick", *words]
+    command = [sys.executable, "-m", "benchmarks.compiled_kernels", "--quick", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
