@@ -117,6 +117,11 @@ class GramStats:
         return self._sum.diagonal()
 
     @property
+    def importance(self) -> Tensor:
+        """The same, as what weighs the error of a row: all rows have one."""
+        return self.diagonal
+
+    @property
     def rank(self) -> int:
         """Directions in which the inputs are known to vary, at most in: as many as tokens with a weight where those are fewer; fewer yet
         where most columns of a sample depend on the others (a text that repeats itself)."""
@@ -148,10 +153,6 @@ class GramStats:
         if bool((self.diagonal < 0).any()):
             raise InputError(f"{name}: the Gram matrix has a negative diagonal; it is no sum of x xᵀ")
         return self
-
-    def order(self) -> Tensor:
-        """Columns by decreasing Gram diagonal (act-order), ties by position."""
-        return torch.argsort(self.diagonal, descending=True, stable=True)
 
 
 def shrunk(own: GramStats, weight: float, towards: GramStats, prior: int) -> GramStats:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from quant.core.real_grid import fit_scale_minimum
+from quant.core.stacks import for_rows, times
 from quant.core.stored import at_least_finest, round_scale, short_scale, stored_fraction, within_largest
 from quant.core.superblocks import fit_superblocks
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index, is_short
@@ -83,7 +85,7 @@ def range_to_grid(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tens
 def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, order: Tensor | None = None) -> Grid:
     """Grid of a whole layer, weight float32 [out, in].
 
-    importance: [in], for ``range="mse"``. order: a permutation of the columns in which groups are formed
+    importance: [in], or of every row [out, in], for ``range="mse"``. order: a permutation of the columns in which groups are formed
     (act-order without static groups); the returned g_idx refers to the original columns.
     Raises ValueError if the group size does not divide the inputs.
     """
@@ -91,12 +93,15 @@ def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, 
     n_groups = spec.n_groups(n_in)
     group = group_index(n_in, spec.group_size, weight.device)
     if order is not None and n_groups > 1:
-        weight, importance = weight[:, order], None if importance is None else importance[order]
+        weight, importance = weight[:, order], None if importance is None else importance[..., order]
         group = torch.empty_like(group).index_copy_(0, order, group)
     grouped = weight.reshape(n_out, n_groups, -1)
-    weights_of_error = None if importance is None else importance.view(n_groups, -1)
+    rows_at_once = max(1, CHUNK // n_in)
+    weights_of_error = repeat(None if importance is None else importance.view(n_groups, -1))
+    if importance is not None and importance.dim() == 2:
+        weights_of_error = iter(importance.view(n_out, n_groups, -1).split(rows_at_once))
     fit = fit_superblocks if spec.super_kind else fit_scale_minimum if spec.has_minimum else fit_scale_zero
-    parts = [fit(rows, spec, weights_of_error) for rows in grouped.split(max(1, CHUNK // n_in))]
+    parts = [fit(rows, spec, own) for rows, own in zip(grouped.split(rows_at_once), weights_of_error, strict=False)]
     scale, base = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Grid.real(scale, base, group, spec.qmax) if spec.has_minimum else Grid(scale, base, group, spec.qmax)
 
@@ -166,15 +171,15 @@ def refit_scale_zero(
 ) -> tuple[Tensor, Tensor]:
     """The scale and zero point of one group of n columns that minimize ‖(W - Ŵ)X‖² for its codes as they are.
 
-    offsets [out, n]: codes - zero. scale, zero [out]. gram [n, n]. correlation [out, n]: the group's columns of
+    offsets [out, n]: codes - zero. scale, zero [out]. gram [n, n], of a stack [parts, n, n]. correlation [out, n]: the group's columns of
     (W - Ŵ) Σ. Returns (scale [out], the change of the zero point [out]). With p = offsets - d for each change d of
     the zero point, the objective is quadratic in the new scale s: s²·pΣp - 2s·(p·c + scale·pΣoffsets) + const; the
     best s of the best d is taken, rounded and bounded as grids store it, where that lowers the objective. symmetric: d
     is 0.
     """
     # With q = offsets and 1 a row of ones: qΣq, qΣ1 [out] and 1Σ1; c·q and c·1 [out]. Every pΣp and p·c follows from them.
-    products = offsets @ gram
-    qq, q1, ones = (products * offsets).sum(1), products.sum(1), gram.sum()
+    products = times(offsets, gram)
+    qq, q1, ones = (products * offsets).sum(1), products.sum(1), for_rows(gram.sum((-2, -1)), len(offsets))
     cq, c1 = (correlation * offsets).sum(1), correlation.sum(1)
     best_scale, best_shift, best = scale.clone(), torch.zeros_like(scale), torch.zeros_like(scale)
     for shift in (0,) if symmetric else (0, -1, 1):

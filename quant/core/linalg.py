@@ -23,29 +23,33 @@ class SingularGramError(RunError):
 
 
 def upper_factor(gram: Tensor, percdamp: float) -> tuple[Tensor, bool]:
-    """Upper V with gram + percdamp · mean(diagonal) · I = V Vᵀ, and whether it exists.
+    """Upper V with gram + percdamp · mean(diagonal) · I = V Vᵀ, and whether it exists; of a stack of them of every one.
 
     A Cholesky factorization from the last column to the first. Dead columns (zero diagonal) are decoupled with a 1;
     the mean is over all columns, as in GPTQ's released code. Holds two matrices of the size of gram besides it.
     """
-    matrix = gram.flip(0, 1)
-    diagonal = matrix.diagonal()
+    matrix = gram.flip(-2, -1)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
-    diagonal.add_(percdamp * diagonal.mean())
+    diagonal.add_(percdamp * diagonal.mean(-1, keepdim=True))
     diagonal[dead] = 1.0
     lower, info = torch.linalg.cholesky_ex(matrix)
     del matrix, diagonal
-    return lower.flip(0, 1), int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all())
+    finite = torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all()
+    return lower.flip(-2, -1), not bool(info.any()) and bool(finite)
 
 
 def damped_factor(gram: Tensor, percdamp: float, auto_damp: bool = False) -> tuple[Tensor, float]:
-    """V of the damped Gram matrix, see `upper_factor`, and the damping that was used.
+    """V of the damped Gram matrix, see `upper_factor`, and the damping that was used; of a stack the largest.
 
     Raises SingularGramError, naming the damping that would work, unless ``auto_damp`` allows to use it.
     """
     upper, ok = upper_factor(gram, percdamp)
     if ok:
         return upper, percdamp
+    if gram.dim() == 3:  # one of them wants more, and the others do not
+        factors, used = zip(*(damped_factor(one, percdamp, auto_damp) for one in gram), strict=True)
+        return torch.stack(factors), max(used)
     trial = max(percdamp, 1e-3)
     while trial < MAX_DAMPING and not ok:
         trial = min(trial * DAMPING_STEP, MAX_DAMPING)

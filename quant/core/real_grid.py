@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from quant.core.stacks import times
 from quant.core.stored import FINEST_STEP, stored_base, stored_scale
 from quant.core.types import QuantSpec
 
@@ -115,17 +116,17 @@ def refit_scale_minimum(
 ) -> tuple[Tensor, Tensor]:
     """The scale and minimum [out] of one group of n columns that minimize ‖(W - Ŵ)X‖² for its codes as they are.
 
-    codes float32 [out, n]. scale, minimum [out]: as they are. gram [n, n]. correlation [out, n]: the group's columns of
+    codes float32 [out, n]. scale, minimum [out]: as they are. gram [n, n], of a stack [parts, n, n]. correlation [out, n]: the group's columns of
     (W - Ŵ) Σ. free bool [out, n]: entries beside the grid. With v = codes - qmax / 2 and u = 1 (both 0 at free entries) a
     change (ds, dc) of Ŵ = ... + ds·v + dc·u changes the objective by ds²·vΣv + 2·ds·dc·vΣu + dc²·uΣu - 2·ds·c·v - 2·dc·c·u:
     two equations. The scale of their solution is stored, then the best minimum with it; kept only where the objective falls.
     The scale as it is, with its best minimum, is tried too.
     """
     centre = spec.qmax / 2
-    v, u = codes - centre, torch.ones_like(codes[:1])
+    v, u = codes - centre, torch.ones_like(codes if gram.dim() == 3 else codes[:1])
     if free is not None:
         v, u = v.masked_fill(free, 0), (~free).to(codes.dtype)
-    v_gram, u_gram = v @ gram, u @ gram
+    v_gram, u_gram = times(v, gram), times(u, gram)
     wide = torch.float64
     vv, vu, uu = (t.sum(1, dtype=wide) for t in (v_gram * v, v_gram * u, u_gram * u))
     cv, cu = (correlation * v).sum(1, dtype=wide), (correlation * u).sum(1, dtype=wide)

@@ -29,6 +29,7 @@ class Declaration(NamedTuple):
     rows of the answer depend on each other. starts_at_nearest: whether (options, group size) make it begin with the grid
     that rounding to nearest has, so that it may be given that one. uses_cross: whether it asks for statistics with the
     inputs of the original model (`GramStats.cross`). outlier_bits: of a weight, for outliers, where known beforehand.
+    stacks: whether, with these options, it solves layers of one shape at once (`quant.core.stacks.StackedStats`).
     label: what tables say of the options behind the solver's name.
     """
 
@@ -38,6 +39,7 @@ class Declaration(NamedTuple):
     starts_at_nearest: Callable[[Options, int], bool] = lambda options, group_size: False
     uses_cross: bool = False
     outlier_bits: Callable[[Options], float] = lambda options: 0.0
+    stacks: Callable[[Options], bool] = lambda options: False
     label: Callable[[Options], str] = lambda options: ""
 
 

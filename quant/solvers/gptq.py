@@ -15,6 +15,7 @@ from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, fit_scale_zero
 from quant.core.linalg import damped_factor
 from quant.core.real_grid import fit_scale_minimum
+from quant.core.stacks import StackedStats, add_times_
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import ColumnBlock, kernels
 from quant.solvers import Options, solver
@@ -35,10 +36,15 @@ def keeps_first_grid(options: Options, group_size: int) -> bool:
     return bool(options["static_groups"]) or group_size == -1
 
 
-@solver("gptq", workspace=gptq_bytes, starts_at_nearest=keeps_first_grid)
+def in_given_order(options: Options) -> bool:
+    """Whether columns are visited as they stand, which layers of a stack have in common."""
+    return not (options["act_order"] or options.get("group_aware"))
+
+
+@solver("gptq", workspace=gptq_bytes, starts_at_nearest=keeps_first_grid, stacks=in_given_order)
 def gptq(
     weight: Tensor,
-    stats: GramStats,
+    stats: GramStats | StackedStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,
@@ -62,17 +68,18 @@ def gptq(
     """
     weight = weight.detach().float()
     stats.check()
+    ordered = act_order or group_aware
     order = visiting_order(stats.diagonal, spec, act_order, group_aware)
-    gram = stats.gram[order][:, order] if act_order or group_aware else stats.gram
+    gram = stats.gram[order][:, order] if ordered else stats.gram
     upper, used_damp = damped_factor(gram, percdamp, auto_damp)
     del gram
     fits_groups = fits_on_the_way(spec, static_groups) and grid is None
     if grid is None:
-        grid = fit_grid(weight, spec, stats.diagonal, order if act_order and not static_groups else None)
+        grid = fit_grid(weight, spec, stats.importance, order if act_order and not static_groups else None)
     visited = replace(grid, g_idx=grid.g_idx[order])
-    target = weight[:, order] if act_order or group_aware else weight
+    target = weight[:, order] if ordered else weight
     minimum = None if grid.minimum is None else grid.minimum.clone()
-    fit = group_fit(spec, stats.diagonal[order], visited.g_idx, minimum) if fits_groups else None
+    fit = group_fit(spec, stats.importance[..., order], visited.g_idx, minimum) if fits_groups else None
     layer = feedback_rounding(target, upper, visited, spec, fit, block_size)
     fitted = Grid(layer.scale, layer.zero.to(torch.int32), grid.g_idx, grid.qmax)
     if minimum is not None:
@@ -86,13 +93,14 @@ def fits_on_the_way(spec: QuantSpec, static_groups: bool) -> bool:
 
 
 def group_fit(spec: QuantSpec, importance: Tensor, group: Tensor, minimum: Tensor | None) -> Fit:
-    """Fits the grid of a group. importance, group [in]: Gram diagonal and group of every column in visiting order.
+    """Fits the grid of a group. importance [in], or of every row [out, in], and group [in]: Gram diagonal and group of every
+    column in visiting order.
     minimum [out, G]: of real grids, receives what is fitted; the zeros returned are then what the sweep takes for it."""
 
     def fit(part: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         if minimum is None:
-            return fit_scale_zero(part, spec, importance[columns])
-        scale, lowest = fit_scale_minimum(part, spec, importance[columns])
+            return fit_scale_zero(part, spec, importance[..., columns])
+        scale, lowest = fit_scale_minimum(part, spec, importance[..., columns])
         minimum[:, int(group[columns.start])] = lowest
         return scale, -lowest / scale
 
@@ -103,7 +111,7 @@ def visiting_order(diagonal: Tensor, spec: QuantSpec, act_order: bool, group_awa
     """The order [in] in which columns are visited. Raises ValueError for two orders at once."""
     if act_order and group_aware:
         raise ValueError("act_order and group_aware are two orders of the columns: give one of them")
-    n_in = diagonal.numel()
+    n_in = diagonal.shape[-1]
     if not (act_order or group_aware):
         return torch.arange(n_in, device=diagonal.device)
     if act_order or spec.group_size == -1:
@@ -125,7 +133,7 @@ def feedback_rounding(
 ) -> ColumnBlock:
     """GPTQ's sweep over weight [out, in] in visiting order, whose groups are contiguous if ``fit`` is given.
 
-    upper: V of the damped Gram matrix; consumed. fit: called when the sweep reaches a group, with its compensated weights;
+    upper: V of the damped Gram matrix, of a stack [parts, in, in]; consumed. fit: called when the sweep reaches a group, with its compensated weights;
     without it ``grid`` stays as it is. outlier_above float32 [in]: see `ColumnBlock`. Returns the whole layer: its codes,
     scales and zero points, ``incoming``, the weights at which columns were rounded, and ``residual``, the weight minus
     what is kept.
@@ -133,7 +141,8 @@ def feedback_rounding(
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: use 1 or more columns")
     work, n_in = weight.clone(memory_format=torch.contiguous_format), weight.shape[1]
-    feedback = upper.div_(upper.diagonal().clone())  # V_jk / V_kk, [in, in]: what column k takes of column j's error
+    # V_jk / V_kk, [in, in]: what column k takes of column j's error
+    feedback = upper.div_(upper.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-2))
     scale, zero, group = grid.scale.clone(), grid.float_zero(), grid.g_idx
     codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     kernel = kernels(work.device)
@@ -155,12 +164,14 @@ def feedback_rounding(
             part = slice(first, min(first + size, end))
             if fit is not None:
                 g = int(group[first])
-                scale[:, g], zero[:, g] = fit(compensate(weight[:, part], work[:, part], feedback[part, part]), part)
+                scale[:, g], zero[:, g] = fit(
+                    compensate(weight[:, part], work[:, part], feedback[..., part, part]), part
+                )
             kernel.gptq_(layer.part(part))  # writes codes and errors of the part
             if part.stop < end:
-                work[:, part.stop : end].addmm_(errors[:, part], feedback[part, part.stop : end])
+                add_times_(work[:, part.stop : end], errors[:, part], feedback[..., part, part.stop : end])
         if end < n_in:
-            work[:, end:].addmm_(errors[:, start:end], feedback[start:end, end:])
+            add_times_(work[:, end:], errors[:, start:end], feedback[..., start:end, end:])
     return layer
 
 
@@ -170,5 +181,8 @@ def compensate(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:
     ``work`` holds the weights plus the feedback of earlier columns alone; a column also takes up what the columns
     between change, and does so here as if they were not rounded: weight + (work - weight) · feedback⁻¹.
     """
-    pushed = torch.linalg.solve_triangular(feedback, work - weight, upper=True, left=False, unitriangular=True)
-    return weight + pushed
+    pushed = work - weight
+    if feedback.dim() == 3:
+        pushed = pushed.unflatten(0, (len(feedback), -1))
+    pushed = torch.linalg.solve_triangular(feedback, pushed, upper=True, left=False, unitriangular=True)
+    return weight + pushed.reshape(weight.shape)

@@ -24,11 +24,13 @@ from quant.core.linalg import largest_eigenvalue
 from quant.core.names import SUPER_COLUMNS
 from quant.core.outliers import kept_outliers
 from quant.core.real_grid import refit_scale_minimum
+from quant.core.stacks import StackedStats, times
 from quant.core.stored import stored_base, stored_scale, within_largest
 from quant.core.superblocks import kind_of, refit_integers, refit_units, rescaled, units_of
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec, group_index
 from quant.kernels.columns import ColumnBlock, kernels
 from quant.solvers import Options, solver
+from quant.solvers.gptq import visiting_order
 
 MAX_ALPHA = 2.0  # a gradient step of alpha / (2 λmax) ends no higher up to here; with the projection, up to 1
 DAMPING, MOST_DAMPING = 0.1, 1.0  # times inputs over rank, and times the mean of the Gram diagonal
@@ -57,7 +59,7 @@ class Descent:
     def start_from(self, approximation: Tensor) -> None:
         """Begin at Ŵ [out, in] instead of at the target itself."""
         self.residual = self.target - approximation
-        self.correlation = self.residual @ self.gram
+        self.correlation = times(self.residual, self.gram)
 
     def sweep(self, rounding: bool) -> None:
         """Visit every column once."""
@@ -68,7 +70,7 @@ class Descent:
             # Inside the block: u_j, Ŵ_j and codes column by column, C followed in a copy of the block's own columns [out, B].
             change = self.kernels.coordinate_descent_(layer.part(block))
             # Then C += ΔE Σ for all columns: ΔE [out, B] times the block's rows of Σ [B, in].
-            self.kernels.propagate_(self.correlation, change, self.gram[block])
+            self.kernels.propagate_(self.correlation, change, self.gram[..., block, :])
 
     def move_target(self, change: Tensor) -> None:
         """Add change [out, in] to the target; Ŵ stays."""
@@ -97,9 +99,9 @@ class Descent:
             if self.free is not None:
                 offsets.masked_fill_(self.free[:, columns], 0)  # free entries do not scale with the grid
             before = offsets * self.scale[:, g, None]
-            rows = self.gram[columns]  # [n, in]
+            rows = self.gram[..., columns, :]  # [n, in]
             self.scale[:, g], shift = refit_scale_zero(
-                offsets, self.scale[:, g], self.zero[:, g], rows[:, columns], self.correlation[:, columns],
+                offsets, self.scale[:, g], self.zero[:, g], rows[..., columns], self.correlation[:, columns],
                 spec=spec, symmetric=spec.symmetric or self.free is not None,
             )  # fmt: skip
             self.zero[:, g] += shift
@@ -110,11 +112,11 @@ class Descent:
 
     def _refit_line(self, g: int, columns: Tensor, minimum: Tensor, spec: QuantSpec) -> None:
         """The same for scale and minimum of group g, which has these columns."""
-        codes, rows = self.codes[:, columns].float(), self.gram[columns]  # [out, n], [n, in]
+        codes, rows = self.codes[:, columns].float(), self.gram[..., columns, :]  # [out, n], [n, in]
         free = None if self.free is None else self.free[:, columns]
         scale, lowest = self.scale[:, g].clone(), minimum[:, g].clone()
         self.scale[:, g], minimum[:, g] = refit_scale_minimum(
-            codes, scale, lowest, rows[:, columns], self.correlation[:, columns], spec=spec, free=free
+            codes, scale, lowest, rows[..., columns], self.correlation[:, columns], spec=spec, free=free
         )
         self.zero[:, g] = -minimum[:, g] / self.scale[:, g]
         change = codes * (scale - self.scale[:, g])[:, None] + (lowest - minimum[:, g])[:, None]
@@ -203,13 +205,16 @@ def scaled_by(grid: Grid, factor: float, spec: QuantSpec) -> Grid:
     return replace(grid, scale=scale, minimum=minimum)
 
 
-def damped_gram(stats: GramStats) -> tuple[Tensor, float]:
+def damped_gram(stats: GramStats | StackedStats) -> tuple[Tensor, float]:
     """Σ, and λ: where the inputs vary in fewer directions than there are columns, Σ + λ·mean(diag Σ)·I; else Σ itself and 0.
 
     Nothing holds the weights where no input was seen, and the descent spends them there: from 64 tokens it leaves 7.0
     times the error of rounding to nearest on other text, in a layer of 384 inputs. With λ = DAMPING · in / rank (the
     fewer, the more the unseen directions count) it is 0.64 times. docs/footguns.md has the table.
     """
+    if isinstance(stats, StackedStats):
+        grams, used = zip(*map(damped_gram, stats.layers), strict=True)
+        return (torch.stack(grams), max(used)) if any(used) else (stats.gram, 0.0)
     n_in, gram = stats.diagonal.numel(), stats.gram
     if stats.rank == n_in:
         return gram, 0.0
@@ -249,8 +254,14 @@ def quantease_bytes(n_out: int, n_in: int, options: Options, group_size: int) ->
     return max(weights * area + (2 * (outlier or refit) + ordered) * square, 2 * (area + square) * ordered)
 
 
+def stacks(options: Options) -> bool:
+    """Whether layers of a stack can be solved at once: in the order of their columns, without outliers."""
+    return not (options["act_order"] or keeps_outliers(options))
+
+
 @solver(
     "quantease",
+    stacks=stacks,
     outliers=keeps_outliers,
     workspace=quantease_bytes,
     starts_at_nearest=starts_plainly,
@@ -259,7 +270,7 @@ def quantease_bytes(n_out: int, n_in: int, options: Options, group_size: int) ->
 )
 def quantease(
     weight: Tensor,
-    stats: GramStats,
+    stats: GramStats | StackedStats,
     spec: QuantSpec,
     *,
     grid: Grid | None = None,
@@ -293,7 +304,7 @@ def quantease(
     weight = weight.detach().float()
     stats.check()
     # From here on columns are in visiting order, but for ``weight`` and the grid that is fitted to it.
-    order = stats.order() if act_order else torch.arange(weight.shape[1], device=weight.device)
+    order = visiting_order(stats.diagonal, spec, act_order)
     back = torch.argsort(order)
     gram, damping = damped_gram(stats)
     target, gram = weight[:, order].contiguous(), gram[order][:, order] if act_order else gram
@@ -304,7 +315,7 @@ def quantease(
         grid = (
             init.grid
             if init
-            else fit_grid(weight if outliers is None else inliers[:, back], spec, stats.diagonal, formed)
+            else fit_grid(weight if outliers is None else inliers[:, back], spec, stats.importance, formed)
         )
     visited = replace(grid, g_idx=grid.g_idx[order])
     if search_grid and init is None:

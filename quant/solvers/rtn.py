@@ -6,13 +6,16 @@ from torch import Tensor
 
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
+from quant.core.stacks import StackedStats
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import solver
 
 
-@solver("rtn", starts_at_nearest=lambda options, group_size: True)
-def rtn(weight: Tensor, stats: GramStats | None, spec: QuantSpec, *, grid: Grid | None = None) -> QuantizedWeight:
+@solver("rtn", starts_at_nearest=lambda options, group_size: True, stacks=lambda options: True)
+def rtn(
+    weight: Tensor, stats: GramStats | StackedStats | None, spec: QuantSpec, *, grid: Grid | None = None
+) -> QuantizedWeight:
     """Nearest code of every weight [out, in]; statistics are used by ``range="mse"`` only and may be None."""
     weight = weight.detach().float()
-    grid = grid or fit_grid(weight, spec, None if stats is None else stats.check().diagonal)
+    grid = grid or fit_grid(weight, spec, None if stats is None else stats.check().importance)
     return QuantizedWeight(grid.quantize(weight), grid, spec)

@@ -14,6 +14,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from quant.core.stacks import add_times_
 from quant.kernels.columns.reference import ColumnBlock, inverse_diagonal
 
 _GIVEN = torch.get_num_threads()
@@ -22,9 +23,9 @@ SPARSE_BELOW = 0.1  # share of changed entries below which they are propagated o
 NO_CODES, NO_FLAGS, NO_LIMITS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_), np.empty(0, np.float32)
 
 # Blocks are slices of larger matrices: any row stride, one compiled version. Only the B x B matrix is contiguous.
-_CD = "i8(f4[:,:],f4[:,:],f4[:,:],f4[:,::1],f4[::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],b1[:,:],f4[:,::1])"
-_GPTQ = "void(f4[:,:],f4[:,:],f4[:,::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],f4[:,:],f4[::1])"
-_PROPAGATE = "void(f4[:,::1],f4[:,::1],f4[:,::1])"
+_CD = "i8(f4[:,:],f4[:,:],f4[:,:],f4[:,:,::1],f4[:,::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],b1[:,:],f4[:,::1])"
+_GPTQ = "void(f4[:,:],f4[:,:],f4[:,:,::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],f4[:,:],f4[::1])"
+_PROPAGATE = "void(f4[:,::1],f4[:,::1],f4[:,:,::1])"
 _OPTIONS: dict[str, Any] = {"parallel": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
@@ -32,17 +33,19 @@ _OPTIONS: dict[str, Any] = {"parallel": True, "cache": True, "error_model": "num
 def _coordinate_descent(  # type: ignore[no-untyped-def]
     residual, correlation, weight, gram, inverse, scale, zero, group, qmax, codes, free, change,  # noqa: ANN001
 ):  # noqa: ANN202  # fmt: skip
-    n_rows, n_columns = weight.shape
-    changed = np.zeros((n_rows + TILE - 1) // TILE, np.int64)
-    for tile in prange((n_rows + TILE - 1) // TILE):
-        first, last = tile * TILE, min(n_rows, (tile + 1) * TILE)
-        n = last - first
+    n_rows, n_columns = weight.shape[0] // len(gram), weight.shape[1]  # rows of a layer
+    tiles = (n_rows + TILE - 1) // TILE
+    changed = np.zeros(len(gram) * tiles, np.int64)
+    for tile in prange(len(gram) * tiles):
+        layer = tile // tiles
+        first = layer * n_rows + (tile - layer * tiles) * TILE
+        n = min(TILE, (layer + 1) * n_rows - first)
         c, step = np.empty((n_columns, TILE), np.float32), np.zeros(TILE, np.float32)
         for o in range(n):
             for j in range(n_columns):
                 c[j, o] = correlation[first + o, j]
         for j in range(n_columns):
-            g, inv, moved = group[j], inverse[j], 0
+            g, inv, moved = group[j], inverse[layer, j], 0
             for o in range(n):
                 row = first + o
                 u = weight[row, j] - residual[row, j] + c[j, o] * inv
@@ -61,7 +64,7 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
             changed[tile] += moved
             if moved:
                 for k in range(j + 1, n_columns):
-                    factor = gram[j, k]
+                    factor = gram[layer, j, k]
                     for o in range(TILE):
                         c[k, o] += factor * step[o]
     return changed.sum()
@@ -69,10 +72,12 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
 
 @njit(_GPTQ, **_OPTIONS)
 def _gptq(weight, target, feedback, scale, zero, group, qmax, codes, errors, outlier_above):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, E501
-    n_rows, n_columns = weight.shape
-    for tile in prange((n_rows + TILE - 1) // TILE):
-        first, last = tile * TILE, min(n_rows, (tile + 1) * TILE)
-        n = last - first
+    n_rows, n_columns = weight.shape[0] // len(feedback), weight.shape[1]  # rows of a layer
+    tiles = (n_rows + TILE - 1) // TILE
+    for tile in prange(len(feedback) * tiles):
+        layer = tile // tiles
+        first = layer * n_rows + (tile - layer * tiles) * TILE
+        n = min(TILE, (layer + 1) * n_rows - first)
         w, step = np.zeros((n_columns, TILE), np.float32), np.zeros(TILE, np.float32)
         for o in range(n):
             for j in range(n_columns):
@@ -93,7 +98,7 @@ def _gptq(weight, target, feedback, scale, zero, group, qmax, codes, errors, out
                 step[o] = target[row, j] - kept
                 errors[row, j] = step[o]
             for k in range(j + 1, n_columns):
-                factor = feedback[j, k]
+                factor = feedback[layer, j, k]
                 for o in range(TILE):
                     w[k, o] += factor * step[o]
 
@@ -102,11 +107,12 @@ def _gptq(weight, target, feedback, scale, zero, group, qmax, codes, errors, out
 def _propagate(correlation, change, gram):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     n_rows, n_in = correlation.shape
     for row in prange(n_rows):
+        layer = row * len(gram) // n_rows
         for j in range(change.shape[1]):
             step = change[row, j]
             if step != 0:
                 for k in range(n_in):
-                    correlation[row, k] += step * gram[j, k]
+                    correlation[row, k] += step * gram[layer, j, k]
 
 
 class NumbaKernels:
@@ -120,7 +126,7 @@ class NumbaKernels:
         change = torch.empty(block.target.shape)
         _coordinate_descent(
             block.residual.numpy(), block.incoming.numpy(), block.target.numpy(),
-            block.matrix.contiguous().numpy(), inverse_diagonal(block.matrix).numpy(), *_grid(block),
+            _stack(block.matrix), _stack(inverse_diagonal(block.matrix), 2), *_grid(block),
             block.codes.numpy() if block.rounding else NO_CODES,
             NO_FLAGS if block.free is None else block.free.numpy(),
             change.numpy(),
@@ -131,7 +137,7 @@ class NumbaKernels:
         """In tiles of rows; see `Kernels`."""
         share_threads()
         _gptq(
-            block.incoming.numpy(), block.target.numpy(), block.matrix.contiguous().numpy(), *_grid(block),
+            block.incoming.numpy(), block.target.numpy(), _stack(block.matrix), *_grid(block),
             block.codes.numpy(), block.residual.numpy(),
             NO_LIMITS if block.outlier_above is None else block.outlier_above.contiguous().numpy(),
         )  # fmt: skip
@@ -140,9 +146,15 @@ class NumbaKernels:
         """Few changes are added one by one; many in a matrix product."""
         if int(torch.count_nonzero(change)) < SPARSE_BELOW * change.numel():
             share_threads()
-            _propagate(correlation.numpy(), change.contiguous().numpy(), gram.contiguous().numpy())
+            _propagate(correlation.numpy(), change.contiguous().numpy(), _stack(gram))
         else:
-            correlation.addmm_(change, gram)
+            add_times_(correlation, change, gram)
+
+
+def _stack(matrix: Tensor, dimensions: int = 3) -> np.ndarray:
+    """A matrix of every layer, of one layer too."""
+    stacked: np.ndarray = matrix.contiguous().view(*[1] * (dimensions - matrix.dim()), *matrix.shape).numpy()
+    return stacked
 
 
 def _grid(block: ColumnBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.core.rounding import NumberFormat
+from quant.core.stacks import add_times_, parts_of
 from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels, inverse_diagonal
 
 ROWS = 16
@@ -40,14 +41,17 @@ def _nearest(u, scale, zero, qmax):  # type: ignore[no-untyped-def]  # noqa: ANN
 @triton.jit  # type: ignore[untyped-decorator]
 def _coordinate_descent(  # type: ignore[no-untyped-def]
     residual, correlation, weight, gram, inverse, scale, zero, group, codes, free, change,  # noqa: ANN001
-    n_rows, n_columns, n_groups, qmax,  # noqa: ANN001
+    n_rows, tiles, n_columns, n_groups, qmax,  # noqa: ANN001
     residual_stride, correlation_stride, weight_stride, codes_stride, free_stride,  # noqa: ANN001
     rounding: tl.constexpr, has_free: tl.constexpr, one_group: tl.constexpr,
     rows_tile: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
-    row = (tl.program_id(0) * rows_tile + tl.arange(0, rows_tile)).to(tl.int64)
-    column = tl.arange(0, columns)
-    inside_row, inside_column = row < n_rows, column < n_columns
+    layer = tl.program_id(0) // tiles  # of a stack; n_rows are those of one
+    inner = (tl.program_id(0) % tiles) * rows_tile + tl.arange(0, rows_tile)
+    row, column = (layer * n_rows + inner).to(tl.int64), tl.arange(0, columns)
+    gram += layer.to(tl.int64) * n_columns * n_columns
+    inverse += layer * n_columns
+    inside_row, inside_column = inner < n_rows, column < n_columns
     inside = inside_row[:, None] & inside_column[None, :]
     target = tl.load(weight + row[:, None] * weight_stride + column[None, :], mask=inside, other=0.0)
     before = tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0)
@@ -86,12 +90,14 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _gptq(  # type: ignore[no-untyped-def]
     weight, target, feedback, scale, zero, group, codes, errors, outlier_above,  # noqa: ANN001
-    n_rows, n_columns, n_groups, qmax, weight_stride, target_stride, codes_stride, errors_stride,  # noqa: ANN001
+    n_rows, tiles, n_columns, n_groups, qmax, weight_stride, target_stride, codes_stride, errors_stride,  # noqa: ANN001
     has_outliers: tl.constexpr, one_group: tl.constexpr, rows_tile: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
-    row = (tl.program_id(0) * rows_tile + tl.arange(0, rows_tile)).to(tl.int64)
-    column = tl.arange(0, columns)
-    inside_row, inside_column = row < n_rows, column < n_columns
+    layer = tl.program_id(0) // tiles
+    inner = (tl.program_id(0) % tiles) * rows_tile + tl.arange(0, rows_tile)
+    row, column = (layer * n_rows + inner).to(tl.int64), tl.arange(0, columns)
+    feedback += layer.to(tl.int64) * n_columns * n_columns
+    inside_row, inside_column = inner < n_rows, column < n_columns
     inside = inside_row[:, None] & inside_column[None, :]
     w = tl.load(weight + row[:, None] * weight_stride + column[None, :], mask=inside, other=0.0)
     original = tl.load(target + row[:, None] * target_stride + column[None, :], mask=inside, other=0.0)
@@ -167,16 +173,18 @@ class TritonKernels:
     def coordinate_descent_(self, block: ColumnBlock) -> Tensor:
         """A program for a tile of rows; see `Kernels`."""
         target, residual, incoming = block.target, block.residual, block.incoming
-        n_rows, n_columns = target.shape
-        change = torch.empty(n_rows, n_columns, device=target.device)
+        change, n_columns = torch.empty(target.shape, device=target.device), target.shape[1]
+        layers = parts_of(block.matrix)
+        n_rows = target.shape[0] // layers
+        tiles = triton.cdiv(n_rows, ROWS)
         codes, free = (
             block.codes,
             target if block.free is None else block.free,
         )  # any tensor: has_free says it is not read
-        _coordinate_descent[(triton.cdiv(n_rows, ROWS),)](
+        _coordinate_descent[(layers * tiles,)](
             residual, incoming, target, block.matrix.contiguous(), inverse_diagonal(block.matrix),
             block.scale, block.zero, block.group, codes, free, change,
-            n_rows, n_columns, block.scale.shape[1], float(block.numbers.qmax),
+            n_rows, tiles, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             residual.stride(0), incoming.stride(0), target.stride(0), codes.stride(0), free.stride(0),
             rounding=block.rounding, has_free=block.rounding and block.free is not None,
             one_group=block.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
@@ -187,11 +195,13 @@ class TritonKernels:
     def gptq_(self, block: ColumnBlock) -> None:
         """A program for a tile of rows; see `Kernels`."""
         target, residual, incoming, codes = block.target, block.residual, block.incoming, block.codes
-        n_rows, n_columns = target.shape
-        _gptq[(triton.cdiv(n_rows, ROWS),)](
+        layers, n_columns = parts_of(block.matrix), target.shape[1]
+        n_rows = target.shape[0] // layers
+        tiles = triton.cdiv(n_rows, ROWS)
+        _gptq[(layers * tiles,)](
             incoming, target, block.matrix.contiguous(), block.scale, block.zero, block.group, codes, residual,
             target if block.outlier_above is None else block.outlier_above.contiguous(),
-            n_rows, n_columns, block.scale.shape[1], float(block.numbers.qmax),
+            n_rows, tiles, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             incoming.stride(0), target.stride(0), codes.stride(0), residual.stride(0),
             has_outliers=block.outlier_above is not None, one_group=block.scale.shape[1] == 1, rows_tile=ROWS,
             columns=triton.next_power_of_2(n_columns), enable_fp_fusion=FUSED,
@@ -199,4 +209,4 @@ class TritonKernels:
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
         """One dense product: finding the columns that changed would make the host wait for the device every block."""
-        correlation.addmm_(change, gram)
+        add_times_(correlation, change, gram)

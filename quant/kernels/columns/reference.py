@@ -7,12 +7,14 @@ parallel, compiled code cached) and Triton (CUDA: a program for a tile of rows).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from quant.core.rounding import NumberFormat
+from quant.core.stacks import add_times_
 
 
 class ColumnBlock(NamedTuple):
@@ -22,7 +24,8 @@ class ColumnBlock(NamedTuple):
     residual float32 [out, B]: W - Ŵ. Coordinate descent updates it, GPTQ writes it.
     incoming float32 [out, B]: what the columns outside the block ask of these. In coordinate descent the block's columns
     of (W - Ŵ) Σ at the start, read only. In GPTQ the target plus the feedback of earlier columns; updated.
-    matrix float32 [B, B]: Σ between these columns. In GPTQ the feedback instead, unit upper triangular.
+    matrix float32 [B, B]: Σ between these columns. In GPTQ the feedback instead, unit upper triangular. Of a stack of
+    layers (`quant.core.stacks`) [parts, B, B].
     scale, zero float32 [out, G]: of the whole layer; a zero may lie between two integers (a real minimum). group int64 [B]: the group of each column. numbers: what codes stand for.
     codes uint8 [out, B]: receives the codes. rounding: False for a relaxed pass of coordinate descent, which writes none.
     free bool [out, B]: entries that coordinate descent never rounds (outliers).
@@ -48,12 +51,21 @@ class ColumnBlock(NamedTuple):
             target=self.target[:, columns],
             residual=self.residual[:, columns],
             incoming=self.incoming[:, columns],
-            matrix=self.matrix[columns, columns],
+            matrix=self.matrix[..., columns, columns],
             group=self.group[columns],
             codes=self.codes[:, columns],
             free=None if self.free is None else self.free[:, columns],
             outlier_above=None if self.outlier_above is None else self.outlier_above[columns],
         )
+
+    def layers(self) -> Iterator[ColumnBlock]:
+        """The layers of a stack, as views."""
+        rows = self.target.shape[0] // len(self.matrix)
+        for number, matrix in enumerate(self.matrix):
+            own = slice(number * rows, (number + 1) * rows)
+            by_row = ("target", "residual", "incoming", "scale", "zero", "codes", "free")
+            given = {name: value[own] for name in by_row if (value := getattr(self, name)) is not None}
+            yield self._replace(matrix=matrix, **given)
 
     def nearest(self, u: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Nearest codes (as floats) and values of u [out] for one column of the block."""
@@ -78,7 +90,8 @@ class Kernels(Protocol):
         same): column k takes up residual_j · matrix_jk for every j < k in the block."""
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
-        """correlation [out, in] += change [out, B] @ gram [B, in]; changes may be mostly zero."""
+        """correlation [out, in] += change [out, B] @ gram [B, in], of a stack of layers [parts, B, in]; changes may be mostly
+        zero."""
 
 
 class TorchKernels:
@@ -91,6 +104,8 @@ class TorchKernels:
 
     def coordinate_descent_(self, block: ColumnBlock) -> Tensor:
         """Every column is brought to its minimizer, and the later ones hear of it."""
+        if block.matrix.dim() == 3:
+            return torch.cat([self.coordinate_descent_(layer) for layer in block.layers()])
         target, residual, gram = block.target, block.residual, block.matrix
         inverse = inverse_diagonal(gram).tolist()
         correlation, before = block.incoming.clone(), residual.clone()
@@ -110,6 +125,10 @@ class TorchKernels:
 
     def gptq_(self, block: ColumnBlock) -> None:
         """Every column is rounded, and the later ones take up what that changed."""
+        if block.matrix.dim() == 3:
+            for layer in block.layers():
+                self.gptq_(layer)
+            return
         for j in range(block.target.shape[1]):
             asked = block.incoming[:, j]
             code, kept = block.nearest(asked, j)
@@ -120,10 +139,10 @@ class TorchKernels:
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:
         """One dense product."""
-        correlation.addmm_(change, gram)
+        add_times_(correlation, change, gram)
 
 
 def inverse_diagonal(gram: Tensor) -> Tensor:
     """1 / diagonal, 0 where a column is dead."""
-    diagonal = gram.diagonal()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
     return torch.where(diagonal > 0, 1 / diagonal, 0.0)

@@ -82,6 +82,49 @@ def test_coordinate_descent(shape, dead, groups, mode, name):
         assert float(on_grid[free].float().mean()) < 0.1, "free entries are not rounded"  # measured 0
 
 
+STACKS = [("numba", (35, 33)), ("numba", (130, 40)), ("triton", (19, 16))]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("name", "shape"), STACKS, ids=str)
+def test_a_stack_of_layers_is_each_of_them(shape, groups, name):
+    """Bit for bit, also where tiles of rows do not fit the rows of a layer; both loops, and what propagates changes."""
+    kernels, device = backend(name)
+    given = [block(*shape, groups, dead, device) for dead in (False, True)]
+    given[1] = given[1]._replace(matrix=given[1].matrix * 3)
+    for loop in ("coordinate_descent_", "gptq_"):
+        blocks_ = given
+        if loop == "gptq_":
+            uppers = [upper_factor(one.matrix, 1.0)[0] for one in given]
+            blocks_ = [
+                one._replace(matrix=upper / upper.diagonal(), incoming=one.target + one.residual)
+                for one, upper in zip(given, uppers, strict=True)
+            ]
+        of_rows = ("target", "residual", "incoming", "scale", "zero", "codes")
+        whole = blocks_[0]._replace(
+            matrix=torch.stack([one.matrix for one in blocks_]),
+            **{field: torch.cat([getattr(one, field) for one in blocks_]) for field in of_rows},
+        )
+        changes = getattr(kernels, loop)(whole)
+        alone = [
+            one._replace(**{f: getattr(one, f).clone() for f in ("residual", "incoming", "codes")}) for one in blocks_
+        ]
+        expected = [getattr(kernels, loop)(one) for one in alone]
+        if changes is not None:
+            assert torch.equal(changes, torch.cat(expected))
+        for field in ("residual", "incoming", "codes"):
+            assert torch.equal(getattr(whole, field), torch.cat([getattr(one, field) for one in alone])), field
+    for share in (1.0, 0.05):  # dense, and mostly zeros
+        change = torch.randn(2 * shape[0], shape[1], device=device) * (
+            torch.rand(2 * shape[0], shape[1], device=device) < share
+        )
+        total = torch.zeros(2 * shape[0], shape[1], device=device)
+        matrices = torch.stack([one.matrix for one in given])
+        kernels.propagate_(total, change, matrices)
+        right = torch.cat([c @ m for c, m in zip(change.double().chunk(2), matrices.double(), strict=True)])
+        torch.testing.assert_close(total.double(), right, rtol=1e-5, atol=1e-5 * float(right.abs().max()))
+
+
 @pytest.mark.parametrize("outlier_above", [None, 0.05])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)

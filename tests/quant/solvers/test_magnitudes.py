@@ -11,7 +11,8 @@ from quant.core.linalg import objective, relative_error
 from quant.core.scaling import exponent_outside
 from quant.core.types import FINEST, LARGEST, QuantSpec
 from quant.run.directory import RunDirectory
-from quant.run.quantize import InputStats, Recipe, solve_linear
+from quant.run.solving import Recipe, solve_linear
+from quant.run.statistics import InputStats
 from quant.solvers import get_solver, solver_options, solvers
 from quant.solvers.quantease import quantease
 from quant.solvers.rtn import rtn
