@@ -31,7 +31,8 @@ from quant.blocks.weights import BlockWeights
 from quant.core import env
 from quant.core.gram import GramStats
 from quant.core.types import QuantSpec
-from quant.run.quantize import Recipe, quantize_block
+from quant.run.quantize import quantize_block
+from quant.run.solving import Recipe
 from quant.solvers import get_solver, solver_options
 
 STAGES = ("read", "forward", "gram", "solve")

@@ -35,7 +35,7 @@ from quant.run.folding import fold_block
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress
 from quant.run.observe import observe
-from quant.run.quantize import Recipe, name_errors, solve, store_in_float16
+from quant.run.solving import Recipe, name_errors, solve, store_in_float16
 from quant.run.statistics import Original
 
 Widths = dict[tuple[int, str], int]  # bits by block and linear

@@ -36,6 +36,8 @@ from quant.core.gram import CHUNK, GramStats, InputSample, shrunk
 from quant.run.config import RunConfig
 from quant.run.statistics import HELDOUT_TOKENS, InputStats, Original
 
+BYTES_AT_ONCE = {"cuda": 2 << 30}  # by device, for what experts that are solved at once take in Gram matrices
+COPIES = 4  # of each: its own, in the stack, damped, and factorized or with the original's inputs
 log = logging.getLogger(__name__)
 Call = tuple[Tensor, Tensor, Tensor]  # hidden states [tokens, hidden], experts and their weights [tokens, k]
 
@@ -239,6 +241,12 @@ def stages(groups: Groups) -> list[list[tuple[str, ...]]]:
 
 def _last_names(group: Sequence[str]) -> list[str]:
     return [name.rpartition(".")[2] for name in group]
+
+
+def experts_at_once(n_in: int, device: torch.device) -> int:
+    """How many linears of experts with so many inputs are solved as one stack: as many as room is given, where launches cost
+    more than products; on a CPU one after another."""
+    return max(1, BYTES_AT_ONCE.get(device.type, 0) // (COPIES * 4 * n_in**2))
 
 
 def check_mixture(family: ModelFamily, config: object, run: RunConfig) -> None:

@@ -20,7 +20,7 @@ from quant.learn.loop import learned_before
 from quant.learn.parametrization import Parameters
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
-from quant.run.quantize import Recipe
+from quant.run.solving import Recipe
 
 
 def check_turned(model: LazyModel, run: RunConfig) -> None:

@@ -38,10 +38,10 @@ from quant.run.content import candidate_widths, check_format, content_of, spec_o
 from quant.run.experts import check_mixture
 from quant.run.folding import check_turned
 from quant.run.likeness import check_family
-from quant.run.quantize import Recipe, check_options
 from quant.run.request import cache_place, places_read
 from quant.run.rotating import LearnedRotation, SpinTask, learned_rotation
 from quant.run.saliency import check_saliency
+from quant.run.solving import Recipe, check_options
 from quant.run.writing import author_of
 from quant.solvers import declaration_for, get_solver
 from quant.tune.limits import check_tuning, recomputes

@@ -23,12 +23,12 @@ from quant.run.directory import OUTSIDE, ROTATION, BlockSummary, Record, RunDire
 from quant.run.finished import read_results
 from quant.run.identity import configuration_of, evaluation_of, path_of
 from quant.run.inputs import Inputs
-from quant.run.quantize import Recipe
 from quant.run.request import Request, cache_place, places_read, places_written
 from quant.run.results import is_saved, manifest_of
 from quant.run.resume import check_ranges
 from quant.run.rotating import keep_rotation
 from quant.run.sharing import check_sharing
+from quant.run.solving import Recipe
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, note
 log = logging.getLogger(__name__)

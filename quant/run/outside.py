@@ -41,7 +41,7 @@ from quant.run.job import Job, Progress
 from quant.run.linear import LinearRecord, verdict, weight_peak
 from quant.run.loop import read_block
 from quant.run.observe import original_beside
-from quant.run.quantize import Recipe, solve_linear
+from quant.run.solving import Recipe, solve_linear
 from quant.run.statistics import HELDOUT_TOKENS, InputStats
 from quant.solvers import declaration_for
 from quant.solvers.rtn import rtn

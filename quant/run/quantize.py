@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,70 +16,18 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core import ranks
 from quant.core.env import peak_bytes
-from quant.core.errors import InputError, RunError
-from quant.core.gram import GramStats
-from quant.core.grid import in_float16
-from quant.core.linalg import SingularGramError, objective, output_errors, products_in, relative_errors
-from quant.core.names import FULL_BITS, SUPER_COLUMNS
-from quant.core.parts import row_parts, rows_of, stacked, stacked_grids
-from quant.core.target import Correction, corrected
-from quant.core.types import Grid, QuantizedWeight, QuantSpec
-from quant.kernels.columns import describe as describe_kernels
-from quant.learn.config import Learning
+from quant.core.errors import RunError
+from quant.core.names import FULL_BITS
+from quant.core.types import QuantizedWeight
 from quant.learn.learner import LearnedBlock
 from quant.run.bias import corrected_biases
-from quant.run.experts import is_experts, stages
-from quant.run.linear import LinearRecord, input_rms, verdict, weight_peak
+from quant.run.experts import experts_at_once, is_experts, stages
+from quant.run.linear import LinearRecord
 from quant.run.observe import observe
-from quant.run.sharing import Solution, dealt, energy_in_rows, solved_in_rows
+from quant.run.sharing import Solution, dealt
+from quant.run.solving import Recipe, solve_linear, solve_together
 from quant.run.statistics import InputStats, Original
 from quant.solvers import declaration_for, solver_options
-from quant.solvers.rtn import rtn
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is done to every block: learning, if any, then a solver with its options on a grid.
-
-    spec: None leaves the weights in full precision. learning: of transforms and clips; the solver then gets the
-    transformed weights and the learned grid. act: bits of the activations.
-    true_sequential: every group of linears sees the outputs of those solved before it in the same block.
-    precision: of float32 matrix products inside the solver (torch.set_float32_matmul_precision): ``highest``, or
-    ``high`` (TF32, or bfloat16 in three parts) and ``medium``, which errors and objectives are never measured in.
-    correction: of what is solved for, towards the outputs of the original model; None: the weights themselves.
-    saliency: parts of the rows of every linear that are solved each with its own weights of tokens; 0: none.
-    bias_correction: see `corrected_biases`.
-    widths: bits by block and linear, where they are mixed.
-    """
-
-    method: str
-    solver: Callable[..., QuantizedWeight]
-    spec: QuantSpec | None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    true_sequential: bool = False
-    precision: str = "highest"
-    learning: Learning | None = None
-    act: ActSpec = field(default_factory=ActSpec)
-    correction: Correction | None = None
-    saliency: int = 0
-    bias_correction: bool = False
-    widths: Mapping[tuple[int, str], int] | None = None
-
-    def with_bits(self, bits: int) -> Recipe:
-        """The same on a grid of so many bits."""
-        assert self.spec is not None
-        return replace(self, spec=replace(self.spec, bits=bits))
-
-    def of(self, block: int, linear: str) -> Recipe:
-        """The recipe of one linear."""
-        return self if self.widths is None else self.with_bits(self.widths[block, linear])
-
-    @property
-    def asks_for_original(self) -> bool:
-        """Whether it is solved with the original model's inputs beside those of the quantized one."""
-        return self.spec is not None and (self.correction is not None or declaration_for(self.solver).uses_cross)
 
 
 def deploy(
@@ -180,13 +123,20 @@ def solve_stage(
         weight, grid = weights.weight(name), None
         if learned is not None:
             weight, grid = learned.targets[name], learned.grids.get(name)
-        answer, record = solve_linear(index, name, weight, inputs, recipe.of(index, name), grid, alone)
-        peak = peak_bytes(stream.device)
-        return answer, replace(record, peak_bytes=peak["device"] or peak["host"])
+        return with_peak(*solve_linear(index, name, weight, inputs, recipe.of(index, name), grid, alone), stream.device)
 
     units = [(name, group[0]) for group in stage for name in group]
     if ranks.size() == 1:
-        return {name: solve_one(name, stats[first]) for name, first in units}
+        answers: dict[str, Solution] = {}
+        for bundle in bundles(stream, units, weights, recipe, learned):
+            if len(bundle) == 1:
+                ((name, first),) = bundle
+                answers[name] = solve_one(name, stats[first])
+            else:
+                own = {name: weights.weight(name) for name, _ in bundle}
+                together = solve_together(index, own, {name: stats[first] for name, first in bundle}, recipe)
+                answers |= {name: with_peak(*solution, stream.device) for name, solution in together.items()}
+        return answers
     assert recipe.spec is not None
     declared = declaration_for(recipe.solver)
     coupled = declared.rows_coupled or declared.outliers(solver_options(recipe.solver) | dict(recipe.options))
@@ -194,6 +144,40 @@ def solve_stage(
     answers = {name: solve_one(name, stats[first], False) for name, first in units if (name, first) not in whole}
     answers |= dealt(whole, stats, solve_one, recipe.spec, stream.device)
     return {name: answers[name] for name, _ in units}
+
+
+def with_peak(answer: QuantizedWeight, record: LinearRecord, device: torch.device) -> Solution:
+    """A solution whose record says the peak of memory so far."""
+    peak = peak_bytes(device)
+    return answer, replace(record, peak_bytes=peak["device"] or peak["host"])
+
+
+def bundles(
+    stream: BlockStream,
+    units: Sequence[tuple[str, str]],
+    weights: BlockWeights,
+    recipe: Recipe,
+    learned: LearnedBlock | None,
+) -> Iterator[list[tuple[str, str]]]:
+    """Linears in their order (with what their statistics are under): alone, or where the solver takes it and the device gains by
+    it, experts' of one shape side by side."""
+    spec, options = recipe.spec, solver_options(recipe.solver) | dict(recipe.options)
+    can = spec is not None and spec.super_kind is None and learned is None and not recipe.saliency
+    can = can and declaration_for(recipe.solver).stacks(options)
+    waiting: list[tuple[str, str]] = []
+    for unit in units:
+        shape = weights.weight(unit[0]).shape
+        alike = can and is_experts(unit[0], stream.model.family)
+        full = len(waiting) == experts_at_once(shape[1], stream.device) if alike else True
+        if waiting and (full or weights.weight(waiting[0][0]).shape != shape):
+            yield waiting
+            waiting = []
+        if alike:
+            waiting.append(unit)
+        else:
+            yield [unit]
+    if waiting:
+        yield waiting
 
 
 def residual_places(model: LazyModel, recipe: Recipe) -> Mapping[str, str]:
@@ -236,171 +220,3 @@ def compare_block(
         for name in group
         for recipe in recipes
     ]
-
-
-def check_options(recipe: Recipe, device: torch.device) -> QuantizedWeight:
-    """The answer for one small layer, so that no work is lost later. Raises InputError where the solver refuses its options."""
-    assert recipe.spec is not None
-    whole = SUPER_COLUMNS if recipe.spec.super_kind else recipe.spec.group_size
-    n_in = max(1, 128 // whole) * whole if whole > 0 else 128
-    weight = torch.linspace(-1, 1, 4 * n_in, device=device).view(4, n_in)
-    stats = GramStats.from_gram(torch.eye(n_in, device=device))
-    stats.cross = stats.gram.clone()
-    with name_errors(f"{recipe.method} with these options"):
-        if not recipe.saliency:
-            return solve(weight, stats, recipe)[0]
-        uneven = GramStats.from_gram(torch.diag(torch.arange(1.0, n_in + 1, device=device)))
-        uneven.cross = uneven.gram.clone()  # other columns come first in another part of the rows
-        return solve_in_parts(weight, [stats, uneven], recipe)[0]
-
-
-@contextmanager
-def name_errors(where: str) -> Iterator[None]:
-    """A solver's errors as those of a run, which say of what they are."""
-    try:
-        yield
-    except SingularGramError as error:
-        raise RunError(f"{where}: {error}") from error
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-def solve(
-    weight: Tensor, stats: GramStats, recipe: Recipe, grid: Grid | None = None
-) -> tuple[QuantizedWeight, Grid, float]:
-    """One answer, the grid of rounding to nearest, and the seconds that the answer took. grid: a learned one, for both.
-
-    The grid of rounding to nearest is fitted once: a solver that would begin with it gets it. Raises ValueError where
-    the answer is not legal, or what the solver raises.
-    """
-    assert recipe.spec is not None
-    options = solver_options(recipe.solver) | dict(recipe.options)
-    gets_it = grid is not None or declaration_for(recipe.solver).starts_at_nearest(options, recipe.spec.group_size)
-    started = time.perf_counter()
-    nearest = rtn(weight, stats, recipe.spec).grid if grid is None else grid
-    if not gets_it:
-        started = time.perf_counter()
-    given = {"grid": nearest} if gets_it else {}
-    with products_in(recipe.precision):
-        answer = recipe.solver(weight, stats, recipe.spec, **given, **recipe.options).check()
-    return answer, nearest, time.perf_counter() - started
-
-
-def _solve_rows(
-    weight: Tensor, stats: GramStats, recipe: Recipe, grid: Grid | None, alone: bool
-) -> tuple[QuantizedWeight, Grid, float]:
-    """`solve`, by all processes of the job unless ``alone``."""
-    assert recipe.spec is not None
-    if alone or ranks.size() == 1:
-        return solve(weight, stats, recipe, grid)
-
-    def of_rows(rows: slice) -> tuple[QuantizedWeight, Grid, float]:
-        return solve(weight[rows], stats, recipe, None if grid is None else rows_of(grid, rows))
-
-    return solved_in_rows(weight.shape[0], of_rows, recipe.spec, weight.device)
-
-
-def solve_in_parts(
-    weight: Tensor, stats: Sequence[GramStats], recipe: Recipe, grid: Grid | None = None
-) -> tuple[QuantizedWeight, Grid, float]:
-    """`solve` for parts of the rows, each with statistics (and a target) of its own. Raises ValueError where the answers do
-    not fit together."""
-    if declaration_for(recipe.solver).rows_coupled:
-        raise ValueError("its rows depend on each other: --saliency solves them in parts")
-    answers = []
-    for rows, own in zip(row_parts(weight.shape[0], len(stats)), stats, strict=True):
-        target, known = target_of(weight[rows], own, recipe)
-        of_rows = None if grid is None else rows_of(grid, rows)
-        answers.append(solve(target if recipe.correction else weight[rows], known, recipe, of_rows))
-    whole, nearest, seconds = zip(*answers, strict=True)
-    return stacked(whole), stacked_grids(nearest), sum(seconds)
-
-
-def target_of(weight: Tensor, calibration: GramStats, recipe: Recipe) -> tuple[Tensor, GramStats]:
-    """What an answer is measured against, and the statistics to solve with: the weight and those of calibration, or what
-    the original model's outputs ask for. Raises what `corrected` does."""
-    if not recipe.asks_for_original:
-        return weight, calibration
-    target, damped = corrected(weight, calibration, recipe.correction or Correction())
-    return target, damped if recipe.correction else calibration
-
-
-def store_in_float16(answer: QuantizedWeight, weight: Tensor, energy: Callable[[Tensor], float]) -> QuantizedWeight:
-    """The answer as checkpoints can hold it (see `in_float16`); what that costs the layer is in its ``info``. energy: as of
-    `relative_errors`."""
-    stored = in_float16(answer, weight)
-    if stored is answer:
-        return answer
-    values = (one.dequantize() for one in (answer, stored))
-    before, after = relative_errors(weight, values, energy)
-    count = int((stored.grid.scale != answer.grid.scale).sum())
-    return replace(stored, info={**answer.info, "rounded_scales": count, "rounded_scales_cost": after - before}).check()
-
-
-def _tell_of_damping(where: str, answer: QuantizedWeight, recipe: Recipe) -> None:
-    damping = answer.info.get("percdamp")
-    if damping is not None and damping != recipe.options.get("percdamp", damping):
-        log.warning("%s: the Gram matrix was singular, damping raised to %g", where, damping)
-
-
-def solve_linear(
-    block: int,
-    name: str,
-    weight: Tensor,
-    stats: InputStats,
-    recipe: Recipe,
-    grid: Grid | None = None,
-    alone: bool = False,
-) -> Solution:
-    """One linear's answer, on the learned grid if there is one, and its line of the journal (without memory). Errors are
-    those of its outputs from what it was solved for: its own, or with a correction the original model's. alone: by this
-    process; else all processes of the job solve it, each some rows."""
-    spec, where = recipe.spec, f"block {block} {name}"
-    assert spec is not None
-    weight, calibration = weight.float(), stats.calibration.check(where)
-    with name_errors(where):
-        target, known = target_of(weight, calibration, recipe)
-        if parts := stats.weighted.get(name):
-            quantized, nearest, seconds = solve_in_parts(weight, [own.check(where) for own in parts], recipe, grid)
-        else:
-            wanted = target if recipe.correction else weight
-            quantized, nearest, seconds = _solve_rows(wanted, known, recipe, grid, alone)
-    in_rows = (lambda energy: energy) if alone else energy_in_rows
-    energy = in_rows(partial(objective, gram=calibration.gram))
-    quantized = store_in_float16(quantized, target, energy)
-    _tell_of_damping(where, quantized, recipe)
-
-    def answers() -> Iterator[Tensor]:  # one matrix at a time
-        return (answer.dequantize() for answer in (quantized, rtn(weight, calibration, spec, grid=nearest)))
-
-    solved = relative_errors(target, answers(), energy)
-    sample = stats.heldout
-    heldout = None if sample is None else output_errors(weight, answers(), sample.inputs, sample.full, in_rows)
-    judged = heldout or solved
-    takes_nothing = recipe.solver is rtn and recipe.correction is None
-    rank = weight.shape[1] if takes_nothing else calibration.rank
-    bits, is_short = quantized.bits_per_weight(), rank < weight.shape[1] or stats.routed == 0
-    kept = 0 if quantized.outliers is None else quantized.outliers.value.numel()
-    return quantized, LinearRecord(
-        block=block,
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        method=recipe.method,
-        bits=spec.bits,
-        relative_error=solved[0],
-        relative_error_rtn=solved[1],
-        relative_error_heldout=None if heldout is None else heldout[0],
-        relative_error_rtn_heldout=None if heldout is None else heldout[1],
-        bits_per_weight=bits,
-        storage_bits=quantized.storage_bits(),
-        scale_bits=quantized.grid.scale_bits,
-        n_tokens=calibration.n_tokens if stats.routed is None else stats.routed,
-        verdict=verdict(judged[0], judged[1], bits, is_short),
-        kernels=describe_kernels(weight.device),
-        input_rms=input_rms(calibration),
-        weight_peak=weight_peak(weight),
-        outlier_share=kept / weight.numel(),
-        seconds=round(seconds, 4),
-        rank=rank if is_short else None,
-        info=quantized.info,
-    )

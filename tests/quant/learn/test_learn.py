@@ -27,8 +27,9 @@ from quant.learn.losses import BlockLoss
 from quant.learn.omniquant import WeightClip
 from quant.learn.parametrization import Block, InputRange, Parametrization
 from quant.run.directory import RunDirectory
-from quant.run.quantize import Recipe, deploy, quantize_block
+from quant.run.quantize import deploy, quantize_block
 from quant.run.session import open_session
+from quant.run.solving import Recipe
 from quant.solvers import get_solver
 from tests.conftest import VOCABULARY
 from tests.helpers import CPU, asked, learned_config, perform, replace

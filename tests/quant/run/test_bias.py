@@ -14,8 +14,9 @@ from quant.core.gram import GramStats
 from quant.core.types import QuantSpec
 from quant.run.bias import corrected_biases
 from quant.run.directory import RunDirectory
-from quant.run.quantize import Recipe, quantize_block
+from quant.run.quantize import quantize_block
 from quant.run.session import open_session
+from quant.run.solving import Recipe
 from quant.solvers.rtn import rtn
 from quant.tune.config import Tuning
 from tests.conftest import VOCABULARY

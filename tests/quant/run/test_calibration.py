@@ -15,8 +15,9 @@ from quant.core.types import QuantSpec
 from quant.run.calibration import HELDOUT, heldout_windows, shortage, windows_apart
 from quant.run.directory import RunDirectory
 from quant.run.linear import LinearRecord, verdict
-from quant.run.quantize import Recipe, quantize_block
+from quant.run.quantize import quantize_block
 from quant.run.session import open_session
+from quant.run.solving import Recipe
 from quant.solvers import get_solver
 from quant.solvers.rtn import rtn
 from tests.helpers import CPU, SEQLEN, config_for, perform, replace

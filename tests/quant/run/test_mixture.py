@@ -24,6 +24,8 @@ from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.report.experts import experts_plot, tokens_by_expert
 from quant.report.page import heat, page
 from quant.report.runs import open_run
+from quant.run import experts as experts_of_runs
+from quant.run import quantize
 from quant.run.convert import convert
 from quant.run.directory import OUTSIDE, RunDirectory
 from quant.run.experts import drawn_others, stages
@@ -197,6 +199,28 @@ def test_solvers_take_experts(solver, model_dir, text, tmp_path):
     records = [r for b in RunDirectory(tmp_path / "run").finished_blocks() for r in b.records if ".experts." in r.name]
     own, nearest = (sum(getattr(r, key) for r in records) for key in ("relative_error", "relative_error_rtn"))
     assert len(records) == 12 and (own == nearest if solver == "rtn" else own < nearest)
+
+
+@pytest.mark.parametrize("solver", ["gptq", "quantease"])
+def test_experts_that_are_solved_at_once_are_those_solved_alone(solver, model_dir, text, tmp_path, monkeypatch):
+    """As on a GPU: stacks of three linears of one shape, the last one smaller; every expert has its line in the journal."""
+    asked = {"solver": solver, "options": {}, "nsamples": 4, "limit": 4, "target_correction": 1.0}
+    run = config_for(model_dir("mixtral"), text, tmp_path, **asked, run_dir=tmp_path / "alone")
+    alone, sizes = perform(run), []
+    together = quantize.solve_together
+    monkeypatch.setitem(experts_of_runs.BYTES_AT_ONCE, "cpu", 3 * experts_of_runs.COPIES * 4 * 32**2)
+    monkeypatch.setattr(quantize, "solve_together", lambda *a: sizes.append(len(a[1])) or together(*a))
+    at_once = perform(replace(run, run_dir=tmp_path / "at once"))
+    assert sizes == 2 * [3, 3, 3, 3]  # two blocks; 32 inputs and outputs each
+    (one,), (other,) = alone["perplexity"].values(), at_once["perplexity"].values()
+    assert other["quantized"] == pytest.approx(one["quantized"], rel=0.01)
+    lines = [
+        [r for b in RunDirectory(tmp_path / name).finished_blocks() for r in b.records] for name in ("alone", "at once")
+    ]
+    for first, second in zip(*lines, strict=True):
+        assert (first.block, first.name, first.n_tokens) == (second.block, second.name, second.n_tokens)
+        assert second.relative_error == pytest.approx(first.relative_error, rel=0.03)
+        assert second.relative_error_rtn == pytest.approx(first.relative_error_rtn, rel=0.01) and second.seconds > 0
 
 
 def test_quantized_activations_and_packed_weights_agree(model_dir, text, tmp_path):

@@ -24,7 +24,7 @@ from quant.core.errors import InputError
 from quant.core.gram import GramStats
 from quant.evaluate.passes import FULL, UNCHANGED
 from quant.evaluate.scorer import Scorer
-from quant.run import experts, inputs, observe, outside, quantize
+from quant.run import experts, inputs, observe, outside, solving
 from quant.run.config import RunConfig
 from quant.run.directory import RunDirectory
 from quant.run.shapes import shapes_of
@@ -159,14 +159,14 @@ def command_that_dies(rank, block, written, *words):
 
 def command_that_fails(rank, *words):
     """The same, and one process cannot solve its rows."""
-    solve = quantize.solve
+    solve = solving.solve
 
     def solve_or_fail(weight, *given):
         if ranks.rank() == rank and weight.shape[0] != 4:  # not that of the check before work begins
             raise InputError("its rows cannot be solved")
         return solve(weight, *given)
 
-    quantize.solve = solve_or_fail
+    solving.solve = solve_or_fail
     return command(*words)
 
 
