@@ -15,7 +15,7 @@ from quant.core.places import check_places
 from quant.export.runtimes import loadability
 from quant.run.calibration import shortage
 from quant.run.config import DEFAULT_MAX_SEQLEN
-from quant.run.plan import check_contents, estimate
+from quant.run.plan import check_contents, estimate, with_process
 from quant.run.rates import product_rates, solver_cost
 from quant.run.request import Request, cache_place, places_read, places_written
 from quant.run.shapes import shapes_of
@@ -31,7 +31,7 @@ def show_plan(requests: Sequence[Request], console: Console, processes: int | No
     first = requests[0].session
     places = dict.fromkeys(place for request in requests for place in places_written(request.output))
     check_places(places_read(first, [request.run for request in requests]), [*places, cache_place(first.cache_dir)])
-    device = env.pick_device(first.device)
+    device, resident = env.pick_device(first.device), env.resident_bytes()
     model_config, path = load_config(
         first.model, first.cache_dir, first.trust_remote_code, with_weights=False, family=first.family
     )
@@ -41,6 +41,9 @@ def show_plan(requests: Sequence[Request], console: Console, processes: int | No
     rates = product_rates(device, dtype)
     quantizing = [request for request in requests if request.run.quantizes]
     plans = [estimate(r, shapes, dtype.itemsize, rates, solver_cost(device, r.run)) for r in quantizing]
+    if device.type == "cpu":
+        stored = getattr(model_config, "dtype", None) or torch.float16
+        plans = [with_process(plan, shapes, stored.itemsize, resident) for plan in plans]
     parameters = shapes.parameters / 1e9
     console.print(
         f"{first.model}: {model_config.model_type}, {parameters:.2f}B parameters, {shapes.n_blocks} blocks, "

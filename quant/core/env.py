@@ -90,6 +90,15 @@ def _host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def resident_bytes() -> int:
+    """What this process has in memory now, 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    line = (
+        re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE) if status.exists() else None
+    )
+    return int(line[1]) * 1024 if line else 0
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Hardware, for the manifest."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

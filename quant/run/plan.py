@@ -3,7 +3,8 @@
 Memory (bytes)
   block       parameters of a block x bytes of the arithmetic's dtype
   statistics  4·in² for every Gram matrix alive: all groups of a block, or the largest with --true-sequential
-              of a mixture's experts 3 for the largest, as experts come one after another, and one of all tokens
+              of a mixture's experts 3 for the largest, as experts come one after another (COPIES more for each of those
+              that a GPU solves at once), and one of all tokens
   solver      of the linear that takes most, the Gram matrix itself is statistics': what the solver declares (its workspace
               in quant/solvers; those of the libraries' factorizations are not in it), and at least 3.25·4·out·in to
               measure the error (weight, codes, values, error), 2·4·out·in more with groups
@@ -27,6 +28,8 @@ Memory (bytes)
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
               two of them, one more for --aug_loss and one for an attention loss; tuning one more, a window of blocks two;
               what a mixture's experts are called with is as much again
+  process     on a CPU, all that the operating system counts: the libraries, device, host, and the pages of the checkpoint
+              that were read, which it takes back when it needs room
 Time (seconds)
   calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
               --true-sequential one partial pass a group), at the measured matrix-product rate of the dtype;
@@ -43,7 +46,8 @@ Time (seconds)
   head        with --head-bits one pass of the calibration windows through the blocks, its Gram matrix, and the solver's time
   mixtures    the passes meet the parameters that a token is routed to; of experts all are solved, and their Gram matrices are
               summed over the tokens of each, besides one over all tokens; their inner values are computed once more
-  evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set, or --limit windows
+  evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set, of a file its bytes over BYTES_A_TOKEN,
+              or --limit windows if that is less
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
 """
 
@@ -51,11 +55,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from data import demo
+from data.corpora import is_file
 from models import family_for
 from models.gguf_facts import check_config
 from quant.blocks.backward import HEAD_ELEMENTS
+from quant.core.env import pick_device
 from quant.core.gram import BLOCK
 from quant.core.names import DEQUANTIZED, FULL_BITS, GGUF
 from quant.evaluate import passes
@@ -65,7 +75,7 @@ from quant.learn.rotation import check_rotation
 from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
 from quant.run.content import PART, candidate_widths, check_format, content_of, expected_bits, outside_matrices
-from quant.run.experts import check_mixture, stages
+from quant.run.experts import COPIES, check_mixture, experts_at_once, stages
 from quant.run.request import Request
 from quant.run.shapes import Kind, Shapes
 from quant.solvers import declaration_of, with_defaults
@@ -74,6 +84,7 @@ from quant.tune.limits import OVERHEAD, Sizes, learning_memory, memory
 from quant.tune.limits import flops as tuning_flops
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
+BYTES_A_TOKEN = 4.0  # of English, by vocabularies of 30 thousand words and more
 
 
 def estimate(
@@ -84,7 +95,7 @@ def estimate(
     seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.windows * seqlen
     beside = 1 + (run.target_correction > 0 or _uses_cross(run))  # models that calibration runs through
-    statistics, forward, gram = _calibration(run, shapes, tokens, beside, rates)
+    statistics, forward, gram = _calibration(run, shapes, tokens, beside, rates, pick_device(session.device))
     blocks = list(shapes.first(n_blocks))
     workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
@@ -95,11 +106,11 @@ def estimate(
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
     tune, tuning = tuning_cost(run, shapes, seqlen, itemsize)
-    windows = EVAL_TOKENS if session.limit is None else min(EVAL_TOKENS, session.limit * seqlen)
-    evaluated = windows * len(session.eval_datasets) * (2 if session.full_precision_eval else 1)
+    texts = [_tokens_of(name, session.limit, seqlen) for name in session.eval_datasets]
+    evaluated = sum(texts) * (2 if session.full_precision_eval else 1)
     ends, beyond = outside_cost(run, shapes, tokens, beside, rates, cost)
     evaluate = evaluated * 2 * shapes.active / rates[0]
-    behind = _logits(shapes.vocabulary, seqlen, windows) if evaluated else 0
+    behind = _logits(shapes.vocabulary, seqlen, int(max(texts))) if evaluated else 0
     return {
         "device bytes: block": shapes.block * itemsize,
         "device bytes: statistics": statistics,
@@ -133,6 +144,33 @@ def estimate(
         "seconds: evaluate": evaluate,
         "seconds: total": forward + gram + solve + beyond + evaluate + (learn + pass_flops + tune) / rates[0],
     }
+
+
+def with_process(plan: dict[str, float], shapes: Shapes, itemsize: int, resident: int) -> dict[str, float]:
+    """An estimate for a CPU with the bytes of the whole process. itemsize: of the checkpoint's numbers; resident: bytes that a
+    process has before it begins."""
+    whole = (
+        resident
+        + plan["device bytes: peak"]
+        + plan.get("host bytes: hidden states", 0.0)
+        + shapes.parameters * itemsize
+    )
+    answer = {}
+    for key, value in plan.items():
+        if key == "disk bytes: run directory":
+            answer["host bytes: process"] = whole
+        answer[key] = value
+    return answer
+
+
+def _tokens_of(source: str, limit: int | None, seqlen: int) -> float:
+    """Tokens of a text that is evaluated on, as far as is known without a tokenizer."""
+    known = float(EVAL_TOKENS)
+    if source == "demo":
+        known = len(demo.text("test")) / BYTES_A_TOKEN
+    elif is_file(source) and Path(source).is_file():
+        known = Path(source).stat().st_size / BYTES_A_TOKEN
+    return known if limit is None else min(known, limit * seqlen)
 
 
 def _stored_bits(run: RunConfig, shapes: Shapes, n_blocks: int) -> tuple[float, int]:
@@ -231,7 +269,7 @@ def _together(run: RunConfig, shapes: Shapes, steps: int, seqlen: int, itemsize:
 
 
 def _calibration(
-    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: tuple[float, float]
+    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: tuple[float, float], device: torch.device
 ) -> tuple[float, float, float]:
     """Bytes of the statistics, and seconds of the blocks' passes and of the sums. beside: models that calibration runs
     through."""
@@ -240,7 +278,7 @@ def _calibration(
     again = sum(count * _inner_flops(kind, tokens) for kind, count in blocks)
     products = sum(count * _products(run, kind, tokens, beside) for kind, count in blocks)
     return (
-        beside * max(_statistics(run, kind) for kind, _ in blocks),
+        beside * max(_statistics(run, kind, device) for kind, _ in blocks),
         beside * (tokens * 2 * forward + again) / rates[0],
         products / rates[1],
     )
@@ -253,7 +291,7 @@ def _steps(run: RunConfig, kind: Kind) -> list[list[str]]:
     return [[group[0] for group in step] for step in steps]
 
 
-def _statistics(run: RunConfig, kind: Kind) -> int:
+def _statistics(run: RunConfig, kind: Kind, device: torch.device) -> int:
     """Bytes of the Gram matrices that are alive together."""
     by_name = {group[0][0]: group for group in kind.groups}
 
@@ -263,7 +301,11 @@ def _statistics(run: RunConfig, kind: Kind) -> int:
             4 * group[0][2] ** 2 * (1 + run.saliency * len(group)) for group in groups if not kind.is_routed(group)
         )
         routed = [group[0][2] for group in groups if kind.is_routed(group)]
-        return plain + 4 * (3 * max(routed) ** 2 + routed[0] ** 2 if routed else 0)
+        if not routed:
+            return plain
+        together = experts_at_once(max(routed), device)
+        stacked = COPIES * together if together > 1 else 0
+        return plain + 4 * ((3 + stacked) * max(routed) ** 2 + routed[0] ** 2)
 
     return max(map(of_step, _steps(run, kind)))
 
