@@ -49,6 +49,14 @@ EXTRAS = {  # parts that no preset has
     "fractional zeros": "--grid fractional",
     "bias correction": "--bias-correction",
 }
+PARTS = {  # of the ablation: each alone on plain quantease, and all but each
+    "searched grids": "--range mse --search-grid",
+    "refitted grids": "--refit-grid",
+    "fractional zeros": "--grid fractional",
+    "token weights": "--saliency 4",
+    "corrected target": "--target-correction 1 --residual-correction",
+    "tuning": "--tune model --tune-norms",
+}
 PLAIN = {name: f"--quantization-method {name}" for name in ("rtn", "gptq", "gptaq", "qronos", "quantease")}
 PEER = "autoround, its own code"
 
@@ -88,6 +96,22 @@ def rows_of(own: int) -> Iterator[Row]:
             yield Row(f"preset best + fractional zeros + token weights, {steps} steps", words, times * (own + 128))
 
 
+def ablation(own: int) -> Iterator[Row]:
+    """Plain quantease with every part alone, everything, and everything but each; ``own`` windows that the model writes are
+    a part, too."""
+    plain, text = PLAIN["quantease"], "self-written text"
+    everything = " ".join((plain, *PARTS.values()))
+    yield Row("quantease", plain)
+    for name, words in PARTS.items():
+        yield Row(f"quantease + {name}", f"{plain} {words}")
+    yield Row(f"quantease + {text}", plain, own)
+    yield Row("everything", everything, own)
+    for left_out in PARTS:
+        kept = (words for name, words in PARTS.items() if name != left_out)
+        yield Row(f"everything but {left_out}", " ".join((plain, *kept)), own)
+    yield Row(f"everything but {text}", everything)
+
+
 def main() -> None:
     """Measure row by row."""
     parser = flags(__doc__, "cpu")
@@ -95,6 +119,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="calibration")
     parser.add_argument("--evaluate", nargs="+", required=True)
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--ablation", action="store_true", help="rows that add and take out one part at a time")
     parser.add_argument("--rows", nargs="+", help="only rows of these names")
     parser.add_argument("--more", default="", help="flags of model_quantizer.py that every row gets besides")
     parser.add_argument("--own", type=int, default=896, help="windows that the model writes (0: no such rows)")
@@ -113,7 +138,8 @@ def main() -> None:
 
 def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """Every row of every model at every width."""
-    chosen = [row for row in rows_of(args.own) if not args.rows or row.label in args.rows]
+    rows = ablation if args.ablation else rows_of
+    chosen = [row for row in rows(args.own) if not args.rows or row.label in args.rows]
     for model in args.models:
         session, full = open_session(request_of(args, model, args.bits[0], Row("rtn", PLAIN["rtn"]))), FullPrecision()
         for bits in args.bits:
