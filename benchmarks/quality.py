@@ -34,6 +34,7 @@ from quant.core.errors import InputError
 from quant.evaluate.passes import Variant
 from quant.evaluate.perplexity import evaluate
 from quant.evaluate.perplexity import report as entries
+from quant.export.read import open_checkpoint
 from quant.run.request import Request
 from quant.run.scoring import FullPrecision
 from quant.run.session import Session, open_session
@@ -59,6 +60,7 @@ PARTS = {  # of the ablation: each alone on plain quantease, and all but each
 }
 PLAIN = {name: f"--quantization-method {name}" for name in ("rtn", "gptq", "gptaq", "qronos", "quantease")}
 PEER = "autoround, its own code"
+GPTQMODEL = "gptq, GPTQModel's own code"  # symmetric grids, as it makes them: give --more --sym to the others
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def rows_of(own: int) -> Iterator[Row]:
     yield Row("preset balanced + tuned block by block", f"{SEARCHED} {CORRECTED} --tune block --tune-norms")
     yield Row("preset best", BEST)
     yield Row(PEER, "")
+    yield Row(GPTQMODEL, "")
     if own:
         yield Row("searched quantease", SEARCHED, own)
         yield Row("searched quantease + tuned", f"{SEARCHED} {TUNED}", own)
@@ -130,6 +133,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="evaluation windows")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="where finished rows are kept")
     parser.add_argument("--peer", type=Path, help="Python of an environment with auto-round")
+    parser.add_argument("--gptqmodel", type=Path, help="Python of an environment with gptqmodel")
     args = parser.parse_args()
     about_it = f"{args.text.name}; {machine_line(env.describe(env.pick_device(args.device)), env.versions())}"
     head = ["# Quality at equal bits", "", about(__doc__), "", f"Calibration {about_it}.", ""]
@@ -146,8 +150,8 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
             for row in chosen:
                 start = {"model": Path(model).name, "bits": str(bits), "method": row.label}
                 start["windows"] = f"{args.windows}" + (f" + {row.own} self" if row.own else "")
-                if row.label == PEER:
-                    if args.peer:
+                if row.label in (PEER, GPTQMODEL):
+                    if args.peer if row.label == PEER else args.gptqmodel:
                         yield start | peer_figures(args, session, model, bits, row)
                     continue
                 try:
@@ -188,22 +192,27 @@ def cells(perplexity: Mapping[str, Any], fidelity: Mapping[str, Any]) -> dict[st
 
 
 def peer_figures(args: argparse.Namespace, session: Session, model: str, bits: int, row: Row) -> dict[str, str]:
-    """AutoRound's weights on our evaluation."""
+    """Another software's weights on our evaluation."""
     tokens = session.calibration(request_of(args, model, bits, Row("", PLAIN["rtn"], row.own)).run)
     with tempfile.TemporaryDirectory() as name:
         file, out = Path(name) / "tokens.safetensors", Path(name) / "out"
         save_file({"ids": tokens.ids}, file)
-        command = [str(args.peer), str(Path(__file__).with_name("autoround.py")), model, str(file), str(out)]
-        numbers = (bits, args.peer_steps, args.group_size)
-        done = subprocess.run([*command, *map(str, numbers)], stdout=subprocess.PIPE, text=True, check=True)
-        other = load_model(str(out), dtype=session.model.dtype, cache_dir=out)
+        script, python, numbers = "autoround.py", args.peer, (bits, args.peer_steps, args.group_size)
+        if row.label == GPTQMODEL:
+            script, python, numbers = "gptqmodel_peer.py", args.gptqmodel, (bits, args.group_size)
+        command = [str(python), str(Path(__file__).with_name(script)), model, str(file), str(out), *map(str, numbers)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        other = load_model(str(out), dtype=session.model.dtype, cache_dir=out, opener=open_checkpoint)
         variant = Variant(lambda index, weights: BlockWeights.read(other, index, session.device))
         scores = evaluate(session.model, session.evaluation, {"peer": variant}, device=session.device, batch=16)
     figures = entries(session.evaluation, scores, "peer")
     said = json.loads(done.stdout.splitlines()[-1])
-    shapes = session.model.linear_shapes().values()  # a scale of 16 bits and a zero point of ``bits`` for every group
+    shapes = (
+        session.model.linear_shapes().values()
+    )  # a scale of 16 bits for every group, and a zero point where there is one
     groups = sum(out * (1 if args.group_size == -1 else n_in // args.group_size) for out, n_in in shapes)
-    stored = bits + (16 + bits) * groups / sum(out * n_in for out, n_in in shapes)
+    zero = bits if row.label == PEER else 0
+    stored = bits + (16 + zero) * groups / sum(out * n_in for out, n_in in shapes)
     seconds = {"stored": f"{stored:.3f}", **cells(figures["perplexity"], figures["fidelity"])}
     return seconds | {"seconds": f"{said['seconds']:.0f}", "GB": f"{said['peak_bytes'] / 1e9:.2f}"}
 
