@@ -38,6 +38,7 @@ from quant.core.grid import fit_grid
 from quant.core.types import QuantizedWeight, QuantSpec
 from quant.export.formats import Content
 from quant.export.gguf_types import type_for
+from quant.export.mlx import MODELS as MLX_MODELS
 from quant.export.write import entries, form_of, layers_of, save_checkpoint
 from quant.run.writing import whole_weights
 from tests.helpers import DEMO
@@ -97,7 +98,7 @@ CASES: dict[str, dict[str, tuple[QuantSpec, ...]]] = {
     "mlx": {
         "llama": ALL + MLX_MORE,
         "mistral": ALL,
-        **{f"random {name}": (SYMMETRIC, WIDE) for name in ("llama", "llama 3", "qwen2", "qwen3", "gemma2")},
+        **{name: (SYMMETRIC, WIDE) for name, (kind, _) in RANDOM.items() if kind in MLX_MODELS},
     },
 }
 

@@ -22,7 +22,16 @@ from quant.export.formats import Content, check_shape, in_order, refuses_codes
 from quant.export.packing import pack
 
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
-MODELS = ("gemma2", "llama", "mistral", "qwen2", "qwen3")  # of mlx-lm, whose names are those of transformers
+MODELS = (
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "starcoder2",
+)  # of mlx-lm, whose names are those of transformers
 Json = dict[str, Any]
 
 

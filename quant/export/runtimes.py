@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from models import layout_for
+from models.gguf_architectures import MODEL_TYPES as GGUF_MODELS
 from quant.blocks.fake_quant import ActSpec
 from quant.core.names import DEQUANTIZED, FORMATS, GGUF, MLX, RUNTIMES
 from quant.core.types import QuantSpec
@@ -44,7 +45,8 @@ LLAMA_CPP_MODELS = (
 LLAMA_CPP_PACKED = tuple(name for name in LLAMA_CPP_MODELS if not layout_for(name).transposed)
 # Of which benchmarks/results/loaders.md has run checkpoints
 TRIED_MODELS = ("bloom", "falcon", "llama", "mistral", "opt")
-TRIED_FILES = tuple(sorted({*LLAMA_CPP_MODELS, *MLX_MODELS}))  # those of benchmarks/results/runtimes.md
+FILE_MODELS = tuple(sorted(GGUF_MODELS))  # of GGUF files that are written here
+TRIED_FILES = tuple(sorted({*FILE_MODELS, *MLX_MODELS}))  # those of benchmarks/results/runtimes.md
 # What a runtime needs for models of a type, besides what its rule says (llama.cpp's conversion/gemma.py; transformers 4
 # was run)
 MODELS_NEED = {
@@ -166,7 +168,7 @@ RULES = (
          needs="a version with asymmetric grids of these bits (its pull request 46528)"),
     Rule("vllm", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          needs="a GPU before Blackwell"),
-    Rule("llama.cpp", GGUF, models=LLAMA_CPP_MODELS, tried=(2, 3, 4, 5, 6, 8), models_tried=TRIED_FILES, head=True, embedding=True),
+    Rule("llama.cpp", GGUF, models=FILE_MODELS, tried=(2, 3, 4, 5, 6, 8), models_tried=TRIED_FILES, head=True, embedding=True),
     Rule("llama.cpp", DEQUANTIZED, models=LLAMA_CPP_MODELS),
     Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_PACKED),
     Rule("llama.cpp", "gptq_v2", (2, 4, 8), models=LLAMA_CPP_PACKED),
