@@ -19,6 +19,7 @@ from torch.func import functional_call
 from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
+from quant.blocks.kept import KeptOutputs
 from quant.blocks.linears import LinearRef, ModuleCall, See
 from quant.blocks.weights import BlockWeights
 from quant.core import ranks
@@ -134,7 +135,8 @@ class BlockStream:
     """Hidden states of tokens [n, T] in front of one block at a time.
 
     seconds: time spent in ``forward`` (blocks) and ``observe`` (observers' own work). heldout: a stream of other windows,
-    at the same place, which goes where this one goes; None where there is none.
+    at the same place, which goes where this one goes; None where there is none. kept: outputs of the block that the stream is
+    in front of, for its next passes; dropped when it goes on.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class BlockStream:
         self.as_tuple = False
         self.seconds = {"forward": 0.0, "observe": 0.0}
         self.heldout: BlockStream | None = None
+        self.kept: KeptOutputs | None = None
 
     @property
     def rows(self) -> list[slice]:
@@ -221,7 +224,7 @@ class BlockStream:
     def _copy(self) -> BlockStream:
         other = object.__new__(BlockStream)
         other.__dict__.update(self.__dict__)
-        other.heldout = None
+        other.heldout = other.kept = None
         return other
 
     def call(
@@ -266,15 +269,18 @@ class BlockStream:
         """
         observed = {LinearRef.of_module(k) if isinstance(k, str) else k: see for k, see in (observe or {}).items()}
         block, waiting = self.model.blocks[index], set(observed)
-        started, before = time.perf_counter(), self.seconds["observe"]
+        started, before, current = time.perf_counter(), self.seconds["observe"], 0
         with ExitStack() as stack:
             own = stack.enter_context(instrument(block, weights, act))
+            if self.kept is not None:
+                stack.enter_context(self.kept.on(block, own, act, lambda: current))
             for linear, see in observed.items():
                 stack.enter_context(linear.observe(block, own, self._observer(linear, see, waiting, not advance)))
             for number, (rows, arguments) in enumerate(zip(self.rows, self.arguments, strict=True)):
                 if only not in (None, number):
                     continue
                 waiting.update(observed)
+                current = number
                 try:
                     output = self.call(index, own, rows, arguments)
                 except _Observed:
@@ -288,6 +294,8 @@ class BlockStream:
                     self.hidden[rows] = output
         self._synchronize()
         self.seconds["forward"] += time.perf_counter() - started - (self.seconds["observe"] - before)
+        if advance:
+            self.kept = None
         if advance and self.heldout is not None:
             self.heldout.run(index, weights, advance=True, act=act)
 

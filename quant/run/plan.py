@@ -28,11 +28,13 @@ Memory (bytes)
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
               two of them, one more for --aug_loss and one for an attention loss; tuning one more, a window of blocks two;
               what a mixture's experts are called with is as much again
+  kept        with --true-sequential or a corrected target what solved linears write, for the next steps, in at most an eighth
+              of what is free (quant/blocks/kept.py); not in the peak
   process     on a CPU, all that the operating system counts: the libraries, device, host, and the pages of the checkpoint
               that were read, which it takes back when it needs room
 Time (seconds)
   calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
-              --true-sequential one partial pass a group), at the measured matrix-product rate of the dtype;
+              --true-sequential one partial pass a group, whose products are kept if there is room), at the measured matrix-product rate of the dtype;
               Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate; with the
               original model's inputs beside (--target-correction, gptaq, qronos) 2·in² more, every pass twice, and
               twice the statistics and hidden states

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.load import LazyModel
 from quant.blocks.fake_quant import ActSpec
+from quant.blocks.kept import KeptOutputs, Room
 from quant.blocks.linears import LinearRef
 from quant.blocks.saliency import TokenWeights
 from quant.blocks.stream import BlockStream
@@ -89,6 +90,8 @@ def quantize_block(
     if recipe.spec is None:
         steps = []
     original = None if full is None else Original(full, weights, residual_places(stream.model, recipe))
+    if len(steps) > 1 or original is not None:
+        keep_outputs(stream, index, original)
     solved: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
     for stage in steps:
@@ -96,6 +99,8 @@ def quantize_block(
         answers = solve_stage(stream, index, stage, stats, weights, recipe, learned)
         new = {name: answer for name, (answer, _) in answers.items()}
         solved, records = solved | new, records + [record for _, record in answers.values()]
+        if recipe.act.method != "static":  # which quantizes inputs by ranges that are known at the end alone
+            outputs_are_final(stream, new)
         originals = {name: learned.targets[name] if learned else weights.weight(name) for name in new}
         weights = deploy(weights, new, stream.model, index)
         if recipe.bias_correction:
@@ -106,6 +111,27 @@ def quantize_block(
         changed = replace(changed, input_ranges=static_ranges(stream, index, weights, recipe.act))
     weights = deploy(weights, {}, stream.model, index, changed)
     return SolvedBlock(weights, solved, changed, records, sum(record.seconds for record in records))
+
+
+def keep_outputs(stream: BlockStream, index: int, original: Original | None) -> None:
+    """Let the streams in front of block ``index`` keep what linears write: the original's all, those of the quantized model once
+    they are solved. Experts, which get other tokens each, are left out."""
+    room = Room(stream.device)
+    linears = [name for group in stream.model.groups_at(index) for name in group]
+    ordinary = [name for name in linears if not is_experts(name, stream.model.family)]
+    own, full = [stream, stream.heldout], [] if original is None else [original.stream, original.stream.heldout]
+    for final, streams in (((), own), (ordinary, full)):
+        for one in streams:
+            if one is not None:
+                one.kept = KeptOutputs(room, linears, final)
+
+
+def outputs_are_final(stream: BlockStream, linears: Iterable[str]) -> None:
+    """Linears are solved, and so is all in front of them."""
+    own = [name for name in linears if not is_experts(name, stream.model.family)]
+    for one in (stream, stream.heldout):
+        if one is not None and one.kept is not None:
+            one.kept.final.update(own)
 
 
 def solve_stage(
