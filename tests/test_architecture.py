@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,15 +55,21 @@ def room_of(module: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "quant" else parts[0]
 
 
-def imported(path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules of the house that a file imports anywhere in it, also inside functions and by the names of packages."""
-    targets = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache
+def imports_of(text: str) -> tuple[tuple[str, str], ...]:
+    """What a file imports anywhere in it, also inside functions: modules, and (with the module) names of modules."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            targets |= {alias.name for alias in node.names}
+            found += [(alias.name, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            targets |= {name if name in known else node.module for name in names}
+            found += [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
+    return tuple(found)
+
+
+def imported(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of the house that a file imports, also by the names of packages."""
+    targets = {name if name in known else module for name, module in imports_of(path.read_text())}
     return {name for name in targets if name in known}
 
 

@@ -16,7 +16,7 @@ from quant.core.rounding import NumberFormat
 from quant.core.stacks import add_times_, parts_of
 from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels, inverse_diagonal
 
-ROWS = 16
+ROWS, TRIAL_COLUMNS = 16, 128
 FUSED = (
     True  # a product and a sum are rounded once; said, as the default of Triton changes and codes on an edge with it
 )
@@ -132,7 +132,7 @@ def _trial(kernel: Kernels, device: torch.device, n_groups: int) -> list[Tensor]
     With more than one group, some entries are free and some are outliers, and the block is narrower than its tile.
     """
     grouped, n_rows = n_groups > 1, 2 * ROWS + 1
-    n_columns = 96 if grouped else 128
+    n_columns = TRIAL_COLUMNS * 3 // 4 if grouped else TRIAL_COLUMNS
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(n, n_columns, generator=generator).to(device) for n in (n_rows, 2 * n_columns))
     gram = x.T @ x
