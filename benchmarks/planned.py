@@ -30,7 +30,7 @@ from model_quantizer import request_from
 from models.load import load_config
 from quant.core import env
 from quant.run.plan import estimate, with_process
-from quant.run.rates import product_rates, solver_cost
+from quant.run.rates import machine_rates, solver_cost
 from quant.run.shapes import shapes_of
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def planned(words: list[str], model: str) -> dict[str, float]:
     config, _ = load_config(session.model, session.cache_dir, with_weights=False)
     dtype = env.pick_dtype(session.dtype, device) or config.dtype
     resident, shapes = env.resident_bytes(), shapes_of(config)
-    plan = estimate(request, shapes, dtype.itemsize, product_rates(device, dtype), solver_cost(device, request.run))
+    plan = estimate(request, shapes, dtype.itemsize, machine_rates(device, dtype), solver_cost(device, request.run))
     return with_process(plan, shapes, config.dtype.itemsize, resident)
 
 

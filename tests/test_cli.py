@@ -268,13 +268,14 @@ def test_dry_run_sizes_are_right(tmp_path):
     """LLaMA-2-7B: one block has 202 million parameters; 32 blocks of codes at 3 bits are 2.43 GB."""
     from models.load import load_config
     from quant.run.plan import estimate
+    from quant.run.rates import Rates
     from quant.run.request import Request
     from quant.run.shapes import shapes_of
 
     config, _ = load_config("benchmarks/configs/llama-2-7b", tmp_path, with_weights=False)
     shapes = shapes_of(config)
     assert shapes.block == 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 and shapes.n_blocks == 32
-    plan = estimate(Request.of("x", wbits=3, num_layers=32), shapes, 2, (1e12, 1e12), (0.0, 1e-9))
+    plan = estimate(Request.of("x", wbits=3, num_layers=32), shapes, 2, Rates(1e12, 1e12), (0.0, 1e-9))
     weights = 4 * 4096**2 + 3 * 4096 * 11008
     assert plan["device bytes: block"] == 2 * shapes.block
     assert plan["device bytes: statistics"] == 4 * (3 * 4096**2 + 11008**2)
@@ -291,10 +292,13 @@ def test_dry_run_sizes_are_right(tmp_path):
         "wbits": 3,
         "calib_batch": 1,
     }
-    limited = estimate(Request.of("x", **evaluated), shapes, 2, (1e12, 1e12), (0.0, 1e-9))
-    assert limited["seconds: evaluate"] == 5 * 2048 * 2 * 2 * (shapes.outside + 32 * shapes.block) / 1e12
+    limited = estimate(Request.of("x", **evaluated), shapes, 2, Rates(1e12, 1e12), (0.0, 1e-9))
+    attention = 32 * 4 * 2048 * 4096
+    expected = 5 * 2048 * 2 * (2 * (shapes.outside + 32 * shapes.block) + attention) / 1e12
+    assert limited["seconds: evaluate"] == pytest.approx(expected)
     assert limited["device bytes: peak"] >= 2 * shapes.outside + 5 * 4 * 2048 * 32000  # a window's logits, five times
     rows = {4096: 4 * 4096 + 2 * 11008, 11008: 4096}
+    assert plan["seconds: forward"] == pytest.approx(32 * 128 * 2048 * 2 * (2 * shapes.block + 4 * 2048 * 4096) / 1e12)
     assert plan["seconds: solve"] == pytest.approx(32e-9 * sum(out * n**2 for n, out in rows.items()))
 
 

@@ -16,7 +16,7 @@ from quant.export.runtimes import loadability
 from quant.run.calibration import shortage
 from quant.run.config import DEFAULT_MAX_SEQLEN
 from quant.run.plan import check_contents, estimate, with_process
-from quant.run.rates import product_rates, solver_cost
+from quant.run.rates import machine_rates, solver_cost
 from quant.run.request import Request, cache_place, places_read, places_written
 from quant.run.shapes import shapes_of
 from quant.run.sharing import check_sharing
@@ -38,7 +38,7 @@ def show_plan(requests: Sequence[Request], console: Console, processes: int | No
     dtype = env.pick_dtype(first.dtype, device) or getattr(model_config, "dtype", None) or torch.float16
     shapes = shapes_of(model_config, first.trust_remote_code)
     contents = check_contents(requests, shapes, model_config)
-    rates = product_rates(device, dtype)
+    rates = machine_rates(device, dtype)
     quantizing = [request for request in requests if request.run.quantizes]
     plans = [estimate(r, shapes, dtype.itemsize, rates, solver_cost(device, r.run)) for r in quantizing]
     if device.type == "cpu":

@@ -33,8 +33,10 @@ Memory (bytes)
   process     on a CPU, all that the operating system counts: the libraries, device, host, and the pages of the checkpoint
               that were read, which it takes back when it needs room
 Time (seconds)
-  calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with
-              --true-sequential one partial pass a group, whose products are kept if there is room), at the measured matrix-product rate of the dtype;
+  calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with --true-sequential one for
+              every step, in which linears are multiplied once if there is room for what they write), at the measured
+              matrix-product rate of the dtype; in each pass attention (4·seqlen·heads·head_dim flops a token) and, at the
+              measured rate of copies, OF_HIDDEN·hidden + OF_WIDEST·widest numbers read and written between the linears;
               Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate; with the
               original model's inputs beside (--target-correction, gptaq, qronos) 2·in² more, every pass twice, and
               twice the statistics and hidden states
@@ -49,7 +51,7 @@ Time (seconds)
   mixtures    the passes meet the parameters that a token is routed to; of experts all are solved, and their Gram matrices are
               summed over the tokens of each, besides one over all tokens; their inner values are computed once more
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set, of a file its bytes over BYTES_A_TOKEN,
-              or --limit windows if that is less
+              or --limit windows if that is less, and LOGIT_PASSES over the logits
 The rates come from a fraction of a second of work; expect the estimate within a factor of two.
 """
 
@@ -66,8 +68,9 @@ from data import demo
 from data.corpora import is_file
 from models import family_for
 from models.gguf_facts import check_config
+from quant.blocks import kept
 from quant.blocks.backward import HEAD_ELEMENTS
-from quant.core.env import pick_device
+from quant.core.env import free_bytes, pick_device
 from quant.core.gram import BLOCK
 from quant.core.names import DEQUANTIZED, FULL_BITS, GGUF
 from quant.evaluate import passes
@@ -78,6 +81,7 @@ from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
 from quant.run.content import PART, candidate_widths, check_format, content_of, expected_bits, outside_matrices
 from quant.run.experts import COPIES, check_mixture, experts_at_once, stages
+from quant.run.rates import Rates
 from quant.run.request import Request
 from quant.run.shapes import Kind, Shapes
 from quant.solvers import declaration_of, with_defaults
@@ -86,18 +90,23 @@ from quant.tune.limits import OVERHEAD, Sizes, learning_memory, memory
 from quant.tune.limits import flops as tuning_flops
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
+OF_HIDDEN, OF_WIDEST = (
+    60,
+    8,
+)  # numbers of a token that a block reads and writes between its linears, in units of these widths
+LOGIT_PASSES = 12  # over the logits: their logarithms of both models, the loss and the divergence
 BYTES_A_TOKEN = 4.0  # of English, by vocabularies of 30 thousand words and more
 
 
 def estimate(
-    request: Request, shapes: Shapes, itemsize: int, rates: tuple[float, float], cost: tuple[float, float]
+    request: Request, shapes: Shapes, itemsize: int, rates: Rates, cost: tuple[float, float]
 ) -> dict[str, float]:
     """Bytes and seconds of a run; see the module's text for the formulas."""
     run, session = request.run, request.session
     seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.windows * seqlen
     beside = 1 + (run.target_correction > 0 or _uses_cross(run))  # models that calibration runs through
-    statistics, forward, gram = _calibration(run, shapes, tokens, beside, rates, pick_device(session.device))
+    statistics, forward, gram = _calibration(run, shapes, tokens, beside, rates, itemsize, pick_device(session.device))
     blocks = list(shapes.first(n_blocks))
     workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
@@ -111,7 +120,8 @@ def estimate(
     texts = [_tokens_of(name, session.limit, seqlen) for name in session.eval_datasets]
     evaluated = sum(texts) * (2 if session.full_precision_eval else 1)
     ends, beyond = outside_cost(run, shapes, tokens, beside, rates, cost)
-    evaluate = evaluated * 2 * shapes.active / rates[0]
+    evaluate = evaluated * (2 * shapes.active / rates.products + 4 * LOGIT_PASSES * shapes.vocabulary / rates.copied)
+    evaluate += evaluated * shapes.n_blocks * _between(shapes, seqlen, itemsize, rates)
     behind = _logits(shapes.vocabulary, seqlen, int(max(texts))) if evaluated else 0
     return {
         "device bytes: block": shapes.block * itemsize,
@@ -139,12 +149,12 @@ def estimate(
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,
-        **({"seconds: learn": learn / rates[0]} if learn else {}),
-        **({"seconds: saliency": pass_flops / rates[0]} if run.saliency else {}),
-        **({"seconds: tune": tune / rates[0]} if run.tuning else {}),
+        **({"seconds: learn": learn / rates.products} if learn else {}),
+        **({"seconds: saliency": pass_flops / rates.products} if run.saliency else {}),
+        **({"seconds: tune": tune / rates.products} if run.tuning else {}),
         **({"seconds: head and embedding": beyond} if run.beyond_blocks else {}),
         "seconds: evaluate": evaluate,
-        "seconds: total": forward + gram + solve + beyond + evaluate + (learn + pass_flops + tune) / rates[0],
+        "seconds: total": forward + gram + solve + beyond + evaluate + (learn + pass_flops + tune) / rates.products,
     }
 
 
@@ -203,7 +213,7 @@ def _logits(vocabulary: int, seqlen: int, tokens: int) -> int:
 
 
 def outside_cost(
-    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: tuple[float, float], cost: tuple[float, float]
+    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: Rates, cost: tuple[float, float]
 ) -> tuple[float, float]:
     """Bytes on the device, and seconds, that head and embedding take to be quantized; see the module's text."""
     most = seconds = 0.0
@@ -212,8 +222,8 @@ def outside_cost(
         part = rows if declaration_of(run.solver).rows_coupled else min(rows, -(-PART // n_in))
         most = max(most, 4.0 * n_in**2 * beside + solver_bytes(run, part, n_in))
         if matrix.multiplied:
-            seconds += beside * tokens * 2 * sum(kind.active for kind in shapes.kinds) / rates[0]
-            seconds += tokens * (_gram_flops(n_in) + 2 * (beside - 1) * n_in**2) / rates[1]
+            seconds += beside * tokens * 2 * sum(kind.active for kind in shapes.kinds) / rates.products
+            seconds += tokens * (_gram_flops(n_in) + 2 * (beside - 1) * n_in**2) / rates.float32
             seconds += rows * (cost[0] * n_in + cost[1] * n_in**2)
     return most, seconds
 
@@ -271,19 +281,30 @@ def _together(run: RunConfig, shapes: Shapes, steps: int, seqlen: int, itemsize:
 
 
 def _calibration(
-    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: tuple[float, float], device: torch.device
+    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: Rates, itemsize: int, device: torch.device
 ) -> tuple[float, float, float]:
     """Bytes of the statistics, and seconds of the blocks' passes and of the sums. beside: models that calibration runs
     through."""
     blocks = list(shapes.first(min(run.num_layers, shapes.n_blocks)))
-    forward = sum(count * _passes(run, kind) for kind, count in blocks)
-    again = sum(count * _inner_flops(kind, tokens) for kind, count in blocks)
+    seqlen = tokens // run.windows
+    multiplied = sum(count * _multiplied(run, kind, tokens, itemsize, beside, device) for kind, count in blocks)
+    between = sum(count * beside * _passes(run, kind) for kind, count in blocks)
+    again = sum(count * beside * _inner_flops(kind, tokens) for kind, count in blocks)
     products = sum(count * _products(run, kind, tokens, beside) for kind, count in blocks)
     return (
         beside * max(_statistics(run, kind, device) for kind, _ in blocks),
-        beside * (tokens * 2 * forward + again) / rates[0],
-        products / rates[1],
+        (tokens * 2 * multiplied + again) / rates.products
+        + tokens * between * _between(shapes, seqlen, itemsize, rates),
+        products / rates.float32,
     )
+
+
+def _between(shapes: Shapes, seqlen: int, itemsize: int, rates: Rates) -> float:
+    """Seconds of a token in one pass of a block besides the products of its linears: attention's products, and what norms,
+    rotary embeddings, activations and sums read and write."""
+    attention = 4.0 * seqlen * shapes.heads * (shapes.head_dim or shapes.hidden // shapes.heads)
+    widest = max(out for _, out, _ in shapes.linears)
+    return attention / rates.products + itemsize * (OF_HIDDEN * shapes.hidden + OF_WIDEST * widest) / rates.copied
 
 
 def _steps(run: RunConfig, kind: Kind) -> list[list[str]]:
@@ -312,21 +333,33 @@ def _statistics(run: RunConfig, kind: Kind, device: torch.device) -> int:
     return max(map(of_step, _steps(run, kind)))
 
 
-def _passes(run: RunConfig, kind: Kind) -> float:
-    """Parameters that a token meets in all passes of a block: one advances, one observes, partly for each of the steps in
-    --true-sequential."""
-    if not run.true_sequential:
-        return kind.active * 2
+def _passes(run: RunConfig, kind: Kind) -> int:
+    """How often a block runs: once for every step, of which the first stops before anything is multiplied in
+    --true-sequential, and once to go on."""
+    return len(_steps(run, kind)) if run.true_sequential else 2
+
+
+def _multiplied(run: RunConfig, kind: Kind, tokens: int, itemsize: int, beside: int, device: torch.device) -> float:
+    """Parameters that a token meets in all passes of a block and of all models. Where what linears write is kept
+    (quant/blocks/kept.py), the quantized model's are met once in --true-sequential and the original's once always."""
     by_name = {group[0][0]: group for group in kind.groups}
-    sizes = [
-        sum(
-            out * n_in * (kind.share if kind.is_routed(by_name[name]) else 1)
-            for name in names
-            for _, out, n_in in by_name[name]
-        )
-        for names in _steps(run, kind)
-    ]
-    return kind.active * (1 + sum(sum(sizes[:i]) / sum(sizes) for i in range(len(sizes))))
+    size = itemsize * tokens * sum(out for group in kind.ordinary for _, out, _ in group)
+    fits = size * beside <= kept.SHARE * free_bytes(device)
+    if run.true_sequential:
+        sizes = [
+            sum(
+                out * n_in * (kind.share if kind.is_routed(by_name[name]) else 1)
+                for name in names
+                for _, out, n_in in by_name[name]
+            )
+            for names in _steps(run, kind)
+        ]
+        whole = kind.active * (1 + sum(sum(sizes[:i]) / sum(sizes) for i in range(len(sizes))))
+    else:
+        whole = kind.active * 2
+    if not fits:
+        return beside * whole
+    return (kind.active if run.true_sequential else whole) + (beside - 1) * kind.active
 
 
 def _inner_flops(kind: Kind, tokens: int) -> float:

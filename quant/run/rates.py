@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +19,26 @@ from quant.solvers import get_solver
 
 SAMPLES = (512, 1024)  # inputs of the two layers that a solver is timed on
 SAMPLE_ROWS = 256
+COPIED = 1 << 26  # bytes, beyond what caches hold
 
 
-def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """flop/s of matrix products on this machine, in the arithmetic's dtype and in float32."""
+class Rates(NamedTuple):
+    """Of this machine: flop/s of matrix products in the arithmetic's dtype, and in float32; bytes read and written a second
+    where nothing but memory counts."""
+
+    products: float
+    float32: float
+    copied: float = math.inf
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measured, in a fraction of a second."""
     size = 2048 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device)
-    half = a.to(dtype)
-    return 2 * size**3 / _seconds(lambda: half @ half, device), 2 * size**3 / _seconds(lambda: a @ a, device)
+    half, large = a.to(dtype), torch.zeros(COPIED, dtype=torch.uint8, device=device)
+    other = torch.zeros_like(large)
+    products, float32 = (2 * size**3 / _seconds(work, device) for work in (lambda: half @ half, lambda: a @ a))
+    return Rates(products, float32, 2 * COPIED / _seconds(lambda: other.copy_(large), device))
 
 
 def solver_cost(device: torch.device, run: RunConfig) -> tuple[float, float]:

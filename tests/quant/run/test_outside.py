@@ -24,6 +24,7 @@ from quant.run.convert import convert
 from quant.run.directory import OUTSIDE, RunDirectory
 from quant.run.packed_model import load_resident, open_quantized
 from quant.run.plan import estimate, outside_cost, solver_bytes
+from quant.run.rates import Rates
 from quant.run.repeat import repeat
 from quant.run.request import Request
 from quant.run.session import open_session
@@ -378,7 +379,7 @@ def test_a_plan_solves_a_vocabulary_in_parts():
     ends = Vocabulary("embedding", "head", (128_256, 4096), (128_256, 4096), tied=False)
     kinds = (Kind(10**8, ((("a", 4096, 4096),),)),) * 2
     shapes = Shapes(kinds, 2 * 128_256 * 4096, 4096, 2048, vocabulary=128_256, ends=ends)
-    rates, cost, tokens = (1e12, 1e12), (1e-12, 1e-15), 128 * 2048
+    rates, cost, tokens = Rates(1e12, 1e12), (1e-12, 1e-15), 128 * 2048
     run = RunConfig(solver="gptq", wbits=4, head_bits=8)
     most, seconds = outside_cost(run, shapes, tokens, 1, rates, cost)
     part = PART // 4096
