@@ -302,6 +302,36 @@ def test_dry_run_sizes_are_right(tmp_path):
     assert plan["seconds: solve"] == pytest.approx(32e-9 * sum(out * n**2 for n, out in rows.items()))
 
 
+def test_a_plan_knows_the_size_of_a_file_and_of_the_process(tmp_path):
+    """A quarter of a file's bytes are tokens; a process on a CPU has the libraries, what a device would hold, hidden states and
+    the pages of the checkpoint; linears are multiplied once where there is room for what they write."""
+    from models.load import load_config
+    from quant.run import plan as plans
+    from quant.run.rates import Rates
+    from quant.run.request import Request
+    from quant.run.shapes import shapes_of
+
+    shapes = shapes_of(load_config("benchmarks/configs/llama-2-7b", tmp_path, with_weights=False)[0])
+    file = tmp_path / "notes.txt"
+    file.write_text("x" * 4000)
+    asked = {"wbits": 3, "seqlen": 128, "num_layers": 32, "nsamples": 8, "true_sequential": True}
+    made = plans.estimate(
+        Request.of("x", eval_datasets=(str(file),), **asked), shapes, 4, Rates(1e12, 1e12), (0.0, 0.0)
+    )
+    both = 2 * 1000
+    attention = 4 * 128 * 4096
+    expected = both * (2 * (shapes.outside + 32 * shapes.block) + 32 * attention) / 1e12
+    assert made["seconds: evaluate"] == pytest.approx(expected)
+    whole = plans.with_process(made, shapes, 2, 10**9)
+    parts = made["device bytes: peak"] + made["host bytes: hidden states"] + 2 * shapes.parameters
+    assert whole["host bytes: process"] == 10**9 + parts
+    assert {key: value for key, value in whole.items() if key != "host bytes: process"} == made
+    assert made["seconds: forward"] == pytest.approx(32 * 1024 * (2 * shapes.block + 4 * attention) / 1e12)
+    slow = plans.estimate(Request.of("x", **asked), shapes, 4, Rates(1e12, 1e12, 1e9), (0.0, 0.0))
+    between = 4 * (plans.OF_HIDDEN * 4096 + plans.OF_WIDEST * 11008) / 1e9
+    assert slow["seconds: forward"] - made["seconds: forward"] == pytest.approx(32 * 1024 * 4 * between)
+
+
 def test_phases_of_a_solver_do_not_add_up():
     """Falcon-180B's down projection with GPTQ: its factorization and its sweep are not at their peaks together."""
     from quant.run.config import RunConfig
