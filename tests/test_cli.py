@@ -307,6 +307,7 @@ def test_a_plan_knows_the_size_of_a_file_and_of_the_process(tmp_path):
     the pages of the checkpoint; linears are multiplied once where there is room for what they write."""
     from models.load import load_config
     from quant.run import plan as plans
+    from quant.run import plan_calibration
     from quant.run.rates import Rates
     from quant.run.request import Request
     from quant.run.shapes import shapes_of
@@ -328,7 +329,7 @@ def test_a_plan_knows_the_size_of_a_file_and_of_the_process(tmp_path):
     assert {key: value for key, value in whole.items() if key != "host bytes: process"} == made
     assert made["seconds: forward"] == pytest.approx(32 * 1024 * (2 * shapes.block + 4 * attention) / 1e12)
     slow = plans.estimate(Request.of("x", **asked), shapes, 4, Rates(1e12, 1e12, 1e9), (0.0, 0.0))
-    between = 4 * (plans.OF_HIDDEN * 4096 + plans.OF_WIDEST * 11008) / 1e9
+    between = 4 * (plan_calibration.OF_HIDDEN * 4096 + plan_calibration.OF_WIDEST * 11008) / 1e9
     assert slow["seconds: forward"] - made["seconds: forward"] == pytest.approx(32 * 1024 * 4 * between)
 
 

@@ -62,16 +62,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data import demo
 from data.corpora import is_file
 from models import family_for
 from models.gguf_facts import check_config
-from quant.blocks import kept
 from quant.blocks.backward import HEAD_ELEMENTS
-from quant.core.env import free_bytes, pick_device
-from quant.core.gram import BLOCK
+from quant.core.env import pick_device
 from quant.core.names import DEQUANTIZED, FULL_BITS, GGUF
 from quant.evaluate import passes
 from quant.export.formats import Content
@@ -80,7 +76,8 @@ from quant.learn.rotation import check_rotation
 from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
 from quant.run.content import PART, candidate_widths, check_format, content_of, expected_bits, outside_matrices
-from quant.run.experts import COPIES, check_mixture, experts_at_once, stages
+from quant.run.experts import check_mixture
+from quant.run.plan_calibration import between, calibration_cost, gram_flops, uses_cross
 from quant.run.rates import Rates
 from quant.run.request import Request
 from quant.run.shapes import Kind, Shapes
@@ -90,10 +87,6 @@ from quant.tune.limits import OVERHEAD, Sizes, learning_memory, memory
 from quant.tune.limits import flops as tuning_flops
 
 EVAL_TOKENS = 300_000  # about WikiText-2's test split
-OF_HIDDEN, OF_WIDEST = (
-    60,
-    8,
-)  # numbers of a token that a block reads and writes between its linears, in units of these widths
 LOGIT_PASSES = 12  # over the logits: their logarithms of both models, the loss and the divergence
 BYTES_A_TOKEN = 4.0  # of English, by vocabularies of 30 thousand words and more
 
@@ -105,8 +98,10 @@ def estimate(
     run, session = request.run, request.session
     seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.windows * seqlen
-    beside = 1 + (run.target_correction > 0 or _uses_cross(run))  # models that calibration runs through
-    statistics, forward, gram = _calibration(run, shapes, tokens, beside, rates, itemsize, pick_device(session.device))
+    beside = 1 + (run.target_correction > 0 or uses_cross(run))  # models that calibration runs through
+    statistics, forward, gram = calibration_cost(
+        run, shapes, tokens, beside, rates, itemsize, pick_device(session.device)
+    )
     blocks = list(shapes.first(n_blocks))
     workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
@@ -121,7 +116,7 @@ def estimate(
     evaluated = sum(texts) * (2 if session.full_precision_eval else 1)
     ends, beyond = outside_cost(run, shapes, tokens, beside, rates, cost)
     evaluate = evaluated * (2 * shapes.active / rates.products + 4 * LOGIT_PASSES * shapes.vocabulary / rates.copied)
-    evaluate += evaluated * shapes.n_blocks * _between(shapes, seqlen, itemsize, rates)
+    evaluate += evaluated * shapes.n_blocks * between(shapes, seqlen, itemsize, rates)
     behind = _logits(shapes.vocabulary, seqlen, int(max(texts))) if evaluated else 0
     return {
         "device bytes: block": shapes.block * itemsize,
@@ -223,7 +218,7 @@ def outside_cost(
         most = max(most, 4.0 * n_in**2 * beside + solver_bytes(run, part, n_in))
         if matrix.multiplied:
             seconds += beside * tokens * 2 * sum(kind.active for kind in shapes.kinds) / rates.products
-            seconds += tokens * (_gram_flops(n_in) + 2 * (beside - 1) * n_in**2) / rates.float32
+            seconds += tokens * (gram_flops(n_in) + 2 * (beside - 1) * n_in**2) / rates.float32
             seconds += rows * (cost[0] * n_in + cost[1] * n_in**2)
     return most, seconds
 
@@ -280,110 +275,6 @@ def _together(run: RunConfig, shapes: Shapes, steps: int, seqlen: int, itemsize:
     return OVERHEAD * work, learning_memory(sizes, batch * seqlen, shapes.heads * seqlen, itemsize, recompute=True)
 
 
-def _calibration(
-    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: Rates, itemsize: int, device: torch.device
-) -> tuple[float, float, float]:
-    """Bytes of the statistics, and seconds of the blocks' passes and of the sums. beside: models that calibration runs
-    through."""
-    blocks = list(shapes.first(min(run.num_layers, shapes.n_blocks)))
-    seqlen = tokens // run.windows
-    multiplied = sum(count * _multiplied(run, kind, tokens, itemsize, beside, device) for kind, count in blocks)
-    between = sum(count * beside * _passes(run, kind) for kind, count in blocks)
-    again = sum(count * beside * _inner_flops(kind, tokens) for kind, count in blocks)
-    products = sum(count * _products(run, kind, tokens, beside) for kind, count in blocks)
-    return (
-        beside * max(_statistics(run, kind, device) for kind, _ in blocks),
-        (tokens * 2 * multiplied + again) / rates.products
-        + tokens * between * _between(shapes, seqlen, itemsize, rates),
-        products / rates.float32,
-    )
-
-
-def _between(shapes: Shapes, seqlen: int, itemsize: int, rates: Rates) -> float:
-    """Seconds of a token in one pass of a block besides the products of its linears: attention's products, and what norms,
-    rotary embeddings, activations and sums read and write."""
-    attention = 4.0 * seqlen * shapes.heads * (shapes.head_dim or shapes.hidden // shapes.heads)
-    widest = max(out for _, out, _ in shapes.linears)
-    return attention / rates.products + itemsize * (OF_HIDDEN * shapes.hidden + OF_WIDEST * widest) / rates.copied
-
-
-def _steps(run: RunConfig, kind: Kind) -> list[list[str]]:
-    """First linears of the groups whose statistics are alive together."""
-    groups = tuple(tuple(name for name, _, _ in group) for group in kind.groups)
-    steps = stages(groups) if run.true_sequential else [list(groups)]
-    return [[group[0] for group in step] for step in steps]
-
-
-def _statistics(run: RunConfig, kind: Kind, device: torch.device) -> int:
-    """Bytes of the Gram matrices that are alive together."""
-    by_name = {group[0][0]: group for group in kind.groups}
-
-    def of_step(names: list[str]) -> int:
-        groups = [by_name[name] for name in names]
-        plain = sum(
-            4 * group[0][2] ** 2 * (1 + run.saliency * len(group)) for group in groups if not kind.is_routed(group)
-        )
-        routed = [group[0][2] for group in groups if kind.is_routed(group)]
-        if not routed:
-            return plain
-        together = experts_at_once(max(routed), device)
-        stacked = COPIES * together if together > 1 else 0
-        return plain + 4 * ((3 + stacked) * max(routed) ** 2 + routed[0] ** 2)
-
-    return max(map(of_step, _steps(run, kind)))
-
-
-def _passes(run: RunConfig, kind: Kind) -> int:
-    """How often a block runs: once for every step, of which the first stops before anything is multiplied in
-    --true-sequential, and once to go on."""
-    return len(_steps(run, kind)) if run.true_sequential else 2
-
-
-def _multiplied(run: RunConfig, kind: Kind, tokens: int, itemsize: int, beside: int, device: torch.device) -> float:
-    """Parameters that a token meets in all passes of a block and of all models. Where what linears write is kept
-    (quant/blocks/kept.py), the quantized model's are met once in --true-sequential and the original's once always."""
-    by_name = {group[0][0]: group for group in kind.groups}
-    size = itemsize * tokens * sum(out for group in kind.ordinary for _, out, _ in group)
-    fits = size * beside <= kept.SHARE * free_bytes(device)
-    if run.true_sequential:
-        sizes = [
-            sum(
-                out * n_in * (kind.share if kind.is_routed(by_name[name]) else 1)
-                for name in names
-                for _, out, n_in in by_name[name]
-            )
-            for names in _steps(run, kind)
-        ]
-        whole = kind.active * (1 + sum(sum(sizes[:i]) / sum(sizes) for i in range(len(sizes))))
-    else:
-        whole = kind.active * 2
-    if not fits:
-        return beside * whole
-    return (kind.active if run.true_sequential else whole) + (beside - 1) * kind.active
-
-
-def _inner_flops(kind: Kind, tokens: int) -> float:
-    """flops of computing once more what the experts' last linears read."""
-    readers = [group for group in kind.routed if len(group) > 1]
-    return 2.0 * sum(out * n_in for group in readers for _, out, n_in in group) * kind.share * tokens
-
-
-def _products(run: RunConfig, kind: Kind, tokens: int, beside: int) -> float:
-    """flops of the sums for Gram matrices and products with the original's inputs, of one block."""
-
-    def of_token(n_in: int) -> float:
-        return _gram_flops(n_in) + 2 * (beside - 1) * n_in**2
-
-    plain = sum((1 + run.saliency * len(group)) * of_token(group[0][2]) for group in kind.ordinary)
-    routed = sum(kind.share * of_token(group[0][2]) for group in kind.routed)
-    everyone = of_token(kind.routed[0][0][2]) if kind.routed else 0.0
-    return tokens * (plain + routed + everyone)
-
-
-def _uses_cross(run: RunConfig) -> bool:
-    return run.wbits != FULL_BITS and declaration_of(run.solver).uses_cross
-
-
 def _saliency(
     run: RunConfig, batch: int, shapes: Shapes, tokens: int, seqlen: int, itemsize: int
 ) -> tuple[float, float]:
@@ -417,11 +308,6 @@ def _sizes(run: RunConfig, shapes: Shapes) -> Sizes:
         sum(weights), shapes.block, min(run.num_layers, shapes.n_blocks), shapes.n_blocks, shapes.outside, shapes.hidden,
         shapes.vocabulary, max(weights),
     )  # fmt: skip
-
-
-def _gram_flops(n_in: int) -> float:
-    blocks = -(-n_in // BLOCK)
-    return n_in**2 * (1 + 1 / blocks)
 
 
 def check_contents(requests: Sequence[Request], shapes: Shapes, model_config: Any) -> list[tuple[str, Content]]:
