@@ -89,9 +89,9 @@ def planned(words: list[str], model: str) -> dict[str, float]:
     device = env.pick_device(session.device)
     config, _ = load_config(session.model, session.cache_dir, with_weights=False)
     dtype = env.pick_dtype(session.dtype, device) or config.dtype
-    resident, shapes = env.resident_bytes(), shapes_of(config)
+    shapes = shapes_of(config)
     plan = estimate(request, shapes, dtype.itemsize, machine_rates(device, dtype), solver_cost(device, request.run))
-    return with_process(plan, shapes, config.dtype.itemsize, resident)
+    return with_process(plan, shapes, config.dtype.itemsize, env.resident_bytes())
 
 
 def compare(model: Path, words: list[str], place: Path) -> dict[str, str]:

@@ -31,7 +31,7 @@ def show_plan(requests: Sequence[Request], console: Console, processes: int | No
     first = requests[0].session
     places = dict.fromkeys(place for request in requests for place in places_written(request.output))
     check_places(places_read(first, [request.run for request in requests]), [*places, cache_place(first.cache_dir)])
-    device, resident = env.pick_device(first.device), env.resident_bytes()
+    device = env.pick_device(first.device)
     model_config, path = load_config(
         first.model, first.cache_dir, first.trust_remote_code, with_weights=False, family=first.family
     )
@@ -43,6 +43,7 @@ def show_plan(requests: Sequence[Request], console: Console, processes: int | No
     plans = [estimate(r, shapes, dtype.itemsize, rates, solver_cost(device, r.run)) for r in quantizing]
     if device.type == "cpu":
         stored = getattr(model_config, "dtype", None) or torch.float16
+        resident = env.resident_bytes()  # behind the solvers' trials, which load what a run loads
         plans = [with_process(plan, shapes, stored.itemsize, resident) for plan in plans]
     parameters = shapes.parameters / 1e9
     console.print(
