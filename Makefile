@@ -25,10 +25,11 @@ real: venv
 
 # One thread a worker: two workers fill a small machine
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not long"
 
 # Also what needs other software: Ray, a browser of Chromium's kind (pages are opened in it, else skipped), and the readers of our checkpoints (four environments of their own, of up to 2 GB)
 test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m long
 	$(BIN)/python -m pip install --quiet -r requirements-ray.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_sweep.py tests/quant/report/test_page.py -k "ray or browser"
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers

@@ -184,3 +184,8 @@ def whole_model_logits(
         named = {f"{model.family.blocks}.{name}": tensor for name, tensor in own.items()}
         given = {**model.outside_weights(CPU), **named}
         return functional_call(model.module, given, (ids,), {"use_cache": False}).logits.float()
+
+
+def long(*values):
+    """Values of a parameter that are left to `make test-all`."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]

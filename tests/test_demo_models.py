@@ -11,6 +11,7 @@ from quant.run.request import Request
 from quant.run.session import Session, open_session
 from quant.solvers import get_solver, solver_options
 from scripts.train_demo_models import MIXTURE
+from tests.helpers import long
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 FAMILIES = ("opt", "bloom", "falcon", "llama", "mistral")
@@ -47,7 +48,7 @@ def accuracy(session: Session, items: list[dict]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", ["llama", "mixture", *long(*sorted({*MODELS} - {"llama", "mixture"}))])
 def test_methods_differ_as_they_should(family, tmp_path):
     """At 3 bits: quantease below gptq below rtn in layer error; both lose less perplexity than rtn."""
     results = {}

@@ -26,7 +26,7 @@ from quant.run.session import open_session
 from quant.run.stored import Allowed
 from quant.solvers.gptq import gptq
 from tests.conftest import DISTINCT
-from tests.helpers import SEQLEN, config_for, direct_perplexity, perform, perform_all, replace
+from tests.helpers import SEQLEN, config_for, direct_perplexity, long, perform, perform_all, replace
 from tests.references import make_stats
 
 
@@ -161,7 +161,7 @@ def test_outliers_survive_the_disk_and_the_checkpoint(method, options, model_dir
 
 
 def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monkeypatch):
-    import quant.run.quantize as recipe
+    import quant.run.solving as recipe
 
     seen = []
     measure = lambda *a: seen.append(torch.get_float32_matmul_precision()) or [0.1, 0.1]  # noqa: E731
@@ -266,7 +266,7 @@ def _finish_or_kill(context, config: Request, kill_at: int | None, delay: float)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "falcon 7b", "bloom"])
+@pytest.mark.parametrize("name", ["llama", *long("falcon 7b", "bloom")])
 def test_killed_runs_continue_bit_identically(name, model_dir, text, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["quant.run.session", "quant.solvers.quantease"])

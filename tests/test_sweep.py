@@ -92,7 +92,7 @@ def test_a_grid_may_be_several(tmp_path):
 def test_rows_of_the_results_parse(table, tmp_path, monkeypatch):
     """Also where the texts are not at hand. All rows of a model share what is opened, and so do all of its learned ones."""
     (tmp_path / "text").mkdir()
-    for name in ("wikitext2-valid", "wikitext2-test", "ptb-test"):
+    for name in ("wikitext2-valid", "wikitext2-test", "ptb-test", "brown", "lambada"):
         (tmp_path / "text" / f"{name}.txt").touch()
     monkeypatch.chdir(tmp_path)
     rows = sweep_table.read_table(table)

@@ -280,6 +280,7 @@ def test_memory_of_outliers_and_two_level_scales():
     assert pack_weight(weight).nbytes() == pytest.approx(weight.storage_bits() / 8, rel=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("level", ["avx2", "none"])
 def test_every_instruction_set_gives_the_same_products(level, tmp_path):
     """Numba compiles for a lesser CPU in a process of its own; the integer products need AVX-512 and fall back. All other

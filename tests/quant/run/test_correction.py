@@ -111,6 +111,7 @@ def demo(demo_text, tmp_path, **options):
     return config_for(DEMO / "llama", demo_text, tmp_path, **(small | options))
 
 
+@pytest.mark.long
 def test_the_correction_brings_the_model_nearer_to_the_original(demo_text, tmp_path):
     plain = demo(demo_text, tmp_path, run_dir=tmp_path / "plain")
     session = open_session(plain)

@@ -19,7 +19,7 @@ from quant.core.errors import InputError
 from quant.run.directory import RunDirectory
 from quant.run.resume import check_ranges
 from quant.run.session import open_session
-from tests.helpers import CPU, DEMO, asked, direct_perplexity, learned_config, perform, replace
+from tests.helpers import CPU, DEMO, asked, direct_perplexity, learned_config, long, perform, replace
 
 
 @pytest.mark.parametrize("name", ["opt", "bloom", "falcon 7b", "falcon 40b", "llama gqa, tied", "qwen3", "gemma2"])
@@ -217,7 +217,7 @@ def test_ranges_from_a_file(model_dir, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["opt", "bloom", "falcon", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["opt", "llama", *long("bloom", "falcon", "mistral")])
 def test_loss_falls_on_every_block_of_the_demo_models(family, tmp_path):
     for method, wbits, abits, matrices in (
         ("omniquant", 3, 16, {}),
@@ -236,6 +236,7 @@ def test_loss_falls_on_every_block_of_the_demo_models(family, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_planted_outliers_are_learned_away(tmp_path):
     """Norm channels scaled by 30 without changing the function: W4A4 with LET ends where the plain model does."""
     from quant.learn.affine import Affine, apply_seam

@@ -19,7 +19,7 @@ from quant.run.directory import RunDirectory
 from quant.run.generate import generate
 from quant.run.packed_model import load_resident, open_quantized, open_run
 from quant.run.request import Request
-from tests.helpers import CPU, DEMO, called, perform
+from tests.helpers import CPU, DEMO, called, long, perform
 
 
 def run_of(path, text, tmp_path, name="run", **changes):
@@ -61,7 +61,7 @@ def test_a_packed_checkpoint_is_evaluated_packed(model_dir, text, tmp_path):
     assert evaluated["packed_bytes"] > 0
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *long("float16")])
 def test_half_precision_rounds_written_out_weights_only(dtype, text, tmp_path):
     """Weights that are evaluated packed are code times scale; written out they are rounded to the checkpoint's dtype, in
     a run and from a checkpoint of any format."""

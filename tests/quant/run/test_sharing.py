@@ -32,7 +32,7 @@ from quant.run.sharing import check_sharing
 from quant.run.wire import codes_sent, shared_plan, sums_sent
 from quant.tune.config import Tuning
 from tests.crew import Crew, together
-from tests.helpers import CPU, asked, called, config_for, learned_config, perform, replace, same_codes
+from tests.helpers import CPU, asked, called, config_for, learned_config, long, perform, replace, same_codes
 
 
 class InFloat64(GramStats):
@@ -255,7 +255,7 @@ def bytes_sent(request):
     return dict(ranks.sent())
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, *long(4)])
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_bytes_on_the_wire_are_those_of_the_plan(name, size, model_dir, text, tmp_path):
     """Sums exactly; answers up to the names of tensors, which are most of a model this small."""
