@@ -52,7 +52,8 @@ Time (seconds)
               summed over the tokens of each, besides one over all tokens; their inner values are computed once more
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set, of a file its bytes over BYTES_A_TOKEN,
               or --limit windows if that is less, and LOGIT_PASSES over the logits
-The rates come from a fraction of a second of work; expect the estimate within a factor of two.
+The rates come from a fraction of a second of work; on SmolLM2 all of a run came within a third of its plan
+(benchmarks/results/planned.md), elsewhere expect a factor of two.
 """
 
 from __future__ import annotations
