@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.mixtures import EXPERTS
 from quant.core.errors import InputError
 
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -80,7 +81,6 @@ def fused_rows(rows: Tensor, heads: int, kv_heads: int) -> Tensor:
     return torch.cat(grouped, 1).reshape(rows.shape)
 
 
-EXPERTS = "mlp.experts"  # of a block, in the families' names
 STACKED = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 ALWAYS_FLOAT32 = ("ffn_gate_inp", "position_embd")  # as llama.cpp's converter keeps routers and learned positions
 TIED_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -198,9 +198,9 @@ ARCHITECTURES = {
 ARCHITECTURES["llama, experts"] = replace(
     ARCHITECTURES["llama"], inside=LLAMA_ATTENTION | NORM_BEFORE_MLP | ROUTED, experts=STACKED
 )
-MODEL_TYPES = {name: name for name in ARCHITECTURES if "," not in name} | {"mistral": "llama", "mixtral": "llama"}
-for _ours, _theirs in (("gemma3_text", "gemma3"), ("gpt_neox", "gptneox"), ("qwen3_moe", "qwen3moe")):
-    MODEL_TYPES[_ours] = MODEL_TYPES.pop(_theirs)  # of config.json
+OTHER_NAMES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox", "qwen3moe": "qwen3_moe"}  # of config.json
+MODEL_TYPES = {OTHER_NAMES.get(name, name): name for name in ARCHITECTURES if "," not in name}
+MODEL_TYPES |= {"mistral": "llama", "mixtral": "llama"}
 READ = ("bloom", "falcon", "gemma2", "gemma3", "llama", "qwen2", "qwen3")  # whose files are a source, too
 
 
@@ -213,8 +213,3 @@ def architecture_for(config: Any) -> tuple[str, Architecture]:
     if named == "falcon" and config.new_decoder_architecture and norms == 2:
         return named, ARCHITECTURES["falcon, two norms"]
     return named, ARCHITECTURES["llama, experts" if config.model_type == "mixtral" else named]
-
-
-def experts_of(config: Any) -> int:
-    """How many experts a block of a mixture has."""
-    return int(getattr(config, "num_experts", None) or config.num_local_experts)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from models.family import HeadLayout
-from models.gguf_architectures import architecture_for, experts_of
+from models.gguf_architectures import architecture_for
 from models.gguf_layout import (
     GEMMA2_27B_BLOCKS,
     GEMMA3_27B_BLOCKS,
@@ -17,6 +17,7 @@ from models.gguf_layout import (
     gemma3_layers,
     llama3_factors,
 )
+from models.mixtures import expert_count
 from quant.core.errors import InputError
 
 Fact = bool | int | float | str | list[int] | list[float] | list[str]
@@ -98,7 +99,7 @@ def _of_architecture(config: Any, named: str) -> Facts:
         return {"use_parallel_residual": bool(config.use_parallel_residual)}
     if config.model_type in ("qwen3_moe", "mixtral"):
         counts: Facts = {
-            "expert_count": experts_of(config),
+            "expert_count": expert_count(config),
             "expert_used_count": config.num_experts_per_tok,
         }
         return counts | ({"expert_feed_forward_length": config.moe_intermediate_size} if named == "qwen3moe" else {})

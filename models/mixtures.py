@@ -30,8 +30,12 @@ def mlp(*prefixes: str) -> Groups:
 
 def experts(config: Any) -> tuple[str, ...]:
     """Prefixes of the experts' linears."""
-    count = getattr(config, "num_experts", None) or config.num_local_experts
-    return tuple(f"{EXPERTS}.{number}" for number in range(count))
+    return tuple(f"{EXPERTS}.{number}" for number in range(expert_count(config)))
+
+
+def expert_count(config: Any) -> int:
+    """How many experts a block has."""
+    return int(getattr(config, "num_experts", None) or config.num_local_experts)
 
 
 def groups_at(config: Any, index: int) -> Groups:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.gguf_architectures import ALWAYS_FLOAT32, architecture_for, experts_of, stored_rows
+from models.gguf_architectures import ALWAYS_FLOAT32, architecture_for, stored_rows
 from models.gguf_facts import Facts, facts_of, rotary_factors
 from models.gguf_file import PLAIN as DTYPES
 from models.gguf_layout import ROTARY
 from models.gguf_tokens import vocabulary
 from models.gguf_writer import FILE, GGUFFile, Place
 from models.load import LazyModel
+from models.mixtures import expert_count
 from models.unread import spellings
 from quant.core.errors import InputError
 from quant.core.types import QuantizedWeight
@@ -78,7 +79,7 @@ class GgufModel:
                 continue  # carried for other software, read by no module
             if stack := architecture.stacked(parameters[key]):
                 waiting.setdefault(stack, []).append(value)
-                if len(waiting[stack]) == experts_of(self.model.config):
+                if len(waiting[stack]) == expert_count(self.model.config):
                     values = waiting.pop(stack)
                     yield _place(stack, key, values), values
                 continue
@@ -119,8 +120,9 @@ def _place(name: str, key: str, values: Sequence[Any]) -> Place:
             return Place(name, type_of(*values).type, shape)
         except InputError as error:
             raise InputError(f"{key.removesuffix('.weight')}: {error}") from error
-    (dtype,) = {value.dtype for value in values}
-    plain = values[0].dim() == 1 or dtype not in PLAIN or name.split(".")[-2] in ALWAYS_FLOAT32
+    dtype = values[0].dtype
+    mixed = any(value.dtype != dtype for value in values)
+    plain = values[0].dim() == 1 or mixed or dtype not in PLAIN or name.split(".")[-2] in ALWAYS_FLOAT32
     return Place(name, PLAIN[torch.float32 if plain else dtype], shape)
 
 

@@ -78,7 +78,7 @@ def stream_of(path, cache):
 def test_every_linear_is_multiplied_once_a_batch_and_model(model_dir, tmp_path, monkeypatch):
     """Four steps; in the quantized model also as the original has it, where a step stops behind it."""
     counts = {}
-    for share in (kept.SHARE, 0.0):
+    for case, share in (("kept", kept.SHARE), ("computed", 0.0)):
         monkeypatch.setattr(kept, "SHARE", share)
         stream = stream_of(model_dir("llama"), tmp_path)
         full = original_beside(stream)
@@ -89,11 +89,11 @@ def test_every_linear_is_multiplied_once_a_batch_and_model(model_dir, tmp_path, 
             stream.run(0, block.weights, advance=True, act=recipe.act)
             full.run(0, weights, advance=True)
         assert stream.kept is None and full.kept is None
-        counts[share] = counted.calls
+        counts[case] = counted.calls
     once = 3 * 2  # batches, models
     # q, k, v, o have one shape, gate and up another; the runs that observe stop in front of what they observe.
-    assert counts[kept.SHARE or 1 / 8] == {(32, 32): 4 * once, (64, 32): 2 * once, (32, 64): once}
-    assert counts[0.0] == {(32, 32): once * (3 + 4 + 4 + 4), (64, 32): once * (2 + 2), (32, 64): once}
+    assert counts["kept"] == {(32, 32): 4 * once, (64, 32): 2 * once, (32, 64): once}
+    assert counts["computed"] == {(32, 32): once * (3 + 4 + 4 + 4), (64, 32): once * (2 + 2), (32, 64): once}
 
 
 def test_other_weights_or_activations_are_computed(model_dir, tmp_path):
