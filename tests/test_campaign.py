@@ -29,11 +29,11 @@ def campaign(*words: object, env: dict[str, str] | None = None) -> subprocess.Co
 
 def test_a_slice_of_the_campaign_holds(tmp_path):
     only = [word for part in PARTS for word in ("--only", part)]
-    done = campaign("--cases", 36, "--seed", 1, "--jobs", 1, "--json", tmp_path / "numbers.json", *only)
+    done = campaign("--cases", 24, "--seed", 1, "--jobs", 1, "--json", tmp_path / "numbers.json", *only)
     assert done.returncode == 0, done.stdout + done.stderr
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     tried = {row["part"]: row["tried"] for row in numbers["parts"]}
-    assert tried.keys() == set(PARTS) and min(tried.values()) >= 2 and sum(tried.values()) >= 32
+    assert tried.keys() == set(PARTS) and min(tried.values()) >= 1 and sum(tried.values()) >= 20
 
 
 def outcome(**changes: object) -> Outcome:

@@ -791,7 +791,9 @@ def source(model_dir, text, tmp_path_factory) -> Path:
     return config.output.run_dir
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize(
+    "exchange", [pytest.param(True, id="exchange"), pytest.param(False, id="two renames", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 def test_convert_killed_at_any_moment_continues(overwrite, exchange, source, tmp_path, monkeypatch):
     """After a kill in front of every change of the file system: a whole checkpoint under the name at every moment where the

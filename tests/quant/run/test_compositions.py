@@ -12,7 +12,7 @@ import main
 import model_quantizer
 from quant.run.session import open_session
 from tests import conftest
-from tests.helpers import called, perform
+from tests.helpers import called, long, perform
 from tests.quant.run.combined import APART, PARTS, REFUSED, fit, pairs, runs, words
 
 QUANTIZER = ("--dataset", "--wbits", 4, "--quantization-method", "rtn", "--no-report")
@@ -52,7 +52,7 @@ def perplexity(request, **changes):
     return entry
 
 
-@pytest.mark.parametrize("parts", runs(), ids=", ".join)
+@pytest.mark.parametrize("parts", [*runs()[::2], *long(*runs()[1::2])], ids=", ".join)
 def test_parts_work_together(parts, tiny, text, tmp_path):
     request = model_quantizer.request_from([str(word) for word in (*tiny, *flags_of(parts, text))])
     request = request.but(run_dir=tmp_path / "run", save=tmp_path / "saved", format="bitplane")

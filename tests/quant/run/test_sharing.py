@@ -297,7 +297,7 @@ def learned(request):
     )
 
 
-@pytest.mark.parametrize("method", ["omniquant", "affinequant"])
+@pytest.mark.parametrize("method", ["affinequant", *long("omniquant")])
 def test_processes_that_learn_take_the_steps_of_one(method, model_dir, text, tmp_path):
     """Gradients, losses and ranges of inputs are those of all windows: two processes with two windows a step each."""
     learning = asked(method, epochs=2, batch=4, lwc_lr=0.05)

@@ -21,7 +21,7 @@ from quant.run.stored import Allowed
 from quant.tune import limits
 from quant.tune.config import AUTOROUND_TUNING, Tuning, batch_of, split
 from quant.tune.objectives import divergence
-from tests.helpers import CPU, DEMO, config_for, perform, whole_model_logits
+from tests.helpers import CPU, DEMO, config_for, long, perform, whole_model_logits
 
 STEPS = 10
 
@@ -226,7 +226,7 @@ def test_autoround_begins_with_rounding_to_nearest_alone(demo_text, tmp_path):
         perform(tuned(demo_text, tmp_path, tuning=AUTOROUND, solver="gptq"))
 
 
-@pytest.mark.parametrize("last", ["lm", "kl"])
+@pytest.mark.parametrize("last", ["kl", *long("lm")])
 def test_the_last_block_is_tuned_for_the_model_and_the_others_for_themselves(last, demo_text, tmp_path):
     config = tuned(demo_text, tmp_path, "block", tuning=Tuning("block", STEPS, rate=0.02, last=last))
     usual = config.but(tuning=Tuning("block", STEPS, rate=0.02), run_dir=tmp_path / "usual")
@@ -444,7 +444,7 @@ def test_windows_are_tuned_for_their_last_output_with_those_before_tuned(demo_te
 
 
 @pytest.mark.parametrize(
-    "case", ["between the files of a window", "in the steps of the second", "before the second is solved"]
+    "case", ["in the steps of the second", *long("between the files of a window", "before the second is solved")]
 )
 def test_windows_go_on_where_they_were(case, demo_text, tmp_path, monkeypatch):
     config = windowed(demo_text, tmp_path, 2, state="half", last="kl")
