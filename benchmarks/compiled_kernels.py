@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.measuring import about, flags, report, version_line
 from quant.core import env
+from quant.core.levels import TABLES
 from quant.core.rounding import NumberFormat
 from quant.core.types import QuantSpec
 from quant.kernels.columns import ColumnBlock
@@ -148,6 +149,10 @@ def column_cases(quick: bool) -> Iterator[Case]:
             yield f"{where}, free entries", lambda b=free: kernels.coordinate_descent_(b)
             yield where, lambda b=block: kernels.gptq_(b)
             yield f"{where}, outliers", lambda b=outliers: kernels.gptq_(b)
+            for kind in ("nvfp4", "fp8"):
+                leveled = block._replace(numbers=NumberFormat(len(TABLES[kind]), TABLES[kind]))
+                yield f"{where}, levels of {kind}", lambda b=leveled: kernels.coordinate_descent_(b)
+                yield f"{where}, levels of {kind}", lambda b=leveled: kernels.gptq_(b)
 
 
 def column_block(rows: int, columns: int, groups: int) -> ColumnBlock:

@@ -8,6 +8,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from quant.core.level_grid import fit_levels, in_tensor
 from quant.core.real_grid import fit_scale_minimum
 from quant.core.stacks import for_rows, times
 from quant.core.stored import at_least_finest, round_scale, short_scale, stored_fraction, within_largest
@@ -97,19 +98,30 @@ def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, 
         group = torch.empty_like(group).index_copy_(0, order, group)
     grouped = weight.reshape(n_out, n_groups, -1)
     rows_at_once = max(1, CHUNK // n_in)
+    rows_at_once = -(-rows_at_once // spec.shared_rows) * spec.shared_rows
     weights_of_error = repeat(None if importance is None else importance.view(n_groups, -1))
     if importance is not None and importance.dim() == 2:
         weights_of_error = iter(importance.view(n_out, n_groups, -1).split(rows_at_once))
-    fit = fit_superblocks if spec.super_kind else fit_scale_minimum if spec.has_minimum else fit_scale_zero
+    fit = (
+        fit_superblocks
+        if spec.super_kind
+        else fit_levels
+        if spec.level_kind
+        else fit_scale_minimum
+        if spec.has_minimum
+        else fit_scale_zero
+    )
     parts = [fit(rows, spec, own) for rows, own in zip(grouped.split(rows_at_once), weights_of_error, strict=False)]
     scale, base = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Grid.real(scale, base, group, spec.qmax) if spec.has_minimum else Grid(scale, base, group, spec.qmax)
+    if spec.has_minimum:
+        return Grid.real(scale, base, group, spec.qmax)
+    return Grid(scale, base, group, spec.qmax, table=spec.numbers.table)
 
 
 def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     """The answer for weight [out, in] with every scale, and minimum, a float16 number, as most checkpoints store them: of a
     row or group that is almost zero the nearest one, at least float16's smallest, with its values rounded again to the new
-    grid.
+    grid; in what its kind stores, where its levels are not evenly spaced.
 
     The answer itself where all are that already, where scales are stored in two levels, and where the layer as a whole is
     out of float16's range: then its scales are needed as they are. Super-blocks have no others than float16's.
@@ -117,6 +129,8 @@ def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     grid = answer.grid
     if answer.spec.super_kind is not None:
         return answer
+    if answer.spec.level_kind is not None and answer.spec.level_kind.scale != "half":
+        return in_own_scales(answer)
     fractional = answer.spec.kind == "fractional"
     narrow = is_short(grid, answer.spec) if fractional else 32 not in (grid.scale_bits, grid.minimum_bits)
     if grid.bilevel is not None or narrow:
@@ -132,6 +146,18 @@ def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     if not all(bool(torch.isfinite(t).all()) for t in (scale, stored.minimum) if t is not None):
         return answer
     moved = changed[:, grid.g_idx]
+    codes = torch.where(moved, stored.quantize(grid.dequantize(answer.codes)), answer.codes)
+    return replace(answer, codes=codes, grid=stored)
+
+
+def in_own_scales(answer: QuantizedWeight) -> QuantizedWeight:
+    """The answer with scales that its kind stores; what the whole tensor's E4M3 numbers move is rounded again."""
+    grid = answer.grid
+    assert answer.spec.level_kind is not None
+    if answer.spec.level_kind.scale != "e4m3" or torch.equal(scale := in_tensor(grid.scale), grid.scale):
+        return answer
+    stored = replace(grid, scale=scale)
+    moved = (scale != grid.scale)[:, grid.g_idx]
     codes = torch.where(moved, stored.quantize(grid.dequantize(answer.codes)), answer.codes)
     return replace(answer, codes=codes, grid=stored)
 

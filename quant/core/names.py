@@ -33,6 +33,27 @@ SUPER_GRIDS = {  # kinds of grids that are a type of GGUF's blocks, scales and a
     "q5_k": SuperKind(5, 32, 63, True, 176),
     "q6_k": SuperKind(6, 16, 127, False, 210),
 }
+
+
+class LevelKind(NamedTuple):
+    """bits of a code; groups: numbers of columns that may share a scale (-1: all of a row), the usual one first; scale: what
+    a scale is stored as; rows: how many rows share a scale of a group that is no whole row."""
+
+    bits: int
+    groups: tuple[int, ...]
+    scale: str
+    rows: int = 1
+
+
+SCALE_BITS = {"e4m3": 8, "e8m0": 8, "half": 16, "float": 32}
+LEVEL_GRIDS = {  # kinds of grids whose levels are not evenly spaced (quant/core/levels.py)
+    "nvfp4": LevelKind(4, (16,), "e4m3"),
+    "mxfp4": LevelKind(4, (32,), "e8m0"),
+    "fp8": LevelKind(8, (-1, 128), "float", 128),
+    "iq4_nl": LevelKind(4, (32,), "half"),
+}
+ALL_GRIDS = (*GRIDS, *SUPER_GRIDS, *LEVEL_GRIDS)
+ACT_GRIDS = ("nvfp4", "mxfp4", "fp8")  # of these, what inputs of linears may be rounded to
 TUNING_SCOPES = ("block", "window", "model")  # what is tuned together after solving
 AUTO_SCOPE = "auto"  # the one of them that the memory decides
 ROTATIONS = ("residual", "vo", "qk", "down")  # what is rotated before anything is solved

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.core.levels import Table, level_codes, levels_of
+
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """The numbers that codes stand for, of weights and of activations. So far they are the integers 0..levels-1, and a
-    value is ``scale * (code - zero)``.
+    """The numbers that codes stand for, of weights and of activations: the integers 0..levels-1, and a value is
+    ``scale * (code - zero)``; or those of a ``table`` in ascending order, and it is ``scale * table[code]``.
 
     x is any float tensor; scale and zero broadcast against it. Halfway between two integers, the even one is taken.
     """
 
     levels: int
+    table: Table | None = None
 
     @property
     def qmax(self) -> int:
@@ -37,11 +40,18 @@ class NumberFormat:
 
     def codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Nearest codes of x, in its dtype."""
+        if self.table is not None:
+            return level_codes(x / scale, self.table).to(x.dtype)
         return (x / scale).round_().add_(zero).clamp_(0, self.qmax)
+
+    def steps(self, codes: Tensor, zero: Tensor) -> Tensor:
+        """Values of codes over their scale, float32."""
+        return codes.float() - zero if self.table is None else levels_of(codes, self.table)
 
     def values(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Values of the nearest codes of x."""
-        return self.codes(x, scale, zero).sub_(zero).mul_(scale)
+        codes = self.codes(x, scale, zero)
+        return (codes.sub_(zero) if self.table is None else levels_of(codes, self.table, x.dtype)).mul_(scale)
 
 
 class FakeQuantize(torch.autograd.Function):

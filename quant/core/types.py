@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.core.names import GRIDS, SUPER_COLUMNS, SUPER_GRIDS, SuperKind
+from quant.core.levels import TABLES, Table, levels_of
+from quant.core.names import ALL_GRIDS, LEVEL_GRIDS, SCALE_BITS, SUPER_COLUMNS, SUPER_GRIDS, LevelKind, SuperKind
 from quant.core.rounding import NumberFormat
 
 RANGES = ("minmax", "mse")
@@ -34,8 +35,8 @@ class QuantSpec:
     (search of the shrink with the least weighted squared error). levels: number of codes where it is
     not 2^bits (ABQ-LLM's bit balance uses 5 levels at 2 bits). kind: ``integer`` zero points, a ``real`` minimum, or
     ``fractional`` zero points: multiples of 1/ZERO_STEPS of a step, beside scales of 6 bits behind the point, which together
-    take the bits of a float16 scale and an integer zero point. Other kinds are GGUF's super-blocks, of bits and groups of
-    their own (`quant.core.superblocks`).
+    take the bits of a float16 scale and an integer zero point. Other kinds are GGUF's super-blocks (`quant.core.superblocks`)
+    and levels that are not evenly spaced (`quant.core.levels`), of bits and groups of their own.
 
     largest: magnitude that no level exceeds, that of the dtype in which weights are written out. finest: a scale is a
     multiple of it (a power of two), above float32's own where the weights are solved scaled up. Both belong to the
@@ -60,10 +61,15 @@ class QuantSpec:
             raise ValueError(f"range={self.range!r}: use one of {', '.join(RANGES)}")
         if self.levels is not None and not 2 <= self.levels <= 256:
             raise ValueError(f"levels={self.levels}: a grid has 2 to 256 levels")
-        if self.kind not in (*GRIDS, *SUPER_GRIDS):
-            raise ValueError(f"kind={self.kind!r}: use one of {', '.join((*GRIDS, *SUPER_GRIDS))}")
+        if self.kind not in ALL_GRIDS:
+            raise ValueError(f"kind={self.kind!r}: use one of {', '.join(ALL_GRIDS)}")
         if (fixed := self.super_kind) and (self.bits, self.group_size, self.levels) != (fixed.bits, fixed.part, None):
             raise ValueError(f"kind={self.kind!r}: it has {fixed.bits} bits in groups of {fixed.part}")
+        if (own := self.level_kind) and (self.bits, self.levels) != (own.bits, None):
+            raise ValueError(f"kind={self.kind!r}: it has {own.bits} bits")
+        if own and self.group_size not in own.groups:
+            sizes = " or ".join("whole rows" if size == -1 else f"groups of {size}" for size in own.groups)
+            raise ValueError(f"kind={self.kind!r}: it has {sizes}")
         if self.symmetric and self.kind != "integer":
             raise ValueError(
                 f"a symmetric grid has its zero point in the middle, and no {self.kind} one: leave one of them out"
@@ -74,17 +80,39 @@ class QuantSpec:
     @property
     def numbers(self) -> NumberFormat:
         """What codes stand for."""
-        return NumberFormat(self.levels or 2**self.bits)
+        table = TABLES.get(self.kind)
+        return NumberFormat(self.levels or 2**self.bits) if table is None else NumberFormat(len(table), table)
 
     @property
     def has_minimum(self) -> bool:
         """Whether its grids have minima, and no integer zero points."""
-        return self.kind != "integer" if self.super_kind is None else self.super_kind.minima
+        return self.kind in ("real", "fractional") if self.super_kind is None else self.super_kind.minima
 
     @property
     def super_kind(self) -> SuperKind | None:
         """The layout of its super-blocks; None where it has none."""
         return SUPER_GRIDS.get(self.kind)
+
+    @property
+    def level_kind(self) -> LevelKind | None:
+        """What its scales are, where its levels are not evenly spaced; else None."""
+        return LEVEL_GRIDS.get(self.kind)
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether its grids store zero points."""
+        return not (self.symmetric or self.has_minimum or self.level_kind)
+
+    @property
+    def shared_rows(self) -> int:
+        """How many rows share a scale."""
+        return self.level_kind.rows if self.level_kind is not None and self.group_size > 0 else 1
+
+    def level_scale_bits(self, n_out: int, n_groups: int) -> int:
+        """Bits of the scales of a layer whose levels are not evenly spaced."""
+        assert self.level_kind is not None
+        scales = -(-n_out // self.shared_rows) * n_groups
+        return scales * SCALE_BITS[self.level_kind.scale] + (32 if self.level_kind.scale == "e4m3" else 0)
 
     @property
     def qmax(self) -> int:
@@ -105,6 +133,8 @@ class QuantSpec:
         """In words."""
         if self.super_kind is not None:
             return f"the super-blocks of {self.kind}"
+        if self.level_kind is not None:
+            return f"the levels of {self.kind}"
         kind = "symmetric" if self.symmetric else self.kind if self.has_minimum else "asymmetric"
         groups = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
         return f"{kind} grids of {self.qmax + 1} levels in {groups}"
@@ -163,7 +193,7 @@ class Grid:
     """Scales and zero points of one layer, or scales and minima.
 
     scale: float32 [out, G], positive, fp16-representable wherever that costs less than 1/64 (then it is
-    stored in 16 bits). zero: int32 [out, G]. g_idx: int64 [in], the group of every column. bilevel: how the scales
+    stored in 16 bits). zero: int32 [out, G]; 0 where there is a table of levels. g_idx: int64 [in], the group of every column. bilevel: how the scales
     are stored where they are quantized themselves (SpQR). minimum: float32 [out, G], the value of code 0 (see
     `quant.core.stored.stored_real`); None where there are zero points, else these are [out, 0].
     """
@@ -174,6 +204,7 @@ class Grid:
     qmax: int
     bilevel: BilevelScales | None = None
     minimum: Tensor | None = None
+    table: Table | None = None
 
     @classmethod
     def real(cls, scale: Tensor, minimum: Tensor, g_idx: Tensor, qmax: int) -> Grid:
@@ -183,7 +214,7 @@ class Grid:
     @property
     def numbers(self) -> NumberFormat:
         """What codes stand for."""
-        return NumberFormat(self.qmax + 1)
+        return NumberFormat(self.qmax + 1, self.table)
 
     @property
     def n_groups(self) -> int:
@@ -234,7 +265,8 @@ class Grid:
         one = slice(g, g + 1)
         minimum = None if self.minimum is None else self.minimum[:, one]
         zero = self.zero if self.minimum is not None else self.zero[:, one]
-        return Grid(self.scale[:, one], zero, torch.zeros_like(self.g_idx[:1]), self.qmax, minimum=minimum)
+        return replace(self, scale=self.scale[:, one], zero=zero, g_idx=torch.zeros_like(self.g_idx[:1]), bilevel=None,
+                       minimum=minimum)  # fmt: skip
 
     def expand(self) -> tuple[Tensor, Tensor]:
         """Scale of every column, and zero point or minimum, float32: [out, in], or [out, 1] where rows have one group."""
@@ -244,13 +276,15 @@ class Grid:
         return self.scale[:, self.g_idx], base[:, self.g_idx]
 
     def positions(self, weight: Tensor) -> Tensor:
-        """Where weight [out, in] lies among the codes, float32 and not rounded."""
+        """Where weight [out, in] lies among the codes, float32 and not rounded; of levels that are evenly spaced."""
         scale, base = self.expand()
         return weight / scale + base if self.minimum is None else (weight - base) / scale
 
     def values(self, codes: Tensor) -> Tensor:
         """Values of codes [out, in] that are float32 numbers, with gradients."""
         scale, base = self.expand()
+        if self.table is not None:
+            return levels_of(codes, self.table) * scale
         return (codes - base) * scale if self.minimum is None else codes * scale + base
 
     def quantize(self, weight: Tensor) -> Tensor:
@@ -320,7 +354,9 @@ class QuantizedWeight:
         bits = n_out * n_in * self.spec.code_bits
         if self.outliers is not None:
             bits += self.outliers.storage_bits(n_out, n_in)
-        if is_short(self.grid, self.spec):
+        if self.spec.level_kind is not None:
+            bits += self.spec.level_scale_bits(n_out, self.grid.n_groups)
+        elif is_short(self.grid, self.spec):
             bits += self.grid.scale.numel() * short_bits(self.spec)
         else:
             bits += self.grid.scale_storage_bits() + self._base_bits()
@@ -331,7 +367,7 @@ class QuantizedWeight:
     def _base_bits(self) -> int:
         if self.grid.minimum is not None:
             return self.grid.minimum.numel() * self.grid.minimum_bits
-        return 0 if self.spec.symmetric else self.grid.zero.numel() * self.spec.code_bits
+        return self.grid.zero.numel() * self.spec.code_bits if self.spec.has_zeros else 0
 
     def bits_per_weight(self) -> float:
         """Stored bits divided by the number of weights."""
@@ -408,7 +444,11 @@ def _check_base(grid: Grid, spec: QuantSpec) -> None:
         low, high = (steps := zero_steps(grid)).aminmax()
         if low < 0 or high >= most_steps(spec) or not torch.equal(minimum_at(grid.scale, steps), grid.base):
             raise ValueError(f"zero points must be multiples of 1/{ZERO_STEPS} from 0 to below {2**spec.code_bits}")
-    if grid.minimum is not None:
+    if grid.table != spec.numbers.table:
+        raise ValueError(f"a grid of kind {spec.kind} has other levels")
+    if grid.table is not None:
+        top = grid.scale * max(map(abs, grid.table))
+    elif grid.minimum is not None:
         if grid.zero.numel() or not bool(torch.isfinite(grid.minimum).all()):
             raise ValueError("minima must be finite, and stand in the place of zero points")
         top = grid.scale * grid.qmax + grid.minimum

@@ -46,5 +46,5 @@ def answer_in(tensor: Callable[[str], Tensor], name: str, entry: Mapping[str, An
     if spec.has_minimum:
         grid = Grid.real(scale, part("minimum"), g_idx, qmax)
     else:
-        grid = Grid(scale, part("zero"), g_idx, qmax, bilevel)
+        grid = Grid(scale, part("zero"), g_idx, qmax, bilevel, table=spec.numbers.table)
     return QuantizedWeight(part("codes"), grid, spec, entry["info"], outliers)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, fit_scale_zero
+from quant.core.level_grid import fit_levels
 from quant.core.linalg import damped_factor
 from quant.core.real_grid import fit_scale_minimum
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
@@ -87,7 +88,8 @@ def sweep(
             if importance is not None and j % size == 0:
                 group = slice(j, j + size)
                 if grid.minimum is None:
-                    grid.scale[:, g], grid.zero[:, g] = fit_scale_zero(work[:, group], spec, importance[group])
+                    fit = fit_levels if spec.level_kind else fit_scale_zero
+                    grid.scale[:, g], grid.zero[:, g] = fit(work[:, group], spec, importance[group])
                 else:
                     fitted = fit_scale_minimum(work[:, group], spec, importance[group])
                     grid.scale[:, g], grid.minimum[:, g] = fitted

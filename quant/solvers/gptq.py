@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, fit_scale_zero
+from quant.core.level_grid import fit_levels
 from quant.core.linalg import damped_factor
 from quant.core.real_grid import fit_scale_minimum
 from quant.core.stacks import StackedStats, add_times_
@@ -81,9 +82,10 @@ def gptq(
     minimum = None if grid.minimum is None else grid.minimum.clone()
     fit = group_fit(spec, stats.importance[..., order], visited.g_idx, minimum) if fits_groups else None
     layer = feedback_rounding(target, upper, visited, spec, fit, block_size)
-    fitted = Grid(layer.scale, layer.zero.to(torch.int32), grid.g_idx, grid.qmax)
     if minimum is not None:
         fitted = Grid.real(layer.scale, minimum, grid.g_idx, grid.qmax)
+    else:
+        fitted = replace(grid, scale=layer.scale, zero=layer.zero.to(torch.int32), bilevel=None)
     return QuantizedWeight(layer.codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
 
 
@@ -99,7 +101,7 @@ def group_fit(spec: QuantSpec, importance: Tensor, group: Tensor, minimum: Tenso
 
     def fit(part: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         if minimum is None:
-            return fit_scale_zero(part, spec, importance[..., columns])
+            return (fit_levels if spec.level_kind else fit_scale_zero)(part, spec, importance[..., columns])
         scale, lowest = fit_scale_minimum(part, spec, importance[..., columns])
         minimum[:, int(group[columns.start])] = lowest
         return scale, -lowest / scale

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid, refit_scale_zero
+from quant.core.level_grid import refit_levels, shared, stored_levels
 from quant.core.linalg import largest_eigenvalue
 from quant.core.names import SUPER_COLUMNS
 from quant.core.outliers import kept_outliers
@@ -51,6 +52,7 @@ class Descent:
         self.scale, self.zero = grid.scale.clone(), grid.float_zero()
         self.minimum = None if grid.minimum is None else grid.minimum.clone()
         self.group, self.numbers = grid.g_idx, grid.numbers
+        self.given = grid
         self.residual, self.correlation = torch.zeros_like(target), torch.zeros_like(target)
         self.codes = torch.empty_like(target, dtype=torch.uint8)
         self.free: Tensor | None = None
@@ -80,9 +82,8 @@ class Descent:
 
     def grid(self, g_idx: Tensor) -> Grid:
         """The grid as it is now, for columns in these groups."""
-        if self.minimum is not None:
-            return Grid.real(self.scale, self.minimum, g_idx, self.numbers.qmax)
-        return Grid(self.scale, self.zero.to(torch.int32), g_idx, self.numbers.qmax)
+        zero = self.given.zero if self.minimum is not None else self.zero.to(torch.int32)
+        return replace(self.given, scale=self.scale, zero=zero, g_idx=g_idx, bilevel=None, minimum=self.minimum)
 
     def refit(self, spec: QuantSpec) -> None:
         """Scale and zero point, or minimum, of every group in closed form for the codes as they are; never raises the
@@ -95,15 +96,20 @@ class Descent:
             if self.minimum is not None:
                 self._refit_line(g, columns, self.minimum, spec)
                 continue
-            offsets = self.codes[:, columns].float() - self.zero[:, g, None]  # [out, n]: Ŵ / scale
+            offsets = self.numbers.steps(self.codes[:, columns], self.zero[:, g, None])  # [out, n]: Ŵ / scale
             if self.free is not None:
                 offsets.masked_fill_(self.free[:, columns], 0)  # free entries do not scale with the grid
             before = offsets * self.scale[:, g, None]
             rows = self.gram[..., columns, :]  # [n, in]
-            self.scale[:, g], shift = refit_scale_zero(
-                offsets, self.scale[:, g], self.zero[:, g], rows[..., columns], self.correlation[:, columns],
-                spec=spec, symmetric=spec.symmetric or self.free is not None,
-            )  # fmt: skip
+            within, correlation = rows[..., columns], self.correlation[:, columns]
+            shift = torch.zeros_like(before[:, 0])
+            if spec.level_kind is not None:
+                self.scale[:, g] = refit_levels(offsets, self.scale[:, g], within, correlation, spec)
+            else:
+                self.scale[:, g], shift = refit_scale_zero(
+                    offsets, self.scale[:, g], self.zero[:, g], within, correlation,
+                    spec=spec, symmetric=spec.symmetric or self.free is not None,
+                )  # fmt: skip
             self.zero[:, g] += shift
             # E = W - Ŵ grows by what Ŵ lost, and C = E Σ with it.
             change = before - (offsets - shift[:, None]) * self.scale[:, g, None]
@@ -184,7 +190,7 @@ def search_scales(target: Tensor, gram: Tensor, grid: Grid, spec: QuantSpec, blo
         descent = Descent(target, gram, trial, block_size)
         for sweep in range(SEARCH_SWEEPS):
             descent.sweep(is_rounding_sweep(sweep, SEARCH_SWEEPS))
-        objective = (descent.residual * descent.correlation).sum(1)
+        objective = shared((descent.residual * descent.correlation).sum(1), spec, Tensor.sum)
         better = objective < best
         best = torch.where(better, objective, best)
         found = replace(found, scale=torch.where(better[:, None], trial.scale, found.scale))
@@ -197,6 +203,8 @@ def scaled_by(grid: Grid, factor: float, spec: QuantSpec) -> Grid:
     """The grid with its scales times a factor: integer zero points stay, and else the middle of the grid."""
     if spec.super_kind is not None:
         return rescaled(grid, factor, spec)
+    if spec.level_kind is not None:
+        return replace(grid, scale=stored_levels(grid.scale * factor, spec))
     wanted = stored_scale(grid.scale * factor, spec)
     if grid.minimum is None:
         return replace(grid, scale=within_largest(wanted, grid.zero, spec))

@@ -14,6 +14,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from quant.core.levels import Table, level_tensors
 from quant.core.stacks import add_times_
 from quant.kernels.columns.reference import ColumnBlock, inverse_diagonal
 
@@ -23,15 +24,33 @@ SPARSE_BELOW = 0.1  # share of changed entries below which they are propagated o
 NO_CODES, NO_FLAGS, NO_LIMITS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_), np.empty(0, np.float32)
 
 # Blocks are slices of larger matrices: any row stride, one compiled version. Only the B x B matrix is contiguous.
-_CD = "i8(f4[:,:],f4[:,:],f4[:,:],f4[:,:,::1],f4[:,::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],b1[:,:],f4[:,::1])"
-_GPTQ = "void(f4[:,:],f4[:,:],f4[:,:,::1],f4[:,:],f4[:,:],i8[::1],f4,u1[:,:],f4[:,:],f4[::1])"
+_CD = "i8(f4[:,:],f4[:,:],f4[:,:],f4[:,:,::1],f4[:,::1],f4[:,:],f4[:,:],i8[::1],f4,f4[::1],f4[::1],u1[:,:],b1[:,:],f4[:,::1])"
+_GPTQ = "void(f4[:,:],f4[:,:],f4[:,:,::1],f4[:,:],f4[:,:],i8[::1],f4,f4[::1],f4[::1],u1[:,:],f4[:,:],f4[::1])"
 _PROPAGATE = "void(f4[:,::1],f4[:,::1],f4[:,:,::1])"
 _OPTIONS: dict[str, Any] = {"parallel": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
+@njit(inline="always", **{k: v for k, v in _OPTIONS.items() if k != "parallel"})
+def _nearest(u, scale, zero, qmax, levels, middles):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Code and value of u: of whole steps from the zero, or the level next to u / scale."""
+    if levels.size:
+        ratio, low, high = u / scale, 0, middles.size
+        while low < high:
+            middle = (low + high) >> 1
+            if middles[middle] < ratio:
+                low = middle + 1
+            else:
+                high = middle
+        return np.float32(low), levels[low] * scale
+    whole = np.rint(zero)
+    code = np.rint(u / scale + (zero - whole)) + whole
+    code = min(max(code, np.float32(0)), qmax)
+    return code, (code - zero) * scale
+
+
 @njit(_CD, **_OPTIONS)
 def _coordinate_descent(  # type: ignore[no-untyped-def]
-    residual, correlation, weight, gram, inverse, scale, zero, group, qmax, codes, free, change,  # noqa: ANN001
+    residual, correlation, weight, gram, inverse, scale, zero, group, qmax, levels, middles, codes, free, change,  # noqa: ANN001
 ):  # noqa: ANN202  # fmt: skip
     n_rows, n_columns = weight.shape[0] // len(gram), weight.shape[1]  # rows of a layer
     tiles = (n_rows + TILE - 1) // TILE
@@ -50,12 +69,10 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
                 row = first + o
                 u = weight[row, j] - residual[row, j] + c[j, o] * inv
                 if codes.size:
-                    whole = np.rint(zero[row, g])
-                    code = np.rint(u / scale[row, g] + (zero[row, g] - whole)) + whole
-                    code = min(max(code, np.float32(0)), qmax)
+                    code, value = _nearest(u, scale[row, g], zero[row, g], qmax, levels, middles)
                     codes[row, j] = np.uint8(code)
                     if not (free.size and free[row, j]):
-                        u = (code - zero[row, g]) * scale[row, g]
+                        u = value
                 new = weight[row, j] - u
                 step[o] = new - residual[row, j]
                 moved += step[o] != 0
@@ -71,7 +88,9 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
 
 
 @njit(_GPTQ, **_OPTIONS)
-def _gptq(weight, target, feedback, scale, zero, group, qmax, codes, errors, outlier_above):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, E501
+def _gptq(  # type: ignore[no-untyped-def]
+    weight, target, feedback, scale, zero, group, qmax, levels, middles, codes, errors, outlier_above,  # noqa: ANN001
+):  # noqa: ANN202  # fmt: skip
     n_rows, n_columns = weight.shape[0] // len(feedback), weight.shape[1]  # rows of a layer
     tiles = (n_rows + TILE - 1) // TILE
     for tile in prange(len(feedback) * tiles):
@@ -86,10 +105,7 @@ def _gptq(weight, target, feedback, scale, zero, group, qmax, codes, errors, out
             g = group[j]
             for o in range(n):
                 row, kept = first + o, w[j, o]
-                whole = np.rint(zero[row, g])
-                code = np.rint(kept / scale[row, g] + (zero[row, g] - whole)) + whole
-                code = min(max(code, np.float32(0)), qmax)
-                value = (code - zero[row, g]) * scale[row, g]
+                code, value = _nearest(kept, scale[row, g], zero[row, g], qmax, levels, middles)
                 off = kept - value
                 if not (outlier_above.size and off * off > outlier_above[j]):
                     kept = value
@@ -157,8 +173,15 @@ def _stack(matrix: Tensor, dimensions: int = 3) -> np.ndarray:
     return stacked
 
 
-def _grid(block: ColumnBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]:
-    return block.scale.numpy(), block.zero.numpy(), block.group.numpy(), np.float32(block.numbers.qmax)
+def _grid(block: ColumnBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32, np.ndarray, np.ndarray]:
+    levels, middles = (NO_LIMITS, NO_LIMITS) if block.numbers.table is None else _levels(block.numbers.table)
+    qmax = np.float32(block.numbers.qmax)
+    return block.scale.numpy(), block.zero.numpy(), block.group.numpy(), qmax, levels, middles
+
+
+def _levels(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    levels, middles = level_tensors(table, torch.device("cpu"), torch.float32)
+    return levels.numpy(), middles.numpy()
 
 
 def share_threads() -> None:

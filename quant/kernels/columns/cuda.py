@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.core.levels import level_tensors
 from quant.core.rounding import NumberFormat
 from quant.core.stacks import add_times_, parts_of
 from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels, inverse_diagonal
@@ -39,11 +40,33 @@ def _nearest(u, scale, zero, qmax):  # type: ignore[no-untyped-def]  # noqa: ANN
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _level(ratio, middles, n_middles: tl.constexpr, digits: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """How many of the ascending middles lie below: the code of the nearest level, a binary digit after the other."""
+    found = tl.zeros_like(ratio).to(tl.int32)
+    for digit in tl.static_range(digits):
+        tried = found + (1 << (digits - 1 - digit))
+        middle = tl.load(middles + tried - 1, mask=tried <= n_middles, other=float("inf"))
+        found = tl.where(middle < ratio, tried, found)
+    return found
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rounded(u, scale, zero, qmax, levels, middles, n_middles: tl.constexpr, digits: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, E501
+    """Code and value of u; of whole steps where there are no middles."""
+    if n_middles > 0:
+        code = _level(tl.math.div_rn(u, scale), middles, n_middles, digits)
+        return code.to(tl.float32), tl.load(levels + code) * scale
+    else:  # noqa: RET505 (Triton compiles one of the two)
+        q = _nearest(u, scale, zero, qmax)
+        return q, (q - zero) * scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _coordinate_descent(  # type: ignore[no-untyped-def]
-    residual, correlation, weight, gram, inverse, scale, zero, group, codes, free, change,  # noqa: ANN001
+    residual, correlation, weight, gram, inverse, scale, zero, group, levels, middles, codes, free, change,  # noqa: ANN001
     n_rows, tiles, n_columns, n_groups, qmax,  # noqa: ANN001
     residual_stride, correlation_stride, weight_stride, codes_stride, free_stride,  # noqa: ANN001
-    rounding: tl.constexpr, has_free: tl.constexpr, one_group: tl.constexpr,
+    rounding: tl.constexpr, has_free: tl.constexpr, one_group: tl.constexpr, n_middles: tl.constexpr, digits: tl.constexpr,
     rows_tile: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
     layer = tl.program_id(0) // tiles  # of a stack; n_rows are those of one
@@ -69,9 +92,8 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
                 g = tl.load(group + j)
                 s = tl.load(scale + row * n_groups + g, mask=inside_row, other=1.0)
                 z = tl.load(zero + row * n_groups + g, mask=inside_row, other=0.0)
-            q = _nearest(value, s, z, qmax)
+            q, rounded = _rounded(value, s, z, qmax, levels, middles, n_middles, digits)
             chosen = tl.where(here, q[:, None], chosen)
-            rounded = (q - z) * s
             if has_free:
                 keep = tl.load(free + row * free_stride + j, mask=inside_row, other=0)
                 value = tl.where(keep != 0, value, rounded)
@@ -89,9 +111,10 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gptq(  # type: ignore[no-untyped-def]
-    weight, target, feedback, scale, zero, group, codes, errors, outlier_above,  # noqa: ANN001
+    weight, target, feedback, scale, zero, group, levels, middles, codes, errors, outlier_above,  # noqa: ANN001
     n_rows, tiles, n_columns, n_groups, qmax, weight_stride, target_stride, codes_stride, errors_stride,  # noqa: ANN001
-    has_outliers: tl.constexpr, one_group: tl.constexpr, rows_tile: tl.constexpr, columns: tl.constexpr,
+    has_outliers: tl.constexpr, one_group: tl.constexpr, n_middles: tl.constexpr, digits: tl.constexpr,
+    rows_tile: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
     layer = tl.program_id(0) // tiles
     inner = (tl.program_id(0) % tiles) * rows_tile + tl.arange(0, rows_tile)
@@ -111,9 +134,8 @@ def _gptq(  # type: ignore[no-untyped-def]
             g = tl.load(group + j)
             s = tl.load(scale + row * n_groups + g, mask=inside_row, other=1.0)
             z = tl.load(zero + row * n_groups + g, mask=inside_row, other=0.0)
-        q = _nearest(kept, s, z, qmax)
+        q, value = _rounded(kept, s, z, qmax, levels, middles, n_middles, digits)
         chosen = tl.where(here, q[:, None], chosen)
-        value = (q - z) * s
         if has_outliers:
             distance = kept - value
             value = tl.where(distance * distance > tl.load(outlier_above + j), kept, value)
@@ -151,6 +173,17 @@ def _trial(kernel: Kernels, device: torch.device, n_groups: int) -> list[Tensor]
     return [descended, rounded]
 
 
+def _levels(block: ColumnBlock) -> tuple[Tensor, Tensor]:
+    """Levels and middles; of evenly spaced ones any tensor: the kernel is told that it is not read."""
+    table = block.numbers.table
+    return (block.scale, block.scale) if table is None else level_tensors(table, block.scale.device, torch.float32)
+
+
+def _sizes(block: ColumnBlock) -> dict[str, int]:
+    middles = 0 if block.numbers.table is None else block.numbers.qmax
+    return {"n_middles": middles, "digits": middles.bit_length()}
+
+
 class TritonKernels:
     """float32 tensors on a CUDA device."""
 
@@ -183,12 +216,12 @@ class TritonKernels:
         )  # any tensor: has_free says it is not read
         _coordinate_descent[(layers * tiles,)](
             residual, incoming, target, block.matrix.contiguous(), inverse_diagonal(block.matrix),
-            block.scale, block.zero, block.group, codes, free, change,
+            block.scale, block.zero, block.group, *_levels(block), codes, free, change,
             n_rows, tiles, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             residual.stride(0), incoming.stride(0), target.stride(0), codes.stride(0), free.stride(0),
             rounding=block.rounding, has_free=block.rounding and block.free is not None,
-            one_group=block.scale.shape[1] == 1, rows_tile=ROWS, columns=triton.next_power_of_2(n_columns),
-            enable_fp_fusion=FUSED,
+            one_group=block.scale.shape[1] == 1, **_sizes(block), rows_tile=ROWS,
+            columns=triton.next_power_of_2(n_columns), enable_fp_fusion=FUSED,
         )  # fmt: skip
         return change
 
@@ -199,12 +232,12 @@ class TritonKernels:
         n_rows = target.shape[0] // layers
         tiles = triton.cdiv(n_rows, ROWS)
         _gptq[(layers * tiles,)](
-            incoming, target, block.matrix.contiguous(), block.scale, block.zero, block.group, codes, residual,
+            incoming, target, block.matrix.contiguous(), block.scale, block.zero, block.group, *_levels(block), codes, residual,
             target if block.outlier_above is None else block.outlier_above.contiguous(),
             n_rows, tiles, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             incoming.stride(0), target.stride(0), codes.stride(0), residual.stride(0),
-            has_outliers=block.outlier_above is not None, one_group=block.scale.shape[1] == 1, rows_tile=ROWS,
-            columns=triton.next_power_of_2(n_columns), enable_fp_fusion=FUSED,
+            has_outliers=block.outlier_above is not None, one_group=block.scale.shape[1] == 1, **_sizes(block),
+            rows_tile=ROWS, columns=triton.next_power_of_2(n_columns), enable_fp_fusion=FUSED,
         )  # fmt: skip
 
     def propagate_(self, correlation: Tensor, change: Tensor, gram: Tensor) -> None:

@@ -71,6 +71,9 @@ class ColumnBlock(NamedTuple):
         """Nearest codes (as floats) and values of u [out] for one column of the block."""
         g = int(self.group[column])
         scale, zero = self.scale[:, g], self.zero[:, g]
+        if self.numbers.table is not None:
+            code = self.numbers.codes(u, scale, zero)
+            return code, self.numbers.steps(code, zero) * scale
         whole = zero.round()  # u is rounded beside what an integer zero lacks, which is nothing
         code = (u / scale).add_(zero - whole).round_().add_(whole).clamp_(0, self.numbers.qmax)
         return code, (code - zero) * scale

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from quant.core.levels import TABLES, levels_of
 from quant.core.linalg import upper_factor
 from quant.core.rounding import NumberFormat
 from quant.kernels import columns as blocks
@@ -54,6 +55,29 @@ def block(n_rows: int, n_columns: int, n_groups: int = 1, dead: bool = False, de
 
 def values_of(block: ColumnBlock, codes: torch.Tensor) -> torch.Tensor:
     return (codes.float() - block.zero[:, block.group]) * block.scale[:, block.group]
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "iq4_nl", "fp8"])
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
+def test_levels_that_are_not_evenly_spaced(shape, kind, name):
+    kernels, device = backend(name)
+    numbers = NumberFormat(len(TABLES[kind]), TABLES[kind])
+    given = block(*shape, 2 if shape[1] > 1 else 1, False, device)._replace(numbers=numbers)
+    given = given._replace(scale=given.scale / max(TABLES[kind]))
+    feedback = (given.matrix / given.matrix.diagonal()[:, None]).triu()
+    answers = []
+    for implementation in (TorchKernels(), kernels):
+        descended, rounded = (torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2))
+        residual, errors = given.residual.clone(), torch.empty_like(given.residual)
+        implementation.coordinate_descent_(given._replace(residual=residual, codes=descended))
+        incoming = given.target.clone(memory_format=torch.contiguous_format)
+        implementation.gptq_(given._replace(residual=errors, incoming=incoming, matrix=feedback, codes=rounded))
+        answers.append((descended, rounded, residual, errors))
+    for own, expected in zip(answers[1], answers[0], strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    scale = given.scale[:, given.group]
+    values = levels_of(answers[1][0], TABLES[kind]) * scale
+    torch.testing.assert_close(given.target - answers[1][2], values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["rounding", "relaxed", "free"])
