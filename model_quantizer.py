@@ -74,6 +74,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
 
 def requests_of(args: argparse.Namespace) -> list[Any]:
     """One request for each method."""
+    from quant.blocks.fake_quant import ActSpec
     from quant.learn.config import Rotation
     from quant.run.choice import in_packed_format, with_groups, with_own_text, with_residual_where_added, with_scope
     from quant.run.request import Request
@@ -86,6 +87,7 @@ def requests_of(args: argparse.Namespace) -> list[Any]:
             "options": options_of(args, method),
             "tuning": tuning_of(args, QUANTIZER, method),
         }
+        own["act"] = ActSpec.on(args.act_grid) if args.act_grid else ActSpec()
         own["rotation"] = Rotation(**values_of(args, QUANTIZER, "rotation")) if args.rotate else None
         own |= {name: given[name] / method for name in ("run_dir", "save") if given[name] and several}
         request = with_groups(Request.of(**(given | own)))

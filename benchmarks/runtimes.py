@@ -90,7 +90,7 @@ SUPER = (
 MLX_MORE = tuple(QuantSpec(bits, 64, kind="real") for bits in (2, 3, 5, 6, 8))
 CASES: dict[str, dict[str, tuple[QuantSpec, ...]]] = {
     "gguf": {
-        "llama": ALL + MORE,
+        "llama": ALL + MORE + (QuantSpec(4, 32, kind="iq4_nl"),),
         **dict.fromkeys(("mistral", "falcon", "bloom"), ALL),
         "random llama": SUPER,
         **{name: (SYMMETRIC, WIDE) for name in RANDOM if name != "random llama"},

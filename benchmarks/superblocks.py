@@ -38,6 +38,7 @@ from quant.run.request import Request
 from quant.run.scoring import FullPrecision
 from quant.run.session import Session, open_session
 
+GRIDS = [*SUPER_GRIDS, "iq4_nl"]
 ROWS = {
     "rtn": "--quantization-method rtn",
     "rtn, searched": "--quantization-method rtn --range mse",
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--text", type=Path, required=True, help="calibration")
     parser.add_argument("--evaluate", nargs="+", required=True)
-    parser.add_argument("--grids", nargs="+", default=list(SUPER_GRIDS), choices=list(SUPER_GRIDS))
+    parser.add_argument("--grids", nargs="+", default=list(SUPER_GRIDS), choices=GRIDS)
     parser.add_argument("--windows", type=int, default=128, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens of a window")
     parser.add_argument("--limit", type=int, default=300, help="evaluation windows")

@@ -19,7 +19,7 @@ from models.gguf_facts import Facts
 FILE = "model.gguf"
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
-    "Q5_K": 16, "Q6_K": 18, "BF16": 32,
+    "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
 }  # general.file_type, by the type of most numbers (llama.h, enum llama_ftype)  # fmt: skip
 
 

@@ -410,6 +410,24 @@ BAD = {
         ["--grid", "q3_k", "--groupsize", 64],
         "every 16 columns: drop --groupsize 64",
     ),
+    "another width than nvfp4's": (
+        ["--grid", "nvfp4", "--wbits", 3],
+        "--grid nvfp4 has codes of 4 bits: drop --wbits 3",
+    ),
+    "other groups than fp8's": (["--grid", "fp8", "--groupsize", 64], "use --groupsize -1 or 128 in place of 64"),
+    "floats that are tuned": (["--grid", "mxfp4", "--tune", "block"], "drop --tune and autoround"),
+    "floats of a preset that tunes": (["--grid", "fp8", "--preset", "best"], "--preset balanced has none"),
+    "floats with two levels of scales": (
+        ["--grid", "fp8", "--quantization-method", "spqr"],
+        "spqr quantizes its scales",
+    ),
+    "outliers beside floats": (["--grid", "iq4_nl", "--outlier", 0.01], "holds codes alone: drop --outlier"),
+    "parts of rows that share a scale": (
+        ["--grid", "fp8", "--groupsize", 128, "--saliency", 2],
+        "128 rows share a scale: drop one of them",
+    ),
+    "mixed floats": (["--grid", "nvfp4", "--avg-bits", 4.5], "4 bits everywhere: drop --avg-bits"),
+    "inputs of a base model": (["--act-grid", "fp8"], "give --wbits 1 to 8 or --grid fp8"),
     "super-blocks out of order": (
         ["--grid", "q2_k", "--act-order"],
         "--grid q2_k holds columns in order: drop --act-order",

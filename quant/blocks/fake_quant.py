@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quant.core.names import FULL_BITS
+from quant.core.levels import E2M1, E4M3_LARGEST, E4M3_SMALLEST
+from quant.core.names import FULL_BITS, LEVEL_GRIDS
 from quant.core.rounding import FakeQuantize, NumberFormat
 from quant.kernels.matmul.weight import IntegerInputs
 
@@ -22,13 +24,20 @@ class ActSpec:
 
     method: ``per_token`` (min and max of every token), ``per_tensor`` (of every call), ``static`` (of the whole
     calibration data, one range a linear; queries, keys and values stay per token). symmetric: the range is [-max|x|, max|x|] (inputs of
-    linears only; what compressed-tensors checkpoints of others ask for).
+    linears only; what compressed-tensors checkpoints of others ask for). kind: other numbers than integers, whose bits and
+    scales are their own (`quantize_to_levels`); keys and values have none.
     """
 
     bits: int = FULL_BITS
     kv_bits: int = FULL_BITS
     method: str = "per_token"
     symmetric: bool = False
+    kind: str = "integer"
+
+    @classmethod
+    def on(cls, kind: str) -> ActSpec:
+        """Inputs of linears in ``nvfp4``, ``mxfp4`` or ``fp8``."""
+        return cls(LEVEL_GRIDS[kind].bits, kind=kind)
 
     @property
     def active(self) -> bool:
@@ -58,6 +67,47 @@ def quantize_activations(
     numbers = NumberFormat(2**bits)
     scale, zero = _grid(rows, numbers, span, symmetric, clip)
     return FakeQuantize.apply(rows, scale, zero, numbers.qmax).view(x.shape).to(x.dtype)
+
+
+def quantize_to_levels(x: Tensor, kind: str) -> Tensor:
+    """x [..., n] as these numbers, in x's dtype; gradients pass straight through.
+
+    fp8: E4M3 with a scale a token, max|x| / 448. mxfp4: E2M1 with a power of two for 32 columns, floor(log2 max|x|) - 2 (OCP
+    Microscaling Formats 1.0, section 6.3). nvfp4: E2M1 with an E4M3 scale for 16 columns, max|x| / 6, in units of max|x| /
+    (6 · 448) of the token (in other software of the calibration data). Halves go to the even mantissa. The last group of a row
+    may be short.
+    """
+    rows = x.detach().float()
+    if kind == "fp8":
+        scale = _not_zero(rows.abs().amax(-1, keepdim=True) / E4M3_LARGEST)
+        values = _in_e4m3(rows / scale) * scale
+    else:
+        size, n = LEVEL_GRIDS[kind].groups[0], x.shape[-1]
+        groups = F.pad(rows, (0, -n % size)).unflatten(-1, (-1, size))
+        largest = groups.abs().amax(-1, keepdim=True)
+        if kind == "mxfp4":
+            scale = torch.ldexp(torch.ones_like(largest), (torch.frexp(_not_zero(largest))[1] - 3).clamp(-127, 127))
+        else:
+            unit = _not_zero(largest.amax(-2, keepdim=True) / (E2M1[-1] * E4M3_LARGEST))
+            scale = _in_e4m3((largest / E2M1[-1] / unit).clamp(min=E4M3_SMALLEST)) * unit
+        values = (_in_e2m1(groups / scale) * scale).flatten(-2)[..., :n]
+    return x + (values.to(x.dtype) - x).detach() if x.requires_grad else values.to(x.dtype)
+
+
+def _not_zero(numbers: Tensor) -> Tensor:
+    return numbers.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _in_e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float()
+
+
+def _in_e2m1(x: Tensor) -> Tensor:
+    """Of two levels that are equally near the one with the even mantissa, which is every other one."""
+    levels = torch.tensor(E2M1, device=x.device)
+    middles, size = (levels[1:] + levels[:-1]) / 2, x.abs()
+    below, above = torch.bucketize(size, middles), torch.bucketize(size, middles, right=True)
+    return torch.copysign(levels[torch.where(below % 2 == 0, below, above)], x)
 
 
 def _grid(

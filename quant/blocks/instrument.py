@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.blocks.fake_quant import ActSpec, integer_inputs, quantize_activations
+from quant.blocks.fake_quant import ActSpec, integer_inputs, quantize_activations, quantize_to_levels
 from quant.blocks.online import AND, HeadForm, RunningAttention, SharedProduct
 from quant.blocks.weights import BlockWeights
 from quant.core.names import FULL_BITS
@@ -112,12 +112,14 @@ class _InputQuantizer:
         whole = spec.method != "per_token"
 
         def act(module: nn.Module, args: tuple) -> tuple[Tensor]:
-            if span is not None:
+            if spec.kind == "integer" and span is not None:
                 return (quantize_activations(args[0], spec.bits, span=span, symmetric=spec.symmetric, clip=clip),)
             if self.seen[0] is not args[0] or self.seen[1] is not clip:
                 self.seen = (args[0], clip)
-                self.quantized = quantize_activations(
-                    args[0], spec.bits, whole=whole, symmetric=spec.symmetric, clip=clip
+                self.quantized = (
+                    quantize_activations(args[0], spec.bits, whole=whole, symmetric=spec.symmetric, clip=clip)
+                    if spec.kind == "integer"
+                    else quantize_to_levels(args[0], spec.kind)
                 )
             assert self.quantized is not None
             return (self.quantized,)
@@ -182,10 +184,12 @@ def packed_linear(
         return PackedLinear(weight, bias)
 
     def floats(x: Tensor) -> Tensor:
+        if spec.kind != "integer":
+            return quantize_to_levels(x, spec.kind)
         whole = spec.method != "per_token"
         return quantize_activations(x, spec.bits, whole=whole, span=span, symmetric=spec.symmetric, clip=clip)
 
-    integers = (lambda x: integer_inputs(x, spec, span, clip)) if spec.bits <= BYTE else None
+    integers = (lambda x: integer_inputs(x, spec, span, clip)) if spec.bits <= BYTE and spec.kind == "integer" else None
     return PackedLinear(weight, bias, floats, integers)
 
 

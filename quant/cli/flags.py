@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from quant.core.names import (
+    ACT_GRIDS,
+    ALL_GRIDS,
     AUTO_GROUPS,
     AUTO_SCOPE,
     AUTOROUND,
@@ -18,7 +20,6 @@ from quant.core.names import (
     DEQUANTIZED,
     DTYPES,
     FORMATS,
-    GRIDS,
     LABELS,
     LAST_LOSSES,
     OPTIMIZERS,
@@ -26,7 +27,6 @@ from quant.core.names import (
     RUNTIMES,
     SAMPLED_LABELS,
     STATES,
-    SUPER_GRIDS,
 )
 
 QUANTIZER, LEARNER, SCALES = "model_quantizer.py", "main.py", "generate_act_scale_shift.py"
@@ -233,8 +233,13 @@ QUANTIZED_FLAGS = (
     Flag("grid_kind", {QUANTIZER: "--grid"},
          "what a code of 0 stands for: an integer number of steps below 0; real: a 16-bit minimum of its own, finer at few "
          "bits; fractional: a number of 1/32 steps, in the bits of an integer one (the scale has fewer digits). These two are "
-         "held by --format bitplane and dequantized. Else a type of llama.cpp's blocks, scales and all, solved on as --format "
-         "gguf then holds it; it sets --wbits and --groupsize", WHAT, "integer", choices=(*GRIDS, *SUPER_GRIDS)),
+         "held by --format bitplane and dequantized. q2_k to q6_k and iq4_nl: a type of llama.cpp's blocks, scales and all, "
+         "solved on as --format gguf then holds it; nvfp4, mxfp4, fp8 (a scale a row, or with --groupsize 128 for 128x128 "
+         "weights): floats, as --format compressed-tensors holds them. All of these set --wbits and --groupsize", WHAT,
+         "integer", choices=ALL_GRIDS),
+    Flag(None, {QUANTIZER: "--act-grid"},
+         "round the inputs of all linears too, as the model runs: a scale a token (fp8), for 32 (mxfp4) or 16 of its numbers "
+         "(nvfp4)", WHAT, choices=ACT_GRIDS),
     Flag(None, {QUANTIZER: "--preset"},
          "a set of flags, with quantease; flags that are given besides stay. fast: searched and refitted grids, seconds for "
          "a small model; balanced: also one linear after the other, for the original model's outputs, about twice as long; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from quant.core.names import AUTO_SCOPE, SUPER_GRIDS
+from quant.core.names import AUTO_SCOPE, LEVEL_GRIDS, SUPER_GRIDS
 
 FAST: dict[str, Any] = {"range": "mse", "search_grid": True, "refit_grid": True}
 BALANCED: dict[str, Any] = FAST | {"true_sequential": True, "target_correction": 1.0, "residual_correction": True}
@@ -17,10 +17,18 @@ BEST: dict[str, Any] = BALANCED | {"tune": AUTO_SCOPE, "tune_norms": True}
 PRESETS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
 
 
+def own_sizes(grid: str) -> tuple[int, int] | None:
+    """Bits and columns that share a scale, as a kind of grid has them; None where flags decide."""
+    if kind := SUPER_GRIDS.get(grid):
+        return kind.bits, kind.part
+    levels = LEVEL_GRIDS.get(grid)
+    return (levels.bits, levels.groups[0]) if levels else None
+
+
 def apply_grid(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Set the bits and groups that a grid of super-blocks has, where the flags have their defaults still."""
-    if kind := SUPER_GRIDS.get(args.grid):
-        for name, value in (("wbits", kind.bits), ("groupsize", kind.part)):
+    """Set the bits and groups that a grid of its own has, where the flags have their defaults still."""
+    if sizes := own_sizes(args.grid):
+        for name, value in zip(("wbits", "groupsize"), sizes, strict=True):
             if getattr(args, name) == parser.get_default(name):
                 setattr(args, name, value)
 

@@ -9,6 +9,7 @@ from quant.cli.flags import PARTS, SEAMS, rotations
 from quant.core.names import (
     AUTOROUND,
     FULL_BITS,
+    LEVEL_GRIDS,
     ONLINE_ROTATIONS,
     ROTATIONS,
     SAMPLED_LABELS,
@@ -26,6 +27,7 @@ def quantizer_rules(args: argparse.Namespace) -> Rules:
     yield from solver_rules(args)
     yield from correction_rules(args)
     yield from super_grid_rules(args)
+    yield from level_grid_rules(args)
     yield from saliency_rules(args)
     yield from run_rules(args)
     yield from tuning_rules(args)
@@ -224,6 +226,40 @@ def super_grid_rules(args: argparse.Namespace) -> Rules:
     yield (
         AUTOROUND in args.methods,
         f"{grid}: autoround tunes scales and zero points of their own; use another method, with --tune if wanted",
+    )
+    for flag, bits in (("--head-bits", args.head_bits), ("--embedding-bits", args.embedding_bits)):
+        yield bits not in (None, kind.bits), f"{flag} {bits}: {grid} has {kind.bits} bits there too, or leave it out"
+
+
+def level_grid_rules(args: argparse.Namespace) -> Rules:
+    """Of --grid with levels that are not evenly spaced, and of --act-grid."""
+    yield (
+        args.act_grid is not None and args.wbits == FULL_BITS,
+        f"--act-grid {args.act_grid} rounds the inputs of quantized linears: give --wbits 1 to 8 or --grid {args.act_grid}",
+    )
+    kind = LEVEL_GRIDS.get(args.grid)
+    if kind is None:
+        return
+    grid = f"--grid {args.grid}"
+    yield args.avg_bits is not None, f"{grid} has {kind.bits} bits everywhere: drop --avg-bits"
+    yield (
+        args.avg_bits is None and args.wbits != kind.bits,
+        f"{grid} has codes of {kind.bits} bits: drop --wbits {args.wbits}",
+    )
+    sizes = " or ".join(map(str, kind.groups))
+    yield (
+        args.groupsize not in kind.groups,
+        f"{grid} has scales for {sizes} columns: use --groupsize {sizes} in place of {args.groupsize}",
+    )
+    yield args.outlier > 0, f"{grid} holds codes alone: drop --outlier"
+    yield (
+        bool(args.tune) or AUTOROUND in args.methods,
+        f"{grid}: tuning moves codes of evenly spaced levels; drop --tune and autoround (--preset balanced has none)",
+    )
+    yield "spqr" in args.methods, f"{grid}: spqr quantizes its scales itself; use another method"
+    yield (
+        args.saliency > 0 and kind.rows > 1 and args.groupsize > 0,
+        f"{grid}: --saliency solves rows in parts, and {kind.rows} rows share a scale: drop one of them",
     )
     for flag, bits in (("--head-bits", args.head_bits), ("--embedding-bits", args.embedding_bits)):
         yield bits not in (None, kind.bits), f"{flag} {bits}: {grid} has {kind.bits} bits there too, or leave it out"

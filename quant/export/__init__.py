@@ -10,6 +10,7 @@ from models.unsupported import METHODS, WHOLE
 from quant.core.errors import InputError
 from quant.export.bitplane import Bitplane
 from quant.export.compressed_tensors import CompressedTensors
+from quant.export.float_tensors import FLOAT_FORMATS
 from quant.export.formats import Content, Format, Holder
 from quant.export.gguf import Gguf
 from quant.export.gptq import Gptq
@@ -19,6 +20,7 @@ __all__ = ["HOLDERS", "PACKED", "first_holding", "format_of", "refusal"]
 
 PACKED: dict[str, Format] = {f.name: f for f in (Gptq("gptq", 1), Gptq("gptq_v2", 0), CompressedTensors(), Bitplane())}
 
+KINDS = ("pack-quantized", "int-quantized", *FLOAT_FORMATS.values())  # of compressed-tensors
 HOLDERS: dict[str, Holder] = {**PACKED, **{f.name: f for f in (Gguf(), Mlx())}}  # also those that are only written
 
 
@@ -52,7 +54,7 @@ def format_of(config: Mapping[str, Any], path: Path) -> Format:
         if config.get("format", version) != version:
             raise InputError(f"{path}: config.json says checkpoint_format {version!r} and format {config['format']!r}")
         name, method = version if version in ("gptq", "gptq_v2") else "", f"gptq ({version})"
-    elif method == "compressed-tensors" and (kind := config.get("format")) not in ("pack-quantized", "int-quantized"):
+    elif method == "compressed-tensors" and (kind := config.get("format")) not in KINDS:
         name = method = f"compressed-tensors ({kind})"
     if name in PACKED:
         return PACKED[name]

@@ -37,7 +37,16 @@ from quant.core.types import (
     short_bits,
     zero_steps,
 )
-from quant.export.formats import Content, Layers, StoredLinear, check_grid, in_order, refuses_codes, uneven_groups
+from quant.export.formats import (
+    Content,
+    Layers,
+    StoredLinear,
+    check_grid,
+    in_order,
+    real_minimum,
+    refuses_codes,
+    uneven_groups,
+)
 from quant.export.packing import pack, pack_planes, unpack, unpack_planes
 
 VERSION = 1
@@ -63,6 +72,8 @@ class Bitplane:
             )
         if content.spec is not None and content.spec.super_kind is not None:
             return f"{self.name} has no super-blocks of --grid {content.spec.kind}: use format gguf"
+        if content.spec is not None and content.spec.level_kind is not None:
+            return real_minimum(content, self.name)
         return refuses_codes(replace(content, outliers=False, online=(), mixed=False), self.name) or uneven_groups(
             content, self.name
         )

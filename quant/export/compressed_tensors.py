@@ -1,4 +1,4 @@
-"""compressed-tensors: ``pack-quantized`` (weights of 1 to 8 bits) and ``int-quantized`` (W8A8).
+"""compressed-tensors: ``pack-quantized`` (weights of 1 to 8 bits) and ``int-quantized`` (W8A8); floats are in `float_tensors`.
 
 For a linear [O, I]: ``weight_packed`` int32 [O, ceil(I·bits/32)] packed along the inputs (dense, as from version 0.18),
 ``weight_scale`` [O, G], ``weight_shape`` int64 [2], and for asymmetric grids ``weight_zero_point`` int32
@@ -18,6 +18,7 @@ from models import layout_for
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
+from quant.export import float_tensors
 from quant.export.formats import (
     Content,
     Layers,
@@ -45,6 +46,7 @@ class CompressedTensors:
         "weight_shape",
         "weight_zero_point",
         "weight_g_idx",
+        float_tensors.UNIT,
     )
 
     def refuses(self, content: Content) -> str | None:
@@ -54,13 +56,20 @@ class CompressedTensors:
                 f"{self.name} describes linears, and those of {content.model_type} models are none in other software "
                 "(Conv1D): use format gptq, gptq_v2 or bitplane"
             )
-        if against := refuses_codes(content, self.name) or real_minimum(content, self.name):
+        if against := refuses_codes(content, self.name) or real_minimum(
+            content, self.name, *float_tensors.FLOAT_FORMATS
+        ):
             return against
         if against := refuses_outside(content, self.name):
             return against
         if content.reordered:
             return f"{self.name} cannot hold groups in act-order: use format gptq, or --group-aware or --static-groups"
-        if content.act.active and not _is_w8a8(content):
+        if content.act.active and not (_is_w8a8(content) or _is_fp8(content)):
+            if content.act.kind != "integer":
+                return (
+                    f"{self.name} is written with activations in fp8 beside weights of --grid fp8 in whole rows, and not with "
+                    f"--act-grid {content.act.kind} here: leave it out of what is saved, or use format dequantized"
+                )
             return (
                 f"{self.name} holds activations of 8 bits per token with symmetric 8-bit weights per row only, and no "
                 "quantized queries, keys and values: use --kvbits 16, or format bitplane"
@@ -69,6 +78,9 @@ class CompressedTensors:
 
     def encode(self, weight: QuantizedWeight, content: Content) -> dict[str, Tensor]:
         """Scales in float16, as every reader casts them to the model's dtype."""
+        if weight.spec.kind in float_tensors.FLOAT_FORMATS:
+            check_encodable(weight, content, self.name)
+            return float_tensors.encode(weight)
         bits, scale = content.bits, half_scales(weight, self.name)
         check_encodable(weight, content, self.name)
         if content.act.active:
@@ -97,6 +109,9 @@ class CompressedTensors:
             "dynamic": True,
         }
         kind, quantized = ("int-quantized", inputs) if content.act.active else ("pack-quantized", None)
+        if content.spec.kind in float_tensors.FLOAT_FORMATS:
+            kind, weights = float_tensors.FLOAT_FORMATS[content.spec.kind], float_tensors.weights_config(content.spec)
+            quantized = inputs | {"type": "float", "symmetric": True} if content.act.active else None
         settings = {"targets": ["Linear"], "weights": weights, "input_activations": quantized, "output_activations": None,
                     "format": kind}  # fmt: skip
         return {
@@ -111,15 +126,19 @@ class CompressedTensors:
 
     def shape(self, linear: StoredLinear) -> tuple[int, int]:
         """As written beside packed weights, else of the integers."""
+        if _is_float(_settings_of(linear)):
+            return float_tensors.shape(linear)
         n_out, n_in = map(int, linear["weight_shape"]) if "weight_shape" in linear else linear.header("weight")
         return n_out, n_in
 
     def decode(self, linear: StoredLinear) -> QuantizedWeight:
         """Raises InputError for settings that are no uniform integer grid, or that the tensors contradict."""
         settings, name = _settings_of(linear), linear.name
+        if _is_float(settings):
+            return float_tensors.decode(linear, settings)
         bits, symmetric = int(settings["num_bits"]), bool(settings.get("symmetric", True))
         if settings.get("type", "int") != "int" or "weight_g_idx" in linear:
-            raise InputError(f"{name}: only integer weights without act-order are read")
+            raise InputError(f"{name}: only weights without act-order are read")
         codes = _codes_of(linear, bits)
         n_out, n_in = codes.shape
         scale = linear["weight_scale"].float()
@@ -148,9 +167,12 @@ class CompressedTensors:
                 raise InputError("config.json: config_groups disagree on input_activations, which is not read")
         if first is None:
             return ActSpec()
-        if first.get("strategy") != "token" or first.get("type", "int") != "int" or first.get("dynamic") is not True:
+        per_token = first.get("strategy") == "token" and first.get("dynamic") is True
+        if per_token and _is_float(first) and first.get("num_bits") == 8:
+            return ActSpec.on("fp8")
+        if not per_token or first.get("type", "int") != "int":
             raise InputError(
-                "config.json: input_activations are not integers per token (dynamic), which is all that is read"
+                "config.json: input_activations are not integers or fp8 per token (dynamic), which is all that is read"
             )
         bits = int(first["num_bits"])
         if not 2 <= bits <= 8:
@@ -230,10 +252,20 @@ def _grid_of(inputs: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return None if inputs is None else {key: inputs.get(key, default) for key, default in defaults.items()}
 
 
+def _is_float(settings: Mapping[str, Any]) -> bool:
+    return settings.get("type", "int") == "float"
+
+
+def _is_fp8(content: Content) -> bool:
+    spec, act = content.spec, content.act
+    assert spec is not None
+    return (spec.kind, spec.group_size, act.kind, act.kv_bits) == ("fp8", -1, "fp8", 16)
+
+
 def _is_w8a8(content: Content) -> bool:
     spec, act = content.spec, content.act
     assert spec is not None
-    rows = spec.bits == 8 and content.centered and spec.group_size == -1
+    rows = act.kind == "integer" and spec.bits == 8 and content.centered and spec.group_size == -1
     return rows and (act.bits, act.kv_bits, act.method) == (8, 16, "per_token")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.container import Reader
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
+from quant.core.names import LEVEL_GRIDS
 from quant.core.types import QuantizedWeight, QuantSpec, group_index
 
 
@@ -192,15 +193,22 @@ def refuses_outside(content: Content, name: str) -> str | None:
     return None
 
 
-def real_minimum(content: Content, name: str) -> str | None:
-    """Why a format of integer zero points cannot hold this; None if it can."""
-    if content.spec is None or content.spec.kind == "integer":
+def real_minimum(content: Content, name: str, *taken: str) -> str | None:
+    """Why a format of integer zero points cannot hold this; None if it can. taken: kinds of grids that it holds besides."""
+    if content.spec is None or content.spec.kind in ("integer", *taken):
         return None
     kind = content.spec.kind
     if content.spec.super_kind is not None:
         return f"{name} cannot hold the super-blocks of --grid {kind}: use format gguf"
+    if content.spec.level_kind is not None:
+        return f"{name} cannot hold the levels of --grid {kind}: use format {level_format(kind)}"
     what = "real minima" if kind == "real" else f"{kind} ones"
     return f"{name} stores integer zero points and cannot hold {what} (--grid {kind}): use format bitplane"
+
+
+def level_format(kind: str) -> str:
+    """The format that holds levels which are not evenly spaced."""
+    return "gguf" if LEVEL_GRIDS[kind].scale == "half" else "compressed-tensors"
 
 
 def uneven_groups(content: Content, name: str) -> str | None:

@@ -43,9 +43,9 @@ class BlockType:
 
     def holds_every(self, spec: QuantSpec, n_in: int) -> bool:
         """Whether it holds whatever a grid of ``spec`` on n_in columns can be (its scales and minima being float16)."""
-        if spec.super_kind is not None:
+        if spec.super_kind is not None or spec.level_kind is not None:
             return self.type.name == spec.kind.upper() and n_in % self.columns == 0
-        if not self._has_columns(spec, n_in):
+        if not self._has_columns(spec, n_in) or self.type == Type.IQ4_NL:
             return False
         if self.centre is None:
             return spec.qmax < self.levels and (
@@ -57,9 +57,13 @@ class BlockType:
     def holds(self, weight: QuantizedWeight) -> bool:
         """Whether it holds this answer: what `holds_every` says, or what its codes and zero points happen to be."""
         spec, n_in = weight.spec, weight.codes.shape[1]
-        if spec.super_kind is not None or self.holds_every(spec, n_in):
+        if spec.super_kind is not None or spec.level_kind is not None or self.holds_every(spec, n_in):
             return self.holds_every(spec, n_in)
-        if not self._has_columns(spec, n_in) or (spec.has_minimum and self.centre is not None):
+        if (
+            not self._has_columns(spec, n_in)
+            or self.type == Type.IQ4_NL
+            or (spec.has_minimum and self.centre is not None)
+        ):
             return False
         if self.centre is None:
             base = _base(weight)
@@ -83,6 +87,7 @@ TYPES = (  # from few bits to many
     BlockType(Type.Q2_K, 4),
     BlockType(Type.Q3_K, 8, blocks.Q3_MIDDLE),
     BlockType(Type.Q4_0, 16, 8),
+    BlockType(Type.IQ4_NL, 16),
     BlockType(Type.Q4_K, 16),
     BlockType(Type.Q4_1, 16),
     BlockType(Type.Q5_0, 32, 16),
@@ -119,7 +124,7 @@ def nearest(spec: QuantSpec, inputs: Iterable[int]) -> str | None:
     more, then fewer. None if there is none."""
     widths = (*range(spec.bits, 9), *range(spec.bits - 1, 0, -1))
     groups = dict.fromkeys((spec.group_size, 128, 64, 32, -1))
-    own = spec.kind if spec.super_kind is None else "real"
+    own = "real" if spec.super_kind else "integer" if spec.level_kind else spec.kind
     kinds = dict.fromkeys(((spec.symmetric, own), (spec.symmetric, "integer"), (True, "integer")))
     sizes = tuple(inputs)
     for bits in widths:
@@ -153,6 +158,8 @@ def encode(weight: QuantizedWeight, kind: BlockType) -> np.ndarray:
         if not kind.is_inside(int(steps.min()), int(steps.max())):
             raise ValueError(f"codes from {steps.min()} to {steps.max()} around 0 do not fit {kind.type.name}")
         data = _centred(kind.type, (steps + kind.centre).astype(np.uint8), d)
+    elif kind.type == Type.IQ4_NL:
+        data = blocks.q4(codes, d)
     elif kind.columns == blocks.BLOCK:
         data = {Type.Q4_1: blocks.q4, Type.Q5_1: blocks.q5}[kind.type](
             codes, d, blocks.halves(of_blocks(_base(weight)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from quant.core.errors import InputError
 from quant.core.names import MLX
 from quant.core.types import QuantizedWeight, QuantSpec
-from quant.export.formats import Content, check_shape, in_order, refuses_codes
+from quant.export.formats import Content, check_shape, in_order, real_minimum, refuses_codes
 from quant.export.packing import pack
 
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
@@ -55,6 +55,8 @@ class Mlx:
                 f"{self.name} is written for {', '.join(MODELS)} models, not {content.model_type}: use format bitplane"
             )
         assert content.spec is not None
+        if content.spec.level_kind is not None:
+            return real_minimum(content, self.name)
         for linear, (_, n_in) in content.shapes.items():
             if group_of(content.spec, n_in) is None:
                 return (

@@ -66,7 +66,8 @@ class Rule:
     activations: whether it takes none, only quantized ones, or any. models: the types that it knows (a model whose type is
     not known passes). families: model types that it reads without an error but computes wrongly. head: whether it reads a
     quantized head, that is no embedding too; embedding: a quantized embedding. experts_reordered: whether it takes a
-    mixture's experts in act-order; experts: why it takes none at all."""
+    mixture's experts in act-order; experts: why it takes none at all. levels: kinds of grids of levels that are not evenly spaced;
+    a rule is of these, or of all others."""
 
     runtime: str
     format: str
@@ -89,6 +90,7 @@ class Rule:
     models_tried: tuple[str, ...] | None = TRIED_MODELS
     head: bool = False
     embedding: bool = False
+    levels: tuple[str, ...] = ()
 
     def objections(self, content: Content) -> Iterator[str]:
         """What it does not take, in words."""
@@ -106,6 +108,8 @@ class Rule:
             return
         yield from self._objections_outside(content)
         yield from self._objections_to_sizes(content)
+        if (spec.level_kind is not None) != bool(self.levels) or (self.levels and spec.kind not in self.levels):
+            yield f"takes {_list(self.levels)} only" if self.levels else f"does not take --grid {spec.kind}"
         if self.symmetric and not content.centered:
             yield "takes symmetric grids only (--sym)"
         whole = self.row_by_size and all(n_in == spec.group_size for _, n_in in content.shapes.values())
@@ -157,6 +161,10 @@ RULES = (
     # OPT flattens tokens before its fully connected part, and then one scale serves all of them
     Rule("transformers", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          families=("falcon", "opt"), experts=FUSED, tried=(8,), needs="compressed-tensors>=0.18"),
+    Rule("transformers", "compressed-tensors", levels=("nvfp4", "mxfp4"), families=("falcon",), experts=FUSED,
+         tried=(4, 8), needs="compressed-tensors>=0.18 and dtype=torch.bfloat16"),
+    Rule("transformers", "compressed-tensors", levels=("fp8",), activations=ANY, families=("falcon",), experts=FUSED,
+         tried=(4, 8), needs="compressed-tensors>=0.18"),
     Rule("gptqmodel", "gptq", (2, 3, 4, 8), symmetric=True, **GPTQMODEL, tried=(3, 4), head=True),
     Rule("gptqmodel", "gptq_v2", (2, 3, 4, 8), **GPTQMODEL, tried=(3, 4), head=True),
     Rule("vllm", DEQUANTIZED),
@@ -168,6 +176,11 @@ RULES = (
          needs="a version with asymmetric grids of these bits (its pull request 46528)"),
     Rule("vllm", "compressed-tensors", (8,), symmetric=True, groups=(-1,), activations=ONLY,
          needs="a GPU before Blackwell"),
+    Rule("vllm", "compressed-tensors", levels=("nvfp4",), inputs=16, outputs=64, needs="a GPU of compute capability 7.5 or above"),
+    Rule("vllm", "compressed-tensors", levels=("mxfp4",), inputs=32, outputs=64, needs="a GPU of compute capability 7.5 or above"),
+    Rule("vllm", "compressed-tensors", levels=("fp8",), activations=ANY, inputs=16, outputs=16,
+         needs="a GPU of compute capability 7.5 or above, 8.9 for inputs in fp8"),
+    Rule("llama.cpp", GGUF, levels=("iq4_nl",), models=FILE_MODELS, tried=(4,), models_tried=TRIED_FILES, head=True, embedding=True),
     Rule("llama.cpp", GGUF, models=FILE_MODELS, tried=(2, 3, 4, 5, 6, 8), models_tried=TRIED_FILES, head=True, embedding=True),
     Rule("llama.cpp", DEQUANTIZED, models=LLAMA_CPP_MODELS),
     Rule("llama.cpp", "gptq", (2, 4, 8), models=LLAMA_CPP_PACKED),
@@ -177,7 +190,11 @@ RULES = (
       for bits, needs in (((2, 3, 4), ""), ((8,), "its torch kernels: those in CUDA cut the zero points of 8 bits"))),
     Rule("this toolkit", DEQUANTIZED, tried=ALL_BITS, models_tried=None),
     *(Rule("this toolkit", name, activations=ANY, tried=ALL_BITS, models_tried=None, head=True, embedding=True) for name in PACKED),
+    Rule("this toolkit", "compressed-tensors", levels=("nvfp4", "mxfp4", "fp8"), activations=ANY, tried=ALL_BITS, models_tried=None,
+         head=True),
     Rule("mlx-lm", MLX, models=MLX_MODELS, tried=(2, 3, 4, 5, 6, 8), models_tried=TRIED_FILES),
+    Rule("this toolkit", GGUF, levels=("iq4_nl",), head=True, embedding=True, tried=ALL_BITS, models_tried=None,
+         needs="the file as --model: its weights, dequantized"),
     Rule("this toolkit", GGUF, head=True, embedding=True, tried=ALL_BITS, models_tried=None, needs="the file as --model: its weights, dequantized"),
 )  # fmt: skip
 

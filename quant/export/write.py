@@ -216,7 +216,8 @@ def save_checkpoint(
 def finite(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The same tensors. Raises InputError for one with values that its dtype does not hold: no loader takes them."""
     for name, tensor in stream:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch does not ask 8 bits
+        if tensor.is_floating_point() and not bool(torch.isfinite(wide).all()):
             raise InputError(
                 f"{name} has values that {str(tensor.dtype).removeprefix('torch.')} does not hold; nothing was saved"
             )

@@ -58,6 +58,9 @@ def expected_bits(run: RunConfig, shapes: Mapping[str, tuple[int, int]], bits: i
     weights = sum(out * n_in for out, n_in in shapes.values())
     if spec.super_kind is not None:
         return weights * 8 * spec.super_kind.size / SUPER_COLUMNS
+    if spec.level_kind is not None:
+        side = sum(spec.level_scale_bits(n_out, spec.n_groups(n_in)) for n_out, n_in in shapes.values())
+        return weights * spec.bits + side
     group_bits = 16 + (16 if spec.kind == "real" else 0 if spec.symmetric else spec.code_bits)  # fractional as integer
     side = sum(out * spec.n_groups(n_in) * group_bits for out, n_in in shapes.values())
     outliers = declaration_of(run.solver).outlier_bits(with_defaults(run.solver, run.options))

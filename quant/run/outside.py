@@ -164,7 +164,8 @@ def _solve(
     """The answer for all rows, solved in parts of at most PART weights, and its line of the journal: as of a block behind
     the last."""
     weight = model.checkpoint.read(model.key(f"{name}.weight"))
-    alone = declaration_for(recipe.solver).rows_coupled
+    assert recipe.spec is not None
+    alone = declaration_for(recipe.solver).rows_coupled or recipe.spec.shared_rows > 1
     parts = row_parts(weight.shape[0], 1 if alone else -(-weight.numel() // PART))
     answers, records, energies = [], [], []
     for rows in parts:

@@ -166,6 +166,7 @@ def solve_stage(
     assert recipe.spec is not None
     declared = declaration_for(recipe.solver)
     coupled = declared.rows_coupled or declared.outliers(solver_options(recipe.solver) | dict(recipe.options))
+    coupled = coupled or recipe.spec.shared_rows > 1
     whole = [unit for unit in units if coupled or is_experts(unit[0], stream.model.family)]
     answers = {name: solve_one(name, stats[first], False) for name, first in units if (name, first) not in whole}
     answers |= dealt(whole, stats, solve_one, recipe.spec, stream.device)
@@ -188,7 +189,13 @@ def bundles(
     """Linears in their order (with what their statistics are under): alone, or where the solver takes it and the device gains by
     it, experts' of one shape side by side."""
     spec, options = recipe.spec, solver_options(recipe.solver) | dict(recipe.options)
-    can = spec is not None and spec.super_kind is None and learned is None and not recipe.saliency
+    can = (
+        spec is not None
+        and spec.super_kind is None
+        and spec.shared_rows == 1
+        and learned is None
+        and not recipe.saliency
+    )
     can = can and declaration_for(recipe.solver).stacks(options)
     waiting: list[tuple[str, str]] = []
     for unit in units:

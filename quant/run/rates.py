@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.core.gram import GramStats
-from quant.core.names import FULL_BITS, SUPER_GRIDS
+from quant.core.names import FULL_BITS, LEVEL_GRIDS, SUPER_GRIDS
 from quant.core.types import QuantSpec
 from quant.run.config import RunConfig
 from quant.solvers import get_solver
@@ -46,7 +46,7 @@ def solver_cost(device: torch.device, run: RunConfig) -> tuple[float, float]:
     if run.wbits == FULL_BITS:
         return 0.0, 0.0
     solver = get_solver(run.solver)
-    group = run.group_size if run.grid_kind in SUPER_GRIDS else -1
+    group = run.group_size if run.grid_kind in (*SUPER_GRIDS, *LEVEL_GRIDS) else -1
     spec = QuantSpec(run.wbits, group, run.symmetric, run.range, run.levels, run.grid_kind)
     seconds = []
     for n_in in SAMPLES:

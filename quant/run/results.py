@@ -103,6 +103,7 @@ def results_of(
         "wbits": run.wbits,
         **({} if run.avg_bits is None else {"avg_bits": run.avg_bits}),
         "abits": run.act.bits,
+        **({"act_grid": run.act.kind} if run.act.kind != "integer" else {}),
         "kv_bits": run.act.kv_bits,
         "solver": run.solver,
         "options": dict(run.options),

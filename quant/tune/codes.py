@@ -133,6 +133,8 @@ class TunedLinear:
             raise InputError(
                 f"{where}: --tune cannot hold scales that are quantized themselves (spqr); use another method"
             )
+        if spec.level_kind is not None:
+            raise InputError(f"{where}: --tune moves codes of evenly spaced levels: drop --grid {spec.kind}")
         self.start, self.spec, self.groups, self.before = start, spec, Groups(start.grid), before
         self.zero = start.grid.zero.float()
         if start.grid.minimum is not None:

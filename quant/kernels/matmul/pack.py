@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quant.core.types import BilevelScales, Outliers, QuantizedWeight
+from quant.core.errors import InputError
+from quant.core.levels import TABLES, levels_of
+from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.matmul.weight import (
     QUAD,
     TILE,
@@ -51,6 +53,7 @@ def layout_of(device: torch.device) -> Layout:
 
 def pack_weight(weight: QuantizedWeight, device: torch.device | str = "cpu") -> PackedWeight:
     """A solver's answer, packed for a device; nothing is rounded."""
+    weight = in_integers(weight)
     layout, device = layout_of(torch.device(device)), torch.device(device)
     weight = weight.to(device)
     (n_out, n_in), grid = weight.codes.shape, weight.grid
@@ -76,6 +79,23 @@ def pack_weight(weight: QuantizedWeight, device: torch.device | str = "cpu") -> 
         packed_grid = _bilevel(grid.bilevel, packed_grid, rows)
     outliers = None if weight.outliers is None else _pack_outliers(weight.outliers, n_out, n_in)
     return PackedWeight(layout, bits, n_out, n_in, group, layout.pack(codes, bits), packed_grid, order, outliers)
+
+
+def in_integers(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same values as codes of evenly spaced levels, of more bits where need be: those of E2M1 are halves, those of IQ4_NL
+    integers. Raises InputError for E4M3, which spans 18 powers of two."""
+    spec, grid = weight.spec, weight.grid
+    if spec.level_kind is None:
+        return weight
+    if spec.kind == "fp8":
+        raise InputError("packed products are of at most 256 evenly spaced levels, and not of fp8: leave --packed out")
+    finest = 1.0 if spec.kind == "iq4_nl" else 0.5
+    steps = levels_of(weight.codes, TABLES[spec.kind]) / finest
+    middle, bits = (128, 8) if spec.kind == "iq4_nl" else (16, 5)
+    even = QuantSpec(bits, spec.group_size, True)
+    zero = torch.full_like(grid.zero, middle)
+    own = Grid(grid.scale * finest, zero, grid.g_idx, even.qmax)
+    return replace(weight, codes=(steps + middle).to(torch.uint8), grid=own, spec=even)
 
 
 def pack_block(solved: Mapping[str, QuantizedWeight], device: torch.device) -> dict[str, PackedWeight]:

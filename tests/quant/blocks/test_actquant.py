@@ -1,15 +1,20 @@
 """Activations on their grid, at the linears and in the products of attention, whoever computes them."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from models.load import load_model
-from quant.blocks.fake_quant import ActSpec, quantize_activations
+from quant.blocks.fake_quant import ActSpec, quantize_activations, quantize_to_levels
 from quant.blocks.instrument import AttentionProducts, instrument
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
+from quant.core.levels import TABLES
+from quant.core.names import ACT_GRIDS
 from quant.core.rounding import FakeQuantize
 from quant.learn.abq import symmetric_kl
 from tests.conftest import CONFIGS, VOCABULARY
@@ -24,6 +29,62 @@ def by_hand(row, bits):
     scale = max((high - low) / (2**bits - 1), 1e-5)
     zero = round(-low / scale)
     return [(min(max(round(v / scale) + zero, 0), 2**bits - 1) - zero) * scale for v in row]
+
+
+def nearest_even(value, magnitudes):
+    """The level next to a number, of two that are equally near the one at an even place (the even mantissa)."""
+    best = min(abs(abs(value) - level) for level in magnitudes)
+    places = [place for place, level in enumerate(magnitudes) if abs(abs(value) - level) == best]
+    chosen = magnitudes[next((place for place in places if place % 2 == 0), places[0])]
+    return -chosen if value < 0 else chosen
+
+
+def levels_by_hand(row, kind):
+    """One token as floats of few bits, every entry on its own."""
+    positive = [level for level in TABLES["fp8"] if level >= 0]
+    e2m1 = [level for level in TABLES["nvfp4"] if level >= 0]
+    largest = max(map(abs, row))
+    if kind == "fp8":
+        scale = np.float32(largest) / np.float32(448)
+        return [float(np.float32(nearest_even(float(np.float32(v) / scale), positive)) * scale) for v in row]
+    out, size = [], 16 if kind == "nvfp4" else 32
+    for start in range(0, len(row), size):
+        group = row[start : start + size]
+        top = max(map(abs, group))
+        if kind == "mxfp4":
+            scale = np.float32(2.0 ** (math.floor(math.log2(top)) - 2))
+        else:
+            unit = np.float32(largest) / np.float32(6 * 448)
+            scale = np.float32(nearest_even(float(np.float32(top) / np.float32(6) / unit), positive)) * unit
+        out += [float(np.float32(nearest_even(float(np.float32(v) / scale), e2m1)) * scale) for v in group]
+    return out
+
+
+@pytest.mark.parametrize("n", [16, 64, 40, 5])
+@pytest.mark.parametrize("kind", ACT_GRIDS)
+def test_floats_of_few_bits_one_by_one(kind, n):
+    x = torch.randn(6, n, generator=torch.Generator().manual_seed(n))
+    x[0] *= 100
+    x[1, 0], x[2, -1] = 300.0, -1e-3
+    x[3] = torch.arange(n) * 0.25 + 0.25  # halves between levels
+    expected = torch.tensor([levels_by_hand(row, kind) for row in x.tolist()])
+    torch.testing.assert_close(quantize_to_levels(x, kind), expected, rtol=0, atol=0)
+    assert not quantize_to_levels(torch.zeros(2, n), kind).any()
+    leaf = x.clone().requires_grad_()
+    quantize_to_levels(leaf, kind).sum().backward()
+    assert torch.equal(leaf.grad, torch.ones_like(x))
+    assert quantize_to_levels(x.bfloat16(), kind).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ACT_GRIDS)
+def test_the_inputs_of_linears_are_those_floats(kind):
+    block = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 8))
+    x = torch.randn(3, 48)
+    inside = torch.nn.functional.linear(quantize_to_levels(x, kind), block[0].weight, block[0].bias)
+    expected = torch.nn.functional.linear(quantize_to_levels(inside, kind), block[1].weight, block[1].bias)
+    with instrument(block, BlockWeights(), ActSpec.on(kind)), torch.no_grad():
+        assert torch.equal(block(x), expected)
+    assert not torch.equal(block(x), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])

@@ -7,19 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
 
 from models.stored import Layout
 from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
-from quant.core.grid import fit_grid
-from quant.core.names import FORMATS
+from quant.core.grid import fit_grid, in_float16
+from quant.core.names import FORMATS, LEVEL_GRIDS
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec, group_index
 from quant.export import PACKED, refusal, write
+from quant.export.float_tensors import FLOAT_FORMATS
 from quant.export.formats import Content, Layers, StoredLinear
 from quant.export.packing import pack, pack_planes, unpack, unpack_planes
 from quant.solvers.gptq import gptq
 from quant.solvers.quantease import quantease
+from quant.solvers.rtn import rtn
 from quant.solvers.spqr import spqr
 from tests.helpers import random_weight, same_codes
 
@@ -86,6 +90,52 @@ def test_round_trip_is_exact(kind, bits, symmetric, group):
     assert torch.equal(weight.dequantize(), back.dequantize())
     assert (back.spec.bits, back.spec.group_size, back.spec.symmetric) == (bits, group, symmetric)
     assert back.storage_bits() == weight.storage_bits()
+
+
+LEVELS = [(kind, size) for kind in FLOAT_FORMATS for size in LEVEL_GRIDS[kind].groups]
+
+
+@pytest.mark.parametrize("scale", [0.05, 1e-7, 300.0])
+@pytest.mark.parametrize(("kind", "size"), LEVELS)
+def test_floats_come_back_bit_for_bit_and_are_what_compressed_tensors_decodes(kind, size, scale):
+    spec = QuantSpec(LEVEL_GRIDS[kind].bits, size, kind=kind)
+    matrix = torch.randn(130, 256, generator=torch.Generator().manual_seed(0)) * scale
+    weight = in_float16(rtn(matrix, None, spec), matrix).check()
+    back, tensors = round_trip("compressed-tensors", weight)
+    assert same_codes(weight, back) and torch.equal(weight.dequantize(), back.dequantize())
+    assert back.spec == weight.spec and back.storage_bits() == weight.storage_bits()
+    assert 8 * sum(t.nbytes for t in tensors.values()) == weight.storage_bits()
+    config = PACKED["compressed-tensors"].config(content_for(weight), LAYERS)["config_groups"]["group_0"]
+    scheme = QuantizationScheme.model_validate({k: v for k, v in config.items() if k != "format"})
+    compressor = BaseCompressor.get_value_from_registry(config["format"])
+    state = {name.removeprefix("layer."): tensor for name, tensor in tensors.items()}
+    theirs = compressor.decompress(state, scheme)["weight"].float()
+    ours = weight.dequantize()
+    assert torch.equal(
+        theirs, ours
+    )  # also of four bits, which it unpacks into bfloat16: a level and a scale have 6 digits
+
+
+@pytest.mark.parametrize("spoil", ["codes", "scales", "unit", "settings", "exponents"])
+def test_damaged_floats_are_one_line(spoil):
+    spec = QuantSpec(4, 32, kind="mxfp4") if spoil == "exponents" else QuantSpec(4, 16, kind="nvfp4")
+    matrix = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    weight = in_float16(rtn(matrix, None, spec), matrix)
+    content, form = content_for(weight), PACKED["compressed-tensors"]
+    tensors = {f"layer.{part}": t for part, t in form.encode(weight, content).items()}
+    config = form.config(content, LAYERS)
+    if spoil == "codes":
+        tensors["layer.weight_packed"] = tensors["layer.weight_packed"].int()
+    elif spoil in ("scales", "exponents"):
+        scale = tensors["layer.weight_scale"]
+        tensors["layer.weight_scale"] = scale[:, :1] if spoil == "scales" else scale.float()
+    elif spoil == "unit":
+        tensors["layer.weight_global_scale"] = torch.zeros(1)
+    else:
+        config["config_groups"]["group_0"]["weights"]["group_size"] = 48
+    with pytest.raises(InputError, match="layer") as caught:
+        form.decode(StoredLinear("layer", Tensors(tensors), config))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("group", [-1, 32])
@@ -302,6 +352,10 @@ REFUSED = {
     "ct, matrices": ("compressed-tensors", {"online": ("--use_ln_matrix",)}, "cannot hold matrices behind norms or in front of linears: use format bitplane"),
     "gptq, real minima": ("gptq_v2", {"spec": QuantSpec(4, 32, kind="real")}, "cannot hold real minima (--grid real): use format bitplane"),
     "ct, fractional": ("compressed-tensors", {"spec": QuantSpec(4, kind="fractional")}, "cannot hold fractional ones (--grid fractional): use format bitplane"),
+    "gptq, levels": ("gptq", {"spec": QuantSpec(4, 16, kind="nvfp4")}, "cannot hold the levels of --grid nvfp4: use format compressed-tensors"),
+    "planes, levels": ("bitplane", {"spec": QuantSpec(8, kind="fp8")}, "cannot hold the levels of --grid fp8: use format compressed-tensors"),
+    "ct, iq4_nl": ("compressed-tensors", {"spec": QuantSpec(4, 32, kind="iq4_nl")}, "cannot hold the levels of --grid iq4_nl: use format gguf"),
+    "ct, nvfp4 inputs": ("compressed-tensors", {"spec": QuantSpec(4, 16, kind="nvfp4"), "act": ActSpec.on("nvfp4")}, "use format dequantized"),
     "ct, real minima": ("compressed-tensors", {"spec": QuantSpec(4, kind="real")}, "cannot hold real minima (--grid real): use format bitplane"),
     "bitplane, W16": ("bitplane", {"spec": None}, "use format dequantized"),
 }  # fmt: skip

@@ -255,6 +255,24 @@ def test_a_run_on_the_grid_of_super_blocks_is_its_file(kind, text, tmp_path):
     assert again["codes_sha256"] == results["codes_sha256"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_iq4_nl_is_what_the_reader_of_gguf_says(tied, text, tmp_path):
+    options = CONFIGS["llama gqa, tied"][1] | {"num_hidden_layers": 1, "tie_word_embeddings": tied}
+    made("llama", **options).half().save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    config = config_for(tmp_path / "model", text, tmp_path, wbits=4, group_size=32, grid_kind="iq4_nl", range="mse",
+                        options={"num_iter": 3, "search_grid": True, "refit_grid": True}, save=tmp_path / "saved",
+                        format="gguf", nsamples=8, limit=4)  # fmt: skip
+    results = perform(config)
+    assert results["bits_per_weight"] == 4.5
+    convert(tmp_path / "run", "dequantized", tmp_path / "plain", cache_dir=tmp_path / "cache")
+    lazy, right = (load_model(str(tmp_path / d), dtype=None, cache_dir=tmp_path / "cache") for d in ("saved", "plain"))
+    for name, _ in right.module.named_parameters():
+        assert torch.equal(lazy.checkpoint.read(name).half(), right.checkpoint.read(name))
+    types = {tensor.name: tensor.tensor_type.name for tensor in PackageReader(tmp_path / "saved" / FILE).tensors}
+    assert {types[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_output", "ffn_down")} == {"IQ4_NL"}
+
+
 REFUSED = {
     "super-blocks": ({"spec": QuantSpec(4, 32, kind="q4_k")}, "nearest that it holds: --wbits 4 --group-size 32 --grid real)"),
     "no architecture": ({"model_type": "opt"}, "no architecture for opt models"),

@@ -10,6 +10,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from quant.core.errors import InputError
+from quant.core.levels import TABLES
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
 from quant.export import gguf_blocks
 from quant.export.gguf_types import TYPES, encode, nearest, type_for, type_of
@@ -27,7 +28,7 @@ CASES = [  # bits, group, symmetric, kind, columns, the type in which it is exac
     (5, 32, True, "integer", 64, "Q5_0"), (5, -1, False, "integer", 256, "Q5_K"), (5, -1, False, "real", 512, "Q5_K"),
     (5, 32, False, "real", 64, "Q5_1"), (6, -1, True, "integer", 256, "Q6_K"), (6, 512, True, "integer", 512, "Q6_K"),
     (5, 32, False, "integer", 64, "Q8_0"), (6, 32, True, "integer", 64, "Q8_0"), (7, 64, False, "integer", 64, "Q8_0"),
-    (8, 32, True, "integer", 96, "Q8_0"), (8, -1, True, "integer", 256, "Q8_0"),
+    (4, 32, False, "iq4_nl", 96, "IQ4_NL"), (8, 32, True, "integer", 96, "Q8_0"), (8, -1, True, "integer", 256, "Q8_0"),
 ]  # fmt: skip
 
 
@@ -56,8 +57,10 @@ def six(scales, i):
 
 
 def slow_value(kind, b, i):
-    byte, upper = (i % 16, i // 16) if kind in (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1) else (0, 0)
+    byte, upper = (i % 16, i // 16) if kind in (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.IQ4_NL) else (0, 0)
     four = lambda at: (b[at + byte] >> 4 * upper) % 16  # noqa: E731
+    if kind == Type.IQ4_NL:
+        return half(b[:2]) * TABLES["iq4_nl"][four(2)]
     bit = lambda at, n: (b[at + n // 8] >> n % 8) % 2  # noqa: E731
     two = lambda at: (b[at + i // 128 * 32 + i % 32] >> i % 128 // 32 * 2) % 4  # noqa: E731
     if kind == Type.Q4_0:
@@ -103,6 +106,8 @@ def check_values(weight, kind):
     scale, base = (t.double() for t in weight.grid.expand())
     real = weight.grid.minimum is not None
     exact = weight.codes * scale + base if real else (weight.codes - base) * scale
+    if weight.grid.table is not None:
+        exact = torch.tensor(weight.grid.table, dtype=torch.float64)[weight.codes.long()] * scale
     assert torch.equal(slow, exact)
 
 
@@ -121,6 +126,12 @@ def test_extreme_codes_and_zero_points(kind):
     """All codes of a type at either end, the smallest float16 scales, zero points at both ends."""
     columns = 256
     code = torch.arange(columns).repeat(6, 1) % kind.levels
+    if kind.type == Type.IQ4_NL:
+        spec = QuantSpec(4, 32, kind="iq4_nl")
+        scale = torch.tensor([2.0**-24, 2.0**-14, 1.0, 0.1, 500.0, 3e-5]).half().float()[:, None].repeat(1, 8)
+        grid = Grid(scale, torch.zeros(6, 8).int(), group_index(columns, 32), spec.qmax, table=spec.numbers.table)
+        check_values(QuantizedWeight(code.to(torch.uint8), grid, spec).check(), kind)
+        return
     if kind.centre is None:
         kinds = ("real",) if kind.columns == 32 else ("integer", "real")
         bits = kind.levels.bit_length() - 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quant.blocks.fake_quant import ActSpec, integer_inputs, quantize_activations
+from quant.core.errors import InputError
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec
@@ -79,6 +80,20 @@ def test_every_width(bits, layout):
 @pytest.mark.parametrize("group", [-1, 4, 8, 16, 32, 64, 128])
 def test_every_group_and_number_of_tokens(group, tokens, layout):
     check(random_weight(48, 256, QuantSpec(3, group)), tokens)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("nvfp4", 16), ("mxfp4", 32), ("iq4_nl", 32)])
+def test_levels_that_are_not_evenly_spaced_become_codes_that_are(kind, size, layout):
+    weight = random_weight(48, 256, QuantSpec(4, size, kind=kind))
+    even = pack.in_integers(weight)
+    assert torch.equal(even.dequantize(), weight.dequantize()) and even.spec.level_kind is None
+    x = torch.randn(3, 256)
+    assert torch.equal(pack_weight(weight).matmul(x), check(even, 3).matmul(x))
+
+
+def test_fp8_is_refused():
+    with pytest.raises(InputError, match="leave --packed out"):
+        pack_weight(random_weight(8, 32, QuantSpec(8, kind="fp8")))
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])
