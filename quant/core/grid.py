@@ -8,10 +8,10 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from quant.core.level_grid import fit_levels, in_tensor
+from quant.core.level_grid import fit_levels, in_halves, in_tensor
 from quant.core.real_grid import fit_scale_minimum
 from quant.core.stacks import for_rows, times
-from quant.core.stored import at_least_finest, round_scale, short_scale, stored_fraction, within_largest
+from quant.core.stored import SMALLEST_HALF, at_least_finest, round_scale, short_scale, stored_fraction, within_largest
 from quant.core.superblocks import fit_superblocks
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index, is_short
 
@@ -19,7 +19,7 @@ SHRINKS = [1.0 - 0.01 * i for i in range(80)]  # the search of GPTQ's released c
 ENDS = [1.0 + 0.05 * i for i in range(-10, 11) if i]  # then either end of the range by itself
 POWER = 2.0  # of the error
 FEW_LEVELS, FEW_LEVELS_POWER = 5, 2.4  # on few levels that of GPTQ's released code
-SMALLEST_HALF, SMALLEST_NORMAL, LARGEST_HALF = 2.0**-24, 2.0**-14, 65504.0  # of float16
+SMALLEST_NORMAL, LARGEST_HALF = 2.0**-14, 65504.0  # of float16
 CHUNK = 1 << 24  # weights searched at a time: bounds the memory of the search on very large layers
 
 
@@ -129,7 +129,7 @@ def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     grid = answer.grid
     if answer.spec.super_kind is not None:
         return answer
-    if answer.spec.level_kind is not None and answer.spec.level_kind.scale != "half":
+    if answer.spec.level_kind is not None:
         return in_own_scales(answer)
     fractional = answer.spec.kind == "fractional"
     narrow = is_short(grid, answer.spec) if fractional else 32 not in (grid.scale_bits, grid.minimum_bits)
@@ -154,7 +154,8 @@ def in_own_scales(answer: QuantizedWeight) -> QuantizedWeight:
     """The answer with scales that its kind stores; what the whole tensor's E4M3 numbers move is rounded again."""
     grid = answer.grid
     assert answer.spec.level_kind is not None
-    if answer.spec.level_kind.scale != "e4m3" or torch.equal(scale := in_tensor(grid.scale), grid.scale):
+    keep = {"e4m3": in_tensor, "half": in_halves}.get(answer.spec.level_kind.scale)
+    if keep is None or torch.equal(scale := keep(grid.scale), grid.scale):
         return answer
     stored = replace(grid, scale=scale)
     moved = (scale != grid.scale)[:, grid.g_idx]

@@ -1,7 +1,8 @@
 """Scales of grids whose levels are not evenly spaced (`quant.core.levels`): fitted to weights, and refitted to codes as they are.
 
 A scale that rows share (fp8 in blocks) stands in every row of the grid. The number of nvfp4's tensor is a power of two,
-which a float costs nothing: `tensor_unit` finds it in the scales, and E4M3 times it is exact.
+which a float costs nothing: `tensor_unit` finds it in the scales, and E4M3 times it is exact. Where one side of the levels
+reaches further (iq4_nl) a scale below 0 turns them round.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from quant.core.levels import E4M3_LARGEST, E4M3_SMALLEST, TABLES, level_codes, levels_of
 from quant.core.names import LEVEL_GRIDS
 from quant.core.stacks import times
-from quant.core.stored import round_scale
+from quant.core.stored import SMALLEST_HALF, round_scale
 from quant.core.types import QuantSpec
 
 FACTORS = [1.2 - 0.02 * i for i in range(36)]  # of the scale that covers the range, down to 0.5
@@ -37,13 +38,22 @@ def stored_levels(scale: Tensor, spec: QuantSpec) -> Tensor:
 
     The least E4M3 number is a matter of the whole tensor: see `in_tensor`."""
     kind, top = LEVEL_GRIDS[spec.kind], max(map(abs, TABLES[spec.kind]))
+    if is_signed(spec):
+        scale, sign = scale.abs(), torch.where(scale < 0, -1.0, 1.0)
+        return sign * round_scale(scale.clamp(max(16 * spec.finest, SMALLEST_HALF), spec.largest / (2 * top)))
     scale = scale.clamp(16 * spec.finest, spec.largest / (2 * top))
     mantissa, exponent = torch.frexp(scale)
     if kind.scale == "e8m0":
         return torch.ldexp(torch.ones_like(scale), exponent - (mantissa <= HALF_WAY).int())
     if kind.scale == "e4m3":
         return torch.ldexp((mantissa * 16).round_(), exponent - 4)
-    return round_scale(scale) if kind.scale == "half" else scale
+    return scale
+
+
+def is_signed(spec: QuantSpec) -> bool:
+    """Whether scales may be below 0."""
+    table = TABLES[spec.kind]
+    return table[0] != -table[-1]
 
 
 def covering(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -51,7 +61,10 @@ def covering(weight: Tensor, spec: QuantSpec) -> Tensor:
     table = TABLES[spec.kind]
     low, high = weight.amin(-1), weight.amax(-1)
     scale = shared(torch.maximum(high / table[-1], low / table[0]), spec, Tensor.amax)
-    return torch.where(scale > 0, scale, 1.0)
+    if is_signed(spec):
+        turned = torch.maximum(high / -table[0], low / -table[-1])
+        scale = torch.where(turned < scale, -turned, scale)
+    return torch.where(scale != 0, scale, 1.0)
 
 
 def fit_levels(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,7 +75,7 @@ def fit_levels(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
     scale = stored_levels(whole, spec)
     if spec.range == "mse":
         best = torch.full_like(scale, torch.inf)
-        for factor in FACTORS:
+        for factor in (*FACTORS, *(-factor for factor in FACTORS if is_signed(spec))):
             tried = stored_levels(whole * factor, spec)
             residual = (
                 levels_of(level_codes(weight / tried[..., None], table), table).mul_(tried[..., None]).sub_(weight)
@@ -83,7 +96,7 @@ def refit_levels(levels: Tensor, scale: Tensor, gram: Tensor, correlation: Tenso
     qq = shared((times(levels, gram) * levels).sum(1), spec, Tensor.sum)
     pull = shared((correlation * levels).sum(1), spec, Tensor.sum) + scale * qq
     wanted = torch.where(qq > 0, pull / qq, scale)
-    legal = (qq > 0) & (wanted > 0) & torch.isfinite(wanted)
+    legal = (qq > 0) & (wanted * scale > 0) & torch.isfinite(wanted)
     new = stored_levels(torch.where(legal, wanted, scale), spec)
     gain = (new * new - scale * scale) * qq - 2 * (new - scale) * pull
     return torch.where(legal & (gain < 0), new, scale)
@@ -98,3 +111,9 @@ def in_tensor(scale: Tensor) -> Tensor:
     """The nearest scales that are E4M3 numbers times the tensor's unit; none is 0."""
     unit = tensor_unit(scale)
     return (scale / unit).clamp(E4M3_SMALLEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float() * unit
+
+
+def in_halves(scale: Tensor) -> Tensor:
+    """The nearest scales of either sign that are float16 numbers, none 0; as they are where one is too large for that."""
+    stored = torch.copysign(scale.abs().clamp(min=SMALLEST_HALF).half().float(), scale)
+    return stored if bool(torch.isfinite(stored).all()) else scale

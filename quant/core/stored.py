@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quant.core.types import CUT, FINEST, LARGEST, ZERO_STEPS, QuantSpec, minimum_at, most_steps
 
+SMALLEST_HALF = 2.0**-24  # of float16
 FINEST_STEP = 2.0**-11  # of a minimum: a step is no finer than float16 is there; 0 then lies at most 2^11 steps away
 SHORT_FINEST, SHORT_LARGEST = 2.0 ** (CUT - 24), (2 - 2.0 ** (CUT - 10)) * 2.0**15  # float16 numbers without last bits
 SHORT_DIGITS = 11 - CUT  # binary ones of a short scale

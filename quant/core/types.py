@@ -386,7 +386,8 @@ class QuantizedWeight:
             raise ValueError(f"codes must be uint8 in 0..{grid.qmax}")
         if grid.scale.shape != (n_out, grid.n_groups) or grid.base.shape != grid.scale.shape:
             raise ValueError(f"grid of shape {tuple(grid.scale.shape)} does not fit codes {n_out}x{n_in}")
-        if not bool(torch.isfinite(grid.scale).all()) or bool((grid.scale <= 0).any()):
+        turned = self.spec.kind == "iq4_nl"  # scales below 0 turn its levels round
+        if not bool(torch.isfinite(grid.scale).all()) or bool((grid.scale.abs() if turned else grid.scale).le(0).any()):
             raise ValueError("scales must be finite and positive")
         _check_base(grid, self.spec)
         if grid.g_idx.shape != (n_in,) or int(grid.g_idx.max()) >= grid.n_groups or int(grid.g_idx.min()) < 0:
@@ -447,7 +448,7 @@ def _check_base(grid: Grid, spec: QuantSpec) -> None:
     if grid.table != spec.numbers.table:
         raise ValueError(f"a grid of kind {spec.kind} has other levels")
     if grid.table is not None:
-        top = grid.scale * max(map(abs, grid.table))
+        top = grid.scale.abs() * max(map(abs, grid.table))
     elif grid.minimum is not None:
         if grid.zero.numel() or not bool(torch.isfinite(grid.minimum).all()):
             raise ValueError("minima must be finite, and stand in the place of zero points")
