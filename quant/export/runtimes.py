@@ -267,7 +267,7 @@ def _given_up(runtime: str, kind: str, content: Content) -> list[str] | None:
     return words
 
 
-def _list(values: tuple[int, ...]) -> str:
+def _list(values: tuple[int, ...] | tuple[str, ...]) -> str:
     return ", ".join(map(str, values))
 
 
