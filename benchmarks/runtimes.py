@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.measuring import about, report
 from data.demo import text
+from models.gguf_architectures import MODEL_TYPES as GGUF_MODELS
 from models.gguf_writer import FILE
 from models.load import LazyModel, load_model, load_tokenizer
 from quant.core.grid import fit_grid
@@ -72,6 +73,8 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "random gpt2": ("gpt2", {"vocab_size": 843, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512} | ENDS),
     "random starcoder2": ("starcoder2", PLAIN_LLAMA),
     "random qwen3 moe": ("qwen3_moe", LLAMA | EXPERTS | {"num_experts": 4, "norm_topk_prob": True}),
+    "random qwen2 moe": ("qwen2_moe", LLAMA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 256}),
+    "random olmoe": ("olmoe", LLAMA | EXPERTS | {"num_experts": 4}),
     "random mixtral": ("mixtral", LLAMA | EXPERTS | {"num_local_experts": 4}),
     "random falcon 40b": ("falcon", SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": False}),
 }
@@ -93,7 +96,11 @@ CASES: dict[str, dict[str, tuple[QuantSpec, ...]]] = {
         "llama": ALL + MORE + (QuantSpec(4, 32, kind="iq4_nl"),),
         **dict.fromkeys(("mistral", "falcon", "bloom"), ALL),
         "random llama": SUPER,
-        **{name: (SYMMETRIC, WIDE) for name in RANDOM if name != "random llama"},
+        **{
+            name: (SYMMETRIC, WIDE)
+            for name, (kind, _) in RANDOM.items()
+            if kind in GGUF_MODELS and name != "random llama"
+        },
     },
     "mlx": {
         "llama": ALL + MLX_MORE,

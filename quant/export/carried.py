@@ -34,11 +34,12 @@ WITH_LENGTH = ("llama3", "yarn", "longrope")  # types that scale from original_m
 
 def carried_config(declared: Mapping[str, Any], dtype: torch.dtype, changes: Mapping[str, Any]) -> Json:
     """config.json of a checkpoint made of a model with config.json ``declared``: its fields in their order, with the
-    dtype in which tensors are stored, and what else changed. Rotary settings and dtype in the form of transformers 5 alone
-    are there in that of 4 too: 5 reads either, other readers the older one only."""
+    dtype in which tensors are stored, and what else changed. Rotary settings, dtype and number of experts in the form of
+    transformers 5 alone are there in that of 4 too: 5 reads either, other readers the older one only."""
     older = "torch_dtype" in declared and "dtype" not in declared
     names = dict.fromkeys(("torch_dtype",) if older else ("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-    return {**declared, **older_rotary_form(declared), **names, **changes}
+    experts = {"num_experts": declared["num_local_experts"]} if "num_local_experts" in declared else {}
+    return {**experts, **declared, **older_rotary_form(declared), **names, **changes}
 
 
 def older_rotary_form(declared: Mapping[str, Any]) -> Json:

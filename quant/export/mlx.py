@@ -8,6 +8,7 @@ are, else float32, which holds the product of a scale and a zero point. config.j
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,11 +28,15 @@ MODELS = (
     "gemma3_text",
     "llama",
     "mistral",
+    "mixtral",
+    "olmoe",
     "phi3",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
     "starcoder2",
-)  # of mlx-lm, whose names are those of transformers
+)  # of mlx-lm, whose names are those of transformers but for experts
 Json = dict[str, Any]
 
 
@@ -87,23 +92,54 @@ def group_of(spec: QuantSpec, n_in: int) -> int | None:
     return next((group for group in GROUPS if whole % group == 0 and n_in % group == 0), None)
 
 
+EXPERT = re.compile(r"(.*\.)experts\.\d+\.(\w+\.weight)")  # a linear of one expert, as transformers names it
+RENAMED = {"mixtral": (".mlp.", ".block_sparse_moe.")}  # by model type, where mlx-lm's name differs
+Entry = tuple[str, Tensor | QuantizedWeight]
+
+
 def mlx_tensors(
-    stream: Iterable[tuple[str, Tensor | QuantizedWeight]], content: Content, quantization: Json
+    stream: Iterable[Entry], content: Content, quantization: Json, experts: int = 0
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model, under its own names. quantization: the entry of config.json, which is filled on the way: of
-    the first linear for all, and of those that differ by name."""
+    """The tensors of a model, under mlx-lm's names. quantization: the entry of config.json, which is filled on the way: of
+    the first linear for all, and of those that differ by name. experts: of a block, whose linears are one tensor there
+    (``switch_mlp``, [experts, out, in])."""
+    waiting: dict[str, list[dict[str, Tensor]]] = {}
+    old, new = RENAMED.get(content.model_type, ("", ""))
     for name, value in stream:
-        if not isinstance(value, QuantizedWeight):
-            yield name, value
-            continue
-        linear = name.removesuffix(".weight")
-        check_shape(linear, value, content)
-        try:
-            tensors, entry = Mlx().encode(value)
-        except InputError as error:
-            raise InputError(f"{linear}: {error}") from error
-        if not quantization:
+        tensors, entry = _tensors_of(name, value, content)
+        own = name.replace(old, new) if old else name
+        if expert := EXPERT.fullmatch(own):
+            own = f"{expert[1]}switch_mlp.{expert[2]}"
+            waiting.setdefault(own, []).append(tensors)
+            if len(waiting[own]) < experts:
+                continue
+            parts = waiting.pop(own)
+            if any(
+                part.keys() != parts[0].keys() or part["weight"].shape != parts[0]["weight"].shape for part in parts
+            ):
+                raise InputError(f"{own}: mlx holds experts of one number of bits: use format bitplane or dequantized")
+            tensors = {part: torch.stack(_alike([one[part] for one in parts])) for part in parts[0]}
+        linear = own.removesuffix(".weight")
+        if entry and not quantization:
             quantization.update(entry)
         elif any(quantization[key] != entry[key] for key in entry):
             quantization[linear] = entry
-        yield from ((f"{linear}.{part}", tensor) for part, tensor in tensors.items())
+        yield from ((own if part == "weight" and not entry else f"{linear}.{part}", t) for part, t in tensors.items())
+
+
+def _alike(tensors: list[Tensor]) -> list[Tensor]:
+    """In the widest of their dtypes."""
+    wide = max((one.dtype for one in tensors), key=lambda dtype: dtype.itemsize)
+    return [one.to(wide) for one in tensors]
+
+
+def _tensors_of(name: str, value: Tensor | QuantizedWeight, content: Content) -> tuple[dict[str, Tensor], Json]:
+    """The tensors of one entry by the last part of their names, and its settings; of a plain one, itself and none."""
+    if not isinstance(value, QuantizedWeight):
+        return {"weight": value}, {}
+    linear = name.removesuffix(".weight")
+    check_shape(linear, value, content)
+    try:
+        return Mlx().encode(value)
+    except InputError as error:
+        raise InputError(f"{linear}: {error}") from error

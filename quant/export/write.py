@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.checkpoint import RESULTS
 from models.container import SafetensorsWriter, Writer
 from models.load import LazyModel
+from models.mixtures import expert_count
 from models.stored import Layout
 from quant.blocks.weights import is_input_range
 from quant.core.errors import InputError
@@ -64,7 +65,10 @@ def form_of(
     config = model_config(model, kind, content, layers)
     if kind == MLX:
         settings: dict[str, Any] = {}
-        return Form(lambda: mlx_tensors(stream(), content, settings), config | {"quantization": settings}, side_files)
+        experts = expert_count(model.config) if content.has_experts else 0
+        return Form(
+            lambda: mlx_tensors(stream(), content, settings, experts), config | {"quantization": settings}, side_files
+        )
     return Form(
         lambda: packed_entries(stream(), kind, content, dtype_of, layout),
         config,

@@ -14,7 +14,7 @@ from quant.core.errors import InputError
 from quant.core.types import Outliers, QuantSpec
 from quant.export import refusal
 from quant.export.formats import Content
-from quant.export.mlx import Mlx, group_of
+from quant.export.mlx import Mlx, group_of, mlx_tensors
 from quant.run.convert import convert
 from tests.helpers import config_for, perform, random_weight
 
@@ -127,3 +127,38 @@ def test_an_answer_with_more_than_codes_in_order_is_refused():
     for answer in (sparse, turned):
         with pytest.raises(InputError, match="holds codes in order"):
             Mlx().encode(answer)
+
+
+@pytest.mark.parametrize(("model_type", "prefix"), [("qwen3_moe", "mlp"), ("mixtral", "block_sparse_moe")])
+def test_experts_of_a_block_are_one_tensor(model_type, prefix):
+    base, solved = "model.layers.0.mlp", {}
+    for expert in range(3):
+        for proj in ("gate_proj", "up_proj"):
+            solved[f"{base}.experts.{expert}.{proj}"] = random_weight(8, 64, QuantSpec(4, 32))
+    shapes = {name.removeprefix("model.layers.0."): (8, 64) for name in solved}
+    content = Content(QuantSpec(4, 32), shapes, model_type=model_type)
+    router = torch.randn(3, 64)
+    stream = [(f"{name}.weight", weight) for name, weight in solved.items()] + [(f"{base}.gate.weight", router)]
+    settings = {}
+    tensors = dict(mlx_tensors(stream, content, settings, experts=3))
+    assert settings == {"group_size": 32, "bits": 4}
+    assert torch.equal(tensors.pop(f"model.layers.0.{prefix}.gate.weight"), router)
+    stacks = [f"model.layers.0.{prefix}.switch_mlp.{proj}" for proj in ("gate_proj", "up_proj")]
+    assert tensors.keys() == {f"{stack}.{part}" for stack in stacks for part in ("weight", "scales", "biases")}
+    for proj, stack in zip(("gate_proj", "up_proj"), stacks, strict=True):
+        for expert in range(3):
+            own, _ = Mlx().encode(solved[f"{base}.experts.{expert}.{proj}"])
+            for part, tensor in own.items():
+                there = tensors[f"{stack}.{part}"][expert]
+                assert torch.equal(there.view(torch.int32) if part == "weight" else there.float(),
+                                   tensor.view(torch.int32) if part == "weight" else tensor.float())  # fmt: skip
+
+
+def test_experts_of_several_widths_are_refused():
+    base = "model.layers.0.mlp.experts"
+    stream = [
+        (f"{base}.{e}.up_proj.weight", random_weight(8, 64, QuantSpec(bits, 32))) for e, bits in enumerate((4, 8))
+    ]
+    content = Content(QuantSpec(4, 32), {f"mlp.experts.{e}.up_proj": (8, 64) for e in range(2)}, model_type="olmoe")
+    with pytest.raises(InputError, match="experts of one number of bits"):
+        list(mlx_tensors(stream, content, {}, experts=2))
