@@ -30,7 +30,7 @@ from benchmarks.quality import cells
 from model_quantizer import request_from
 from quant.blocks.weights import BlockWeights
 from quant.core import env
-from quant.core.names import SUPER_GRIDS
+from quant.core.names import ACT_GRIDS, LEVEL_GRIDS, SUPER_GRIDS
 from quant.evaluate.passes import Variant
 from quant.evaluate.perplexity import evaluate
 from quant.evaluate.perplexity import report as entries
@@ -38,7 +38,7 @@ from quant.run.request import Request
 from quant.run.scoring import FullPrecision
 from quant.run.session import Session, open_session
 
-GRIDS = [*SUPER_GRIDS, "iq4_nl"]
+GRIDS = [*SUPER_GRIDS, *LEVEL_GRIDS]
 ROWS = {
     "rtn": "--quantization-method rtn",
     "rtn, searched": "--quantization-method rtn --range mse",
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="calibration")
     parser.add_argument("--evaluate", nargs="+", required=True)
     parser.add_argument("--grids", nargs="+", default=list(SUPER_GRIDS), choices=GRIDS)
+    parser.add_argument("--inputs", action="store_true", help="also with the inputs of linears in the same floats")
     parser.add_argument("--windows", type=int, default=128, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens of a window")
     parser.add_argument("--limit", type=int, default=300, help="evaluation windows")
@@ -88,10 +89,13 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
         importance = mean_squares(model, session.calibration(first.run).ids)
         for grid in args.grids:
             start = {"model": Path(model).name, "grid": grid}
-            if args.llama_cpp:
+            if args.llama_cpp and grid not in ACT_GRIDS:
                 yield start | peer_row(args, session, grid, PEER, None)
                 yield start | peer_row(args, session, grid, PEER_WITH_DATA, importance)
-            for label, words in ROWS.items():
+            rows = dict(ROWS)
+            if args.inputs and grid in ACT_GRIDS:
+                rows |= {f"{label}, inputs too": f"{words} --act-grid {grid}" for label, words in ROWS.items()}
+            for label, words in rows.items():
                 request = request_of(args, model, grid, words)
                 results = session.run_all([(request.run, request.output)], kept=full)[0]
                 seconds = sum(results["seconds"][stage] for stage in ("forward", "gram", "solve"))
