@@ -421,6 +421,7 @@ BAD = {
         ["--grid", "fp8", "--quantization-method", "spqr"],
         "spqr quantizes its scales",
     ),
+    "packed products of fp8": (["--grid", "fp8", "--real_quant"], "evenly spaced levels; drop --real_quant"),
     "outliers beside floats": (["--grid", "iq4_nl", "--outlier", 0.01], "holds codes alone: drop --outlier"),
     "parts of rows that share a scale": (
         ["--grid", "fp8", "--groupsize", 128, "--saliency", 2],

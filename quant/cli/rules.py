@@ -256,6 +256,10 @@ def level_grid_rules(args: argparse.Namespace) -> Rules:
         bool(args.tune) or AUTOROUND in args.methods,
         f"{grid}: tuning moves codes of evenly spaced levels; drop --tune and autoround (--preset balanced has none)",
     )
+    yield (
+        args.real_quant and args.grid == "fp8",
+        f"{grid}: packed products are of at most 256 evenly spaced levels; drop --real_quant",
+    )
     yield "spqr" in args.methods, f"{grid}: spqr quantizes its scales itself; use another method"
     yield (
         args.saliency > 0 and kind.rows > 1 and args.groupsize > 0,

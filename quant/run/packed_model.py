@@ -12,12 +12,13 @@ from torch import nn
 
 from models.load import LazyModel, Weights, load_model
 from quant.blocks.fake_quant import ActSpec
+from quant.blocks.linears import LinearRef
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.names import FULL_BITS
 from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
-from quant.kernels.matmul.pack import pack_block
+from quant.kernels.matmul.pack import UNPACKED, pack_block
 from quant.learn.rotation import rotated
 from quant.run.directory import OUTSIDE, ROTATION, RunDirectory, check_manifest
 from quant.run.likeness import check_family
@@ -159,7 +160,8 @@ class Resident:
 
 
 def load_resident(quantized: Quantized, device: torch.device) -> Resident:
-    """Bring a model into memory, block by block, with its linears packed, and embedding and head where they are quantized."""
+    """Bring a model into memory, block by block, with its linears packed (those of fp8 are written out), and embedding and head
+    where they are quantized."""
     model = quantized.model
     weights = BlockWeights()
     beyond = quantized.outside()
@@ -170,7 +172,12 @@ def load_resident(quantized: Quantized, device: torch.device) -> Resident:
     for index in range(len(model.blocks)):
         solved = quantized.solved(index)
         own = BlockWeights.read(model, index, device, without=solved) | quantized.changed(index).to(device, model.dtype)
-        packed = pack_block(solved, device)
+        whole = {name: weight for name, weight in solved.items() if weight.spec.kind in UNPACKED}
+        written = {
+            LinearRef.of_module(name).parameter: weight.to(device).dequantize() for name, weight in whole.items()
+        }
+        own = own.with_parameters({name: tensor.to(model.dtype) for name, tensor in written.items()})
+        packed = pack_block({name: weight for name, weight in solved.items() if name not in whole}, device)
         packed_bytes += sum(weight.nbytes() for weight in packed.values())
         stored_bits += sum(weight.storage_bits() for weight in solved.values())
         weights |= own.with_packed(packed).within(index)

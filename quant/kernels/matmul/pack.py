@@ -30,6 +30,7 @@ from quant.kernels.matmul.weight import (
 )
 
 log = logging.getLogger(__name__)
+UNPACKED = ("fp8",)  # kinds of grids that no packed product is of
 
 
 @cache
@@ -87,8 +88,10 @@ def in_integers(weight: QuantizedWeight) -> QuantizedWeight:
     spec, grid = weight.spec, weight.grid
     if spec.level_kind is None:
         return weight
-    if spec.kind == "fp8":
-        raise InputError("packed products are of at most 256 evenly spaced levels, and not of fp8: leave --packed out")
+    if spec.kind in UNPACKED:
+        raise InputError(
+            "packed products are of at most 256 evenly spaced levels, and not of fp8: leave --real_quant out"
+        )
     finest = 1.0 if spec.kind == "iq4_nl" else 0.5
     steps = levels_of(weight.codes, TABLES[spec.kind]) / finest
     middle, bits = (128, 8) if spec.kind == "iq4_nl" else (16, 5)

@@ -92,7 +92,7 @@ def test_levels_that_are_not_evenly_spaced_become_codes_that_are(kind, size, lay
 
 
 def test_fp8_is_refused():
-    with pytest.raises(InputError, match="leave --packed out"):
+    with pytest.raises(InputError, match="leave --real_quant out"):
         pack_weight(random_weight(8, 32, QuantSpec(8, kind="fp8")))
 
 

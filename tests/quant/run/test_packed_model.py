@@ -8,17 +8,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from models.load import load_model
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
 from quant.cli import generate as command
 from quant.core.errors import InputError
-from quant.export.read import QuantizedCheckpoint
+from quant.export.read import QuantizedCheckpoint, open_checkpoint
 from quant.kernels.matmul.weight import PackedLinear
 from quant.run.convert import convert
 from quant.run.directory import RunDirectory
 from quant.run.generate import generate
 from quant.run.packed_model import load_resident, open_quantized, open_run
 from quant.run.request import Request
+from quant.run.writing import whole_weights
 from tests.helpers import CPU, DEMO, called, long, perform
 
 
@@ -192,3 +194,21 @@ def test_runs_that_cannot_be_opened(model_dir, text, tmp_path):
     (config.output.run_dir / "results.json").unlink()
     with pytest.raises(InputError, match="not finished"):
         open_quantized(str(config.output.run_dir), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("kind", "bits", "size"), [("nvfp4", 4, 16), ("fp8", 8, -1)])
+def test_models_in_floats_talk(kind, bits, size, text, tmp_path):
+    """Four bits packed, fp8 written out: the logits of the weights that the checkpoint stands for."""
+    run_of(DEMO / "llama", text, tmp_path, wbits=bits, group_size=size, grid_kind=kind)
+    convert(tmp_path / "run", "compressed-tensors", tmp_path / "saved")
+    for source in ("run", "saved"):
+        resident = load_resident(open_quantized(str(tmp_path / source), tmp_path / "cache", torch.float32), CPU)
+        assert (resident.packed_bytes > 0) == (kind != "fp8")
+        plain = load_model(
+            str(tmp_path / "saved"), dtype=torch.float32, cache_dir=tmp_path / "cache", opener=open_checkpoint
+        )
+        ids = torch.arange(24)[None]
+        with torch.inference_mode(), instrument(resident.blocks, resident.weights, resident.act):
+            own = resident.module(ids).logits
+        expected = torch.func.functional_call(plain.module, whole_weights(plain, CPU), (ids,)).logits
+        assert float((own - expected).norm() / expected.norm()) < 2e-3  # the checkpoint's readers round to its float16
