@@ -274,6 +274,7 @@ def test_iq4_nl_is_what_the_reader_of_gguf_says(tied, text, tmp_path):
 
 
 REFUSED = {
+    "floats": ({"spec": QuantSpec(4, 16, kind="nvfp4")}, "cannot hold the levels of --grid nvfp4: use format compressed-tensors"),
     "super-blocks": ({"spec": QuantSpec(4, 32, kind="q4_k")}, "nearest that it holds: --wbits 4 --group-size 32 --grid real)"),
     "no architecture": ({"model_type": "opt"}, "no architecture for opt models"),
     "no blocks": ({"spec": QuantSpec(8, 32)}, "asymmetric grids of 256 levels in groups of 32 on 128 inputs of a "
