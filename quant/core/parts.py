@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant.core.types import Grid, Outliers, QuantizedWeight
 
-OF_ALL_ROWS = ("g_idx", "qmax", "bilevel")  # what of a grid has no rows
+OF_ALL_ROWS = ("g_idx", "qmax", "bilevel", "table")  # what of a grid has no rows
 
 
 def row_parts(n_out: int, parts: int) -> list[slice]:

@@ -14,10 +14,11 @@ from tests.references import inputs, make_stats, weights
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "quantease", "gptq_quantease"])
-@pytest.mark.parametrize("group_size", [-1, 16])
+@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(3, 16), QuantSpec(4, 16, kind="nvfp4"), QuantSpec(4, 32, kind="real")],
+                         ids=["rows", "groups", "nvfp4", "real"])  # fmt: skip
 @pytest.mark.parametrize("n_out", [1, 5, 24])
-def test_equal_statistics_in_parts_give_the_answer_of_the_whole(method, group_size, n_out):
-    weight, stats, spec = weights(n_out, 64), make_stats(inputs(64, 200)), QuantSpec(3, group_size)
+def test_equal_statistics_in_parts_give_the_answer_of_the_whole(method, spec, n_out):
+    weight, stats = weights(n_out, 64), make_stats(inputs(64, 200))
     whole = get_solver(method)(weight, stats, spec)
     parts = [get_solver(method)(weight[rows], stats, spec) for rows in row_parts(n_out, 4)]
     assert len(parts) == min(n_out, 4)

@@ -93,6 +93,13 @@ RUNS = {
     "quantease": {"range": "mse", "options": {"num_iter": 3}} | EVERYTHING,
     "spqr": {"solver": "spqr", "group_size": 16, "options": {"outlier": 0.2}},
     "mixture": {"solver": "gptaq", "options": {}, "true_sequential": True},
+    "floats": {
+        "grid_kind": "nvfp4",
+        "wbits": 4,
+        "group_size": 16,
+        "options": {"num_iter": 3, "refit_grid": True},
+        "head_bits": 4,
+    },
     "biases": {"solver": "rtn", "options": {}, "bias_correction": True, "act": ActSpec(8, method="static")},
 }
 PROCESSES = {name: 3 if name in ("gptq", "mixture") else 2 for name in RUNS}
