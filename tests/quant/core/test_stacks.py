@@ -28,6 +28,8 @@ SPECS = {
     "real": QuantSpec(2, 16, kind="real", range="mse"),
     "fractional": QuantSpec(3, 32, kind="fractional"),
     "symmetric": QuantSpec(4, 48, symmetric=True, range="mse"),
+    "nvfp4": QuantSpec(4, 16, kind="nvfp4", range="mse"),
+    "fp8": QuantSpec(8, kind="fp8"),
 }
 
 

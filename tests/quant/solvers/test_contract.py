@@ -13,7 +13,8 @@ from quant.solvers.rtn import rtn
 from tests.references import inputs, make_stats, problem, weights
 
 SOLVERS = solvers()
-SPECS = [QuantSpec(3), QuantSpec(4, 16), QuantSpec(2, symmetric=True), QuantSpec(3, 32, range="mse"), QuantSpec(8)]
+SPECS = [QuantSpec(3), QuantSpec(4, 16), QuantSpec(2, symmetric=True), QuantSpec(3, 32, range="mse"), QuantSpec(8),
+         QuantSpec(4, 16, kind="nvfp4"), QuantSpec(4, 32, kind="iq4_nl", range="mse")]  # fmt: skip
 every_solver = pytest.mark.parametrize("name", SOLVERS)
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 
@@ -21,6 +22,8 @@ every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 @every_solver
 @every_spec
 def test_answer_is_legal_and_not_worse_than_rtn(name, spec):
+    if name == "spqr" and spec.level_kind:
+        pytest.skip("its scales of two levels are of integer zero points")
     weight, stats = problem()
     answer = SOLVERS[name](weight, stats, spec).check()
     assert answer.codes.shape == weight.shape and answer.spec == spec
