@@ -17,7 +17,7 @@ from quant.export.runtimes import loadability
 from quant.run.convert import convert
 from quant.run.request import Request
 from quant.run.session import open_session
-from tests.helpers import DEMO, demo_config, in_float32, perform, perplexity, reference_logits, replace
+from tests.helpers import DEMO, demo_config, in_float32, long, perform, perplexity, reference_logits, replace
 
 CT = "compressed-tensors"
 # Relative distance of the logits. SAME: measured 0. DEQUANTIZED: transformers rounds scales, measured 1.3e-4.
@@ -38,9 +38,10 @@ CASES = {
     "fp8, inputs too": ("llama", {"wbits": 8, "group_size": -1, "grid_kind": "fp8", "act": ActSpec.on("fp8")}),
     "W8A8, asymmetric inputs": ("llama", W8A8 | {"act": ActSpec(8)}),
 }
+MORE = ("mxfp4", "fp8", "fp8, blocks", "W8A8")  # that others of these stand for in make test
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*(name for name in CASES if name not in MORE), *long(*MORE)])
 def test_transformers_computes_what_we_compute(name, tmp_path):
     """From a model in float32: in float16 the two sides round weights differently, and inputs on the edge between two
     levels of their grid turn that into a step (relative distance of the logits then 2e-2 with W8A8).

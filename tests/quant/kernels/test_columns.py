@@ -14,7 +14,7 @@ from quant.core.rounding import NumberFormat
 from quant.kernels import columns as blocks
 from quant.kernels.columns import ColumnBlock, TorchKernels
 from quant.kernels.columns.cpu import NumbaKernels
-from tests.helpers import ROOT
+from tests.helpers import ROOT, long
 from tests.references import inputs, make_stats
 
 CUDA = torch.cuda.is_available()
@@ -57,7 +57,7 @@ def values_of(block: ColumnBlock, codes: torch.Tensor) -> torch.Tensor:
     return (codes.float() - block.zero[:, block.group]) * block.scale[:, block.group]
 
 
-@pytest.mark.parametrize("kind", ["nvfp4", "iq4_nl", "fp8"])
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8", *long("iq4_nl")])
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
 def test_levels_that_are_not_evenly_spaced(shape, kind, name):
     kernels, device = backend(name)

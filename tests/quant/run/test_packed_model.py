@@ -196,7 +196,9 @@ def test_runs_that_cannot_be_opened(model_dir, text, tmp_path):
         open_quantized(str(config.output.run_dir), tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("kind", "bits", "size"), [("nvfp4", 4, 16), ("fp8", 8, -1)])
+@pytest.mark.parametrize(
+    ("kind", "bits", "size"), [pytest.param("nvfp4", 4, 16, marks=pytest.mark.long), ("fp8", 8, -1)]
+)
 def test_models_in_floats_talk(kind, bits, size, text, tmp_path):
     """Four bits packed, fp8 written out: the logits of the weights that the checkpoint stands for."""
     run_of(DEMO / "llama", text, tmp_path, wbits=bits, group_size=size, grid_kind=kind)
