@@ -206,29 +206,32 @@ def block_rules(args: argparse.Namespace) -> Rules:
         )
 
 
+def own_bits_rules(args: argparse.Namespace, own: int) -> Rules:
+    """Of --grid that has bits and scales of its own."""
+    grid = f"--grid {args.grid}"
+    yield args.avg_bits is not None, f"{grid} has {own} bits everywhere: drop --avg-bits"
+    yield args.avg_bits is None and args.wbits != own, f"{grid} has codes of {own} bits: drop --wbits {args.wbits}"
+    yield args.outlier > 0, f"{grid} holds codes alone: drop --outlier"
+    for flag, bits in (("--head-bits", args.head_bits), ("--embedding-bits", args.embedding_bits)):
+        yield bits not in (None, own), f"{flag} {bits}: {grid} has {own} bits there too, or leave it out"
+
+
 def super_grid_rules(args: argparse.Namespace) -> Rules:
     """Of --grid that is a type of GGUF's blocks."""
     kind = SUPER_GRIDS.get(args.grid)
     if kind is None:
         return
     grid = f"--grid {args.grid}"
-    yield args.avg_bits is not None, f"{grid} has {kind.bits} bits everywhere: drop --avg-bits"
-    yield (
-        args.avg_bits is None and args.wbits != kind.bits,
-        f"{grid} has codes of {kind.bits} bits: drop --wbits {args.wbits}",
-    )
+    yield from own_bits_rules(args, kind.bits)
     yield (
         args.groupsize != kind.part,
         f"{grid} has scales for every {kind.part} columns: drop --groupsize {args.groupsize}",
     )
     yield args.act_order, f"{grid} holds columns in order: drop --act-order, or use --group-aware with gptq"
-    yield args.outlier > 0, f"{grid} holds codes alone: drop --outlier"
     yield (
         AUTOROUND in args.methods,
         f"{grid}: autoround tunes scales and zero points of their own; use another method, with --tune if wanted",
     )
-    for flag, bits in (("--head-bits", args.head_bits), ("--embedding-bits", args.embedding_bits)):
-        yield bits not in (None, kind.bits), f"{flag} {bits}: {grid} has {kind.bits} bits there too, or leave it out"
 
 
 def level_grid_rules(args: argparse.Namespace) -> Rules:
@@ -241,17 +244,12 @@ def level_grid_rules(args: argparse.Namespace) -> Rules:
     if kind is None:
         return
     grid = f"--grid {args.grid}"
-    yield args.avg_bits is not None, f"{grid} has {kind.bits} bits everywhere: drop --avg-bits"
-    yield (
-        args.avg_bits is None and args.wbits != kind.bits,
-        f"{grid} has codes of {kind.bits} bits: drop --wbits {args.wbits}",
-    )
+    yield from own_bits_rules(args, kind.bits)
     sizes = " or ".join(map(str, kind.groups))
     yield (
         args.groupsize not in kind.groups,
         f"{grid} has scales for {sizes} columns: use --groupsize {sizes} in place of {args.groupsize}",
     )
-    yield args.outlier > 0, f"{grid} holds codes alone: drop --outlier"
     yield (
         bool(args.tune) or AUTOROUND in args.methods,
         f"{grid}: tuning moves codes of evenly spaced levels; drop --tune and autoround (--preset balanced has none)",
@@ -265,8 +263,6 @@ def level_grid_rules(args: argparse.Namespace) -> Rules:
         args.saliency > 0 and kind.rows > 1 and args.groupsize > 0,
         f"{grid}: --saliency solves rows in parts, and {kind.rows} rows share a scale: drop one of them",
     )
-    for flag, bits in (("--head-bits", args.head_bits), ("--embedding-bits", args.embedding_bits)):
-        yield bits not in (None, kind.bits), f"{flag} {bits}: {grid} has {kind.bits} bits there too, or leave it out"
 
 
 def grid_rules(args: argparse.Namespace) -> Rules:
