@@ -421,6 +421,14 @@ BAD = {
         ["--grid", "fp8", "--quantization-method", "spqr"],
         "spqr quantizes its scales",
     ),
+    "a correction that would be made twice": (
+        ["--wbits", 3, "--target-correction", 1],
+        "grows from block to block: give --true-sequential",
+    ),
+    "a method that corrects twice": (
+        ["--wbits", 3, "--quantization-method", "qronos"],
+        "qronos: several linears of a block would make up for one error",
+    ),
     "packed products of fp8": (["--grid", "fp8", "--real_quant"], "evenly spaced levels; drop --real_quant"),
     "outliers beside floats": (["--grid", "iq4_nl", "--outlier", 0.01], "holds codes alone: drop --outlier"),
     "parts of rows that share a scale": (

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from quant.cli.flags import PARTS, SEAMS, rotations
 from quant.core.names import (
     AUTOROUND,
+    CORRECTING,
     FULL_BITS,
     LEVEL_GRIDS,
     ONLINE_ROTATIONS,
@@ -86,6 +87,12 @@ def correction_rules(args: argparse.Namespace) -> Rules:
     corrects = args.target_correction > 0
     yield corrects and args.wbits == FULL_BITS, "--target-correction is of what is rounded: give --wbits 1 to 8"
     yield args.residual_correction and not corrects, "--residual-correction: give --target-correction 1 too"
+    itself = sorted({*args.methods, getattr(args, "solver", "")} & {*CORRECTING})
+    yield (
+        (corrects or bool(itself)) and not args.true_sequential,
+        f"{', '.join(itself) or '--target-correction'}: several linears of a block would make up for one error, which then grows "
+        "from block to block: give --true-sequential",
+    )
 
 
 def saliency_rules(args: argparse.Namespace) -> Rules:

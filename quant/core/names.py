@@ -63,6 +63,7 @@ OPTIMIZERS = ("adam", "sign")  # of tuning
 STATES = ("full", "half")  # what the moments of tuning are kept in: float32, or bfloat16
 AUTOROUND = "autoround"
 TUNED_METHODS = {AUTOROUND: "rtn"}  # methods that are a solver and how its answers are tuned
+CORRECTING = ("gptaq", "qronos")  # methods that correct their target themselves
 DTYPES = ("float32", "bfloat16", "float16")
 LABELS = ("sampled", "data")  # what the model should have said, for gradients of its loss
 SAMPLED_LABELS = LABELS[0]

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from itertools import combinations
 
 PARTS: dict[str, dict[str, str | None]] = {
-    "target": {"--target-correction": "0.5"},
-    "residual": {"--target-correction": "1", "--residual-correction": None},
+    "target": {"--target-correction": "0.5", "--true-sequential": None},
+    "residual": {"--target-correction": "1", "--residual-correction": None, "--true-sequential": None},
     "real": {"--grid": "real"},
     "saliency": {"--saliency": "2"},
     "column scales": {"--column-scales": None},

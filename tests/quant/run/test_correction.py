@@ -9,10 +9,12 @@ from models.load import load_model
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
+from quant.core.names import CORRECTING
 from quant.run.directory import RunDirectory
 from quant.run.observe import observe, original_beside
 from quant.run.session import open_session
 from quant.run.statistics import Original
+from quant.solvers import declaration_of, solvers
 from tests.conftest import CONFIGS
 from tests.helpers import CPU, DEMO, config_for, perform
 
@@ -163,3 +165,7 @@ def test_what_cannot_be_corrected_is_refused_before_work(more, says, model_dir, 
     with pytest.raises(InputError, match=says):
         perform(config_for(model, text, tmp_path, **more))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_names_of_correcting_methods_are_those_that_declare_it():
+    assert {name for name in solvers() if declaration_of(name).uses_cross} == set(CORRECTING)
