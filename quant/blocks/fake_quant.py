@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -38,6 +39,10 @@ class ActSpec:
     def on(cls, kind: str) -> ActSpec:
         """Inputs of linears in ``nvfp4``, ``mxfp4`` or ``fp8``."""
         return cls(LEVEL_GRIDS[kind].bits, kind=kind)
+
+    def to_json(self) -> dict[str, Any]:
+        """What files keep; ``ActSpec(**...)`` takes it back. Files from before there were kinds have none."""
+        return {name: value for name, value in asdict(self).items() if name != "kind" or value != "integer"}
 
     @property
     def active(self) -> bool:

@@ -14,7 +14,7 @@ then the zero point in 1/32 of a step (scales and minima where a scale has no su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Bitplane:
             "version": VERSION,
             "spec": content.spec.to_json(),
             **({"mixed": True} if content.mixed or content.has_other_bits else {}),
-            "activations": asdict(content.act),
+            "activations": content.act.to_json(),
             "ignore": [*layers.untouched, *layers.gates],
         }
 

@@ -37,7 +37,7 @@ def configuration_of(inputs: Inputs, run: RunConfig) -> Record:
         "method": run.method,
         "options": dict(run.options),
         "learning": run.learning.to_json() if run.learning else None,
-        "act": asdict(run.act),
+        "act": run.act.to_json(),
         "start": None,
         "act_ranges": [_file_digest(path) for path in (run.act_scales, run.act_shifts)],
         "blocks": inputs.n_blocks(run),

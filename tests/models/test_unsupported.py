@@ -90,7 +90,7 @@ QUANTIZED = {
     "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
     "mlx, twice": ({"quantization": {"group_size": 64, "bits": 4}} | settings(group_size=64, bits=4), "mlx"),
     "marlin": (settings(quant_method="gptq", checkpoint_format="marlin", bits=4), "gptq .marlin."),
-    "floats": (settings(quant_method="compressed-tensors", format="float-quantized"), "compressed-tensors .float-quantized."),
+    "floats": (settings(quant_method="compressed-tensors", format="mxfp6-pack-quantized"), "compressed-tensors .mxfp6-pack-quantized."),
 }  # fmt: skip
 
 
