@@ -429,6 +429,10 @@ BAD = {
         ["--wbits", 3, "--quantization-method", "qronos"],
         "qronos: several linears of a block would make up for one error",
     ),
+    "rotations that learn for floats": (
+        ["--grid", "nvfp4", "--rotate", "residual", "--rotate-steps", 5],
+        "evenly spaced levels; drop it",
+    ),
     "packed products of fp8": (["--grid", "fp8", "--real_quant"], "evenly spaced levels; drop --real_quant"),
     "outliers beside floats": (["--grid", "iq4_nl", "--outlier", 0.01], "holds codes alone: drop --outlier"),
     "parts of rows that share a scale": (

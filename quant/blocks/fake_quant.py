@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quant.core.levels import E2M1, E4M3_LARGEST, E4M3_SMALLEST
+from quant.core.levels import E2M1, E4M3_LARGEST, E4M3_SMALLEST, level_tensors
 from quant.core.names import FULL_BITS, LEVEL_GRIDS
 from quant.core.rounding import FakeQuantize, NumberFormat
 from quant.kernels.matmul.weight import IntegerInputs
@@ -109,8 +109,7 @@ def _in_e4m3(x: Tensor) -> Tensor:
 
 def _in_e2m1(x: Tensor) -> Tensor:
     """Of two levels that are equally near the one with the even mantissa, which is every other one."""
-    levels = torch.tensor(E2M1, device=x.device)
-    middles, size = (levels[1:] + levels[:-1]) / 2, x.abs()
+    (levels, middles), size = level_tensors(E2M1, x.device, x.dtype), x.abs()
     below, above = torch.bucketize(size, middles), torch.bucketize(size, middles, right=True)
     return torch.copysign(levels[torch.where(below % 2 == 0, below, above)], x)
 

@@ -16,6 +16,7 @@ from quant.core.names import (
     SAMPLED_LABELS,
     SUPER_GRIDS,
     TUNED_METHODS,
+    UNPACKED,
 )
 
 Rules = Iterator[tuple[bool, str]]
@@ -262,9 +263,10 @@ def level_grid_rules(args: argparse.Namespace) -> Rules:
         f"{grid}: tuning moves codes of evenly spaced levels; drop --tune and autoround (--preset balanced has none)",
     )
     yield (
-        args.real_quant and args.grid == "fp8",
+        args.real_quant and args.grid in UNPACKED,
         f"{grid}: packed products are of at most 256 evenly spaced levels; drop --real_quant",
     )
+    yield bool(args.rotate_steps), f"{grid}: --rotate-steps learns for evenly spaced levels; drop it"
     yield "spqr" in args.methods, f"{grid}: spqr quantizes its scales itself; use another method"
     yield (
         args.saliency > 0 and kind.rows > 1 and args.groupsize > 0,

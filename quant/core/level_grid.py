@@ -38,7 +38,7 @@ def stored_levels(scale: Tensor, spec: QuantSpec) -> Tensor:
 
     The least E4M3 number is a matter of the whole tensor: see `in_tensor`."""
     kind, top = LEVEL_GRIDS[spec.kind], max(map(abs, TABLES[spec.kind]))
-    if is_signed(spec):
+    if spec.has_signed_scales:
         scale, sign = scale.abs(), torch.where(scale < 0, -1.0, 1.0)
         return sign * round_scale(scale.clamp(max(16 * spec.finest, SMALLEST_HALF), spec.largest / (2 * top)))
     scale = scale.clamp(16 * spec.finest, spec.largest / (2 * top))
@@ -50,18 +50,12 @@ def stored_levels(scale: Tensor, spec: QuantSpec) -> Tensor:
     return scale
 
 
-def is_signed(spec: QuantSpec) -> bool:
-    """Whether scales may be below 0."""
-    table = TABLES[spec.kind]
-    return table[0] != -table[-1]
-
-
 def covering(weight: Tensor, spec: QuantSpec) -> Tensor:
     """The scales of which the levels reach the ends of weight [out, ..., n], and 1 for zeros: [out, ...]."""
     table = TABLES[spec.kind]
     low, high = weight.amin(-1), weight.amax(-1)
     scale = shared(torch.maximum(high / table[-1], low / table[0]), spec, Tensor.amax)
-    if is_signed(spec):
+    if spec.has_signed_scales:
         turned = torch.maximum(high / -table[0], low / -table[-1])
         scale = torch.where(turned < scale, -turned, scale)
     return torch.where(scale != 0, scale, 1.0)
@@ -75,7 +69,7 @@ def fit_levels(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
     scale = stored_levels(whole, spec)
     if spec.range == "mse":
         best = torch.full_like(scale, torch.inf)
-        for factor in (*FACTORS, *(-factor for factor in FACTORS if is_signed(spec))):
+        for factor in (*FACTORS, *(-factor for factor in FACTORS if spec.has_signed_scales)):
             tried = stored_levels(whole * factor, spec)
             residual = (
                 levels_of(level_codes(weight / tried[..., None], table), table).mul_(tried[..., None]).sub_(weight)

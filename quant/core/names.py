@@ -52,6 +52,7 @@ LEVEL_GRIDS = {  # kinds of grids whose levels are not evenly spaced (quant/core
     "fp8": LevelKind(8, (-1, 128), "float", 128),
     "iq4_nl": LevelKind(4, (32,), "half"),
 }
+UNPACKED = ("fp8",)  # of these, what no packed product is of: its levels are too many even steps
 ALL_GRIDS = (*GRIDS, *SUPER_GRIDS, *LEVEL_GRIDS)
 ACT_GRIDS = ("nvfp4", "mxfp4", "fp8")  # of these, what inputs of linears may be rounded to
 TUNING_SCOPES = ("block", "window", "model")  # what is tuned together after solving

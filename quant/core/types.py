@@ -104,6 +104,12 @@ class QuantSpec:
         return not (self.symmetric or self.has_minimum or self.level_kind)
 
     @property
+    def has_signed_scales(self) -> bool:
+        """Whether scales may be below 0, which turns the levels round: where one side of them reaches further."""
+        table = self.numbers.table
+        return table is not None and table[0] != -table[-1]
+
+    @property
     def shared_rows(self) -> int:
         """How many rows share a scale."""
         return self.level_kind.rows if self.level_kind is not None and self.group_size > 0 else 1
@@ -386,8 +392,8 @@ class QuantizedWeight:
             raise ValueError(f"codes must be uint8 in 0..{grid.qmax}")
         if grid.scale.shape != (n_out, grid.n_groups) or grid.base.shape != grid.scale.shape:
             raise ValueError(f"grid of shape {tuple(grid.scale.shape)} does not fit codes {n_out}x{n_in}")
-        turned = self.spec.kind == "iq4_nl"  # scales below 0 turn its levels round
-        if not bool(torch.isfinite(grid.scale).all()) or bool((grid.scale.abs() if turned else grid.scale).le(0).any()):
+        scale = grid.scale.abs() if self.spec.has_signed_scales else grid.scale
+        if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
             raise ValueError("scales must be finite and positive")
         _check_base(grid, self.spec)
         if grid.g_idx.shape != (n_in,) or int(grid.g_idx.max()) >= grid.n_groups or int(grid.g_idx.min()) < 0:

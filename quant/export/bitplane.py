@@ -43,8 +43,8 @@ from quant.export.formats import (
     StoredLinear,
     check_grid,
     in_order,
-    real_minimum,
     refuses_codes,
+    refuses_grid,
     uneven_groups,
 )
 from quant.export.packing import pack, pack_planes, unpack, unpack_planes
@@ -73,7 +73,7 @@ class Bitplane:
         if content.spec is not None and content.spec.super_kind is not None:
             return f"{self.name} has no super-blocks of --grid {content.spec.kind}: use format gguf"
         if content.spec is not None and content.spec.level_kind is not None:
-            return real_minimum(content, self.name)
+            return refuses_grid(content, self.name)
         return refuses_codes(replace(content, outliers=False, online=(), mixed=False), self.name) or uneven_groups(
             content, self.name
         )

@@ -27,8 +27,8 @@ from quant.export.formats import (
     half_scales,
     matches,
     misfit_linear,
-    real_minimum,
     refuses_codes,
+    refuses_grid,
     refuses_outside,
     uneven_groups,
 )
@@ -56,7 +56,7 @@ class CompressedTensors:
                 f"{self.name} describes linears, and those of {content.model_type} models are none in other software "
                 "(Conv1D): use format gptq, gptq_v2 or bitplane"
             )
-        if against := refuses_codes(content, self.name) or real_minimum(
+        if against := refuses_codes(content, self.name) or refuses_grid(
             content, self.name, *float_tensors.FLOAT_FORMATS
         ):
             return against
@@ -138,7 +138,7 @@ class CompressedTensors:
             return float_tensors.decode(linear, settings)
         bits, symmetric = int(settings["num_bits"]), bool(settings.get("symmetric", True))
         if settings.get("type", "int") != "int" or "weight_g_idx" in linear:
-            raise InputError(f"{name}: only weights without act-order are read")
+            raise InputError(f"{name}: only integers and floats without act-order are read")
         codes = _codes_of(linear, bits)
         n_out, n_in = codes.shape
         scale = linear["weight_scale"].float()

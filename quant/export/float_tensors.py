@@ -20,7 +20,7 @@ from quant.core.level_grid import tensor_unit
 from quant.core.levels import TABLES, level_codes, levels_of
 from quant.core.names import LEVEL_GRIDS
 from quant.core.types import Grid, QuantizedWeight, QuantSpec, group_index
-from quant.export.formats import StoredLinear, in_order
+from quant.export.formats import StoredLinear
 
 FLOAT_FORMATS = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized", "fp8": "float-quantized"}
 ZERO, BIAS = 7, 127  # the code of 0 in E2M1; what is added to an exponent of two
@@ -28,9 +28,7 @@ UNIT = "weight_global_scale"
 
 
 def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of an answer. Raises InputError for sparse parts or columns out of order."""
-    if weight.outliers is not None or not in_order(weight):
-        raise InputError("compressed-tensors holds codes in order: use format dequantized")
+    """The tensors of an answer, whose columns are in order and which has no sparse parts."""
     kind, scale = weight.spec.kind, weight.grid.scale
     if kind == "fp8":
         rows = weight.spec.shared_rows

@@ -193,8 +193,8 @@ def refuses_outside(content: Content, name: str) -> str | None:
     return None
 
 
-def real_minimum(content: Content, name: str, *taken: str) -> str | None:
-    """Why a format of integer zero points cannot hold this; None if it can. taken: kinds of grids that it holds besides."""
+def refuses_grid(content: Content, name: str, *taken: str) -> str | None:
+    """Why a format of integer zero points cannot hold this kind of grid; None if it can. taken: kinds that it holds besides."""
     if content.spec is None or content.spec.kind in ("integer", *taken):
         return None
     kind = content.spec.kind

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from models.gguf_architectures import MODEL_TYPES, NO_ARCHITECTURE
 from quant.core.names import GGUF
-from quant.export.formats import Content, misfit_linear, real_minimum, refuses_codes
+from quant.export.formats import Content, misfit_linear, refuses_codes, refuses_grid
 from quant.export.gguf_types import nearest, type_for
 
 
@@ -19,7 +19,8 @@ class Gguf:
         """Models that llama.cpp does not have, grids that no type of blocks holds, and all but codes in order."""
         if against := refuses_codes(replace(content, mixed=False), self.name):
             return against
-        if against := self._other_levels(content):
+        assert content.spec is not None
+        if content.spec.level_kind is not None and (against := refuses_grid(content, self.name, "iq4_nl")):
             return against
         if content.act.active:
             return f"{self.name} is weight-only and cannot hold activation quantization: use format bitplane"
@@ -28,12 +29,6 @@ class Gguf:
         if content.model_type and content.model_type not in MODEL_TYPES:
             return NO_ARCHITECTURE.format(content.model_type, ", ".join(sorted(MODEL_TYPES)))
         return self._no_blocks(content) or misfit_linear(content, self.name)
-
-    def _other_levels(self, content: Content) -> str | None:
-        """Of floats, which other software has."""
-        assert content.spec is not None
-        own = content.spec.level_kind is None or content.spec.kind == "iq4_nl"
-        return None if own else real_minimum(content, self.name)
 
     def _no_blocks(self, content: Content) -> str | None:
         for spec in content.specs:

@@ -25,8 +25,8 @@ from quant.export.formats import (
     half_scales,
     matches,
     misfit_linear,
-    real_minimum,
     refuses_codes,
+    refuses_grid,
     refuses_outside,
 )
 from quant.export.packing import pack, unpack
@@ -46,7 +46,7 @@ class Gptq:
 
     def refuses(self, content: Content) -> str | None:
         """Bits, shapes, sparse parts, activations."""
-        if against := refuses_codes(content, self.name) or real_minimum(content, self.name):
+        if against := refuses_codes(content, self.name) or refuses_grid(content, self.name):
             return against
         if against := refuses_outside(content, self.name):
             return against

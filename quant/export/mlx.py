@@ -19,7 +19,7 @@ from torch import Tensor
 from quant.core.errors import InputError
 from quant.core.names import MLX
 from quant.core.types import QuantizedWeight, QuantSpec
-from quant.export.formats import Content, check_shape, in_order, real_minimum, refuses_codes
+from quant.export.formats import Content, check_shape, in_order, refuses_codes, refuses_grid
 from quant.export.packing import pack
 
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
@@ -61,7 +61,7 @@ class Mlx:
             )
         assert content.spec is not None
         if content.spec.level_kind is not None:
-            return real_minimum(content, self.name)
+            return refuses_grid(content, self.name)
         for linear, (_, n_in) in content.shapes.items():
             if group_of(content.spec, n_in) is None:
                 return (

@@ -27,6 +27,7 @@ from quant.core.env import peak_bytes
 from quant.core.errors import RunError
 from quant.core.gram import GramStats, InputSample
 from quant.core.linalg import objective, output_energy
+from quant.core.names import UNPACKED
 from quant.core.parts import row_parts, stacked
 from quant.core.types import QuantizedWeight
 from quant.export.formats import OutsideMatrix
@@ -248,12 +249,23 @@ def packed_modules(
     modules: dict[str, nn.Module] = {}
     for name, answer in solved.items():
         if name == vocabulary.head or vocabulary.tied:
-            modules[vocabulary.head] = PackedLinear(pack_weight(answer, device), bias)
+            modules[vocabulary.head] = _head(answer, bias, device, model.dtype)
         if name == vocabulary.embedding:
             embedding = model.module.get_submodule(name)
             assert isinstance(embedding, nn.Embedding)
             modules[name] = PackedEmbedding(embedding, PackedRows.of(answer, device), model.dtype)
     return modules
+
+
+def _head(answer: QuantizedWeight, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A head with packed weights; of a kind that no packed product is of, with those written out."""
+    if answer.spec.kind not in UNPACKED:
+        return PackedLinear(pack_weight(answer, device), bias)
+    head = nn.Linear(answer.codes.shape[1], answer.codes.shape[0], bias is not None, device="meta")
+    head.weight = nn.Parameter(answer.to(device).dequantize().to(dtype), requires_grad=False)
+    if bias is not None:
+        head.bias = nn.Parameter(bias, requires_grad=False)
+    return head
 
 
 def packed_outside(model: LazyModel, solved: Mapping[str, QuantizedWeight], outside: Weights) -> OutsideWeights:

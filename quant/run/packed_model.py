@@ -15,10 +15,10 @@ from quant.blocks.fake_quant import ActSpec
 from quant.blocks.linears import LinearRef
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
-from quant.core.names import FULL_BITS
+from quant.core.names import FULL_BITS, UNPACKED
 from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
-from quant.kernels.matmul.pack import UNPACKED, pack_block
+from quant.kernels.matmul.pack import pack_block
 from quant.learn.rotation import rotated
 from quant.run.directory import OUTSIDE, ROTATION, RunDirectory, check_manifest
 from quant.run.likeness import check_family

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quant.core.errors import InputError
 from quant.core.levels import TABLES, levels_of
+from quant.core.names import UNPACKED
 from quant.core.types import BilevelScales, Grid, Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.matmul.weight import (
     QUAD,
@@ -30,7 +31,6 @@ from quant.kernels.matmul.weight import (
 )
 
 log = logging.getLogger(__name__)
-UNPACKED = ("fp8",)  # kinds of grids that no packed product is of
 
 
 @cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from quant.core.levels import Table, levels_of
 from quant.core.types import Outliers, QuantizedWeight
 from quant.kernels.matmul.weight import SmallInts, pack_small
 
@@ -22,7 +23,7 @@ class PackedRows:
     """A matrix [rows, n] that is read row by row.
 
     codes: of columns first, [n, rows]. scale, minimum: float16 or float32 [rows, G]; zero: uint8 [rows, G]; of zero and
-    minimum one is None. g_idx: int64 [n], the group of every column. outliers: their positions are ascending.
+    minimum one is None. table: the levels where they are not evenly spaced. g_idx: int64 [n], the group of every column. outliers: their positions are ascending.
     """
 
     codes: SmallInts
@@ -31,6 +32,7 @@ class PackedRows:
     minimum: Tensor | None
     g_idx: Tensor
     outliers: Outliers | None = None
+    table: Table | None = None
 
     @classmethod
     def of(cls, weight: QuantizedWeight, device: torch.device) -> PackedRows:
@@ -42,7 +44,7 @@ class PackedRows:
         if minimum is not None and grid.minimum_bits == 16:
             minimum = minimum.half()
         codes = pack_small(weight.codes.T, weight.spec.code_bits)
-        return cls(codes, scale, zero, minimum, grid.g_idx, weight.outliers)
+        return cls(codes, scale, zero, minimum, grid.g_idx, weight.outliers, grid.table)
 
     def nbytes(self) -> int:
         """Memory of all of it."""
@@ -55,7 +57,9 @@ class PackedRows:
         """The rows of these numbers (int64 [m], without repetition, ascending), float32 [m, n]."""
         codes = replace(self.codes, data=self.codes.data[:, numbers]).expand().T.contiguous().float()
         scale = self.scale[numbers].float()[:, self.g_idx]
-        if self.minimum is None:
+        if self.table is not None:
+            values = levels_of(codes, self.table) * scale
+        elif self.minimum is None:
             assert self.zero is not None
             values = (codes - self.zero[numbers].float()[:, self.g_idx]) * scale
         else:

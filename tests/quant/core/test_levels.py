@@ -214,9 +214,9 @@ def test_scales_of_a_whole_tensor_keep_to_e4m3():
     spec = QuantSpec(4, 16, kind="nvfp4")
     answer = in_float16(rtn(weight, stats, spec), weight).check()
     assert torch.equal(in_tensor(answer.grid.scale), answer.grid.scale)
-    assert torch.equal(answer.codes, answer.grid.quantize(weight)) or bool(
-        (answer.dequantize()[:, :16].abs() < 1e-4).all()
-    )
+    first = answer.grid.scale[:, :1]
+    assert bool(((answer.dequantize() - weight)[:, :16].abs() <= 0.3 * first).all())  # a quarter is half a level near 0
+    assert torch.equal(answer.codes[:, 16:], rtn(weight[:, 16:], None, spec).codes)
 
 
 @pytest.mark.parametrize("kind", sorted(LEVEL_GRIDS))

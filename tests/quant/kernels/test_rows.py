@@ -22,7 +22,8 @@ def answer(kind):
         if kind == "act-order":
             return gptq(weight, stats, QuantSpec(3, 8), act_order=True)
         return spqr(weight, stats, QuantSpec(3, 16), outlier=0.2)
-    specs = {"rows": QuantSpec(4), "symmetric": QuantSpec(5, 8, True), "real": QuantSpec(2, 8, kind="real")}
+    specs = {"rows": QuantSpec(4), "symmetric": QuantSpec(5, 8, True), "real": QuantSpec(2, 8, kind="real"),
+             "nvfp4": QuantSpec(4, 16, kind="nvfp4"), "fp8": QuantSpec(8, kind="fp8"), "iq4_nl": QuantSpec(4, 32, kind="iq4_nl")}  # fmt: skip
     plain = random_weight(45, 32, specs.get(kind, QuantSpec(int(kind[0]) if kind[0].isdigit() else 4, 16)))
     if kind == "outliers":
         places = torch.tensor([0, 1, 31, 32, 700, 45 * 32 - 1])
@@ -38,6 +39,9 @@ KINDS = [
     "rows",
     "symmetric",
     "real",
+    "nvfp4",
+    "fp8",
+    "iq4_nl",
     "act-order",
     "two-level scales",
     "outliers",
@@ -53,6 +57,8 @@ def test_rows_are_those_of_the_matrix(kind):
     base = grid.zero if grid.minimum is None else grid.minimum
     base = base.double()[:, grid.g_idx]
     slow = (codes - base) * scale if grid.minimum is None else codes * scale + base
+    if grid.table is not None:
+        slow = torch.tensor(grid.table, dtype=torch.float64)[weight.codes.long()] * scale
     if weight.outliers is not None:
         slow.view(-1)[weight.outliers.index] += weight.outliers.value.double()
     packed = PackedRows.of(weight, CPU)

@@ -201,7 +201,7 @@ def test_runs_that_cannot_be_opened(model_dir, text, tmp_path):
 )
 def test_models_in_floats_talk(kind, bits, size, text, tmp_path):
     """Four bits packed, fp8 written out: the logits of the weights that the checkpoint stands for."""
-    run_of(DEMO / "llama", text, tmp_path, wbits=bits, group_size=size, grid_kind=kind)
+    run_of(DEMO / "llama", text, tmp_path, wbits=bits, group_size=size, grid_kind=kind, head_bits=bits)
     convert(tmp_path / "run", "compressed-tensors", tmp_path / "saved")
     for source in ("run", "saved"):
         resident = load_resident(open_quantized(str(tmp_path / source), tmp_path / "cache", torch.float32), CPU)
