@@ -13,7 +13,7 @@ from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
 from quant.cli import generate as command
 from quant.core.errors import InputError
-from quant.export.read import QuantizedCheckpoint, open_checkpoint
+from quant.export.read import QuantizedCheckpoint
 from quant.kernels.matmul.weight import PackedLinear
 from quant.run.convert import convert
 from quant.run.directory import RunDirectory
@@ -196,21 +196,23 @@ def test_runs_that_cannot_be_opened(model_dir, text, tmp_path):
         open_quantized(str(config.output.run_dir), tmp_path / "cache")
 
 
+@pytest.mark.parametrize("outside", [False, True])
 @pytest.mark.parametrize(
     ("kind", "bits", "size"), [pytest.param("nvfp4", 4, 16, marks=pytest.mark.long), ("fp8", 8, -1)]
 )
-def test_models_in_floats_talk(kind, bits, size, text, tmp_path):
-    """Four bits packed, fp8 written out: the logits of the weights that the checkpoint stands for."""
-    run_of(DEMO / "llama", text, tmp_path, wbits=bits, group_size=size, grid_kind=kind, head_bits=bits)
-    convert(tmp_path / "run", "compressed-tensors", tmp_path / "saved")
-    for source in ("run", "saved"):
+def test_models_in_floats_talk(kind, bits, size, outside, text, tmp_path):
+    """Four bits packed, fp8 written out: the logits of the weights that codes stand for. outside: the tied head and embedding too."""
+    beyond = {"head_bits": bits} if outside else {}
+    run_of(DEMO / "llama", text, tmp_path, wbits=bits, group_size=size, grid_kind=kind, **beyond)
+    convert(tmp_path / "run", "dequantized", tmp_path / "plain")
+    if not outside:
+        convert(tmp_path / "run", "compressed-tensors", tmp_path / "saved")
+    plain = load_model(str(tmp_path / "plain"), dtype=torch.float32, cache_dir=tmp_path / "cache")
+    ids = torch.arange(24)[None]
+    expected = torch.func.functional_call(plain.module, whole_weights(plain, CPU), (ids,)).logits
+    for source in ("run",) if outside else ("run", "saved"):
         resident = load_resident(open_quantized(str(tmp_path / source), tmp_path / "cache", torch.float32), CPU)
-        assert (resident.packed_bytes > 0) == (kind != "fp8")
-        plain = load_model(
-            str(tmp_path / "saved"), dtype=torch.float32, cache_dir=tmp_path / "cache", opener=open_checkpoint
-        )
-        ids = torch.arange(24)[None]
+        assert (resident.packed_bytes > 0) == (kind != "fp8" or outside)
         with torch.inference_mode(), instrument(resident.blocks, resident.weights, resident.act):
             own = resident.module(ids).logits
-        expected = torch.func.functional_call(plain.module, whole_weights(plain, CPU), (ids,)).logits
-        assert float((own - expected).norm() / expected.norm()) < 2e-3  # the checkpoint's readers round to its float16
+        assert float((own - expected).norm() / expected.norm()) < 2e-3  # what is written out is rounded to float16
