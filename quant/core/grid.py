@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import repeat
 
@@ -102,20 +103,19 @@ def fit_grid(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, 
     weights_of_error = repeat(None if importance is None else importance.view(n_groups, -1))
     if importance is not None and importance.dim() == 2:
         weights_of_error = iter(importance.view(n_out, n_groups, -1).split(rows_at_once))
-    fit = (
-        fit_superblocks
-        if spec.super_kind
-        else fit_levels
-        if spec.level_kind
-        else fit_scale_minimum
-        if spec.has_minimum
-        else fit_scale_zero
-    )
+    fit = fit_superblocks if spec.super_kind else fit_for(spec)
     parts = [fit(rows, spec, own) for rows, own in zip(grouped.split(rows_at_once), weights_of_error, strict=False)]
     scale, base = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if spec.has_minimum:
         return Grid.real(scale, base, group, spec.qmax)
     return Grid(scale, base, group, spec.qmax, table=spec.numbers.table)
+
+
+def fit_for(spec: QuantSpec) -> Callable[[Tensor, QuantSpec, Tensor | None], tuple[Tensor, Tensor]]:
+    """What fits groups one by one: their scales, and zero points or minima."""
+    if spec.level_kind is not None:
+        return fit_levels
+    return fit_scale_minimum if spec.has_minimum else fit_scale_zero
 
 
 def in_float16(answer: QuantizedWeight, weight: Tensor) -> QuantizedWeight:

@@ -19,9 +19,9 @@ from quant.core.stored import SMALLEST_HALF, round_scale
 from quant.core.types import QuantSpec
 
 FACTORS = [1.2 - 0.02 * i for i in range(36)]  # of the scale that covers the range, down to 0.5
-HALF_WAY = (
-    2 / 3
-)  # of a power of two: a scale above it takes that power, as OCP's floor(log2 |w|) - 2 does with |w| = 6 scale
+# Of a power of two: a scale above it takes that power, as OCP's floor(log2 |w|) - 2 does with |w| = 6 scale
+HALF_WAY = 2 / 3
+SMALLEST_E8M0 = 2.0**-126  # that float32 holds as a normal number
 
 
 def shared(numbers: Tensor, spec: QuantSpec, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -44,7 +44,8 @@ def stored_levels(scale: Tensor, spec: QuantSpec) -> Tensor:
     scale = scale.clamp(16 * spec.finest, spec.largest / (2 * top))
     mantissa, exponent = torch.frexp(scale)
     if kind.scale == "e8m0":
-        return torch.ldexp(torch.ones_like(scale), exponent - (mantissa <= HALF_WAY).int())
+        power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa <= HALF_WAY).int())
+        return power.clamp(min=SMALLEST_E8M0)
     if kind.scale == "e4m3":
         return torch.ldexp((mantissa * 16).round_(), exponent - 4)
     return scale

@@ -198,7 +198,7 @@ class BilevelScales:
 class Grid:
     """Scales and zero points of one layer, or scales and minima.
 
-    scale: float32 [out, G], positive, fp16-representable wherever that costs less than 1/64 (then it is
+    scale: float32 [out, G], positive (of IQ4_NL of either sign), fp16-representable wherever that costs less than 1/64 (then it is
     stored in 16 bits). zero: int32 [out, G]; 0 where there is a table of levels. g_idx: int64 [in], the group of every column. bilevel: how the scales
     are stored where they are quantized themselves (SpQR). minimum: float32 [out, G], the value of code 0 (see
     `quant.core.stored.stored_real`); None where there are zero points, else these are [out, 0].

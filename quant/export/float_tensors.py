@@ -28,7 +28,8 @@ UNIT = "weight_global_scale"
 
 
 def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of an answer, whose columns are in order and which has no sparse parts."""
+    """The tensors of an answer, whose columns are in order and which has no sparse parts. Raises InputError for scales that
+    E4M3 and a power of two do not give: other software's tensors have other units."""
     kind, scale = weight.spec.kind, weight.grid.scale
     if kind == "fp8":
         rows = weight.spec.shared_rows
@@ -38,7 +39,13 @@ def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     if kind == "mxfp4":
         return packed | {"weight_scale": (torch.frexp(scale)[1] - 1 + BIAS).to(torch.uint8)}
     unit = tensor_unit(scale)
-    return packed | {"weight_scale": (scale / unit).to(torch.float8_e4m3fn), UNIT: torch.tensor([1 / unit])}
+    stored = (scale / unit).to(torch.float8_e4m3fn)
+    if not torch.equal(stored.float() * unit, scale):
+        raise InputError(
+            f"{UNIT} of the source is no power of two, and scales are not rounded again: use the checkpoint as it is, or "
+            "format dequantized"
+        )
+    return packed | {"weight_scale": stored, UNIT: torch.tensor([1 / unit])}
 
 
 def _pack(codes: Tensor) -> Tensor:

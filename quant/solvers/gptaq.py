@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from quant.core.gram import GramStats
-from quant.core.grid import fit_grid, fit_scale_zero
-from quant.core.level_grid import fit_levels
+from quant.core.grid import fit_for, fit_grid
 from quant.core.linalg import damped_factor
-from quant.core.real_grid import fit_scale_minimum
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import Options, solver
 from quant.solvers.gptq import fits_on_the_way, gptq_bytes, keeps_first_grid, visiting_order
@@ -87,12 +85,8 @@ def sweep(
             g = int(grid.g_idx[j])
             if importance is not None and j % size == 0:
                 group = slice(j, j + size)
-                if grid.minimum is None:
-                    fit = fit_levels if spec.level_kind else fit_scale_zero
-                    grid.scale[:, g], grid.zero[:, g] = fit(work[:, group], spec, importance[group])
-                else:
-                    fitted = fit_scale_minimum(work[:, group], spec, importance[group])
-                    grid.scale[:, g], grid.minimum[:, g] = fitted
+                base = grid.zero if grid.minimum is None else grid.minimum
+                grid.scale[:, g], base[:, g] = fit_for(spec)(work[:, group], spec, importance[group])
             column, own = work[:, j], grid.of_group(g)
             codes[:, j] = own.quantize(column[:, None]).squeeze(1)
             errors[:, j - start] = (column - own.dequantize(codes[:, j, None]).squeeze(1)) / upper[j, j]

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from quant.core.gram import GramStats
-from quant.core.grid import fit_grid, fit_scale_zero
-from quant.core.level_grid import fit_levels
+from quant.core.grid import fit_for, fit_grid
 from quant.core.linalg import damped_factor
-from quant.core.real_grid import fit_scale_minimum
 from quant.core.stacks import StackedStats, add_times_
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.kernels.columns import ColumnBlock, kernels
@@ -100,9 +98,9 @@ def group_fit(spec: QuantSpec, importance: Tensor, group: Tensor, minimum: Tenso
     minimum [out, G]: of real grids, receives what is fitted; the zeros returned are then what the sweep takes for it."""
 
     def fit(part: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        scale, lowest = fit_for(spec)(part, spec, importance[..., columns])
         if minimum is None:
-            return (fit_levels if spec.level_kind else fit_scale_zero)(part, spec, importance[..., columns])
-        scale, lowest = fit_scale_minimum(part, spec, importance[..., columns])
+            return scale, lowest
         minimum[:, int(group[columns.start])] = lowest
         return scale, -lowest / scale
 

@@ -222,7 +222,13 @@ def test_scales_of_a_whole_tensor_keep_to_e4m3():
 @pytest.mark.parametrize("kind", sorted(LEVEL_GRIDS))
 def test_awkward_weights(kind):
     spec = QuantSpec(LEVEL_GRIDS[kind].bits, LEVEL_GRIDS[kind].groups[0], kind=kind, range="mse")
-    for weight in (torch.zeros(5, 64), torch.full((5, 64), -2.0), torch.eye(64)[:5] * 1e4, torch.randn(1, 64) * 1e-6):
+    for weight in (
+        torch.zeros(5, 64),
+        torch.full((5, 64), -2.0),
+        torch.eye(64)[:5] * 1e4,
+        torch.randn(1, 64) * 1e-6,
+        torch.randn(2, 64) * 1e-41,
+    ):
         answer = in_float16(quantease(weight, make_stats(inputs(64, 200)), spec, refit_grid=True), weight).check()
         assert bool(torch.isfinite(answer.dequantize()).all())
         if not weight.any():

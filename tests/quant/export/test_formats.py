@@ -116,6 +116,18 @@ def test_floats_come_back_bit_for_bit_and_are_what_compressed_tensors_decodes(ki
     )  # also of four bits, which it unpacks into bfloat16: a level and a scale have 6 digits
 
 
+def test_other_units_are_not_rounded_again_and_tiny_weights_keep_legal_exponents():
+    spec = QuantSpec(4, 16, kind="nvfp4")
+    matrix = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    weight = in_float16(rtn(matrix, None, spec), matrix)
+    foreign = replace(weight, grid=replace(weight.grid, scale=weight.grid.scale / 3))
+    with pytest.raises(InputError, match="no power of two"):
+        PACKED["compressed-tensors"].encode(foreign, content_for(foreign))
+    tiny = in_float16(rtn(matrix * 1e-41, None, QuantSpec(4, 32, kind="mxfp4")), matrix * 1e-41).check()
+    back, tensors = round_trip("compressed-tensors", tiny)
+    assert same_codes(tiny, back) and bool((tensors["layer.weight_scale"] == 1).all())
+
+
 @pytest.mark.parametrize("spoil", ["codes", "scales", "unit", "settings", "exponents"])
 def test_damaged_floats_are_one_line(spoil):
     spec = QuantSpec(4, 32, kind="mxfp4") if spoil == "exponents" else QuantSpec(4, 16, kind="nvfp4")
