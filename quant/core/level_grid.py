@@ -16,12 +16,12 @@ from quant.core.levels import E4M3_LARGEST, E4M3_SMALLEST, TABLES, level_codes, 
 from quant.core.names import LEVEL_GRIDS
 from quant.core.stacks import times
 from quant.core.stored import SMALLEST_HALF, round_scale
-from quant.core.types import QuantSpec
+from quant.core.types import LARGEST, QuantSpec
 
 FACTORS = [1.2 - 0.02 * i for i in range(36)]  # of the scale that covers the range, down to 0.5
 # Of a power of two: a scale above it takes that power, as OCP's floor(log2 |w|) - 2 does with |w| = 6 scale
 HALF_WAY = 2 / 3
-SMALLEST_E8M0 = 2.0**-126  # that float32 holds as a normal number
+NORMAL = 2.0**23  # times float32's finest number: its least normal one, which an exponent of two alone stores
 
 
 def shared(numbers: Tensor, spec: QuantSpec, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -37,15 +37,15 @@ def stored_levels(scale: Tensor, spec: QuantSpec) -> Tensor:
     """The scale that a grid of this kind stores for one: that many digits, and no level beyond ``spec.largest``. float32.
 
     The least E4M3 number is a matter of the whole tensor: see `in_tensor`."""
-    kind, top = LEVEL_GRIDS[spec.kind], max(map(abs, TABLES[spec.kind]))
+    kind, highest = LEVEL_GRIDS[spec.kind], min(spec.largest, LARGEST) / (2 * max(map(abs, TABLES[spec.kind])))
     if spec.has_signed_scales:
         scale, sign = scale.abs(), torch.where(scale < 0, -1.0, 1.0)
-        return sign * round_scale(scale.clamp(max(16 * spec.finest, SMALLEST_HALF), spec.largest / (2 * top)))
-    scale = scale.clamp(16 * spec.finest, spec.largest / (2 * top))
+        return sign * round_scale(scale.clamp(max(16 * spec.finest, SMALLEST_HALF), highest))
+    scale = scale.clamp(16 * spec.finest, highest)
     mantissa, exponent = torch.frexp(scale)
     if kind.scale == "e8m0":
         power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa <= HALF_WAY).int())
-        return power.clamp(min=SMALLEST_E8M0)
+        return power.clamp(min=NORMAL * spec.finest)
     if kind.scale == "e4m3":
         return torch.ldexp((mantissa * 16).round_(), exponent - 4)
     return scale
