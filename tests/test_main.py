@@ -398,7 +398,7 @@ def test_parts_of_abq_are_left_out():
 @pytest.mark.parametrize("solver", sorted(solvers()))
 def test_a_flag_of_learning_is_no_option_of_a_solver(solver):
     """SmoothQuant's exponent and QuantEase's step are both called alpha; only flags that say so are the solver's."""
-    words = [*BASE, "--solver", solver, "--alpha", "0", "--num-iter", "7", "--percdamp", "0.2"]
+    words = [*BASE, "--solver", solver, "--true-sequential", "--alpha", "0", "--num-iter", "7", "--percdamp", "0.2"]
     config = main_command.request_from(words)
     declared = {"num_iter": 7, "percdamp": 0.2}
     assert config.run.learning.transform.alpha == 0
