@@ -24,7 +24,7 @@ STOREYS = (  # a module imports its own room and those of lower storeys
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 EDGE = Path("quant/cli/errors.py")  # the edge of every command: what nobody foresaw becomes a line and exit code 1
 ONLY_IN = {
-    "transformers": {"models/load.py", "models/gguf_config.py"},
+    "transformers": {"models/cache.py", "models/load.py", "models/gguf_config.py"},
     "gguf": {
         *(f"models/gguf_{what}.py" for what in ("header", "file", "config", "writer", "importance")),
         "quant/export/gguf_types.py",
@@ -32,8 +32,8 @@ ONLY_IN = {
     "accelerate": {"models/load.py"},
     "datasets": {"data/corpora.py", "data/tasks/_items.py", "quant/evaluate/tasks.py"},  # there: what lm-eval raises
     "lm_eval": {"quant/evaluate/tasks.py"},
-    "numba": {"quant/kernels/columns/cpu.py", "quant/kernels/matmul/cpu.py"},
-    "llvmlite": {"quant/kernels/matmul/cpu.py"},
+    "numba": {"quant/kernels/columns/cpu.py", "quant/kernels/matmul/cpu.py", "quant/kernels/matmul/cpu_fields.py"},
+    "llvmlite": {"quant/kernels/matmul/cpu.py", "quant/kernels/matmul/cpu_fields.py"},
     "triton": {"quant/kernels/columns/cuda.py", "quant/kernels/matmul/cuda.py"},
     "jinja2": {"quant/report/page.py", "quant/evaluate/tasks.py"},  # there: templates of tasks are filled in a sandbox
     "matplotlib": {"quant/report/plots.py"},

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import inspect
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.cache import fixed_cache
 from quant.blocks.instrument import instrument
 from quant.core.errors import InputError
+from quant.core.recording import NotRecordedError, record
 from quant.run.packed_model import Resident
+
+RECORDED = 2  # the piece of text that is recorded
 
 
 @dataclass
 class Clock:
-    """Seconds of the prompt, and of the tokens after the first."""
+    """Seconds of the prompt, and of the tokens after the first. by_modules: why steps are not replayed, where they are not."""
 
     prompt: float = 0.0
     decode: float = 0.0
     tokens: int = 0
+    by_modules: str = ""
 
 
 @torch.inference_mode()
@@ -41,25 +49,87 @@ def generate(
     Raises InputError where the model computes no numbers.
     """
     clock = Clock() if clock is None else clock
-    takes = inspect.signature(resident.module.forward).parameters
-    argument = "cache" if "cache" in takes else "past_key_values"  # transformers before 5.24
-    kept: dict[str, Any] = {}
     given = ids
-    with instrument(resident.blocks, resident.weights, resident.act):
+    with instrument(resident.blocks, resident.weights, resident.act), _collected_before():
+        step = Steps(resident.module, ids.shape[1] + n)
         for _ in range(n):
             started = time.perf_counter()
-            output = resident.module(given, use_cache=True, **kept)
-            token = _pick(output.logits[0, -1].float(), temperature, generator)
+            token = _pick(step(given)[0, -1].float(), temperature, generator)
             spent = time.perf_counter() - started
-            if kept:
+            if clock.tokens:
                 clock.decode += spent
             else:
                 clock.prompt = spent
-            kept = {argument: output[argument]}
+            clock.by_modules = step.by_modules
             given, clock.tokens = ids.new_tensor([[token]]), clock.tokens + 1
             yield token
             if token in stop:
                 return
+
+
+@contextmanager
+def _collected_before() -> Iterator[None]:
+    """Python's collector leaves alone what was there before: a model of thousands of modules is otherwise looked through every
+    few tokens, which takes as long as a token."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+class Steps:
+    """Logits [1, T, vocabulary] of one piece of a text after the other.
+
+    The prompt goes through the modules; so does the first token behind it, while what they do is recorded. The second goes
+    through the record and, on a copy of the cache, once more through the modules; where both give the same to the last bit, the
+    record answers from there on. by_modules: why it does not.
+    """
+
+    def __init__(self, module: nn.Module, length: int) -> None:
+        takes = inspect.signature(module.forward).parameters
+        self.argument = "cache" if "cache" in takes else "past_key_values"  # transformers before 5.24
+        self.module, self.length, self.cache = module, length, cast(Any, None)
+        self.replay: Callable[[Tensor], Tensor] | None = None
+        self.is_sure, self.by_modules, self.pieces = False, "", 0
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """What the modules, or their record, say of the next piece [1, T]."""
+        self.pieces += 1
+        if self.is_sure and self.replay is not None:
+            return self.replay(given)
+        if self.pieces == RECORDED:
+            return self._record(given)
+        if self.replay is not None:
+            return self._compared(self.replay, given)
+        return self._ask(given)
+
+    def _ask(self, given: Tensor) -> Tensor:
+        output = self.module(given, use_cache=True, **({} if self.cache is None else {self.argument: self.cache}))
+        self.cache = output[self.argument]
+        logits: Tensor = output.logits
+        return logits
+
+    def _record(self, given: Tensor) -> Tensor:
+        before, self.cache = self.cache, fixed_cache(self.module, self.cache, self.length)
+        try:
+            if self.cache is None:
+                raise NotRecordedError("its cache is not one of plain keys and values")
+            logits, self.replay = record(self._ask, given)
+        except NotRecordedError as reason:
+            self.cache, self.by_modules = before, str(reason)
+            return self._ask(given)
+        return logits
+
+    def _compared(self, replay: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        mine, self.cache = self.cache, copy.deepcopy(self.cache)
+        expected = self._ask(given)
+        self.is_sure = torch.equal(replay(given), expected)
+        if self.is_sure:
+            self.cache = mine
+        else:
+            self.replay, self.by_modules = None, "a recorded step gives something else"
+        return expected
 
 
 def _pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> int:
@@ -87,6 +157,8 @@ def summary(resident: Resident, clock: Clock, prompt_tokens: int) -> str:
     """Tokens a second, and what the weights take in memory."""
     full = resident.packed_bytes + resident.other_bytes
     rate = f"{(clock.tokens - 1) / clock.decode:.1f} tokens a second" if clock.tokens > 1 else "one token"
+    if clock.by_modules:
+        rate += f" (step by step through the modules: {clock.by_modules})"
     return (
         f"{clock.tokens} tokens, {rate} after {prompt_tokens} tokens of prompt in {clock.prompt:.2f} s; "
         f"weights {full / 1e6:.2f} MB in memory: linears {resident.packed_bytes / 1e6:.2f} packed "

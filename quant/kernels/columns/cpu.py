@@ -6,6 +6,7 @@ with the B x B matrix.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numba
@@ -184,9 +185,15 @@ def _levels(table: Table) -> tuple[np.ndarray, np.ndarray]:
     return levels.numpy(), middles.numpy()
 
 
+_told = threading.local()  # numba keeps the number by thread, and takes microseconds to set it
+
+
 def share_threads() -> None:
     """As many threads for the compiled loops as torch has."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    n = torch.get_num_threads()
+    if getattr(_told, "threads", None) != n:
+        numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        _told.threads = n
 
 
 # Loading the loops has started numba's threads, and numba then tells OpenMP, which torch shares, to use all cores: torch

@@ -1,4 +1,4 @@
-"""Packed products on a CPU: bit planes in tiles of 32 rows, one row a lane of the vector registers.
+"""Packed products on a CPU with AVX-512: bit planes in tiles of 32 rows, one row a lane of the vector registers.
 
 Four columns of a plane are a number from 0 to 15. Inputs in float: the 16 sums of subsets of four inputs fill one or two
 registers, and a permutation of them by the numbers of 16 (or 8) rows answers 64 products at once (the table lookup of
@@ -10,6 +10,7 @@ The permutations are named by LLVM intrinsics that numba passes on: AVX-512, AVX
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -53,7 +54,7 @@ def has_byte_products() -> bool:
     return bool(has_vnni) and vector_level() == "avx512"
 
 
-class _Emitter:
+class Emitter:
     """Instructions of one intrinsic: vectors of ``lanes`` rows, loads and stores without alignment."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
@@ -61,6 +62,7 @@ class _Emitter:
         self.level = vector_level()
         self.lanes = 16 if self.level == "avx512" else 8
         self.parts = TILE // self.lanes
+        self.float = _F32
         self.ints, self.floats = ir.VectorType(_I32, self.lanes), ir.VectorType(_F32, self.lanes)
 
     def array(self, i: int) -> Any:
@@ -95,6 +97,28 @@ class _Emitter:
         """An element."""
         self.builder.store(value, self.at(pointer, index)).align = 4
 
+    def vector(self, pointer: Any, index: Any, kind: ir.VectorType) -> Any:
+        """As many elements as there are lanes, from an index on."""
+        return self.builder.load(self.builder.bitcast(self.at(pointer, index), kind.as_pointer()), align=1)
+
+    def halves(self, pointer: Any, index: Any) -> Any:
+        """As `vector`, of finite float16 (uint16) widened as by `as_float`."""
+        narrow = self.vector(pointer, index, ir.VectorType(ir.IntType(16), self.lanes))
+        builder, wide = self.builder, self.builder.zext(narrow, self.ints)
+        sign = builder.shl(builder.and_(wide, self.every(0x8000)), self.every(16))
+        rest = builder.shl(builder.and_(wide, self.every(0x7FFF)), self.every(13))
+        bits = builder.bitcast(builder.or_(sign, rest), self.floats)
+        return builder.fmul(bits, ir.Constant(self.floats, [2.0**112] * self.lanes))
+
+    def small(self, bytes_: Any, index: Any, bit: Any, width: Any) -> Any:
+        """As `vector`, of the fields of ``width`` bits from ``bit`` modulo 8 on, as floats."""
+        builder = self.builder
+        wide = builder.zext(self.vector(bytes_, index, ir.VectorType(ir.IntType(8), self.lanes)), self.ints)
+        shift = self.broadcast(builder.trunc(builder.and_(bit, self.size(7)), _I32), self.ints)
+        ones = builder.shl(ir.Constant(_I32, 1), builder.trunc(width, _I32))
+        mask = self.broadcast(builder.sub(ones, ir.Constant(_I32, 1)), self.ints)
+        return builder.sitofp(builder.and_(builder.lshr(wide, shift), mask), self.floats)
+
     def size(self, value: int) -> Any:
         """A constant index."""
         return ir.Constant(_SIZE, value)
@@ -108,6 +132,12 @@ class _Emitter:
         first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
         lanes = ir.Constant(ir.VectorType(_I32, kind.count), [0] * kind.count)
         return self.builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), lanes)
+
+    def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        """a b + c, of float vectors, in one instruction where there is one."""
+        kind = ir.FunctionType(self.floats, [self.floats] * 3)
+        name = f"llvm.fmuladd.v{self.lanes}f32"
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [a, b, c])
 
     def accumulators(self, kind: ir.VectorType, n: int, zero: float | int) -> list[Any]:
         """Registers that start at zero."""
@@ -175,7 +205,7 @@ def _lookup_sums(
     n_bits, n_quads = bits.count, quads.count
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = _Emitter(context, builder, signature, args)
+        e = Emitter(context, builder, signature, args)
         sums, target = e.row(2, args[3], e.floats), e.pointer(6, e.floats)
         source = e.row(0, args[1], e.ints)
         totals = [e.accumulators(e.floats, e.parts, 0.0) for _ in range(n_bits)]
@@ -209,7 +239,7 @@ def _byte_sums(
     n_bits, n_quads, n_tokens = bits.count, quads.count, tokens.count
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = _Emitter(context, builder, signature, args)
+        e = Emitter(context, builder, signature, args)
         vectors = ir.FunctionType(e.ints, [e.ints, e.ints])
         permute = cgutils.get_or_insert_function(builder.module, vectors, "llvm.x86.avx512.permvar.si.512")
         three = ir.FunctionType(e.ints, [e.ints, e.ints, e.ints])
@@ -247,7 +277,7 @@ def _byte_sums(
 
 
 @intrinsic
-def _as_float(typing: Any, value: Any) -> Any:
+def as_float(typing: Any, value: Any) -> Any:
     """A float32 as it is, or the bits of a finite float16 (uint16) widened: shifted into place, then rescaled by 2^112."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -272,7 +302,7 @@ def _unpack_small(data, width, first, out):  # type: ignore[no-untyped-def]  # n
 
 
 @njit(**_OPTIONS)
-def _read_grid(grid, tile, scale, zero):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def read_grid(grid, tile, scale, zero):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Scales and zero points of a tile's rows, [G, 32 rows] each."""
     base, zeros, zero_width, one_zero, codes, code_width, step, shared = grid
     first = tile * TILE
@@ -281,12 +311,12 @@ def _read_grid(grid, tile, scale, zero):  # type: ignore[no-untyped-def]  # noqa
         for g in range(scale.shape[0]):
             for lane in range(TILE):
                 of = min((first + lane) // shared, base.shape[1] - 1)
-                scale[g, lane] = _as_float(base[g, of]) + scale[g, lane] * _as_float(step[g, of])  # type: ignore[call-arg]
+                scale[g, lane] = as_float(base[g, of]) + scale[g, lane] * as_float(step[g, of])  # type: ignore[call-arg]
     else:
         for g in range(scale.shape[0]):
             row = base[g]
             for lane in range(TILE):
-                scale[g, lane] = _as_float(row[np.uint64(first + lane)])  # type: ignore[call-arg]
+                scale[g, lane] = as_float(row[np.uint64(first + lane)])  # type: ignore[call-arg]
     if zeros.size:
         _unpack_small(zeros, zero_width, first, zero)
     else:
@@ -299,7 +329,7 @@ def _multiply(planes, tables, sums, grid, group_quads, y, bits, quads):  # type:
     for tile in prange(planes.shape[0]):
         scale, zero = np.empty((n_groups, TILE), np.float32), np.empty((n_groups, TILE), np.float32)
         out, total = np.empty(TILE, np.float32), np.zeros((n_tokens, TILE), np.float32)
-        _read_grid(grid, tile, scale, zero)
+        read_grid(grid, tile, scale, zero)
         for g in range(n_groups):
             for n in range(n_tokens):
                 _lookup_sums(planes, tile, tables, n, g * group_quads, steps, out, bits, quads)  # type: ignore[call-arg]
@@ -317,7 +347,7 @@ def _multiply_bytes(planes, x, sums, x_scale, offset, grid, group_quads, y, bits
     for tile in prange(planes.shape[0]):
         scale, zero = np.empty((n_groups, TILE), np.float32), np.empty((n_groups, TILE), np.float32)
         out, total = np.empty((len(tokens), TILE), np.int32), np.empty((len(tokens), TILE), np.float32)
-        _read_grid(grid, tile, scale, zero)
+        read_grid(grid, tile, scale, zero)
         for first in range(0, x.shape[0], len(tokens)):
             total[:] = 0
             for g in range(n_groups):
@@ -365,7 +395,7 @@ def _expand(planes, grid, group, first, weight, bits):  # type: ignore[no-untype
     for t in prange(weight.shape[1] // TILE):
         tile = first + t
         scale, zero = np.empty((n_groups, TILE), np.float32), np.empty((n_groups, TILE), np.float32)
-        _read_grid(grid, tile, scale, zero)
+        read_grid(grid, tile, scale, zero)
         for column in range(planes.shape[1] * WORD):
             g = min(column // group, n_groups - 1)  # behind the last group: codes are zero and inputs too
             words, k = planes[tile, column // WORD], np.uint32(column % WORD)
@@ -398,21 +428,23 @@ class BitPlanes:
             codes |= (((plane >> places) & 1) << b).to(torch.uint8)
         return codes.view(planes.shape[0] * TILE, -1)
 
+    def arguments(self, weight: PackedWeight) -> tuple[Any, ...]:
+        """Words, grid, and what names the compiled variant."""
+        words = weight.stored[0].numpy().view(np.uint32)
+        return words, grid_arrays(weight.grid), _quads(weight.group), (0,) * weight.bits
+
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """See `Layout`: looked up for few tokens, expanded tile by tile for many."""
         share_threads()
         x = x.float()
-        (planes,) = stored = weight.stored
+        words, grid, quads, bits = weight.arguments
         if x.shape[0] * weight.bits > LOOKED_UP:
-            return _by_expansion(x, planes, weight)
-        y = torch.empty(x.shape[0], planes.shape[0] * TILE)
+            return by_expansion(x, words.shape, lambda first, out: _expand(words, grid, weight.group, first, out, bits))
+        y = torch.empty(x.shape[0], words.shape[0] * TILE)
         tables = np.empty((x.shape[0], x.shape[1] // QUAD, 16), np.float32)
         _tables(x.numpy(), tables)
-        quads, bits = _quads(weight.group), (0,) * stored[0].shape[2]
-        _multiply(
-            _words(planes), tables, _group_sums(x, weight).numpy(), _grid(weight.grid), weight.group // QUAD, y.numpy(),
-            bits, quads,
-        )  # fmt: skip
+        sums = _group_sums(x, weight).numpy()
+        _multiply(words, tables, sums, grid, weight.group // QUAD, y.numpy(), bits, quads)
         return y
 
     def takes_integers(self, weight: PackedWeight, n: int) -> bool:
@@ -437,29 +469,27 @@ class BitPlanes:
         inputs[:, 1:] = x.view(blocks, size - 1, -1)
         factors[:, :, 1:] = torch.stack([scale, offset]).view(2, blocks, -1)
         inputs, factors = inputs.flatten(0, 1), factors.flatten(1)
-        y = torch.empty(inputs.shape[0], weight.stored[0].shape[0] * TILE)
+        words, grid, quads, bits = weight.arguments
+        y = torch.empty(inputs.shape[0], words.shape[0] * TILE)
         _multiply_bytes(
-            _words(weight.stored[0]), inputs.numpy().view(np.int32), _group_sums(inputs, weight).numpy(),
-            factors[0].numpy(), factors[1].numpy(), _grid(weight.grid), weight.group // QUAD, y.numpy(),
-            (0,) * weight.bits, _quads(weight.group), (0,) * size,
+            words, inputs.numpy().view(np.int32), _group_sums(inputs, weight).numpy(), factors[0].numpy(),
+            factors[1].numpy(), grid, weight.group // QUAD, y.numpy(), bits, quads, (0,) * size,
         )  # fmt: skip
         return y.view(blocks, size, -1)[:, 1:].flatten(0, 1)[:n]
 
 
-def _by_expansion(x: Tensor, planes: Tensor, weight: PackedWeight) -> Tensor:
-    n_tiles, columns = planes.shape[0], planes.shape[1] * WORD
+def by_expansion(x: Tensor, shape: Sequence[int], expand: Callable[[int, np.ndarray], None]) -> Tensor:
+    """x float32 [n, columns] times a weight in words of this shape; expand writes the values of tiles from a first one on,
+    float32 [columns, rows]."""
+    n_tiles, columns = shape[0], shape[1] * WORD
     y = torch.empty(x.shape[0], n_tiles * TILE)
     step = max(1, EXPANDED // (columns * TILE))
     for first in range(0, n_tiles, step):
         last = min(n_tiles, first + step)
         values = torch.empty(columns, (last - first) * TILE)
-        _expand(_words(planes), _grid(weight.grid), weight.group, first, values.numpy(), (0,) * weight.bits)
+        expand(first, values.numpy())
         torch.mm(x, values, out=y[:, first * TILE : last * TILE])
     return y
-
-
-def _words(planes: Tensor) -> np.ndarray:
-    return planes.numpy().view(np.uint32)
 
 
 def _quads(group: int) -> tuple[int, ...]:
@@ -473,7 +503,7 @@ def _group_sums(x: Tensor, weight: PackedWeight) -> Tensor:
     return own.reshape(x.shape[0], weight.n_groups, weight.group).sum(-1, dtype=torch.float32)
 
 
-def _grid(grid: PackedGrid) -> tuple:
+def grid_arrays(grid: PackedGrid) -> tuple:
     """Scales and zero points as the compiled loops read them."""
     none = np.empty((0, 0), np.uint8)
     floats = _float_bits(grid.scale)

@@ -37,9 +37,10 @@ log = logging.getLogger(__name__)
 def layout_of(device: torch.device) -> Layout:
     """The layout of a device's kernels. On CUDA without Triton: one warning, and a byte a code."""
     if device.type == "cpu":
-        from quant.kernels.matmul.cpu import BitPlanes
+        from quant.kernels.matmul.cpu import BitPlanes, vector_level
+        from quant.kernels.matmul.cpu_fields import FieldTiles
 
-        return BitPlanes()
+        return BitPlanes() if vector_level() == "avx512" else FieldTiles()
     if device.type == "cuda":
         try:
             from quant.kernels.matmul.cuda import Fields

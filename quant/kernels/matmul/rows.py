@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quant.core.levels import Table, levels_of
+from quant.core.recording import as_one
 from quant.core.types import Outliers, QuantizedWeight
 from quant.kernels.matmul.weight import SmallInts, pack_small
 
@@ -95,6 +96,11 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [...] to rows [..., n] in the model's dtype."""
+        found: Tensor = as_one(self.lookup, ids)
+        return found
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """As `forward`."""
         numbers, places = torch.unique(ids, return_inverse=True)
         rows = self.packed.rows(numbers).to(self.dtype)
         found: Tensor = functional_call(self._own[0], {"weight": rows}, (places,))

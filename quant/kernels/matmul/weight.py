@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from quant.core.recording import as_one
+
 log = logging.getLogger(__name__)
 TILE = 32  # rows are filled up to a multiple of it
 WORD = 32  # columns are filled up to a multiple of it
@@ -35,6 +37,9 @@ class Layout(Protocol):
 
     def unpack(self, stored: tuple[Tensor, ...], bits: int) -> Tensor:
         """The codes uint8 [rows, columns] again."""
+
+    def arguments(self, weight: PackedWeight) -> tuple[Any, ...]:
+        """What its kernels take of a weight, made once."""
 
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """x float [n, columns], arranged as the codes are, times the weight without its outliers: float32 [n, rows]."""
@@ -178,6 +183,11 @@ class PackedWeight:
         return self.grid.scale.shape[0]
 
     @cached_property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the layout's kernels take of it."""
+        return self.layout.arguments(self)
+
+    @cached_property
     def ones(self) -> Tensor:
         """int8 [columns]: one for every column of the weight, zero where groups are filled up."""
         return self.arrange(torch.ones(1, self.n_in, dtype=torch.int8, device=self.grid.scale.device))[0]
@@ -219,15 +229,17 @@ class PackedWeight:
 
     def _with_minima(self, y: Tensor, x: Tensor) -> Tensor:
         """y [n, rows] with minimum times the sums of inputs over groups, for x float32 [n, columns] as codes are arranged."""
-        if self.grid.minimum is None:
-            return y
+        assert self.grid.minimum is not None
         sums = x[:, : self.n_groups * self.group].reshape(x.shape[0], self.n_groups, self.group).sum(-1)
         return y.addmm(sums, self.grid.minimum.float())
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [n, in] times the weight transposed, float32 [n, out]."""
         arranged = self.arrange(x)
-        y = self._with_minima(self.layout.matmul(arranged, self), arranged.float())[:, : self.n_out]
+        y = self.layout.matmul(arranged, self)
+        if self.grid.minimum is not None:
+            y = self._with_minima(y, arranged.float())
+        y = y if y.shape[1] == self.n_out else y[:, : self.n_out]
         return y if self.outliers is None else y + self.outliers.matmul(x.float())
 
     def integer_matmul(self, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -248,8 +260,8 @@ def arrange(columns: Tensor, n_groups: int, group: int) -> Tensor:
     own = -(-n_in // n_groups)
     if own != group:
         columns = F.pad(F.pad(columns, (0, own * n_groups - n_in)).view(n, n_groups, own), (0, group - own)).flatten(1)
-    total = -(-n_groups * group // WORD) * WORD
-    return F.pad(columns, (0, total - columns.shape[1])).contiguous()
+    missing = -(-n_groups * group // WORD) * WORD - columns.shape[1]
+    return (F.pad(columns, (0, missing)) if missing else columns).contiguous()
 
 
 def floats_of(x: Tensor, scale: Tensor, offset: Tensor, weight: PackedWeight) -> Tensor:
@@ -267,6 +279,10 @@ class Expanded:
     def unpack(self, stored: tuple[Tensor, ...], bits: int) -> Tensor:
         """As they are."""
         return stored[0]
+
+    def arguments(self, weight: PackedWeight) -> tuple[Any, ...]:
+        """The codes."""
+        return weight.stored
 
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """The equation of this file, group by group."""
@@ -307,6 +323,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
+        y: Tensor = as_one(self.product, x)
+        return y
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `forward`."""
         rows: Any = x.reshape(-1, x.shape[-1])
         if self.integers is not None and self.packed.layout.takes_integers(self.packed, rows.shape[0]):
             y = self.packed.integer_matmul(*self.integers(rows))
@@ -314,4 +335,5 @@ class PackedLinear(nn.Module):
             y = self.packed.matmul(rows if self.floats is None else self.floats(rows))
         if self.bias is not None:
             y = y + self.bias.float()
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        y = y.view(*x.shape[:-1], -1)
+        return y if y.dtype == x.dtype else y.to(x.dtype)

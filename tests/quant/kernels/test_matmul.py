@@ -16,6 +16,7 @@ from quant.core.types import Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.matmul import cpu as packed_cpu
 from quant.kernels.matmul import pack
 from quant.kernels.matmul import weight as packed
+from quant.kernels.matmul.cpu_fields import FieldTiles
 from quant.kernels.matmul.pack import pack_weight
 from quant.kernels.matmul.weight import Expanded, PackedLinear, pack_small
 from quant.solvers.gptq import gptq
@@ -63,11 +64,21 @@ def check(weight, tokens=1, limit=1e-6, device="cpu"):
     return own
 
 
-@pytest.fixture(params=["planes", "expanded"])
+LAYOUTS = {"fields": FieldTiles, "planes": packed_cpu.BitPlanes, "expanded": Expanded}
+
+
+@pytest.fixture(params=["fields", *long("planes"), "expanded"])
 def layout(request, monkeypatch):
-    """The kernels of the CPU, and the plain reference that other devices get."""
-    if request.param == "expanded":
-        monkeypatch.setattr(pack, "layout_of", lambda device: Expanded())
+    """The kernels of CPUs, and the plain reference that other devices get."""
+    monkeypatch.setattr(pack, "layout_of", lambda device: LAYOUTS[request.param]())
+
+
+@pytest.mark.parametrize("group", [-1, 12, 32])
+def test_planes_in_short(group, monkeypatch):
+    """The layout of CPUs with AVX-512; `make test-all` tries all of it anywhere."""
+    monkeypatch.setattr(pack, "layout_of", lambda device: packed_cpu.BitPlanes())
+    for tokens in (1, 60):
+        check(random_weight(40, 96, QuantSpec(3, group)), tokens)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, *long(5, 6, 7)])  # each compiles kernels of its own
@@ -110,10 +121,10 @@ def test_real_minima(bits, group, tokens, layout):
     check(random_weight(33, 96, QuantSpec(bits, group, kind="real"), 1e-8), tokens)  # minima in float32
 
 
-def test_many_tokens_are_expanded(monkeypatch):
-    weight = random_weight(300, 96, QuantSpec(3, 32))
+def test_many_tokens_are_expanded(layout, monkeypatch):
     monkeypatch.setattr(packed_cpu, "EXPANDED", 96 * packed_cpu.TILE * 3)  # several stretches of tiles, the last short
-    check(weight, packed_cpu.LOOKED_UP // 3 + 1)
+    check(random_weight(300, 96, QuantSpec(3, 32)), 60)
+    check(random_weight(300, 90, QuantSpec(3, -1)), 60)  # columns that fill up
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (5, 7), (33, 257), (64, 8), (31, 4096)])
@@ -309,9 +320,13 @@ from quant.kernels.matmul import cpu as packed_cpu
 from tests.quant.kernels.test_matmul import check
 from tests.helpers import random_weight
 from quant.core.types import QuantSpec
+from quant.kernels.matmul import pack
+from quant.kernels.matmul.cpu_fields import FieldTiles
 print(packed_cpu.vector_level(), packed_cpu.has_byte_products())
-for tokens in (1, 60):
-    check(random_weight(40, 96, QuantSpec(3, 16)), tokens)
+for layout in (packed_cpu.BitPlanes, FieldTiles):
+    pack.layout_of = lambda device: layout()
+    for tokens in (1, 5, 60):
+        check(random_weight(40, 96, QuantSpec(3, 16)), tokens)
 """
     env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     if level == "avx2":

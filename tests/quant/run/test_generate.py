@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quant.cli import generate as command
 from quant.core.errors import InputError
-from quant.run.generate import _pick
+from quant.run import generate as generating
+from quant.run.generate import Steps, _pick
+from quant.run.packed_model import load_resident, open_quantized
 from tests.helpers import DEMO, called
 
 FULL_STOP, EOS = 7, 1
+RECORDED_DEMOS = {"llama", "bloom", "falcon"}  # OPT reads its mask, Mistral keeps a window, mixtures choose experts
 FILES = ("generation_config.json", "config.json")
 
 
@@ -117,3 +120,45 @@ def test_logits_that_are_no_numbers_are_one_line() -> None:
         for temperature in (0.0, 1.0):
             with pytest.raises(InputError, match="logits are not finite"):
                 _pick(torch.tensor([1.0, bad]), temperature, None)
+
+
+def steps_of(name: str, n: int, forget: bool = False) -> tuple[list[torch.Tensor], Steps]:
+    """Logits of a demo model's own continuation of three tokens, and what gave them; forget: the record is never taken."""
+    resident = load_resident(open_quantized(str(DEMO / name), Path("unused")), torch.device("cpu"))
+    step, given, logits = Steps(resident.module, 3 + n), torch.tensor([[5, 6, 7]]), []
+    with torch.inference_mode():
+        for _ in range(n):
+            logits.append(step(given)[0, -1])
+            if forget:
+                step.replay = None
+            given = logits[-1].argmax()[None, None]
+    return logits, step
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "falcon", "opt", "mistral", "mixture"])
+def test_recorded_steps_are_the_modules(name: str) -> None:
+    own, step = steps_of(name, 12)
+    expected, _ = steps_of(name, 12, forget=True)
+    assert step.is_sure == (name in RECORDED_DEMOS) and bool(step.by_modules) != step.is_sure
+    for a, b in zip(own, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_record_that_gives_something_else_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = steps_of("llama", 6, forget=True)
+
+    def wrong(step: Any, given: torch.Tensor) -> Any:
+        return step(given), lambda x: expected[0][None, None] * 2
+
+    monkeypatch.setattr(generating, "record", wrong)
+    own, step = steps_of("llama", 6)
+    assert step.replay is None and "something else" in step.by_modules
+    assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
+def test_why_steps_are_not_recorded_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for name, says in (("mistral", "(step by step through the modules: its cache"), ("llama", "")):
+        words = ("--model", DEMO / name, "--prompt", "the river", "--max-new-tokens", 5)
+        _, out, _ = called(command, monkeypatch, capsys, *words)
+        line = out.splitlines()[-1]
+        assert "tokens a second" in line and says in line and ("modules" in line) == bool(says)

@@ -1,0 +1,186 @@
+"""What a function of tensors does, recorded once as a list of operations and replayed without the code that asked for them.
+
+A decoder answers a token by a thousand small operations, and the modules around them take longer than the operations do.
+Nothing is compiled and nothing is approximated: the same operations on the same tensors, in the same order. Those that
+depend on no input and on nothing that is written to are not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+UNKNOWN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class NotRecordedError(Exception):
+    """A step decides by the values of tensors, so that another input would take other operations."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    writes: bool
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operation below autograd, and functions that are to be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.within = 0  # functions that are one
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run it and keep it; results are kept alive, so that no two have one address."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.within:
+            return result
+        if _decides_by_values(func, args, kwargs):
+            raise NotRecordedError(str(func))
+        self.calls.append(_Call(func, args, kwargs, result, func._schema.is_mutable))
+        return result
+
+
+def _decides_by_values(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether another input could give something of another kind or shape, or the same one something else."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        declared = {a.name: a.default_value for a in func._schema.arguments} | given
+        return (
+            bool(declared.get("dropout_p", 1)) and declared.get("train") is not False
+        )  # without dropout nothing is drawn
+    return bool(UNKNOWN & set(func.tags))
+
+
+_active: list[_Recorder] = []
+
+
+def as_one(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args); while a step is recorded, as one operation. It must depend on its arguments alone and write nothing."""
+    if not _active:
+        return function(*args)
+    recorder = _active[-1]
+    recorder.within += 1
+    try:
+        result = function(*args)
+    finally:
+        recorder.within -= 1
+    if not recorder.within:
+        recorder.calls.append(_Call(function, args, {}, result, False))
+    return result
+
+
+def record(step: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """step(given), and what does the same for another tensor of its shape.
+
+    Tensors that the step writes to are written to again by every replay. Raises NotRecordedError where the step reads a
+    tensor's value, or gives a result whose shape depends on one; it has run in part then.
+    """
+    recorder = _Recorder()
+    _active.append(recorder)
+    try:
+        with recorder:
+            result = step(given)
+    finally:
+        _active.pop()
+    return result, _replay(recorder.calls, given, result)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _varying(calls: Sequence[_Call], given: Tensor) -> list[_Call]:
+    """Those whose result is another one the next time: of the input, or in memory that is written to."""
+    written = {_storage(t) for call in calls if call.writes for t in _tensors((_written(call), call.result))}
+    varying, kept = {id(given)}, []
+    for call in calls:
+        read, made = _tensors((call.args, call.kwargs)), _tensors(call.result)
+        if call.writes or any(id(t) in varying or _storage(t) in written for t in (*read, *made)):
+            varying |= {id(t) for t in made}
+            kept.append(call)
+    return kept
+
+
+def _written(call: _Call) -> list[Any]:
+    """The arguments that an operation writes to."""
+    declared = call.function._schema.arguments  # type: ignore[attr-defined]
+    by_name = dict(zip((argument.name for argument in declared), call.args, strict=False)) | call.kwargs
+    return [by_name.get(a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _replay(calls: Sequence[_Call], given: Tensor, result: Tensor) -> Callable[[Tensor], Tensor]:
+    """The operations that have to be repeated, as one plain function."""
+    graph, constants = fx.Graph(), torch.nn.Module()
+    nodes: dict[int, fx.Node] = {id(given): graph.placeholder("given")}
+
+    def node_of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in nodes:
+            name = f"constant_{len(nodes)}"
+            constants.register_buffer(name, leaf)
+            nodes[id(leaf)] = graph.get_attr(name)
+        return nodes[id(leaf)]
+
+    plain: dict[Any, Callable[..., Any]] = {}
+    for call in _varying(calls, given):
+        if not call.writes and any(call.result is t for t in _tensors(call.args)):
+            continue  # a cast to what it is
+        function = plain.get(call.function, call.function)
+        if function is call.function:  # written to since, its arguments may not give the same: the next call may tell
+            function = plain[call.function] = _plain(call)
+        node = graph.call_function(function, tree_map(node_of, call.args), tree_map(node_of, call.kwargs))
+        if isinstance(call.result, Tensor):
+            nodes[id(call.result)] = node
+            continue
+        for i, part in enumerate(call.result if isinstance(call.result, (tuple, list)) else ()):
+            if isinstance(part, Tensor):
+                nodes[id(part)] = graph.call_function(_part, (node, i))
+    graph.output(node_of(result))
+    graph.eliminate_dead_code()
+    replayed: Callable[[Tensor], Tensor] = fx.GraphModule(constants, graph).forward
+    return replayed
+
+
+def _plain(call: _Call) -> Callable[..., Any]:
+    """The function of torch's own Python interface that gives the very same: calls of operators by name take three times as long."""
+    if call.writes or not isinstance(call.function, torch._ops.OpOverload):
+        return call.function
+    name = call.function._schema.name.partition("::")[2]
+    for place in (torch, torch._C._nn, Tensor):
+        found = getattr(place, name, None)
+        if found is None:
+            continue
+        try:
+            own = found(*call.args, **call.kwargs)
+        except TypeError:  # another signature
+            continue
+        if isinstance(own, Tensor) and isinstance(call.result, Tensor) and _is_same(own, call.result):
+            return found
+    return call.function
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+
+
+def _part(results: Any, i: int) -> Any:
+    return results[i]
