@@ -32,7 +32,12 @@ ONLY_IN = {
     "accelerate": {"models/load.py"},
     "datasets": {"data/corpora.py", "data/tasks/_items.py", "quant/evaluate/tasks.py"},  # there: what lm-eval raises
     "lm_eval": {"quant/evaluate/tasks.py"},
-    "numba": {"quant/kernels/columns/cpu.py", "quant/kernels/matmul/cpu.py", "quant/kernels/matmul/cpu_fields.py"},
+    "numba": {
+        "quant/kernels/threads.py",
+        "quant/kernels/columns/cpu.py",
+        "quant/kernels/matmul/cpu.py",
+        "quant/kernels/matmul/cpu_fields.py",
+    },
     "llvmlite": {"quant/kernels/matmul/cpu.py", "quant/kernels/matmul/cpu_fields.py"},
     "triton": {"quant/kernels/columns/cuda.py", "quant/kernels/matmul/cuda.py"},
     "jinja2": {"quant/report/page.py", "quant/evaluate/tasks.py"},  # there: templates of tasks are filled in a sandbox

@@ -6,10 +6,8 @@ with the B x B matrix.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
@@ -18,8 +16,8 @@ from torch import Tensor
 from quant.core.levels import Table, level_tensors
 from quant.core.stacks import add_times_
 from quant.kernels.columns.reference import ColumnBlock, inverse_diagonal
+from quant.kernels.threads import share_threads
 
-_GIVEN = torch.get_num_threads()
 TILE = 64
 SPARSE_BELOW = 0.1  # share of changed entries below which they are propagated one by one
 NO_CODES, NO_FLAGS, NO_LIMITS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_), np.empty(0, np.float32)
@@ -183,21 +181,3 @@ def _grid(block: ColumnBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.fl
 def _levels(table: Table) -> tuple[np.ndarray, np.ndarray]:
     levels, middles = level_tensors(table, torch.device("cpu"), torch.float32)
     return levels.numpy(), middles.numpy()
-
-
-_told = threading.local()  # numba keeps the number by thread, and takes microseconds to set it
-
-
-def share_threads() -> None:
-    """As many threads for the compiled loops as torch has."""
-    n = torch.get_num_threads()
-    if getattr(_told, "threads", None) != n:
-        numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        _told.threads = n
-
-
-# Loading the loops has started numba's threads, and numba then tells OpenMP, which torch shares, to use all cores: torch
-# would compute with as many from here on, whatever it was told.
-share_threads()
-torch.set_num_threads(_GIVEN)
-share_threads()

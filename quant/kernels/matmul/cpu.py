@@ -24,8 +24,8 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic
 from torch import Tensor
 
-from quant.kernels.columns.cpu import share_threads
 from quant.kernels.matmul.weight import QUAD, TILE, WORD, PackedGrid, PackedWeight, SmallInts, floats_of
+from quant.kernels.threads import share_threads
 
 LOOKED_UP = 128  # tokens times bits up to which float inputs are looked up; above, rows are expanded and multiplied
 EXPANDED = 1 << 22  # weights expanded at a time: 16 MB of float32

@@ -20,9 +20,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from quant.kernels.columns.cpu import share_threads
 from quant.kernels.matmul.cpu import _OPTIONS, Emitter, as_float, by_expansion, grid_arrays
 from quant.kernels.matmul.weight import TILE, WORD, PackedWeight, floats_of
+from quant.kernels.threads import share_threads
 
 WIDTHS = (8, 4, 2, 1)
 MULTIPLIED = (

@@ -69,7 +69,7 @@ class SmallInts:
 def pack_small(values: Tensor, bits: int) -> SmallInts:
     """Integers [G, rows] below 2^bits in the narrowest width that divides a byte."""
     width = next(w for w in (1, 2, 4, 8) if w >= bits)
-    per, values = 8 // width, values.to(torch.uint8)
+    per, values = 8 // width, values.to(torch.uint8).contiguous()  # kernels take rows as they lie
     padded = F.pad(values, (0, 0, 0, -values.shape[0] % per)).view(-1, per, values.shape[1])
     data = padded[:, 0].clone()
     for p in range(1, per):

@@ -85,6 +85,7 @@ def test_planes_in_short(group, monkeypatch):
 def test_every_width(bits, layout):
     for group in (-1, 32, 128):
         check(random_weight(48, 256, QuantSpec(bits, group)))
+    check(random_weight(32, 64, QuantSpec(bits, 8)))  # nothing is filled up
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 20])
