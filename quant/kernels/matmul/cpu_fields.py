@@ -25,9 +25,9 @@ from quant.kernels.matmul.weight import TILE, WORD, PackedWeight, floats_of
 from quant.kernels.threads import share_threads
 
 WIDTHS = (8, 4, 2, 1)
-MULTIPLIED = (
-    48  # tokens up to which codes are multiplied as they are; above, rows are expanded for the library's product
-)
+# Tokens up to which codes of one, two or three fields are multiplied as they are; above, rows are expanded for the library's
+# product (benchmarks/results/packed.md).
+MULTIPLIED = (1024, 96, 48)
 TOKENS = 4  # that share the codes, half a tile at a time
 STEPS = (8, 4)  # columns taken at a time: compiled variants
 
@@ -287,7 +287,7 @@ class FieldTiles:
         if weight.grid.codes is not None:
             scale = np.empty((weight.n_groups, words.shape[0] * TILE), np.float32)
             _two_level_scales(grid, scale)
-        if n > MULTIPLIED:
+        if n > MULTIPLIED[len(fields_of(weight.bits)) - 1]:
 
             def expand(first: int, values: np.ndarray) -> None:
                 _expand(words, scale, *zeros, group, first, values, bits, steps)
