@@ -208,20 +208,21 @@ def refit_scale_zero(
     products = times(offsets, gram)
     qq, q1, ones = (products * offsets).sum(1), products.sum(1), for_rows(gram.sum((-2, -1)), len(offsets))
     cq, c1 = (correlation * offsets).sum(1), correlation.sum(1)
-    best_scale, best_shift, best = scale.clone(), torch.zeros_like(scale), torch.zeros_like(scale)
-    for shift in (0,) if symmetric else (0, -1, 1):
-        pp = qq - 2 * shift * q1 + shift**2 * ones  # pΣp
-        pull = cq - shift * c1 + scale * (qq - shift * q1)  # p·c + scale·pΣq, so that the best s is pull / pp
-        wanted, moved = torch.where(pp > 0, pull / pp, scale), zero + shift
-        new = at_least_finest(round_scale(wanted), spec)
-        new = within_largest(new, moved.clamp(0, spec.qmax), spec)
-        # What s and d change of the objective: its quadratic at (new, d) less that at (scale, 0).
-        gain = new * new * pp - 2 * new * pull - (scale * scale * qq - 2 * scale * (cq + scale * qq))
-        # Zero points are 1 or above, as `range_to_grid` makes them; scales are positive.
-        legal = (pp > 0) & (wanted > 0) & torch.isfinite(wanted)
-        legal &= (moved >= min(1, spec.qmax - 1)) & (moved <= spec.qmax)
-        better = legal & (gain < best)
-        best = torch.where(better, gain, best)
-        best_scale = torch.where(better, new, best_scale)
-        best_shift = torch.where(better, float(shift), best_shift)
+    shift = scale.new_tensor((0.0,) if symmetric else (0.0, -1.0, 1.0))[:, None]  # [changes, 1]: all of them at once
+    pp = qq - 2 * shift * q1 + shift**2 * ones  # pΣp
+    pull = cq - shift * c1 + scale * (qq - shift * q1)  # p·c + scale·pΣq, so that the best s is pull / pp
+    wanted, moved = torch.where(pp > 0, pull / pp, scale), zero + shift
+    new = at_least_finest(round_scale(wanted), spec)
+    new = within_largest(new, moved.clamp(0, spec.qmax), spec)
+    # What s and d change of the objective: its quadratic at (new, d) less that at (scale, 0).
+    gain = new * new * pp - 2 * new * pull - (scale * scale * qq - 2 * scale * (cq + scale * qq))
+    # Zero points are 1 or above, as `range_to_grid` makes them; scales are positive.
+    legal = (pp > 0) & (wanted > 0) & torch.isfinite(wanted)
+    legal &= (moved >= min(1, spec.qmax - 1)) & (moved <= spec.qmax)
+    gain = torch.where(legal, gain, torch.inf)
+    best_scale, best_shift, best = scale, torch.zeros_like(scale), torch.zeros_like(scale)
+    for d, s, lower in zip(shift, new, gain, strict=True):
+        better = lower < best
+        best = torch.where(better, lower, best)
+        best_scale, best_shift = torch.where(better, s, best_scale), torch.where(better, d, best_shift)
     return best_scale, best_shift

@@ -14,6 +14,7 @@ layer (see `damped_gram`).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -91,8 +92,7 @@ class Descent:
         if spec.super_kind is not None:
             self._refit_superblocks(spec)
             return
-        for g in range(self.scale.shape[1]):
-            columns = (self.group == g).nonzero().squeeze(1)  # [n]
+        for g, columns in enumerate(self.columns):
             if self.minimum is not None:
                 self._refit_line(g, columns, self.minimum, spec)
                 continue
@@ -116,7 +116,17 @@ class Descent:
             self.residual[:, columns] += change
             self.kernels.propagate_(self.correlation, change, rows)
 
-    def _refit_line(self, g: int, columns: Tensor, minimum: Tensor, spec: QuantSpec) -> None:
+    @cached_property
+    def columns(self) -> list[slice | Tensor]:
+        """Where the columns of every group are: side by side they are views of what they are of, and nothing is copied."""
+        places = [(self.group == g).nonzero().squeeze(1) for g in range(self.scale.shape[1])]
+        bounds = [(int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0) for own in places]
+        return [
+            slice(first, end) if end - first == len(own) else own
+            for own, (first, end) in zip(places, bounds, strict=True)
+        ]
+
+    def _refit_line(self, g: int, columns: slice | Tensor, minimum: Tensor, spec: QuantSpec) -> None:
         """The same for scale and minimum of group g, which has these columns."""
         codes, rows = self.codes[:, columns].float(), self.gram[..., columns, :]  # [out, n], [n, in]
         free = None if self.free is None else self.free[:, columns]
