@@ -10,7 +10,7 @@ venv: .venv/installed
 .venv/installed: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m quant.kernels.ahead
+	$(BIN)/python -m scripts.compile_ahead
 	touch $@
 
 # The main job on an embedded trained model: no network, a few minutes on a laptop. DEMO=opt|bloom|falcon|llama|mistral|mixture
