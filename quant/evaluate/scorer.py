@@ -108,10 +108,13 @@ def _read(stream: BlockStream, group: Sequence[Key], outside: Weights) -> list[S
     answers: list[Score] = []
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        log_p = torch.log_softmax(stream.logits(rows, outside), -1)
+        # A large vocabulary's head costs more than the blocks: it sees the stretch that holds what is scored of these rows.
+        first = min(len(tokens) - scored - 1 for tokens, scored in group[rows])
+        last = max(len(tokens) - 1 for tokens, _ in group[rows])
+        log_p = torch.log_softmax(stream.logits(rows, outside, slice(first, last)), -1)
         for row, (tokens, scored) in enumerate(group[rows]):
-            end = len(tokens)
-            answers.append(_score_of(log_p[row, end - scored - 1 : end - 1], tokens[end - scored :]))
+            end = len(tokens) - 1 - first
+            answers.append(_score_of(log_p[row, end - scored : end], tokens[len(tokens) - scored :]))
     return answers
 
 
