@@ -7,16 +7,22 @@ depend on no input and on nothing that is written to are not repeated.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 UNKNOWN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Composite operators come undivided under inference mode, and without the tags of what they are made of.
+UNTAGGED = {torch.ops.aten.where.default, torch.ops.aten.nonzero_numpy.default, torch.ops.aten.repeat_interleave.self_Tensor,
+            torch.ops.aten.tensor_split.tensor_indices_or_sections}  # fmt: skip
+READING = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__, Tensor.__format__}  # seen by no dispatch
 
 
 class NotRecordedError(Exception):
@@ -43,13 +49,29 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run it and keep it; results are kept alive, so that no two have one address."""
         kwargs = kwargs or {}
+        if func is torch.ops.aten.lift_fresh.default:  # a constant of the code, new every time: it may be written to
+            func = torch.ops.aten.clone.default
         result = func(*args, **kwargs)
         if self.within:
             return result
-        if _decides_by_values(func, args, kwargs):
+        if _decides_by_values(func, args, kwargs) or not all(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             raise NotRecordedError(str(func))
         self.calls.append(_Call(func, args, kwargs, result, func._schema.is_mutable))
         return result
+
+
+class _Reading(TorchFunctionMode):
+    """Refuses what reads a tensor without an operation."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Pass everything else on."""
+        if func in READING and not self.recorder.within:
+            raise NotRecordedError(getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
 
 
 def _decides_by_values(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -62,17 +84,17 @@ def _decides_by_values(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         return (
             bool(declared.get("dropout_p", 1)) and declared.get("train") is not False
         )  # without dropout nothing is drawn
-    return bool(UNKNOWN & set(func.tags))
+    return func in UNTAGGED or bool(UNKNOWN & set(func.tags))
 
 
-_active: list[_Recorder] = []
+_active = threading.local()  # dispatch modes are a thread's, too
 
 
 def as_one(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args); while a step is recorded, as one operation. It must depend on its arguments alone and write nothing."""
-    if not _active:
+    recorder = getattr(_active, "recorder", None)
+    if recorder is None:
         return function(*args)
-    recorder = _active[-1]
     recorder.within += 1
     try:
         result = function(*args)
@@ -86,16 +108,15 @@ def as_one(function: Callable[..., Any], *args: Any) -> Any:
 def record(step: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """step(given), and what does the same for another tensor of its shape.
 
-    Tensors that the step writes to are written to again by every replay. Raises NotRecordedError where the step reads a
+    Tensors that the step writes to are written to again by every replay; what it counts in Python stays as it is. Raises NotRecordedError where the step reads a
     tensor's value, or gives a result whose shape depends on one; it has run in part then.
     """
-    recorder = _Recorder()
-    _active.append(recorder)
+    recorder = _active.recorder = _Recorder()
     try:
-        with recorder:
+        with recorder, _Reading(recorder):
             result = step(given)
     finally:
-        _active.pop()
+        _active.recorder = None
     return result, _replay(recorder.calls, given, result)
 
 
@@ -162,6 +183,10 @@ def _replay(calls: Sequence[_Call], given: Tensor, result: Tensor) -> Callable[[
 
 def _plain(call: _Call) -> Callable[..., Any]:
     """The function of torch's own Python interface that gives the very same: calls of operators by name take three times as long."""
+    if (
+        call.function is torch.ops.aten.lift_fresh.default
+    ):  # a constant of the code, new every time: it may be written to
+        return torch.clone
     if call.writes or not isinstance(call.function, torch._ops.OpOverload):
         return call.function
     name = call.function._schema.name.partition("::")[2]

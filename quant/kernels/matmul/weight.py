@@ -335,5 +335,5 @@ class PackedLinear(nn.Module):
             y = self.packed.matmul(rows if self.floats is None else self.floats(rows))
         if self.bias is not None:
             y = y + self.bias.float()
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if y.dtype == x.dtype else y.to(x.dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -87,14 +89,23 @@ def test_one_within_one() -> None:
         lambda x: x if x.sum() > 0 else -x,
         lambda x: x.unique(),
         lambda x: torch.bincount(x.long().abs()),
+        lambda x: x * 2 if x.max() < 3 else x * 3,
+        lambda x: x * max(x[0], x[1]),
+        lambda x: x * len(torch.where(x > 2)[0]),
+        lambda x: x.repeat_interleave(x.long().abs()),
+        lambda x: x * x.tolist()[0],
+        lambda x: x * float(x.numpy().sum()),
+        lambda x: x * float(np.asarray(x).sum()),
+        lambda x: x * float(f"{x[0]}"),
         lambda x: F.dropout(x, 0.5),
         lambda x: x + torch.rand(3),
         lambda x: F.scaled_dot_product_attention(*[x.view(1, 1, 1, 3)] * 3, dropout_p=0.5),
     ],
 )
 def test_what_decides_by_values_or_draws_is_refused(step: Any) -> None:
-    with torch.no_grad(), pytest.raises(NotRecordedError):
-        record(step, torch.tensor([1.0, -2.0, 3.0]))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), pytest.raises(NotRecordedError):
+            record(step, torch.tensor([1.0, -2.0, 3.0]))
     assert torch.equal(as_one(torch.neg, torch.ones(1)), -torch.ones(1)), "nothing is left recording"
 
 
@@ -105,6 +116,7 @@ def test_what_decides_by_values_or_draws_is_refused(step: Any) -> None:
         lambda x: F.scaled_dot_product_attention(*[x.view(1, 1, 1, 3)] * 3),
         lambda x: torch.where(x > 0, x, -x).masked_fill(x == 0, 3),
         lambda x: x.to(torch.float32).to(torch.float64),
+        lambda x: torch.tensor([0.0, 0.0, 1.0]).masked_fill_(x > 2, 9.0) + x,
         lambda x: torch.topk(x, 2).values + torch.topk(x, 2).indices,
         lambda x: x.view(1, 3).expand(2, 3)[:, 1:].contiguous() @ torch.arange(2.0),
     ],
@@ -112,5 +124,33 @@ def test_what_decides_by_values_or_draws_is_refused(step: Any) -> None:
 def test_what_does_not_is_replayed(step: Any) -> None:
     with torch.inference_mode():
         _, replay = record(step, torch.tensor([1.0, -2.0, 3.0]))
-        for x in inputs(4):
+        for x in [3 * x for x in inputs(6)]:
             assert torch.equal(replay(x), step(x))
+
+
+def test_a_split_at_places_that_are_given_is_refused() -> None:
+    """Seen under inference mode alone, which generation is in."""
+    with torch.inference_mode(), pytest.raises(NotRecordedError):
+        record(lambda x: x.tensor_split(x[:1].long())[0], torch.tensor([1.0, -2.0, 3.0]))
+
+
+def test_other_threads_are_not_recorded() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow(x: Tensor) -> Tensor:
+        begun.set()
+        ended.wait(10)
+        return x
+
+    other = threading.Thread(target=as_one, args=(slow, torch.ones(1)))
+
+    def step(x: Tensor) -> Tensor:
+        other.start()
+        begun.wait(10)
+        y = x * 2
+        ended.set()
+        other.join()
+        return y + 1
+
+    _, replay = record(step, torch.tensor([1.0]))
+    assert torch.equal(replay(torch.tensor([4.0])), torch.tensor([9.0]))

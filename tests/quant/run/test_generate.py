@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -154,6 +155,31 @@ def test_a_record_that_gives_something_else_is_left(monkeypatch: pytest.MonkeyPa
     own, step = steps_of("llama", 6)
     assert step.replay is None and "something else" in step.by_modules
     assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
+def test_rotations_that_change_with_the_length_are_left_to_the_modules(source: Path) -> None:
+    """The comparison would not see it: the first tokens lie below the length at which they change."""
+    config = json.loads((source / "config.json").read_text())
+    config |= {
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    own, step = steps_of(str(source), 24)
+    expected, _ = steps_of(str(source), 24, forget=True)
+    assert not step.is_sure and "is_nonzero" in step.by_modules
+    assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
+def test_a_collector_that_was_told_before_is_left_alone(talk: Any) -> None:
+    gc.freeze()
+    try:
+        talk(DEMO / "llama", "--prompt", "the river", "--max-new-tokens", 3)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    talk(DEMO / "llama", "--prompt", "the river", "--max-new-tokens", 3)
+    assert gc.get_freeze_count() == 0
 
 
 def test_why_steps_are_not_recorded_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
