@@ -100,7 +100,8 @@ def load(work: Callable[[], object]) -> None:
     for module in COMMANDS.values():
         importlib.import_module(module)
     for name in in_child(lambda: (work(), list(sys.modules))[1]):
-        if not (name.startswith("quant.kernels") and name.endswith(".cpu")) and name not in sys.modules:
+        compiled = name.startswith("quant.kernels") and name.endswith((".cpu", ".cpu_fields", ".threads"))
+        if not compiled and name not in sys.modules:
             importlib.import_module(name)
 
 

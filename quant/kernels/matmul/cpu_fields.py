@@ -88,14 +88,11 @@ class _Words:
         block = builder.add(block, first_part)
         within = builder.and_(column, e.size(WORD - 1))
         self.words: list[list[list[Any]]] = []  # of a field, of 32 / width columns, of a part
-        for (
-            width,
-            low,
-        ) in self.fields:  # a block of 32 columns takes ``width`` words of a field, behind those of the fields below
+        for width, low in self.fields:
             bit = builder.mul(within, e.size(width))
-            word = builder.add(
-                block, builder.mul(builder.add(builder.lshr(bit, e.size(5)), e.size(low)), e.size(e.parts))
-            )
+            # A block of 32 columns takes ``width`` words of a field, behind those of the fields below.
+            within_block = builder.add(builder.lshr(bit, e.size(5)), e.size(low))
+            word = builder.add(block, builder.mul(within_block, e.size(e.parts)))
             read = [
                 [e.load(source, builder.add(word, e.size(w * e.parts + p))) for p in range(parts)]
                 for w in range(max(1, columns * width // WORD))
@@ -111,10 +108,9 @@ class _Words:
         for (width, low), words in zip(self.fields, self.words, strict=True):
             word = words[column * width // WORD][part]
             up = low - column * width % WORD  # where the field's bits are to go, from where they are
-            moved = (
-                builder.shl(word, self.e.every(up)) if up > 0 else builder.lshr(word, self.e.every(-up)) if up else word
-            )
-            own = builder.and_(moved, self.e.every(((1 << width) - 1) << low))
+            if up:
+                word = builder.shl(word, self.e.every(up)) if up > 0 else builder.lshr(word, self.e.every(-up))
+            own = builder.and_(word, self.e.every(((1 << width) - 1) << low))
             whole = own if whole is None else builder.or_(whole, own)
         return whole
 
@@ -200,10 +196,8 @@ def _two_level_scales(grid, scale):  # type: ignore[no-untyped-def]  # noqa: ANN
     for g in range(scale.shape[0]):
         row, shift = codes[g * width >> 3], np.uint8(g * width & 7)
         for lane in range(scale.shape[1]):
-            code, of = (
-                np.uint8(np.uint8(row[lane] >> shift) & np.uint8((1 << width) - 1)),
-                min(lane // shared, base.shape[1] - 1),
-            )
+            code = np.uint8(np.uint8(row[lane] >> shift) & np.uint8((1 << width) - 1))
+            of = min(lane // shared, base.shape[1] - 1)
             scale[g, lane] = as_float(base[g, of]) + np.float32(code) * as_float(step[g, of])  # type: ignore[call-arg]
 
 

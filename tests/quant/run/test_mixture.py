@@ -307,7 +307,11 @@ def test_learned_methods_refuse_mixtures(model_dir, text, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(
     "name, billions, active",
-    [("qwen3-30b-a3b", 30.53, 3.35), ("mixtral-8x7b", 46.70, 12.88), ("qwen3-235b-a22b", 235.09, 22.19)],
+    [
+        ("qwen3-30b-a3b", 30.53, 3.35),
+        ("mixtral-8x7b", 46.70, 12.88),
+        pytest.param("qwen3-235b-a22b", 235.09, 22.19, marks=pytest.mark.long),
+    ],
 )
 def test_plans_of_large_mixtures_are_the_sums(name, billions, active, tmp_path):
     """Parameters as published; one expert's Gram matrices at a time; passes meet the experts of a token alone."""
