@@ -81,9 +81,8 @@ def _decides_by_values(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     if torch.Tag.nondeterministic_seeded in func.tags:
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         declared = {a.name: a.default_value for a in func._schema.arguments} | given
-        return (
-            bool(declared.get("dropout_p", 1)) and declared.get("train") is not False
-        )  # without dropout nothing is drawn
+        # An attention or a dropout that drops nothing draws nothing.
+        return bool(declared.get("dropout_p", 1)) and declared.get("train") is not False
     return func in UNTAGGED or bool(UNKNOWN & set(func.tags))
 
 
@@ -108,8 +107,9 @@ def as_one(function: Callable[..., Any], *args: Any) -> Any:
 def record(step: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """step(given), and what does the same for another tensor of its shape.
 
-    Tensors that the step writes to are written to again by every replay; what it counts in Python stays as it is. Raises NotRecordedError where the step reads a
-    tensor's value, or gives a result whose shape depends on one; it has run in part then.
+    Tensors that the step writes to are written to again by every replay; what it counts in Python stays as it is. Raises
+    NotRecordedError where the step reads a tensor's value, or gives a result whose shape depends on one; it has run in
+    part then.
     """
     recorder = _active.recorder = _Recorder()
     try:
@@ -183,10 +183,6 @@ def _replay(calls: Sequence[_Call], given: Tensor, result: Tensor) -> Callable[[
 
 def _plain(call: _Call) -> Callable[..., Any]:
     """The function of torch's own Python interface that gives the very same: calls of operators by name take three times as long."""
-    if (
-        call.function is torch.ops.aten.lift_fresh.default
-    ):  # a constant of the code, new every time: it may be written to
-        return torch.clone
     if call.writes or not isinstance(call.function, torch._ops.OpOverload):
         return call.function
     name = call.function._schema.name.partition("::")[2]
@@ -196,7 +192,7 @@ def _plain(call: _Call) -> Callable[..., Any]:
             continue
         try:
             own = found(*call.args, **call.kwargs)
-        except TypeError:  # another signature
+        except (TypeError, ValueError, IndexError, RuntimeError):  # another signature: the operator itself it is
             continue
         if isinstance(own, Tensor) and isinstance(call.result, Tensor) and _is_same(own, call.result):
             return found

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
+from quant.kernels.matmul.cpu_fields import MULTIPLIED
 from quant.kernels.matmul.pack import pack_weight
 
 WIDTHS = (4, 3, 2, 8)  # others compile at their first product
-TOKENS = (1, 8, 1025)  # one, some and many: a variant each
+TOKENS = (1, 8, MULTIPLIED[0] + 1)  # one, some and many: a variant each
 
 
 def of_columns() -> None:

@@ -302,7 +302,7 @@ def _unpack_small(data, width, first, out):  # type: ignore[no-untyped-def]  # n
 
 
 @njit(**_OPTIONS)
-def read_grid(grid, tile, scale, zero):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _read_grid(grid, tile, scale, zero):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Scales and zero points of a tile's rows, [G, 32 rows] each."""
     base, zeros, zero_width, one_zero, codes, code_width, step, shared = grid
     first = tile * TILE
@@ -329,7 +329,7 @@ def _multiply(planes, tables, sums, grid, group_quads, y, bits, quads):  # type:
     for tile in prange(planes.shape[0]):
         scale, zero = np.empty((n_groups, TILE), np.float32), np.empty((n_groups, TILE), np.float32)
         out, total = np.empty(TILE, np.float32), np.zeros((n_tokens, TILE), np.float32)
-        read_grid(grid, tile, scale, zero)
+        _read_grid(grid, tile, scale, zero)
         for g in range(n_groups):
             for n in range(n_tokens):
                 _lookup_sums(planes, tile, tables, n, g * group_quads, steps, out, bits, quads)  # type: ignore[call-arg]
@@ -347,7 +347,7 @@ def _multiply_bytes(planes, x, sums, x_scale, offset, grid, group_quads, y, bits
     for tile in prange(planes.shape[0]):
         scale, zero = np.empty((n_groups, TILE), np.float32), np.empty((n_groups, TILE), np.float32)
         out, total = np.empty((len(tokens), TILE), np.int32), np.empty((len(tokens), TILE), np.float32)
-        read_grid(grid, tile, scale, zero)
+        _read_grid(grid, tile, scale, zero)
         for first in range(0, x.shape[0], len(tokens)):
             total[:] = 0
             for g in range(n_groups):
@@ -395,7 +395,7 @@ def _expand(planes, grid, group, first, weight, bits):  # type: ignore[no-untype
     for t in prange(weight.shape[1] // TILE):
         tile = first + t
         scale, zero = np.empty((n_groups, TILE), np.float32), np.empty((n_groups, TILE), np.float32)
-        read_grid(grid, tile, scale, zero)
+        _read_grid(grid, tile, scale, zero)
         for column in range(planes.shape[1] * WORD):
             g = min(column // group, n_groups - 1)  # behind the last group: codes are zero and inputs too
             words, k = planes[tile, column // WORD], np.uint32(column % WORD)
@@ -437,7 +437,7 @@ class BitPlanes:
         """See `Layout`: looked up for few tokens, expanded tile by tile for many."""
         share_threads()
         x = x.float()
-        words, grid, quads, bits = weight.arguments
+        words, grid, quads, bits = weight.once(self.arguments)
         if x.shape[0] * weight.bits > LOOKED_UP:
             return by_expansion(x, words.shape, lambda first, out: _expand(words, grid, weight.group, first, out, bits))
         y = torch.empty(x.shape[0], words.shape[0] * TILE)
@@ -469,7 +469,7 @@ class BitPlanes:
         inputs[:, 1:] = x.view(blocks, size - 1, -1)
         factors[:, :, 1:] = torch.stack([scale, offset]).view(2, blocks, -1)
         inputs, factors = inputs.flatten(0, 1), factors.flatten(1)
-        words, grid, quads, bits = weight.arguments
+        words, grid, quads, bits = weight.once(self.arguments)
         y = torch.empty(inputs.shape[0], words.shape[0] * TILE)
         _multiply_bytes(
             words, inputs.numpy().view(np.int32), _group_sums(inputs, weight).numpy(), factors[0].numpy(),

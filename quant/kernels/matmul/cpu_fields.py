@@ -275,7 +275,7 @@ class FieldTiles:
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """See `Layout`: as they are for few tokens, expanded tile by tile for many."""
         share_threads()
-        n, (words, grid, zeros, group, bits, steps) = x.shape[0], weight.arguments
+        n, (words, grid, zeros, group, bits, steps) = x.shape[0], weight.once(self.arguments)
         x = x if x.dtype == torch.float32 else x.float()
         scale = grid[0]
         if weight.grid.codes is not None:

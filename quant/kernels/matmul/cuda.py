@@ -133,10 +133,6 @@ class Fields:
             shift += width
         return codes
 
-    def arguments(self, weight: PackedWeight) -> tuple[Tensor, ...]:
-        """The fields."""
-        return weight.stored
-
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """See `Layout`."""
         n_columns, n_rows = x.shape[1], weight.stored[0].shape[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -37,9 +37,6 @@ class Layout(Protocol):
 
     def unpack(self, stored: tuple[Tensor, ...], bits: int) -> Tensor:
         """The codes uint8 [rows, columns] again."""
-
-    def arguments(self, weight: PackedWeight) -> tuple[Any, ...]:
-        """What its kernels take of a weight, made once."""
 
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """x float [n, columns], arranged as the codes are, times the weight without its outliers: float32 [n, rows]."""
@@ -176,16 +173,19 @@ class PackedWeight:
     grid: PackedGrid
     order: Tensor | None = None
     outliers: SparseRows | PackedColumns | None = None
+    _kept: tuple[Any, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def n_groups(self) -> int:
         """Groups along the inputs."""
         return self.grid.scale.shape[0]
 
-    @cached_property
-    def arguments(self) -> tuple[Any, ...]:
-        """What the layout's kernels take of it."""
-        return self.layout.arguments(self)
+    def once(self, make: Callable[[PackedWeight], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """make(self), kept: what the kernels of its layout take of it."""
+        if self._kept is None:
+            object.__setattr__(self, "_kept", make(self))
+        assert self._kept is not None
+        return self._kept
 
     @cached_property
     def ones(self) -> Tensor:
@@ -279,10 +279,6 @@ class Expanded:
     def unpack(self, stored: tuple[Tensor, ...], bits: int) -> Tensor:
         """As they are."""
         return stored[0]
-
-    def arguments(self, weight: PackedWeight) -> tuple[Any, ...]:
-        """The codes."""
-        return weight.stored
 
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """The equation of this file, group by group."""
