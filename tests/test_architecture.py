@@ -37,8 +37,9 @@ ONLY_IN = {
         "quant/kernels/columns/cpu.py",
         "quant/kernels/matmul/cpu.py",
         "quant/kernels/matmul/cpu_fields.py",
+        "quant/kernels/matmul/cpu_bytes.py",
     },
-    "llvmlite": {"quant/kernels/matmul/cpu.py", "quant/kernels/matmul/cpu_fields.py"},
+    "llvmlite": {f"quant/kernels/matmul/{name}.py" for name in ("cpu", "cpu_bytes", "cpu_fields")},
     "triton": {"quant/kernels/columns/cuda.py", "quant/kernels/matmul/cuda.py"},
     "jinja2": {"quant/report/page.py", "quant/evaluate/tasks.py"},  # there: templates of tasks are filled in a sandbox
     "matplotlib": {"quant/report/plots.py"},

@@ -50,7 +50,7 @@ def talk(args: argparse.Namespace) -> None:
             f"the model takes at most {quantized.model.max_length}"
         )
     stop = end_tokens(quantized.model.checkpoint.path, tokenizer)
-    resident, clock = load_resident(quantized, device), Clock()
+    resident, clock = load_resident(quantized, device, args.round_inputs), Clock()
     tokens = generate(
         resident, torch.tensor([prompt], device=device), args.max_new_tokens,
         temperature=args.temperature, generator=torch.Generator().manual_seed(args.seed),

@@ -22,6 +22,7 @@ UNKNOWN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # Composite operators come undivided under inference mode, and without the tags of what they are made of.
 UNTAGGED = {torch.ops.aten.where.default, torch.ops.aten.nonzero_numpy.default, torch.ops.aten.repeat_interleave.self_Tensor,
             torch.ops.aten.tensor_split.tensor_indices_or_sections}  # fmt: skip
+WRITING = {"add_", "copy_", "index_copy_", "mul_"}
 READING = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__, Tensor.__format__}  # seen by no dispatch
 
 
@@ -162,13 +163,19 @@ def _replay(calls: Sequence[_Call], given: Tensor, result: Tensor) -> Callable[[
         return nodes[id(leaf)]
 
     plain: dict[Any, Callable[..., Any]] = {}
+    writing: set[fx.Node] = set()  # whatever becomes of their results
     for call in _varying(calls, given):
         if not call.writes and any(call.result is t for t in _tensors(call.args)):
             continue  # a cast to what it is
+        if call.function is torch.ops.aten.slice.Tensor and (piece := _narrowed(call)):
+            nodes[id(call.result)] = graph.call_function(torch.narrow, (node_of(call.args[0]), *piece))
+            continue
         function = plain.get(call.function, call.function)
         if function is call.function:  # written to since, its arguments may not give the same: the next call may tell
             function = plain[call.function] = _plain(call)
         node = graph.call_function(function, tree_map(node_of, call.args), tree_map(node_of, call.kwargs))
+        if call.writes:
+            writing.add(node)
         if isinstance(call.result, Tensor):
             nodes[id(call.result)] = node
             continue
@@ -176,16 +183,18 @@ def _replay(calls: Sequence[_Call], given: Tensor, result: Tensor) -> Callable[[
             if isinstance(part, Tensor):
                 nodes[id(part)] = graph.call_function(_part, (node, i))
     graph.output(node_of(result))
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node in writing or node.is_impure())
     replayed: Callable[[Tensor], Tensor] = fx.GraphModule(constants, graph).forward
     return replayed
 
 
 def _plain(call: _Call) -> Callable[..., Any]:
     """The function of torch's own Python interface that gives the very same: calls of operators by name take three times as long."""
-    if call.writes or not isinstance(call.function, torch._ops.OpOverload):
+    if not isinstance(call.function, torch._ops.OpOverload):
         return call.function
     name = call.function._schema.name.partition("::")[2]
+    if call.writes:  # tried, it would write once more: those that are methods by the same name and arguments are known
+        return getattr(Tensor, name) if name in WRITING else call.function
     for place in (torch, torch._C._nn, Tensor):
         found = getattr(place, name, None)
         if found is None:
@@ -197,6 +206,17 @@ def _plain(call: _Call) -> Callable[..., Any]:
         if isinstance(own, Tensor) and isinstance(call.result, Tensor) and _is_same(own, call.result):
             return found
     return call.function
+
+
+def _narrowed(call: _Call) -> tuple[int, int, int] | None:
+    """Dimension, start and length of a slice of consecutive entries; None where it has another step."""
+    given = [*call.args, *[None, 0, None, None, 1][len(call.args) :]]
+    source, dim, start, _, step = given
+    if step != 1:
+        return None
+    n = source.shape[dim]
+    first = min(max(start + n if start and start < 0 else start or 0, 0), n)
+    return dim, first, call.result.shape[dim]
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

@@ -20,6 +20,7 @@ from quant.core.errors import InputError
 from quant.core.recording import NotRecordedError, record
 from quant.run.packed_model import Resident
 
+ROUNDED = 2e-2  # of the largest logit: what a sum in another order moves where it turns the rounding of an input
 RECORDED = 2  # the piece of text that is recorded
 
 
@@ -51,7 +52,7 @@ def generate(
     clock = Clock() if clock is None else clock
     given = ids
     with instrument(resident.blocks, resident.weights, resident.act), _collected_before():
-        step = Steps(resident.module, ids.shape[1] + n)
+        step = Steps(resident.module, ids.shape[1] + n, ROUNDED if resident.round_inputs else None)
         for _ in range(n):
             started = time.perf_counter()
             token = _pick(step(given)[0, -1].float(), temperature, generator)
@@ -87,13 +88,14 @@ class Steps:
     The prompt goes through the modules; so does the first token behind it, while what they do is recorded, with a cache of fixed
     size, and again with the cache that they have of themselves, which must say the same but for rounding. The second goes
     through the record and, on a copy of the cache, once more through the modules; where both give the same to the last bit, the
-    record answers from there on. by_modules: why it does not.
+    record answers from there on. apart: how far the two caches' logits may be apart, of the largest; None: as far as float
+    sums are. by_modules: why it does not.
     """
 
-    def __init__(self, module: nn.Module, length: int) -> None:
+    def __init__(self, module: nn.Module, length: int, apart: float | None = None) -> None:
         takes = inspect.signature(module.forward).parameters
         self.argument = "cache" if "cache" in takes else "past_key_values"  # transformers before 5.24
-        self.module, self.length, self.cache = module, length, cast(Any, None)
+        self.module, self.length, self.apart, self.cache = module, length, apart, cast(Any, None)
         self.replay: Callable[[Tensor], Tensor] | None = None
         self.is_sure, self.by_modules, self.pieces = False, "", 0
 
@@ -125,7 +127,8 @@ class Steps:
             return self._ask(given)
         fixed, self.cache = self.cache, before
         own = self._ask(given)
-        if float((own - logits).abs().max()) <= 100 * torch.finfo(own.dtype).eps * float(own.abs().max()):
+        apart = 100 * torch.finfo(own.dtype).eps if self.apart is None else self.apart
+        if float((own - logits).abs().max()) <= apart * float(own.abs().max()):
             self.cache = fixed
             return logits
         self.replay, self.by_modules = None, "a cache of fixed size gives something else"

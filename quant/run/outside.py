@@ -33,7 +33,7 @@ from quant.core.types import QuantizedWeight
 from quant.export.formats import OutsideMatrix
 from quant.kernels.matmul.pack import pack_weight
 from quant.kernels.matmul.rows import PackedEmbedding, PackedRows
-from quant.kernels.matmul.weight import PackedLinear
+from quant.kernels.matmul.weight import Layout, PackedLinear
 from quant.run.calibration import calibration_stream
 from quant.run.content import PART, outside_matrices, spec_outside
 from quant.run.directory import OUTSIDE, BlockSummary
@@ -239,17 +239,21 @@ def deployed(model: LazyModel, solved: Mapping[str, QuantizedWeight], outside: W
 
 
 def packed_modules(
-    model: LazyModel, solved: Mapping[str, QuantizedWeight], bias: Tensor | None, device: torch.device
+    model: LazyModel,
+    solved: Mapping[str, QuantizedWeight],
+    bias: Tensor | None,
+    device: torch.device,
+    layout: Layout | None = None,
 ) -> dict[str, nn.Module]:
     """Modules with packed weights for what was solved, by the places that they stand in: of a tied tensor two, each in the
-    form that it is read in. bias: of the head."""
+    form that it is read in. bias, layout: of the head."""
     if not solved:
         return {}
     vocabulary = vocabulary_of(model.module)
     modules: dict[str, nn.Module] = {}
     for name, answer in solved.items():
         if name == vocabulary.head or vocabulary.tied:
-            modules[vocabulary.head] = _head(answer, bias, device, model.dtype)
+            modules[vocabulary.head] = _head(answer, bias, device, model.dtype, layout)
         if name == vocabulary.embedding:
             embedding = model.module.get_submodule(name)
             assert isinstance(embedding, nn.Embedding)
@@ -257,10 +261,12 @@ def packed_modules(
     return modules
 
 
-def _head(answer: QuantizedWeight, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _head(
+    answer: QuantizedWeight, bias: Tensor | None, device: torch.device, dtype: torch.dtype, layout: Layout | None
+) -> nn.Module:
     """A head with packed weights; of a kind that no packed product is of, with those written out."""
     if answer.spec.kind not in UNPACKED:
-        return PackedLinear(pack_weight(answer, device), bias)
+        return PackedLinear(pack_weight(answer, device, layout), bias)
     head = nn.Linear(answer.codes.shape[1], answer.codes.shape[0], bias is not None, device="meta")
     head.weight = nn.Parameter(answer.to(device).dequantize().to(dtype), requires_grad=False)
     if bias is not None:
@@ -268,11 +274,13 @@ def _head(answer: QuantizedWeight, bias: Tensor | None, device: torch.device, dt
     return head
 
 
-def packed_outside(model: LazyModel, solved: Mapping[str, QuantizedWeight], outside: Weights) -> OutsideWeights:
-    """The weights outside the blocks with packed modules for what was solved."""
+def packed_outside(
+    model: LazyModel, solved: Mapping[str, QuantizedWeight], outside: Weights, layout: Layout | None = None
+) -> OutsideWeights:
+    """The weights outside the blocks with packed modules for what was solved; layout: of the head, where it is another."""
     bias = outside.get(f"{vocabulary_of(model.module).head}.bias") if solved else None
     device = next(iter(outside.values())).device
-    return with_modules(outside, packed_modules(model, solved, bias, device))
+    return with_modules(outside, packed_modules(model, solved, bias, device, layout))
 
 
 def packed_bytes(modules: Mapping[str, nn.Module]) -> int:

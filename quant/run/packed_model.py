@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.family import Groups
 from models.load import LazyModel, Weights, load_model
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.linears import LinearRef
@@ -18,7 +19,8 @@ from quant.core.errors import InputError
 from quant.core.names import FULL_BITS, UNPACKED
 from quant.core.types import QuantizedWeight
 from quant.export.read import QuantizedCheckpoint, open_checkpoint
-from quant.kernels.matmul.pack import pack_block
+from quant.kernels.matmul.pack import pack_block, rounding_layout
+from quant.kernels.matmul.weight import PackedWeight, side_by_side
 from quant.learn.rotation import rotated
 from quant.run.directory import OUTSIDE, ROTATION, RunDirectory, check_manifest
 from quant.run.likeness import check_family
@@ -148,6 +150,7 @@ class Resident:
     """A model in memory. weights: of all its blocks by ``<index>.<name>``, as `instrument` takes them.
 
     packed_bytes: of the packed linears; stored_bytes: what they would take in storage; other_bytes: everything else.
+    round_inputs: whether products round what they read.
     """
 
     module: nn.Module
@@ -157,15 +160,23 @@ class Resident:
     packed_bytes: int
     stored_bytes: int
     other_bytes: int
+    round_inputs: bool = False
 
 
-def load_resident(quantized: Quantized, device: torch.device) -> Resident:
+def load_resident(quantized: Quantized, device: torch.device, round_inputs: bool = False) -> Resident:
     """Bring a model into memory, block by block, with its linears packed (those of fp8 are written out), and embedding and head
-    where they are quantized."""
-    model = quantized.model
+    where they are quantized. round_inputs: packed products round what they read of a few tokens to 8 bits.
+
+    Raises InputError where inputs cannot be rounded: on a device without such products, or where they are quantized already.
+    """
+    model, layout = quantized.model, rounding_layout(device) if round_inputs else None
+    if round_inputs and quantized.act.bits < FULL_BITS:
+        raise InputError(
+            f"--round-inputs: this model rounds activations to {quantized.act.bits} bits itself; leave it out"
+        )
     weights = BlockWeights()
     beyond = quantized.outside()
-    form = packed_outside(model, beyond, model.outside_weights(device, without=beyond))
+    form = packed_outside(model, beyond, model.outside_weights(device, without=beyond), layout)
     outside = form.weights
     packed_bytes = held_by(form.modules)
     stored_bits = sum(weight.storage_bits() for weight in beyond.values())
@@ -177,7 +188,9 @@ def load_resident(quantized: Quantized, device: torch.device) -> Resident:
             LinearRef.of_module(name).parameter: weight.to(device).dequantize() for name, weight in whole.items()
         }
         own = own.with_parameters({name: tensor.to(model.dtype) for name, tensor in written.items()})
-        packed = pack_block({name: weight for name, weight in solved.items() if name not in whole}, device)
+        packed = pack_block({name: weight for name, weight in solved.items() if name not in whole}, device, layout)
+        if quantized.act.bits >= FULL_BITS:  # else every linear rounds its own inputs
+            packed |= _beside(packed, model.groups_at(index))
         packed_bytes += sum(weight.nbytes() for weight in packed.values())
         stored_bits += sum(weight.storage_bits() for weight in solved.values())
         weights |= own.with_packed(packed).within(index)
@@ -188,7 +201,18 @@ def load_resident(quantized: Quantized, device: torch.device) -> Resident:
     held = {name for name, _ in [*blocks.named_parameters(), *blocks.named_buffers()]}
     _assign(blocks, {name: tensor for name, tensor in weights.parameters.items() if name in held})
     others = sum(t.nbytes for t in {t.data_ptr(): t for t in [*outside.values(), *weights.named().values()]}.values())
-    return Resident(model.module, blocks, weights, quantized.act, packed_bytes, (stored_bits + 7) // 8, others)
+    return Resident(model.module, blocks, weights, quantized.act, packed_bytes, (stored_bits + 7) // 8, others,
+                    round_inputs)  # fmt: skip
+
+
+def _beside(packed: Mapping[str, PackedWeight], groups: Groups) -> dict[str, PackedWeight]:
+    """The packed linears that read one tensor, with one product for all of them."""
+    joined: dict[str, PackedWeight] = {}
+    for group in groups:
+        names = [name for name in group if name in packed]
+        if names:
+            joined |= zip(names, side_by_side([packed[name] for name in names]), strict=True)
+    return joined
 
 
 def _assign(module: nn.Module, tensors: Weights) -> None:

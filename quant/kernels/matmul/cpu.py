@@ -57,10 +57,10 @@ def has_byte_products() -> bool:
 class Emitter:
     """Instructions of one intrinsic: vectors of ``lanes`` rows, loads and stores without alignment."""
 
-    def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any, lanes: int | None = None) -> None:
         self.context, self.builder, self.signature, self.args = context, builder, signature, args
         self.level = vector_level()
-        self.lanes = 16 if self.level == "avx512" else 8
+        self.lanes = lanes or (16 if self.level == "avx512" else 8)
         self.parts = TILE // self.lanes
         self.float = _F32
         self.ints, self.floats = ir.VectorType(_I32, self.lanes), ir.VectorType(_F32, self.lanes)

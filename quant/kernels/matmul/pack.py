@@ -53,10 +53,22 @@ def layout_of(device: torch.device) -> Layout:
     return Expanded()
 
 
-def pack_weight(weight: QuantizedWeight, device: torch.device | str = "cpu") -> PackedWeight:
-    """A solver's answer, packed for a device; nothing is rounded."""
-    weight = in_integers(weight)
-    layout, device = layout_of(torch.device(device)), torch.device(device)
+def rounding_layout(device: torch.device) -> Layout:
+    """The layout whose products round the inputs of a few tokens to 8 bits. Raises InputError where there is none."""
+    if device.type == "cpu":
+        from quant.kernels.matmul.cpu_bytes import ByteTiles
+
+        if ByteTiles.runs_here():
+            return ByteTiles()
+    raise InputError("--round-inputs needs --device cpu, and a CPU with AVX2: leave it out")
+
+
+def pack_weight(
+    weight: QuantizedWeight, device: torch.device | str = "cpu", layout: Layout | None = None
+) -> PackedWeight:
+    """A solver's answer, packed for a device, in another layout than its own where one is given; nothing is rounded."""
+    weight, device = in_integers(weight), torch.device(device)
+    layout = layout_of(device) if layout is None else layout
     weight = weight.to(device)
     (n_out, n_in), grid = weight.codes.shape, weight.grid
     codes, order = weight.codes, None
@@ -102,9 +114,11 @@ def in_integers(weight: QuantizedWeight) -> QuantizedWeight:
     return replace(weight, codes=(steps + middle).to(torch.uint8), grid=own, spec=even)
 
 
-def pack_block(solved: Mapping[str, QuantizedWeight], device: torch.device) -> dict[str, PackedWeight]:
+def pack_block(
+    solved: Mapping[str, QuantizedWeight], device: torch.device, layout: Layout | None = None
+) -> dict[str, PackedWeight]:
     """The answers of a block's linears, packed, by the names of their weights."""
-    return {name: pack_weight(weight, device) for name, weight in solved.items()}
+    return {name: pack_weight(weight, device, layout) for name, weight in solved.items()}
 
 
 def _stored(numbers: Tensor, bits: int) -> Tensor:

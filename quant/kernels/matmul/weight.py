@@ -10,9 +10,10 @@ the bits that `QuantizedWeight.storage_bits` counts, but for zero points of 3 bi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +106,14 @@ class PackedGrid:
             return torch.full((1, 1), float(self.zero), device=self.scale.device)
         return self.zero.expand().float()
 
+    def of_rows(self, first: int, last: int) -> PackedGrid:
+        """Those of the rows ``first`` to ``last`` alone, in the same memory; not for scales in few bits."""
+        own, zero = slice(first, last), self.zero
+        if isinstance(zero, SmallInts):
+            zero = replace(zero, data=zero.data[:, own])
+        minimum = None if self.minimum is None else self.minimum[:, own]
+        return replace(self, scale=self.scale[:, own], zero=zero, minimum=minimum)
+
     def tensors(self) -> list[Tensor]:
         """Everything that is kept."""
         small = [part.data for part in (self.zero, self.codes) if isinstance(part, SmallInts)]
@@ -162,6 +171,7 @@ class PackedWeight:
     """A linear's weight, packed for one device.
 
     group: columns of a group, filled up to a multiple of 4. order: int64 [in], columns sorted by group where they are not.
+    beside, part: the product of which its own is a part, and which.
     """
 
     layout: Layout
@@ -173,6 +183,8 @@ class PackedWeight:
     grid: PackedGrid
     order: Tensor | None = None
     outliers: SparseRows | PackedColumns | None = None
+    beside: Beside | None = None
+    part: int = 0
     _kept: tuple[Any, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -300,6 +312,76 @@ class Expanded:
         return self.matmul(floats_of(x, scale, offset, weight), weight)
 
 
+class Beside:
+    """Weights that one tensor is multiplied by, as one product: the linear that is called first computes it for all.
+
+    It is kept until every other has taken its rows, or another tensor comes.
+    """
+
+    def __init__(self, whole: PackedWeight) -> None:
+        self.whole = whole
+        self.rows: list[slice] = []  # of the weights
+        self.seen: Tensor | None = None
+        self.product: Tensor | None = None
+        self.waiting: set[int] = set()
+
+    def add(self, weight: PackedWeight, first: int) -> PackedWeight:
+        """The weight [out, in] of the rows from ``first`` on, which keeps no copy of them."""
+        tiles, last = weight.stored[0].shape[0], first + weight.grid.scale.shape[1]
+        per = weight.grid.scale.shape[1] // tiles
+        stored = tuple(part[first // per : last // per] for part in self.whole.stored)
+        grid, which = self.whole.grid.of_rows(first, last), len(self.rows)
+        self.rows.append(slice(first, first + weight.n_out))
+        return replace(weight, stored=stored, grid=grid, beside=self, part=which)
+
+    def take(self, x: Tensor, which: int) -> Tensor:
+        """x [..., in] times one of the weights: float32 [..., out]."""
+        if self.seen is not x or which not in self.waiting:
+            self.seen, self.product, self.waiting = x, as_one(self._multiply, x), set(range(len(self.rows)))
+        assert self.product is not None
+        own = self.product[..., self.rows[which]]
+        self.waiting.discard(which)
+        if not self.waiting:
+            self.seen = self.product = None
+        return own.contiguous()  # what comes next may want it as the linear's own
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        y = self.whole.matmul(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def side_by_side(weights: Sequence[PackedWeight]) -> list[PackedWeight]:
+    """The same weights [out, in], as parts of one product; as they are where their codes do not lie alike, are sorted, or have
+    outliers."""
+    first = weights[0]
+    plain = all(w.outliers is None and w.order is None and w.grid.codes is None for w in weights)
+    if len(weights) == 1 or not plain or any(_form(weight) != _form(first) for weight in weights):
+        return list(weights)
+    stored = tuple(torch.cat(parts) for parts in zip(*(weight.stored for weight in weights), strict=True))
+    grid = _joined([weight.grid for weight in weights])
+    beside = Beside(replace(first, n_out=grid.scale.shape[1], stored=stored, grid=grid))
+    starts = accumulate((weight.grid.scale.shape[1] for weight in weights), initial=0)
+    return [beside.add(weight, start) for weight, start in zip(weights, starts, strict=False)]
+
+
+def _form(weight: PackedWeight) -> tuple[Any, ...]:
+    """What weights of one product have in common."""
+    grid = weight.grid
+    zero = grid.zero if isinstance(grid.zero, int) else (grid.zero.width, grid.zero.n_groups)
+    minimum = None if grid.minimum is None else grid.minimum.dtype
+    return (type(weight.layout), weight.bits, weight.n_in, weight.group, grid.scale.dtype, zero, minimum)
+
+
+def _joined(grids: Sequence[PackedGrid]) -> PackedGrid:
+    """One grid with the rows of all."""
+    first, zero, minimum = grids[0], grids[0].zero, None
+    if isinstance(zero, SmallInts):
+        zero = replace(zero, data=torch.cat([grid.zero.data for grid in grids if isinstance(grid.zero, SmallInts)], 1))
+    if first.minimum is not None:
+        minimum = torch.cat([grid.minimum for grid in grids if grid.minimum is not None], 1)
+    return replace(first, scale=torch.cat([grid.scale for grid in grids], 1), zero=zero, minimum=minimum)
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight stays packed.
 
@@ -319,8 +401,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
-        y: Tensor = as_one(self.product, x)
-        return y
+        beside = self.packed.beside
+        if beside is None or self.integers is not None or self.floats is not None:
+            return as_one(self.product, x)
+        y = beside.take(x, self.packed.part)
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """As `forward`."""

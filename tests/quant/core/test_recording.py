@@ -154,3 +154,21 @@ def test_other_threads_are_not_recorded() -> None:
 
     _, replay = record(step, torch.tensor([1.0]))
     assert torch.equal(replay(torch.tensor([4.0])), torch.tensor([9.0]))
+
+
+def test_slices_of_every_kind_are_replayed() -> None:
+    memory = torch.zeros(7, 4)
+
+    def step(x: Tensor) -> Tensor:
+        memory.copy_(x)
+        memory.mul_(2)
+        memory[1:3].add_(1)
+        y = memory + 0
+        parts = [y[2:], y[:-3], y[-2:], y[1:100], y[::2], y[..., 1:3], y[5:2], y[:, -3:-1]]
+        return torch.cat([part.flatten() for part in parts])
+
+    given = [torch.randn(7, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    _, replay = record(step, given[0])
+    for x in given[1:]:
+        own = replay(x)
+        assert torch.equal(own, step(x))

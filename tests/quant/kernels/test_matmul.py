@@ -16,9 +16,10 @@ from quant.core.types import Outliers, QuantizedWeight, QuantSpec
 from quant.kernels.matmul import cpu as packed_cpu
 from quant.kernels.matmul import pack
 from quant.kernels.matmul import weight as packed
+from quant.kernels.matmul.cpu_bytes import ROUNDED, ByteTiles
 from quant.kernels.matmul.cpu_fields import FieldTiles
-from quant.kernels.matmul.pack import pack_weight
-from quant.kernels.matmul.weight import Expanded, PackedLinear, pack_small
+from quant.kernels.matmul.pack import pack_weight, rounding_layout
+from quant.kernels.matmul.weight import Expanded, PackedLinear, pack_small, side_by_side
 from quant.solvers.gptq import gptq
 from quant.solvers.spqr import spqr
 from tests.helpers import ROOT, long, random_weight
@@ -359,3 +360,101 @@ def test_a_linear_keeps_shape_and_dtype():
     assert out.shape == (2, 3, 16) and out.dtype == torch.bfloat16
     expected = x.view(6, 64).double() @ values(weight).T + torch.arange(16.0)
     assert distance(out.view(6, 16), expected) < 5e-3  # measured 1.5e-3
+
+
+def rounded_inputs(x):
+    """What bytes stand for: a scale for 32 inputs, one at a time in float64."""
+    out = x.double().clone()
+    for row in out:
+        for first in range(0, len(row), 32):
+            block = row[first : first + 32]
+            scale = float(block.abs().max()) / 127
+            block.copy_(torch.tensor([round(float(v) / scale) * scale if scale else 0.0 for v in block]))
+    return out
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, *long(1, 3, 5, 6, 7)])  # each compiles a kernel of its own
+@pytest.mark.parametrize("group", [-1, 32, 64])
+def test_products_that_round_inputs_to_bytes(bits, group):
+    weight = random_weight(40, 192, QuantSpec(bits, group))
+    own = pack_weight(weight, layout=rounding_layout(torch.device("cpu")))
+    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(1)) * torch.tensor([1e-3, 1.0, 1e3])[:, None]
+    x[0, :32], x[1, 32:64], x[2, 5] = 0, -1.0, 1e6  # of zeros, all alike, and one that hides the others
+    for n in (1, 3):
+        expected, size = product(rounded_inputs(x[:n]), weight)
+        assert distance(own.matmul(x[:n]), expected, size) < 1e-6
+    assert distance(own.matmul(x), *product(x, weight)) > 1e-5, "not as they are"
+    many = torch.randn(ROUNDED + 1, 192)
+    assert torch.equal(own.matmul(many), replace(own, layout=FieldTiles()).matmul(many))
+
+
+@pytest.mark.parametrize("code", ["largest", "smallest"])
+def test_sums_of_bytes_fit_where_all_are_largest(code):
+    for bits in (4, 8):
+        spec = QuantSpec(bits, 32)
+        weight = random_weight(32, 64, spec)
+        weight = replace(weight, codes=torch.full_like(weight.codes, spec.qmax if code == "largest" else 0))
+        own = pack_weight(weight, layout=rounding_layout(torch.device("cpu")))
+        for sign in (1.0, -1.0):
+            x = torch.full((1, 64), sign)
+            assert distance(own.matmul(x), *product(x, weight)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["real", "groups of 12", "two levels of scales"])
+def test_bytes_and_other_grids(kind):
+    weight = random_weight(33, 96, QuantSpec(2, 12 if kind == "groups of 12" else 32, kind="real" if kind == "real" else "integer"))  # fmt: skip
+    if kind == "two levels of scales":
+        stats = GramStats(96)
+        stats.update(torch.randn(200, 96))
+        weight = spqr(torch.randn(33, 96), stats, QuantSpec(2, 32))
+    own, x = pack_weight(weight, layout=rounding_layout(torch.device("cpu"))), torch.randn(2, 96)
+    expected, size = product(rounded_inputs(x) if kind == "real" else x, weight)
+    # The minima are multiplied by inputs as they are.
+    assert distance(own.matmul(x), expected, size) < (5e-3 if kind == "real" else 1e-6)
+
+
+def test_bytes_need_their_instructions(monkeypatch):
+    with pytest.raises(InputError, match="--round-inputs"):
+        rounding_layout(torch.device("cuda"))
+    monkeypatch.setattr(ByteTiles, "runs_here", lambda: False)
+    with pytest.raises(InputError, match="AVX2"):
+        rounding_layout(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["integer", "real", "symmetric"])
+def test_weights_side_by_side_are_one_product(kind, layout, monkeypatch):
+    spec = QuantSpec(4, 32, kind == "symmetric", kind="real" if kind == "real" else "integer")
+    weights = [pack_weight(random_weight(n, 96, spec, seed=n)) for n in (40, 32, 7)]
+    parts, x = side_by_side(weights), torch.randn(1, 2, 96)
+    assert [part.n_out for part in parts] == [40, 32, 7]
+    whole, calls = parts[0].beside.whole, []
+    assert all(part.stored[0].data_ptr() >= whole.stored[0].data_ptr() for part in parts), "no codes twice"
+    assert sum(part.nbytes() for part in parts) == sum(weight.nbytes() for weight in weights)
+    multiply = type(whole).matmul
+    monkeypatch.setattr(type(whole), "matmul", lambda self, x: calls.append(self) or multiply(self, x))
+    biases = [None, torch.randn(32), None]
+    linears = [PackedLinear(part, bias) for part, bias in zip(parts, biases, strict=True)]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        calls.clear()
+        for i in order:
+            assert torch.equal(linears[i](x), PackedLinear(weights[i], biases[i])(x))
+        assert sum(call is whole for call in calls) == 1
+        assert parts[0].beside.product is None, "kept for nobody"
+    other = torch.randn(1, 1, 96)
+    first, second = linears[0](x), linears[0](other)  # another tensor comes before all have taken theirs
+    assert torch.equal(first, PackedLinear(weights[0])(x)) and torch.equal(second, PackedLinear(weights[0])(other))
+    for part, weight in zip(parts, weights, strict=True):
+        assert torch.equal(part.dequantize(), weight.dequantize())
+
+
+def test_weights_that_lie_otherwise_stay_apart():
+    base = QuantSpec(4, 32)
+    one, outlying = random_weight(32, 64, base), random_weight(32, 64, base)
+    outlying = replace(outlying, outliers=Outliers(torch.tensor([3]), torch.tensor([1.0]).half()))
+    sorted_ = replace(one, grid=replace(one.grid, g_idx=one.grid.g_idx.flip(0)))
+    others = [random_weight(32, 64, QuantSpec(*spec)) for spec in ((3, 32), (4, 64), (4, 32, True))]
+    for other in [*others, random_weight(32, 128, base), outlying, sorted_]:
+        pair = [pack_weight(one), pack_weight(other)]
+        assert all(a is b for a, b in zip(side_by_side(pair), pair, strict=True))
+    alone = [pack_weight(one)]
+    assert side_by_side(alone)[0] is alone[0]

@@ -13,12 +13,15 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quant.blocks.fake_quant import ActSpec
+from quant.blocks.instrument import instrument
 from quant.cli import generate as command
 from quant.core.errors import InputError
+from quant.kernels.matmul.weight import PackedWeight
 from quant.run import generate as generating
 from quant.run.generate import Steps, _pick
 from quant.run.packed_model import load_resident, open_quantized
-from tests.helpers import DEMO, called
+from tests.helpers import DEMO, called, demo_config, perform
 
 FULL_STOP, EOS = 7, 1
 RECORDED_DEMOS = {"llama", "bloom", "falcon"}  # OPT reads its mask, Mistral keeps a window, mixtures choose experts
@@ -188,3 +191,42 @@ def test_why_steps_are_not_recorded_is_said(monkeypatch: pytest.MonkeyPatch, cap
         _, out, _ = called(command, monkeypatch, capsys, *words)
         line = out.splitlines()[-1]
         assert "tokens a second" in line and says in line and ("modules" in line) == bool(says)
+
+
+def test_rounded_inputs_say_nearly_the_same(tmp_path: Path, talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    perform(demo_config(tmp_path, DEMO / "llama"))
+    words = ("--prompt", "the river", "--max-new-tokens", 16)
+    assert talk(tmp_path / "run", *words, "--round-inputs") == talk(tmp_path / "run", *words)
+    plain, rounded = logits_of(tmp_path / "run", False), logits_of(tmp_path / "run", True)
+    multiply = PackedWeight.matmul
+
+    def by_hand(weight: PackedWeight, x: torch.Tensor) -> torch.Tensor:
+        blocks = x.reshape(len(x), -1, 32)
+        scale = blocks.abs().amax(-1, keepdim=True) / 127
+        return multiply(weight, (torch.round(blocks / scale) * scale).view_as(x))
+
+    monkeypatch.setattr(PackedWeight, "matmul", by_hand)
+    expected = logits_of(tmp_path / "run", False)
+    assert distance(rounded, expected) < 0.005  # measured 0.001: a rounding that turns
+    assert distance(plain, expected) > 0.02
+
+
+def logits_of(run: Path, rounds: bool) -> torch.Tensor:
+    """Of ten tokens one after the other [10, vocabulary], with a record."""
+    resident = load_resident(open_quantized(str(run), Path("unused"), torch.float32), torch.device("cpu"), rounds)
+    with torch.inference_mode(), instrument(resident.blocks, resident.weights, resident.act):
+        step = Steps(resident.module, 12, generating.ROUNDED if rounds else None)
+        logits = torch.stack([step(torch.tensor([[token]]))[0, -1] for token in range(2, 12)])
+    assert step.is_sure
+    return logits
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_inputs_that_are_rounded_already_are_not_rounded_again(tmp_path: Path, talk: Any) -> None:
+    perform(demo_config(tmp_path, DEMO / "llama", act=ActSpec(8, 16)))
+    assert "--round-inputs: this model rounds activations" in talk(
+        tmp_path / "run", "--prompt", "the", "--round-inputs", fails=2
+    )
