@@ -18,6 +18,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from data import words as w
@@ -241,6 +242,7 @@ def documents(split: str, seed: int = 0) -> Iterator[str]:
     return (story.text for story in stories(split, seed))
 
 
+@lru_cache(maxsize=4)  # a run asks for one text several times
 def text(split: str, n_documents: int | None = None, seed: int = 0) -> str:
     """The first n stories of a split, joined by blank lines."""
     stream = documents(split, seed)

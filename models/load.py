@@ -28,6 +28,7 @@ from models.experts import separate_experts
 from models.family import Groups, ModelFamily
 from models.unread import carried_over, own_head, saved_buffers, spellings
 from quant.core.errors import InputError, foreign
+from quant.core.finite import all_finite
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class LazyModel:
         if name in self.added:
             return torch.zeros(shape, dtype=dtype, device=device)
         tensor = self.checkpoint.read(self.key(name)).to(device)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise InputError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 

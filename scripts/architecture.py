@@ -43,7 +43,8 @@ ROOMS = {
 INTRODUCTION = """# Architecture
 
 This page is written by `python -m scripts.architecture` from the docstrings of the modules; change those, not the page.
-[what-happens.md](what-happens.md) follows a run through the rooms, [adr/](adr/) has the decisions.
+[what-happens.md](what-happens.md) follows a run through the rooms, [performance.md](performance.md) says where its seconds go,
+[adr/](adr/) has the decisions.
 
 A folder is a storey. A module imports its own room and those of lower storeys, never a room beside it, and there is no
 circle inside a room ([adr/011](adr/011-a-folder-is-a-storey.md)). `tests/test_architecture.py` holds this by reading the source,

@@ -4,12 +4,14 @@ import argparse
 import json
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import end_to_end, loaders, runtimes, tables
+from benchmarks import clock, end_to_end, floors, loaders, runtimes, tables
 from benchmarks.loaders import Case
 from benchmarks.solvers import column_loop, measure, problem
 from quant.blocks.fake_quant import ActSpec
@@ -205,3 +207,57 @@ def test_a_runtime_is_the_same_where_its_probabilities_are(tmp_path):
         divergence = float((right.exp() * (right - rows)).sum(-1).mean())
         assert float(row["KL, inputs of 8 bits"]) == pytest.approx(divergence, rel=0.1, abs=1e-12)
     assert runtimes.compare("gguf", replace(job, file=tmp_path / "none"), [prompt], "no file")[""] == "no file"
+
+
+def test_every_second_of_a_run_is_in_one_part(model_dir, text, tmp_path, monkeypatch):
+    """And every product that the run makes is counted, by what it is of."""
+    monkeypatch.setattr(clock, "REPEATS", 1)
+    monkeypatch.setattr(clock, "BUDGET", 0.0)
+    monkeypatch.setattr(clock, "COPIED", 1 << 16)
+    request = replace(config_for(model_dir("llama"), text, tmp_path), nsamples=4, limit=4, solver="gptq", options={})
+    forward, started = torch.nn.Linear.forward, time.perf_counter()
+    timed = floors.timed_run(request)
+    assert sum(timed.seconds.values()) == pytest.approx(time.perf_counter() - started, rel=0.02, abs=0.01)
+    assert torch.nn.Linear.forward is forward
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert timed.seconds["calibration", "solving"] == pytest.approx(results["seconds"]["solve"], rel=0.5, abs=0.05)
+    tokens = Counter()
+    for (stage, part), works in timed.work.items():
+        for work, times in works.items():
+            tokens[stage, part, work.kind] += times * work.sizes[0] if work.kind in ("linear", "gram") else times
+    blocks, windows, length = len(results["bits"]) if "bits" in results else 3, 4, 32
+    # both forms pass all seven linears of every block once
+    assert tokens["evaluation", "linears", "linear"] == 2 * 7 * blocks * windows * length
+    assert tokens["evaluation", "head", "linear"] == 2 * windows * length
+    assert tokens["calibration", "solving", "cholesky"] == 7 * blocks
+    rows = {(row["stage"], row["part"]): row for row in floors.rows(timed)}
+    assert float(rows["both", "sum"]["seconds"]) == pytest.approx(
+        sum(float(row["seconds"]) for (stage, part), row in rows.items() if stage in floors.STAGES and part != "sum"),
+        abs=0.2,
+    )
+    assert list(floors.rates(timed)) and timed.copied > 0
+    perform_all([replace(request, run_dir=tmp_path / "plain")])
+    plain = json.loads((tmp_path / "plain" / "results.json").read_text())
+    assert plain["codes_sha256"] == results["codes_sha256"] and plain["perplexity"] == results["perplexity"]
+
+
+def test_a_part_takes_the_clock_from_the_one_around_it(monkeypatch):
+    now = [0.0]
+    own = clock.Clock(torch.device("cpu"))
+    own._now, own._since = lambda: now[0], 0.0
+
+    def passes(seconds):
+        now[0] += seconds
+
+    inner = own.timed(passes, "inner", lambda *_: [(clock.Work("copy"), 8.0)])
+    with own.within("outer", stage="s"):
+        passes(1.0)
+        inner(2.0)
+        with pytest.raises(ZeroDivisionError):
+            own.timed(lambda: (passes(4.0), 1 / 0), "failing")()
+        own.timed(passes, "elsewhere", inside=["outer"])(8.0)
+    passes(16.0)
+    own.stop()
+    assert own.seconds == {
+        ("s", "outer"): 9.0, ("s", "inner"): 2.0, ("s", "failing"): 4.0, ("around", "rest"): 16.0}  # fmt: skip
+    assert own.work == {("s", "inner"): {clock.Work("copy"): 8.0}}

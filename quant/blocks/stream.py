@@ -25,6 +25,7 @@ from quant.blocks.weights import BlockWeights
 from quant.core import ranks
 from quant.core.errors import InputError, foreign
 from quant.core.files import reserve, temporary_name
+from quant.core.finite import all_finite
 
 EVERYWHERE = slice(None)
 STORE = "activations"  # name of the file of hidden states on the disk
@@ -273,7 +274,8 @@ class BlockStream:
         with ExitStack() as stack:
             own = stack.enter_context(instrument(block, weights, act))
             if self.kept is not None:
-                stack.enter_context(self.kept.on(block, own, act, lambda: current))
+                places = [linear.name for linear in observed]
+                stack.enter_context(self.kept.on(block, own, act, lambda: current, places, advance))
             for linear, see in observed.items():
                 stack.enter_context(linear.observe(block, own, self._observer(linear, see, waiting, not advance)))
             for number, (rows, arguments) in enumerate(zip(self.rows, self.arguments, strict=True)):
@@ -286,7 +288,7 @@ class BlockStream:
                 except _Observed:
                     continue
                 if advance:
-                    if not bool(torch.isfinite(output).all()):
+                    if not all_finite(output):
                         raise InputError(
                             f"block {index} gives NaN or infinite activations in {self.model.dtype}; "
                             "use --dtype float32 or bfloat16, or check the checkpoint"

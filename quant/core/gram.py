@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quant.core import ranks
 from quant.core.errors import InputError
+from quant.core.finite import all_finite
 
 SAMPLE = 512  # columns of which the rank is counted
 INDEPENDENT = 1e-4  # eigenvalues of the correlations above it count; the mean of all is 1, float32 leaves some at 4e-5
@@ -147,8 +148,7 @@ class GramStats:
                 f"{name}: calibration inputs are not finite (NaN or overflow); "
                 "check the model's weights, or use --dtype float32 or bfloat16"
             )
-        # In strips: a mask of the whole matrix is a quarter of its size, and the factorization has no room for it.
-        if not bool(torch.stack([torch.isfinite(self._sum[block]).all() for block in self._blocks]).all()):
+        if not all_finite(self._sum):
             raise InputError(f"{name}: the Gram matrix is not finite off its diagonal; it is no sum of x xᵀ")
         if bool((self.diagonal < 0).any()):
             raise InputError(f"{name}: the Gram matrix has a negative diagonal; it is no sum of x xᵀ")

@@ -279,7 +279,11 @@ class Grid:
         base = self.base.float()
         if self.n_groups == 1:
             return self.scale, base
-        return self.scale[:, self.g_idx], base[:, self.g_idx]
+        return self._by_column(self.scale), self._by_column(base)
+
+    def _by_column(self, x: Tensor) -> Tensor:
+        """x [out, G] at the group of every column. Both ways give the same numbers; the faster one adds gradients up otherwise."""
+        return x[:, self.g_idx] if x.requires_grad else x.index_select(1, self.g_idx)
 
     def positions(self, weight: Tensor) -> Tensor:
         """Where weight [out, in] lies among the codes, float32 and not rounded; of levels that are evenly spaced."""

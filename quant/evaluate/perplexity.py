@@ -138,7 +138,7 @@ def _losses(
         if variant == FULL:
             reference = log_p
         elif reference is not None:
-            parts.append((reference.exp() * (reference - log_p)).sum(-1))
+            parts.append((reference - log_p).mul_(reference.exp()).sum(-1))
             parts.append((reference.argmax(-1) == log_p.argmax(-1)).float())
         losses[variant] = tuple(parts)
     return losses

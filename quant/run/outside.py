@@ -25,6 +25,7 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.env import peak_bytes
 from quant.core.errors import RunError
+from quant.core.finite import all_finite
 from quant.core.gram import GramStats, InputSample
 from quant.core.linalg import objective, output_energy
 from quant.core.names import UNPACKED
@@ -230,7 +231,7 @@ def deployed(model: LazyModel, solved: Mapping[str, QuantizedWeight], outside: W
     for module, answer in solved.items():
         name = f"{module}.weight"
         stored = answer.to(outside[name].device).dequantize().to(model.storage_of(name)).to(model.dtype)
-        if not bool(torch.isfinite(torch.stack(stored.aminmax())).all()):
+        if not all_finite(stored):
             raise RunError(
                 f"{name}: not every value is finite in {model.storage_of(name)}, as it is saved, and {model.dtype}"
             )

@@ -35,8 +35,9 @@ Memory (bytes)
 Time (seconds)
   calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with --true-sequential one for
               every step, in which linears are multiplied once if there is room for what they write), at the measured
-              matrix-product rate of the dtype; in each pass attention (4·seqlen·heads·head_dim flops a token) and, at the
-              measured rate of copies, OF_HIDDEN·hidden + OF_WIDEST·widest numbers read and written between the linears;
+              matrix-product rate of the dtype; in each pass attention (4·seqlen·heads·head_dim flops a token; twice, where
+              what it writes is kept) and, at the measured rate of copies, OF_HIDDEN·hidden + OF_WIDEST·widest numbers read and
+              written between the linears;
               Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate; with the
               original model's inputs beside (--target-correction, gptaq, qronos) 2·in² more, every pass twice, and
               twice the statistics and hidden states

@@ -28,21 +28,31 @@ def calibration_cost(
     seqlen = tokens // run.windows
     multiplied = sum(count * _multiplied(run, kind, tokens, itemsize, beside, device) for kind, count in blocks)
     passes = sum(count * beside * _passes(run, kind) for kind, count in blocks)
+    attended = sum(count * beside * _attended(run, kind, tokens, itemsize, beside, device) for kind, count in blocks)
     again = sum(count * beside * _inner_flops(kind, tokens) for kind, count in blocks)
     products = sum(count * _products(run, kind, tokens, beside) for kind, count in blocks)
     return (
         beside * max(_statistics(run, kind, device) for kind, _ in blocks),
-        (tokens * 2 * multiplied + again) / rates.products + tokens * passes * between(shapes, seqlen, itemsize, rates),
+        (tokens * 2 * multiplied + again) / rates.products
+        + tokens * (attended * attention(shapes, seqlen, rates) + passes * copies(shapes, itemsize, rates)),
         products / rates.float32,
     )
 
 
 def between(shapes: Shapes, seqlen: int, itemsize: int, rates: Rates) -> float:
-    """Seconds of a token in one pass of a block besides the products of its linears: attention's products, and what norms,
-    rotary embeddings, activations and sums read and write."""
-    attention = 4.0 * seqlen * shapes.heads * (shapes.head_dim or shapes.hidden // shapes.heads)
+    """Seconds of a token in one pass of a block besides the products of its linears."""
+    return attention(shapes, seqlen, rates) + copies(shapes, itemsize, rates)
+
+
+def attention(shapes: Shapes, seqlen: int, rates: Rates) -> float:
+    """Seconds of a token in the products of one block's attention."""
+    return 4.0 * seqlen * shapes.heads * (shapes.head_dim or shapes.hidden // shapes.heads) / rates.products
+
+
+def copies(shapes: Shapes, itemsize: int, rates: Rates) -> float:
+    """Seconds of a token in what one block's norms, rotary embeddings, activations and sums read and write."""
     widest = max(out for _, out, _ in shapes.linears)
-    return attention / rates.products + itemsize * (OF_HIDDEN * shapes.hidden + OF_WIDEST * widest) / rates.copied
+    return itemsize * (OF_HIDDEN * shapes.hidden + OF_WIDEST * widest) / rates.copied
 
 
 def _steps(run: RunConfig, kind: Kind) -> list[list[str]]:
@@ -77,12 +87,23 @@ def _passes(run: RunConfig, kind: Kind) -> int:
     return len(_steps(run, kind)) if run.true_sequential else 2
 
 
+def _attended(run: RunConfig, kind: Kind, tokens: int, itemsize: int, beside: int, device: torch.device) -> int:
+    """How often attention is computed: by the step that observes what it is multiplied with, and where its output is kept then,
+    once behind it."""
+    passes = _passes(run, kind)
+    return min(2, passes) if _fits(kind, tokens, itemsize, beside, device) else passes
+
+
+def _fits(kind: Kind, tokens: int, itemsize: int, beside: int, device: torch.device) -> bool:
+    """Whether what a block's linears write is kept for its next passes."""
+    size = itemsize * tokens * sum(out for group in kind.ordinary for _, out, _ in group)
+    return size * beside <= kept.SHARE * free_bytes(device)
+
+
 def _multiplied(run: RunConfig, kind: Kind, tokens: int, itemsize: int, beside: int, device: torch.device) -> float:
     """Parameters that a token meets in all passes of a block and of all models. Where what linears write is kept
     (quant/blocks/kept.py), the quantized model's are met once in --true-sequential and the original's once always."""
     by_name = {group[0][0]: group for group in kind.groups}
-    size = itemsize * tokens * sum(out for group in kind.ordinary for _, out, _ in group)
-    fits = size * beside <= kept.SHARE * free_bytes(device)
     if run.true_sequential:
         sizes = [
             sum(
@@ -95,7 +116,7 @@ def _multiplied(run: RunConfig, kind: Kind, tokens: int, itemsize: int, beside: 
         whole = kind.active * (1 + sum(sum(sizes[:i]) / sum(sizes) for i in range(len(sizes))))
     else:
         whole = kind.active * 2
-    if not fits:
+    if not _fits(kind, tokens, itemsize, beside, device):
         return beside * whole
     return (kind.active if run.true_sequential else whole) + (beside - 1) * kind.active
 

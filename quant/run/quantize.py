@@ -18,6 +18,7 @@ from quant.blocks.weights import BlockWeights
 from quant.core import ranks
 from quant.core.env import peak_bytes
 from quant.core.errors import RunError
+from quant.core.finite import all_finite
 from quant.core.names import FULL_BITS
 from quant.core.types import QuantizedWeight
 from quant.learn.learner import LearnedBlock
@@ -50,7 +51,7 @@ def deploy(
         parameters = linear.replace(parameters, stored.to(model.dtype))
     deployed = replace(deployed, parameters=parameters)
     for name, tensor in deployed.since(weights).named().items():
-        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # no mask of the whole tensor
+        if not all_finite(tensor):
             kept, used = (str(dtype).removeprefix("torch.") for dtype in (model.storage_of(name, index), model.dtype))
             raise RunError(
                 f"block {index} {name}: not every value is finite in {kept}, as it is saved, and {used}, as it is run"

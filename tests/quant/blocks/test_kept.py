@@ -57,7 +57,7 @@ def test_a_run_is_the_same_bit_for_bit(name, model_dir, text, tmp_path, monkeypa
 
 
 class Counted(TorchFunctionMode):
-    """How often products are made with weights of a shape."""
+    """How often products are made with weights of a shape, and attention is computed."""
 
     def __init__(self):
         super().__init__()
@@ -66,6 +66,8 @@ class Counted(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear:
             self.calls[tuple(args[1].shape)] += 1
+        if func is F.scaled_dot_product_attention:
+            self.calls["attention"] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -91,9 +93,76 @@ def test_every_linear_is_multiplied_once_a_batch_and_model(model_dir, tmp_path, 
         assert stream.kept is None and full.kept is None
         counts[case] = counted.calls
     once = 3 * 2  # batches, models
-    # q, k, v, o have one shape, gate and up another; the runs that observe stop in front of what they observe.
-    assert counts["kept"] == {(32, 32): 4 * once, (64, 32): 2 * once, (32, 64): once}
-    assert counts["computed"] == {(32, 32): once * (3 + 4 + 4 + 4), (64, 32): once * (2 + 2), (32, 64): once}
+    # q, k, v, o have one shape, gate and up another; the runs that observe stop in front of what they observe. Attention is
+    # computed for what o reads, and once behind it.
+    assert counts["kept"] == {(32, 32): 4 * once, (64, 32): 2 * once, (32, 64): once, "attention": 2 * once}
+    assert counts["computed"] == {
+        (32, 32): once * (3 + 4 + 4 + 4), (64, 32): once * (2 + 2), (32, 64): once, "attention": 4 * once}  # fmt: skip
+
+
+class Attention(torch.nn.Module):
+    """Two linears and what is between them; calls: how often it was computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.o, self.calls = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), 0
+
+    def forward(self, x, scale=1.0):
+        self.calls += 1
+        return self.o(self.q(x) * scale), None
+
+
+def answering(room, final):
+    """A block of an attention and a linear behind it, and what is kept of it."""
+    block = torch.nn.ModuleDict({"attention": Attention(), "down": torch.nn.Linear(4, 4)})
+    return block, KeptOutputs(room, ["attention.q", "attention.o", "down"], final)
+
+
+@torch.no_grad()
+def test_a_module_of_solved_linears_answers_as_a_whole():
+    """With None where it gave None, and for tensors that nobody else holds; not where something inside it is looked at, and
+    not in another batch."""
+    room = Room(CPU)
+    before = room.left
+    block, outputs = answering(room, ["attention.q"])
+    weights, x, batch = dict(block.named_parameters()), torch.randn(3, 4), [0]
+
+    def passing(**more):
+        with outputs.on(block, weights, None, lambda: batch[0], **more):
+            return block.attention(x, scale=2.0)
+
+    first = passing()
+    assert room.left == before - first[0].nbytes, "of q alone"
+    outputs.final.add("attention.o")
+    second = passing(observed=["down"])
+    assert room.left == before - first[0].nbytes, "what was kept inside is not kept besides"
+    second[0].add_(1)
+    third = passing()
+    assert torch.equal(third[0], first[0]) and third[1] is None
+    assert block.attention.calls == 2
+    assert torch.equal(passing(observed=["attention.o"])[0], first[0]) and block.attention.calls == 3
+    batch[0] = 1
+    passing(last=True)
+    passing(last=True)
+    assert block.attention.calls == 5, "the last pass keeps nothing"
+    assert "forward" not in vars(block.attention) | vars(block.attention.q)
+
+
+@torch.no_grad()
+def test_where_a_module_has_no_room_its_linears_may():
+    room = Room(CPU)
+    block, outputs = answering(room, ["attention.q", "attention.o"])
+    weights, x = dict(block.named_parameters()), torch.randn(3, 4)
+
+    def passing():
+        with outputs.on(block, weights, None, lambda: 0):
+            return block.attention(x)[0]
+
+    room.left = 0
+    first = passing()
+    room.left = 2 * first.nbytes
+    assert torch.equal(passing(), first) and torch.equal(passing(), first)
+    assert room.left == 0 and block.attention.calls == 3
 
 
 def test_other_weights_or_activations_are_computed(model_dir, tmp_path):
