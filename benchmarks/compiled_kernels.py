@@ -177,6 +177,8 @@ def product_cases(quick: bool) -> Iterator[Case]:
                     x = torch.zeros(tokens, 256, dtype=dtype)
                     name = f"{bits} bits, groups of {group}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
                     yield name, lambda x=x, weight=weight: Fields().matmul(x, weight)
+    few, narrow = torch.zeros(3, 256, dtype=torch.float16), packed(3, 8)
+    yield "3 bits, groups of 8, 3 tokens, float16", lambda: Fields().matmul(few, narrow)
 
 
 def packed(bits: int, group: int) -> PackedWeight:

@@ -91,7 +91,8 @@ def quantize(directory: Path, method: str, args: argparse.Namespace, whole: int)
             stream.run(index, block.weights, advance=True)
     synchronize(device)
     peak = peak_of(device)
-    times |= {"forward": stream.seconds["forward"], "gram": stream.seconds["observe"]}
+    spent = stream.clock.seconds
+    times |= {"forward": spent["forward"], "gram": spent["observe"]}
     total = time.perf_counter() - started
     return times | {"once": once, "total": total, "peak": float(peak)}
 

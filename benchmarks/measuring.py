@@ -44,6 +44,39 @@ def best_seconds(
     return min(times[warm_up:])
 
 
+def kernel_seconds(work: Callable[[], object], device: torch.device, budget: float) -> float:
+    """Seconds of the fastest run after a first one, of four at least and until ``budget`` seconds are spent. On CUDA of the device
+    alone, between two events around a graph of what ``work`` launches: the host takes longer to launch a small kernel than it runs."""
+    if device.type != "cuda":
+        return best_seconds(work, device, warm_up=True, budget=budget)
+    run, times = _as_graph(work, device), list[float]()
+    while len(times) < 4 or sum(times) < budget:
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+        run()
+        ended.record()
+        synchronize(device)
+        times.append(started.elapsed_time(ended) / 1e3)
+    return min(times[1:])
+
+
+def _as_graph(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Replays what ``work`` launches; where that cannot be kept as a graph, work itself."""
+    beside = torch.cuda.Stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):
+        for _ in range(2):  # kernels compile and libraries take their memory
+            work()
+    torch.cuda.current_stream(device).wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=beside):
+            work()
+    except RuntimeError:  # something in it asks the device
+        return work
+    return graph.replay
+
+
 def peak_of(device: torch.device) -> int:
     """Peak bytes since `env.reset_peak`: of the device, on a CPU of this process."""
     peak = env.peak_bytes(device)

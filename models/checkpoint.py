@@ -76,6 +76,7 @@ class Checkpoint:
     """
 
     extra: Sequence[str] = ()  # tensors of blocks that are no parameters of the library's modules
+    computes = False  # whether a tensor that is read takes products, whose precision is a matter of the whole process
 
     def __init__(self, path: Path, reader: Reader | None = None) -> None:
         self.path = path

@@ -28,7 +28,7 @@ from models.experts import separate_experts
 from models.family import Groups, ModelFamily
 from models.unread import carried_over, own_head, saved_buffers, spellings
 from quant.core.errors import InputError, foreign
-from quant.core.finite import all_finite
+from quant.core.finite import finite_everywhere
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ IN_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")  # a tensor of a list of modules, by i
 ATTENTION = (None, "eager", "sdpa")
 Weights = dict[str, Tensor]
 Opener = Callable[[Path], Checkpoint]
+Read = Callable[[str], Tensor]  # a tensor of a checkpoint by its name there
 
 
 @dataclass
@@ -107,51 +108,55 @@ class LazyModel:
             f"{self.checkpoint.path} lacks the tensor {stored}; the checkpoint does not fit its config.json"
         )
 
-    def _read(self, name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or self.dtype
-        if name in self.added:
-            return torch.zeros(shape, dtype=dtype, device=device)
-        tensor = self.checkpoint.read(self.key(name)).to(device)
-        if not all_finite(tensor):
-            raise InputError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    def block_keys(self, index: int, without: Collection[str] = ()) -> list[str]:
+        """What `block_weights` reads for the parameters of a block, by its names in the checkpoint, in that order."""
+        prefix = f"{self.family.blocks}.{index}."
+        names = (prefix + name for name, _ in self.blocks[index].named_parameters() if name not in without)
+        return [self.key(name) for name in names if name not in self.added]
 
     def block_weights(
-        self, index: int, device: torch.device, dtype: torch.dtype | None = None, without: Collection[str] = ()
+        self,
+        index: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        without: Collection[str] = (),
+        read: Read | None = None,
     ) -> Weights:
         """Parameters and buffers of a block by their names inside it, ready for ``functional_call``.
 
-        dtype: of the parameters, where it is not that of the arithmetic. without: parameters that are not read.
+        dtype: of the parameters, where it is not that of the arithmetic. without: parameters that are not read. read: gives
+        tensors of the checkpoint in its place, where they were read before.
         """
         block, prefix = self.blocks[index], f"{self.family.blocks}.{index}."
         wanted = {name: p for name, p in block.named_parameters() if name not in without}
-        weights = {name: self._read(prefix + name, p.shape, device, dtype) for name, p in wanted.items()}
-        extra = {
-            name.removeprefix(prefix): self.checkpoint.read(name).to(device, self.dtype)
-            for name in self.checkpoint.extra
-            if name.startswith(prefix)
-        }
-        return weights | extra | self._buffers(block, prefix, device)
+        with _Placing(self, device, read) as placing:
+            weights = {name: placing.put(prefix + name, p.shape, dtype or self.dtype) for name, p in wanted.items()}
+            extra = {
+                name.removeprefix(prefix): self.checkpoint.read(name).to(device, self.dtype)
+                for name in self.checkpoint.extra
+                if name.startswith(prefix)
+            }
+            return weights | extra | self._buffers(block, prefix, placing)
 
     def outside_weights(self, device: torch.device, without: Collection[str] = ()) -> Weights:
         """Everything outside the blocks: embeddings, final norm, head; tied parameters once. without: modules whose weights
         are not read."""
         inside, unread = f"{self.family.blocks}.", {f"{module}.weight" for module in without}
-        with self.replaced_blocks([]):
+        with self.replaced_blocks([]), _Placing(self, device) as placing:
             weights = {
-                name: self._read(name, p.shape, device)
+                name: placing.put(name, p.shape, self.dtype)
                 for name, p in self.module.named_parameters()
                 if not name.startswith(inside) and name not in unread
             }
-            return weights | self._buffers(self.module, "", device)
+            return weights | self._buffers(self.module, "", placing)
 
-    def _buffers(self, module: nn.Module, prefix: str, device: torch.device) -> Weights:
+    def _buffers(self, module: nn.Module, prefix: str, placing: _Placing) -> Weights:
         """Buffers: those of the checkpoint from there, computed ones exist on the CPU already."""
         saved = saved_buffers(module)
         return {
-            name: self._read(prefix + name, b.shape, device, b.dtype)
+            name: placing.put(prefix + name, b.shape, b.dtype)
             if b.is_meta or (name in saved and self._holds(prefix + name))
-            else b.to(device)
+            else b.to(placing.device)
             for name, b in module.named_buffers()
         }
 
@@ -215,6 +220,40 @@ class LazyModel:
             storage[name] = dtype
         self.storage = storage
         self.carried = carried_over(self.module, self.family.blocks, len(self.blocks), self.checkpoint)
+
+
+class _Placing:
+    """Tensors of a model's checkpoint on their way to a device; all are finite where a `with` of it ends without an InputError.
+    On a CPU each is looked at as it comes, a device is asked once: a question for every tensor would make the host wait for
+    each. read: gives tensors in the place of the checkpoint."""
+
+    def __init__(self, model: LazyModel, device: torch.device, read: Read | None = None) -> None:
+        self.device, self._model, self._read = device, model, read or model.checkpoint.read
+        self._finite: dict[str, Tensor] = {}
+
+    def __enter__(self) -> _Placing:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is None and self._finite:
+            for name, finite in zip(self._finite, torch.stack(list(self._finite.values())).tolist(), strict=True):
+                self._check(name, finite)
+
+    def put(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The tensor of a parameter or buffer; floats in this dtype."""
+        if name in self._model.added:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+        tensor = self._read(self._model.key(name)).to(self.device, non_blocking=True)
+        finite = finite_everywhere(tensor)
+        if self.device.type == "cpu":
+            self._check(name, bool(finite))
+        else:
+            self._finite[name] = finite
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def _check(self, name: str, finite: bool) -> None:
+        if not finite:
+            raise InputError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
 
 
 def load_config(

@@ -2,16 +2,20 @@
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import clock, end_to_end, floors, loaders, runtimes, tables
+from benchmarks import clock, end_to_end, floors, loaders, measuring, runtimes, tables
 from benchmarks.loaders import Case
 from benchmarks.solvers import column_loop, measure, problem
 from quant.blocks.fake_quant import ActSpec
@@ -261,3 +265,88 @@ def test_a_part_takes_the_clock_from_the_one_around_it(monkeypatch):
     assert own.seconds == {
         ("s", "outer"): 9.0, ("s", "inner"): 2.0, ("s", "failing"): 4.0, ("around", "rest"): 16.0}  # fmt: skip
     assert own.work == {("s", "inner"): {clock.Work("copy"): 8.0}}
+
+
+STUB = """#!/usr/bin/env bash
+cp "$RESULT" "$SEEN/$(ls "$SEEN" | wc -l)" 2>/dev/null
+[ "$1" = -c ] && { echo "the machine."; exit; }
+echo left > "$TMPDIR/behind"
+printf '| model | seconds |\\n|---|---|\\n| of %s | 3.5 |\\n' "$2 $3"
+echo "== 7 passed in 1.0s =="
+[[ "$*" == *packed* || "$*" == *training* ]] && exit 1 || exit 0
+"""
+
+
+@pytest.mark.parametrize(("which", "stages"), [("kernels", 4), ("runs", 3)])
+def test_the_gpu_suite_writes_rows_as_they_come(which, stages, tmp_path):
+    """With a stand-in for Python: every stage finds the rows of those before it, one that fails ends nothing, nothing is left."""
+    suite, stub, seen, rest = (
+        Path("benchmarks/gpu_suite.sh").resolve(),
+        tmp_path / "python",
+        tmp_path / "seen",
+        tmp_path / "rest",
+    )
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    seen.mkdir()
+    rest.mkdir()
+    out = tmp_path / "gpu.md"
+    environment = {**os.environ, "PYTHON": str(stub), "RESULT": str(out), "SEEN": str(seen), "TMPDIR": str(rest)}
+    done = subprocess.run([suite, which, out], env=environment, capture_output=True, text=True, check=False)
+    rows = out.read_text().splitlines()
+    assert done.returncode == 1, "the last stage failed"
+    assert rows[:5] == [f"# On a GPU: {which}", "", "the machine.", "", "| stage | what | figures |"]
+    assert (
+        sum("seconds: 3.5" in row for row in rows) == stages and sum("**done** | " in row for row in rows) == stages - 1
+    )
+    assert sum("**failed, exit code 1**" in row for row in rows) == 1 and "7 passed in 1.0s" in rows[6]
+    lengths = [len((seen / str(number)).read_text().splitlines()) for number in range(stages + 1)]
+    assert lengths == [2, *(6 + 2 * number for number in range(stages))], "each stage adds its outcome and its row"
+    assert not list(rest.iterdir())
+
+
+def test_a_call_of_the_gpu_suite_takes_less_than_nine_minutes():
+    text = Path("benchmarks/gpu_suite.sh").read_text()
+    kernels, runs = text[text.index('if [ "$which" = kernels ]') :].split("\nelse\n")
+    for part in (kernels, runs):
+        limits = [int(limit) for limit in re.findall(r'stage "[^"]+" (\d+) ', part)]
+        assert len(limits) in (3, 4) and sum(limit + 5 for limit in limits) <= 530
+    done = subprocess.run(["benchmarks/gpu_suite.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "kernels|runs" in done.stderr
+
+
+def test_on_cuda_a_graph_of_launches_is_timed_and_not_the_host(monkeypatch):
+    """CUDA is not there: what is asked of it, and which time is told."""
+    now, ran = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    class Graph:
+        def replay(self):
+            ran.append("replay")
+            now[0] += 0.02 if ran.count("replay") == 3 else 0.05
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Event": Event, "CUDAGraph": Graph, "Stream": lambda device: stream, "current_stream": lambda device: stream,
+        "stream": lambda own: nullcontext(), "graph": lambda graph, stream: nullcontext(), "synchronize": lambda device: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    took = measuring.kernel_seconds(lambda: ran.append("work"), torch.device("cuda"), budget=0.3)
+    assert took == pytest.approx(0.02) and ran == ["work"] * 3 + ["replay"] * 7, "two to warm up, one that is kept"
+
+    def refused(graph, stream):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    ran.clear()
+    measuring.kernel_seconds(lambda: ran.append("work"), torch.device("cuda"), budget=0.0)
+    assert ran == ["work"] * (2 + 4)

@@ -6,8 +6,7 @@ and all, so no family code rebuilds masks or position embeddings. A block runs a
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ from quant.blocks.kept import KeptOutputs
 from quant.blocks.linears import LinearRef, ModuleCall, See
 from quant.blocks.weights import BlockWeights
 from quant.core import ranks
+from quant.core.clock import Clock
 from quant.core.errors import InputError, foreign
 from quant.core.files import reserve, temporary_name
-from quant.core.finite import all_finite
+from quant.core.finite import finite_everywhere
 
 EVERYWHERE = slice(None)
+WORK = ("forward", "observe")
 STORE = "activations"  # name of the file of hidden states on the disk
 
 
@@ -96,7 +97,7 @@ class Activations:
         device: torch.device,
         directory: Path,
     ) -> None:
-        self.device = device
+        self.device, self._pinned = device, False
         if kind == "disk" and shape[0]:
             directory.mkdir(parents=True, exist_ok=True)
             size = shape[0] * shape[1] * shape[2]
@@ -104,16 +105,25 @@ class Activations:
             reserve(file, size * dtype.itemsize)
             flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
             file.unlink()  # the mapping keeps the space until it is dropped; nothing is left behind after a kill
-            self.data = flat.view(shape)
+            self._data = flat.view(shape)
         else:
-            pin = kind == "cpu" and device.type == "cuda"
-            self.data = torch.empty(shape, dtype=dtype, device=device if kind == "device" else "cpu", pin_memory=pin)
+            self._pinned = kind == "cpu" and device.type == "cuda"
+            place = device if kind == "device" else "cpu"
+            self._data = torch.empty(shape, dtype=dtype, device=place, pin_memory=self._pinned)
+
+    @property
+    def data(self) -> Tensor:
+        """All of them, where they are kept; waits for copies between the host and the device that are on their way."""
+        if self._pinned:
+            torch.cuda.synchronize(self.device)
+        return self._data
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return self.data[rows].to(self.device, non_blocking=True)
+        return self._data[rows].to(self.device, non_blocking=True)
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
-        self.data[rows] = value.to(self.data.device)
+        # Into pinned memory the host does not wait: who reads it next by `__getitem__` stands behind it in the device's queue.
+        self._data[rows].copy_(value, non_blocking=self._pinned)
 
 
 def own_windows(n: int, batch: int) -> slice:
@@ -135,7 +145,7 @@ def own_of_batches(n: int, batch: int) -> Tensor:
 class BlockStream:
     """Hidden states of tokens [n, T] in front of one block at a time.
 
-    seconds: time spent in ``forward`` (blocks) and ``observe`` (observers' own work). heldout: a stream of other windows,
+    clock: time spent in ``forward`` (blocks) and ``observe`` (observers' own work). heldout: a stream of other windows,
     at the same place, which goes where this one goes; None where there is none. kept: outputs of the block that the stream is
     in front of, for its next passes; dropped when it goes on.
     """
@@ -156,7 +166,7 @@ class BlockStream:
         self.hidden: Activations
         self.arguments: list[list[tuple[tuple, dict[str, Any]]]] = []  # per batch, per block
         self.as_tuple = False
-        self.seconds = {"forward": 0.0, "observe": 0.0}
+        self.clock = Clock(device, WORK)
         self.heldout: BlockStream | None = None
         self.kept: KeptOutputs | None = None
 
@@ -202,7 +212,7 @@ class BlockStream:
 
     def attach(self, heldout: BlockStream) -> None:
         """Take other windows along; their time counts as this stream's."""
-        self.heldout, heldout.seconds = heldout, self.seconds
+        self.heldout, heldout.clock = heldout, self.clock
 
     @torch.no_grad()
     def in_batches_of(self, batch: int, outside: Weights) -> BlockStream:
@@ -219,7 +229,7 @@ class BlockStream:
         other = self._copy()
         other.hidden = self.new_store()
         other.hidden.data.copy_(self.hidden.data)
-        other.seconds = dict.fromkeys(self.seconds, 0.0)
+        other.clock = Clock(self.device, WORK)
         return other
 
     def _copy(self) -> BlockStream:
@@ -270,8 +280,9 @@ class BlockStream:
         """
         observed = {LinearRef.of_module(k) if isinstance(k, str) else k: see for k, see in (observe or {}).items()}
         block, waiting = self.model.blocks[index], set(observed)
-        started, before, current = time.perf_counter(), self.seconds["observe"], 0
+        current, finite = 0, list[Tensor]()
         with ExitStack() as stack:
+            stack.enter_context(self.clock.spent("forward"))
             own = stack.enter_context(instrument(block, weights, act))
             if self.kept is not None:
                 places = [linear.name for linear in observed]
@@ -288,36 +299,31 @@ class BlockStream:
                 except _Observed:
                     continue
                 if advance:
-                    if not all_finite(output):
-                        raise InputError(
-                            f"block {index} gives NaN or infinite activations in {self.model.dtype}; "
-                            "use --dtype float32 or bfloat16, or check the checkpoint"
-                        )
+                    finite.append(finite_everywhere(output))
                     self.hidden[rows] = output
-        self._synchronize()
-        self.seconds["forward"] += time.perf_counter() - started - (self.seconds["observe"] - before)
+            self._check(index, finite)
         if advance:
             self.kept = None
         if advance and self.heldout is not None:
             self.heldout.run(index, weights, advance=True, act=act)
 
+    def _check(self, index: int, finite: Sequence[Tensor]) -> None:
+        """Raise InputError unless the outputs of all batches are finite, which the device says of all of them at once."""
+        if finite and not bool(torch.stack(list(finite)).all()):
+            raise InputError(
+                f"block {index} gives NaN or infinite activations in {self.model.dtype}; "
+                "use --dtype float32 or bfloat16, or check the checkpoint"
+            )
+
     def _observer(self, linear: LinearRef | ModuleCall, act: See, waiting: set[Any], stop: bool) -> See:
         def see(x: Any) -> None:
-            self._synchronize()
-            started = time.perf_counter()
-            act(x)
+            with self.clock.spent("observe", within="forward"):
+                act(x)
             waiting.discard(linear)
-            self._synchronize()
-            self.seconds["observe"] += time.perf_counter() - started
             if stop and not waiting:
                 raise _Observed
 
         return see
-
-    def _synchronize(self) -> None:
-        """Wait for the device, so that the clock measures work and not its launch."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
     def logits(self, rows: slice, outside: Weights, positions: slice = EVERYWHERE) -> Tensor:

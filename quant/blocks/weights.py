@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.load import LazyModel, Weights
+from models.load import LazyModel, Read, Weights
 from quant.blocks.linears import LinearRef
 from quant.blocks.online import AND, flops_of
 from quant.kernels.matmul.weight import PackedWeight
@@ -61,11 +61,12 @@ class BlockWeights:
         device: torch.device,
         dtype: torch.dtype | None = None,
         without: Collection[str] = (),
+        read: Read | None = None,
     ) -> BlockWeights:
         """Those of a block of the model, as its checkpoint has them. dtype: of the parameters, where it is not that of the
-        arithmetic. without: linears whose weights are not read."""
+        arithmetic. without: linears whose weights are not read. read: gives tensors in the place of the checkpoint."""
         unread = [LinearRef.of_module(linear).parameter for linear in without]
-        return cls.from_named(model.block_weights(index, device, dtype, unread))
+        return cls.from_named(model.block_weights(index, device, dtype, unread, read))
 
     @classmethod
     def from_named(cls, tensors: Mapping[str, Tensor]) -> BlockWeights:

@@ -19,6 +19,7 @@ from quant.core import ranks
 from quant.core.errors import InputError
 
 PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "numba")
+DRIVER = Path("/proc/driver/nvidia/version")  # says of the kernel's module which driver it is of
 
 
 def pick_device(name: str) -> torch.device:
@@ -118,7 +119,8 @@ def be_deterministic() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can move a number."""
+    """Versions of Python and of the packages that can move a number; where torch is built for CUDA also of CUDA, Triton and the
+    driver, as far as they are there."""
     by_package = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -129,7 +131,16 @@ def versions() -> dict[str, str]:
         by_package["cuda"] = torch.version.cuda
         with suppress(PackageNotFoundError):
             by_package["triton"] = version("triton")
+        with suppress(OSError):
+            by_package["driver"] = _driver(DRIVER.read_text(encoding="utf-8"))
     return by_package
+
+
+def _driver(text: str) -> str:
+    """The number out of what a driver says of itself; all of its first line where there is none."""
+    first = (text.splitlines() or [""])[0]
+    number = re.search(r"\b\d+(\.\d+)+\b", first)
+    return number[0] if number else first
 
 
 def commit() -> str | None:

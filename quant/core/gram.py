@@ -15,6 +15,7 @@ SAMPLE = 512  # columns of which the rank is counted
 INDEPENDENT = 1e-4  # eigenvalues of the correlations above it count; the mean of all is 1, float32 leaves some at 4e-5
 FAR_BELOW = 4  # ranks below the columns by this factor are believed, and no others: natural texts decay slowly
 CHUNK = 4096  # tokens cast to float32 at a time, so that a batch is never copied whole
+HALVES = (torch.float16, torch.bfloat16)
 BLOCK = 512  # columns: the sum is symmetric, and only blocks on and below the diagonal are computed
 
 
@@ -64,20 +65,20 @@ class GramStats:
         root = (
             None if weights is None else weights.reshape(-1, 1).float().sqrt()
         )  # on both sides, so that sums stay symmetric
-        for part in _chunks(rows, root):
+        for (part,) in _chunks(root, rows):
             for block in self._blocks:
-                self._sum[block, : block.stop].addmm_(part[:, block].T, part[:, : block.stop])
+                _add_product_(self._sum[block, : block.stop], part[:, block], part[:, : block.stop])
         if full is not None:
             if self.cross is None:
                 self.cross = torch.zeros_like(self._sum)
-            for original, part in zip(_chunks(full.reshape(rows.shape), root), _chunks(rows, root), strict=True):
-                self.cross.addmm_(original.T, part)
+            for original, part in _chunks(root, full.reshape(rows.shape), rows):
+                _add_product_(self.cross, original, part)
         if lacking is not None:
             lacking = lacking.reshape(rows.shape[0], -1)
             if self.residual is None:
                 self.residual = torch.zeros(lacking.shape[1], rows.shape[1], device=self._sum.device)
-            for missing, part in zip(_chunks(lacking, root), _chunks(rows, root), strict=True):
-                self.residual.addmm_(missing.T, part)
+            for missing, part in _chunks(root, lacking, rows):
+                _add_product_(self.residual, missing, part)
         self.total += rows.sum(0, dtype=torch.float32)
         if full is not None:
             total = full.reshape(rows.shape).sum(0, dtype=torch.float32)
@@ -173,11 +174,30 @@ def shrunk(own: GramStats, weight: float, towards: GramStats, prior: int) -> Gra
     return stats
 
 
-def _chunks(rows: Tensor, root: Tensor | None) -> Iterator[Tensor]:
-    """Float32 parts of rows [tokens, n], each row times its root [tokens, 1]."""
-    for start in range(0, rows.shape[0], CHUNK):
-        part = rows[start : start + CHUNK].float()
-        yield part if root is None else part * root[start : start + CHUNK]
+def _chunks(root: Tensor | None, *inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of inputs [tokens, n] at the same tokens: float32, each token times its root [tokens, 1], or as they are where
+    `_add_product_` takes them so."""
+    plain = root is None and all(map(_by_tensor_cores, inputs))
+    for start in range(0, inputs[0].shape[0], CHUNK):
+        parts = tuple(rows[start : start + CHUNK] for rows in inputs)
+        if not plain:
+            parts = tuple(part.float() for part in parts)
+        yield parts if root is None else tuple(part * root[start : start + CHUNK] for part in parts)
+
+
+def _by_tensor_cores(rows: Tensor) -> bool:
+    """Whether the device multiplies rows as they are and adds in float32: half precision on CUDA, if torch is of 2.8 or later. A
+    product of two such numbers is exact in float32, so that the sums are of the same numbers as those of float32 inputs."""
+    return rows.is_cuda and rows.dtype in HALVES and hasattr(torch.ops.aten.mm, "dtype")
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total float32 [n, k] += leftᵀ right for left [tokens, n] and right [tokens, k], both float32 or both as
+    `_by_tensor_cores` allows."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    else:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
 
 
 class InputSample:

@@ -12,6 +12,7 @@ from torch import Tensor
 from models.load import LazyModel, Weights
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.outside import Deployed, OutsideWeights
+from quant.blocks.reading import BlockReader
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 
@@ -79,11 +80,15 @@ def pass_blocks(
     """Carry streams (each by variant) through all blocks, side by side. Linears are read only where a variant needs them."""
     n_blocks = len(model.blocks)
     packed = all(variant.packed for variant in variants.values())
-    for index in range(n_blocks):
-        without = list(model.linear_shapes(index)) if packed else []
-        weights = BlockWeights.read(model, index, device, without=without)
-        for name, variant in variants.items():
-            own = variant.deploy(index, weights)
-            for by_variant in streams:
-                by_variant[name].run(index, own, advance=True, act=variant.act)
-        progress(index + 1, n_blocks)
+
+    def without(index: int) -> Collection[str]:
+        return model.linear_shapes(index) if packed else ()
+
+    with BlockReader(model, device, n_blocks, without) as reader:
+        for index in range(n_blocks):
+            weights = reader.read(index)
+            for name, variant in variants.items():
+                own = variant.deploy(index, weights)
+                for by_variant in streams:
+                    by_variant[name].run(index, own, advance=True, act=variant.act)
+            progress(index + 1, n_blocks)

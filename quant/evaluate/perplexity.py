@@ -115,11 +115,13 @@ def _scores(streams: Mapping[str, BlockStream], outside: Mapping[str, OutsideWei
                 pieces[variant].append(losses)
         for variant, losses_of_parts in pieces.items():
             whole = [torch.cat(parts, -1) for parts in zip(*losses_of_parts, strict=True)]
-            collected[variant].append(tuple(part.double().mean(-1).cpu() for part in whole))
+            collected[variant].append(tuple(part.double().mean(-1) for part in whole))
     if not n:  # fewer windows than processes
         nothing = torch.empty(0, dtype=torch.float64)
         return {v: Scores(*[nothing] * (1 if v == FULL or FULL not in streams else 3)) for v in streams}
-    return {v: Scores(*(torch.cat(column) for column in zip(*rows, strict=True))) for v, rows in collected.items()}
+    return {
+        v: Scores(*(torch.cat(column).cpu() for column in zip(*rows, strict=True))) for v, rows in collected.items()
+    }
 
 
 def _losses(

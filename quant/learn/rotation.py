@@ -186,6 +186,8 @@ class RotatedCheckpoint(Checkpoint):
     name (the head that was tied) has that of its source, and is a tensor here.
     """
 
+    computes = True
+
     def __init__(self, base: Checkpoint, names: Mapping[str, str], rewriting: Rewriting, n_blocks: int) -> None:
         self.base, self.rewriting = base, rewriting
         self.path, self.reader, self.files = base.path, base.reader, base.files

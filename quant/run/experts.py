@@ -15,7 +15,6 @@ are called with is kept where the hidden states are.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -125,9 +124,8 @@ class ExpertStats(Mapping[str, InputStats]):
             raise KeyError(name)
         if self._last is None or self._last[0] != name:
             self._last = None  # room for the next
-            started = time.perf_counter()
-            self._last = (name, self._of(name))
-            self._stream.seconds["observe"] += time.perf_counter() - started
+            with self._stream.clock.spent("observe"):
+                self._last = (name, self._of(name))
         return self._last[1]
 
     @torch.inference_mode()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.load import LazyModel
+from quant.blocks.reading import BlockReader
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core import ranks
@@ -77,41 +78,41 @@ def _quantize_blocks(
     learner = _learner(inputs, stream, job, progress, together)
     full = original_beside(stream) if recipe.asks_for_original else None
     tuner = None if job.tunes("model") else tuner_of(inputs, stream, job, progress, full)
-    for index in range(n_blocks):
-        weights = BlockWeights.read(inputs.model, index, inputs.device)
-        if index < len(summaries):
-            note = "from disk"
-            stream.run(index, read_block(inputs.model, target, index, weights), advance=True, act=act)
-            weights = folded_before(inputs.model, target, index, weights)
-            if learner is not None:
-                learner.pass_on(index, weights)
-            if tuner is not None:
-                tuner.pass_on(index, weights)
-        else:
-            before, started = dict(stream.seconds), time.perf_counter()
-            learned = _folded(stream, job, index, weights, together)
-            if learned is not None:
-                weights = learned.weights
-            if learner is not None:
-                learned = learner.learn(index, weights, learned)
-            learning = time.perf_counter() - started if learned else 0.0
-            block = quantize_block(stream, index, weights, recipe, learned, full, tokens)
-            solved = Solved(index, weights, block, learned, {"solve": block.seconds, "learn": learning})
-            complete = [solved] if tuner is None else tuner.add(solved)
-            if tuner is None and index + 1 < n_blocks:
-                stream.run(index, block.weights, advance=True, act=act)
-            solved.seconds |= {
-                k: stream.seconds[of] - before[of] for k, of in (("forward", "forward"), ("gram", "observe"))
-            }
-            if together is not None:
-                solved.seconds |= together.added_to(index, solved.seconds)
-            summaries += write_all(target, complete)
-            note = _note(block.records, learned)
-        if tokens is not None:
-            tokens.drop(index)
-        if full is not None and tuner is None and index + 1 < n_blocks:
-            full.run(index, weights, advance=True)
-        progress("quantize", index + 1, n_blocks, note)
+    with BlockReader(inputs.model, inputs.device, n_blocks) as reader:
+        for index in range(n_blocks):
+            weights = reader.read(index)
+            if index < len(summaries):
+                note = "from disk"
+                stream.run(index, read_block(inputs.model, target, index, weights), advance=True, act=act)
+                weights = folded_before(inputs.model, target, index, weights)
+                if learner is not None:
+                    learner.pass_on(index, weights)
+                if tuner is not None:
+                    tuner.pass_on(index, weights)
+            else:
+                before, started = stream.clock.seconds, time.perf_counter()
+                learned = _folded(stream, job, index, weights, together)
+                if learned is not None:
+                    weights = learned.weights
+                if learner is not None:
+                    learned = learner.learn(index, weights, learned)
+                learning = time.perf_counter() - started if learned else 0.0
+                block = quantize_block(stream, index, weights, recipe, learned, full, tokens)
+                solved = Solved(index, weights, block, learned, {"solve": block.seconds, "learn": learning})
+                complete = [solved] if tuner is None else tuner.add(solved)
+                if tuner is None and index + 1 < n_blocks:
+                    stream.run(index, block.weights, advance=True, act=act)
+                spent = stream.clock.seconds
+                solved.seconds |= {k: spent[of] - before[of] for k, of in (("forward", "forward"), ("gram", "observe"))}
+                if together is not None:
+                    solved.seconds |= together.added_to(index, solved.seconds)
+                summaries += write_all(target, complete)
+                note = _note(block.records, learned)
+            if tokens is not None:
+                tokens.drop(index)
+            if full is not None and tuner is None and index + 1 < n_blocks:
+                full.run(index, weights, advance=True)
+            progress("quantize", index + 1, n_blocks, note)
     return summaries
 
 
@@ -202,10 +203,11 @@ def compare_layers(inputs: Inputs, runs: Sequence[RunConfig], progress: Progress
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as directory:
         stream = calibration_stream(inputs, runs[0], Path(directory))
-        for index in range(n_blocks):
-            weights = BlockWeights.read(inputs.model, index, inputs.device)
-            records += [record.to_json() for record in compare_block(stream, index, weights, recipes)]
-            if index + 1 < n_blocks:
-                stream.run(index, weights, advance=True)
-            progress("compare", index + 1, n_blocks, "")
+        with BlockReader(inputs.model, inputs.device, n_blocks) as reader:
+            for index in range(n_blocks):
+                weights = reader.read(index)
+                records += [record.to_json() for record in compare_block(stream, index, weights, recipes)]
+                if index + 1 < n_blocks:
+                    stream.run(index, weights, advance=True)
+                progress("compare", index + 1, n_blocks, "")
     return records

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.linears import ModuleCall, See
+from quant.blocks.reading import BlockReader
 from quant.blocks.saliency import TokenWeights
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
@@ -152,8 +153,10 @@ class _Pair:
 def original_behind(start: BlockStream) -> BlockStream:
     """The original model's stream over the windows of a stream in front of the first block, behind the last one."""
     full = start.fork()
-    for index in range(len(full.model.blocks)):
-        full.run(index, BlockWeights.read(full.model, index, full.device), advance=True)
+    n_blocks = len(full.model.blocks)
+    with BlockReader(full.model, full.device, n_blocks) as reader:
+        for index in range(n_blocks):
+            full.run(index, reader.read(index), advance=True)
     return full
 
 

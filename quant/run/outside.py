@@ -10,7 +10,6 @@ on each other: a vocabulary is many times as long as any other linear.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,7 +139,8 @@ def _inputs_of_head(
     if (heldout := stream.heldout) is not None:
         sample = InputSample(-(-heldout.tokens.numel() // HELDOUT_TOKENS))
         _observe(heldout, None if full is None else full.heldout, head, own, outside, sample)
-    seconds |= {"forward": stream.seconds["forward"], "gram": stream.seconds["observe"]}
+    spent = stream.clock.seconds
+    seconds |= {"forward": spent["forward"], "gram": spent["observe"]}
     return InputStats(stats, sample)
 
 
@@ -153,11 +153,10 @@ def _observe(
     stats: GramStats | InputSample,
 ) -> None:
     """Add what the head reads in a stream behind the last block, and in the original's at the same tokens."""
-    started = time.perf_counter()
-    for rows in stream.rows:
-        x = stream.head_inputs(head, rows, own)
-        stats.update(x, None if full is None else full.head_inputs(head, rows, outside))
-    stream.seconds["observe"] += time.perf_counter() - started
+    with stream.clock.spent("observe"):
+        for rows in stream.rows:
+            x = stream.head_inputs(head, rows, own)
+            stats.update(x, None if full is None else full.head_inputs(head, rows, outside))
 
 
 def _solve(

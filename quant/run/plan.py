@@ -27,7 +27,8 @@ Memory (bytes)
               original's inputs beside) and what the solver takes of PART weights of it at a time
   host        hidden states nsamples x seqlen x hidden (on the device or on disk instead, if asked for); learning holds
               two of them, one more for --aug_loss and one for an attention loss; tuning one more, a window of blocks two;
-              what a mixture's experts are called with is as much again
+              what a mixture's experts are called with is as much again; with a GPU the next block, which is read while this
+              one is worked on (quant/blocks/reading.py)
   kept        with --true-sequential or a corrected target what solved linears write, for the next steps, in at most an eighth
               of what is free (quant/blocks/kept.py); not in the peak
   process     on a CPU, all that the operating system counts: the libraries, device, host, and the pages of the checkpoint
@@ -101,9 +102,8 @@ def estimate(
     seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
     n_blocks, tokens = min(run.num_layers, shapes.n_blocks), run.windows * seqlen
     beside = 1 + (run.target_correction > 0 or uses_cross(run))  # models that calibration runs through
-    statistics, forward, gram = calibration_cost(
-        run, shapes, tokens, beside, rates, itemsize, pick_device(session.device)
-    )
+    device = pick_device(session.device)
+    statistics, forward, gram = calibration_cost(run, shapes, tokens, beside, rates, itemsize, device)
     blocks = list(shapes.first(n_blocks))
     workspace = max(solver_bytes(run, out, n_in) for _, out, n_in in shapes.linears)
     widest = max(max(out, n_in) for _, out, n_in in shapes.linears)
@@ -138,6 +138,7 @@ def estimate(
         * shapes.hidden
         * itemsize
         * (run.hidden_states(shapes.n_blocks) + beside - 1 + beside * any(kind.routed for kind, _ in blocks)),
+        **({"host bytes: next block": shapes.block * itemsize} if device.type == "cuda" else {}),
         "disk bytes: run directory": weights,
         "disk bytes: checkpoint": shapes.parameters * 2 if request.output.save else 0,
         "quantized bytes": stored / 8,

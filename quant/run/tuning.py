@@ -158,7 +158,7 @@ class WindowTuner:
 def _beside(stream: BlockStream) -> BlockStream:
     """A second stream at the same place, with windows that are held out; its time counts as the first one's."""
     other = stream.fork()
-    other.seconds = stream.seconds
+    other.clock = stream.clock
     if stream.heldout is not None:
         other.attach(stream.heldout.fork())
     return other

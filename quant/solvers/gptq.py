@@ -96,12 +96,15 @@ def group_fit(spec: QuantSpec, importance: Tensor, group: Tensor, minimum: Tenso
     """Fits the grid of a group. importance [in], or of every row [out, in], and group [in]: Gram diagonal and group of every
     column in visiting order.
     minimum [out, G]: of real grids, receives what is fitted; the zeros returned are then what the sweep takes for it."""
+    groups = (
+        [] if minimum is None else group.tolist()
+    )  # once: each number by itself would make the host wait for the device
 
     def fit(part: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         scale, lowest = fit_for(spec)(part, spec, importance[..., columns])
         if minimum is None:
             return scale, lowest
-        minimum[:, int(group[columns.start])] = lowest
+        minimum[:, groups[columns.start]] = lowest
         return scale, -lowest / scale
 
     return fit
@@ -158,12 +161,13 @@ def feedback_rounding(
     #     └─ all errors of the block ──^ in one product to the rest of the layer
     size = n_in // grid.n_groups if fit is not None else block_size
     block_size = size * max(1, block_size // size)
+    groups = group.tolist() if fit is not None else []
     for start in range(0, n_in, block_size):
         end = min(start + block_size, n_in)
         for first in range(start, end, size):
             part = slice(first, min(first + size, end))
             if fit is not None:
-                g = int(group[first])
+                g = groups[first]
                 scale[:, g], zero[:, g] = fit(
                     compensate(weight[:, part], work[:, part], feedback[..., part, part]), part
                 )

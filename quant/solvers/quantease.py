@@ -6,8 +6,8 @@ The exact minimizer of column j, all rows at once, with E = W - Ŵ, Σ = X Xᵀ 
 
 C is kept up to date. Columns are visited in blocks of B: inside a block only the B x B tile of Σ is needed, after
 it the block's changes ΔE reach the other columns by one product, C += ΔE Σ (2·out·in·B flops, the floor of the
-method, and less where few entries changed). That is the same sequence of coordinate updates as the column-by-column
-loop, `plain.plain_descent`. No inverse, no factorization, and no damping but where calibration is too small for the
+method, and less where few entries changed; on CUDA those of several blocks at once). That is the same sequence of
+coordinate updates as the column-by-column loop, `plain.plain_descent`. No inverse, no factorization, and no damping but where calibration is too small for the
 layer (see `damped_gram`).
 """
 
@@ -30,7 +30,7 @@ from quant.core.stacks import StackedStats, times
 from quant.core.stored import stored_base, stored_scale, within_largest
 from quant.core.superblocks import kind_of, refit_integers, refit_units, rescaled, units_of
 from quant.core.types import Grid, Outliers, QuantizedWeight, QuantSpec, group_index
-from quant.kernels.columns import ColumnBlock, kernels
+from quant.kernels.columns import ColumnBlock, inverse_diagonal, kernels
 from quant.solvers import Options, solver
 from quant.solvers.gptq import visiting_order
 
@@ -57,7 +57,7 @@ class Descent:
         self.residual, self.correlation = torch.zeros_like(target), torch.zeros_like(target)
         self.codes = torch.empty_like(target, dtype=torch.uint8)
         self.free: Tensor | None = None
-        self.kernels = kernels(target.device)
+        self.kernels, self.inverse = kernels(target.device), inverse_diagonal(gram)  # of all sweeps
 
     def start_from(self, approximation: Tensor) -> None:
         """Begin at Ŵ [out, in] instead of at the target itself."""
@@ -67,13 +67,27 @@ class Descent:
     def sweep(self, rounding: bool) -> None:
         """Visit every column once."""
         layer = ColumnBlock(self.target, self.residual, self.correlation, self.gram, self.scale, self.zero, self.group,
-                            self.numbers, self.codes, rounding, self.free)  # fmt: skip
-        for start in range(0, self.target.shape[1], self.block_size):
-            block = slice(start, start + self.block_size)
+                            self.numbers, self.codes, rounding, self.free, inverse=self.inverse)  # fmt: skip
+        n_in, reach = self.target.shape[1], self.block_size * max(1, self.kernels.reach // self.block_size)
+        for start in range(0, n_in, reach):
+            self._visit(layer, slice(start, min(start + reach, n_in)))
+
+    def _visit(self, layer: ColumnBlock, columns: slice) -> None:
+        """Visit some columns in blocks. Of a block all of them hear, and the rest of the layer of all blocks at once."""
+        starts, changes = range(columns.start, columns.stop, self.block_size), []
+        near = columns if len(starts) > 1 else slice(None)
+        for start in starts:
+            block = slice(start, min(start + self.block_size, columns.stop))
             # Inside the block: u_j, Ŵ_j and codes column by column, C followed in a copy of the block's own columns [out, B].
             change = self.kernels.coordinate_descent_(layer.part(block))
-            # Then C += ΔE Σ for all columns: ΔE [out, B] times the block's rows of Σ [B, in].
-            self.kernels.propagate_(self.correlation, change, self.gram[..., block, :])
+            # Then C += ΔE Σ: ΔE [out, B] times the block's rows of Σ [B, in].
+            self.kernels.propagate_(self.correlation[:, near], change, self.gram[..., block, near])
+            changes.append(change)
+        if len(changes) > 1:
+            change, n_in = torch.cat(changes, 1), self.target.shape[1]
+            for rest in (slice(0, columns.start), slice(columns.stop, n_in)):
+                if rest.start < rest.stop:
+                    self.kernels.propagate_(self.correlation[:, rest], change, self.gram[..., columns, rest])
 
     def move_target(self, change: Tensor) -> None:
         """Add change [out, in] to the target; Ŵ stays."""
@@ -119,10 +133,11 @@ class Descent:
     @cached_property
     def columns(self) -> list[slice | Tensor]:
         """Where the columns of every group are: side by side they are views of what they are of, and nothing is copied."""
-        places = [(self.group == g).nonzero().squeeze(1) for g in range(self.scale.shape[1])]
+        group = self.group.cpu()  # once: for each group the host would wait for the device
+        places = [(group == g).nonzero().squeeze(1) for g in range(self.scale.shape[1])]
         bounds = [(int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0) for own in places]
         return [
-            slice(first, end) if end - first == len(own) else own
+            slice(first, end) if end - first == len(own) else own.to(self.group.device)
             for own, (first, end) in zip(places, bounds, strict=True)
         ]
 

@@ -10,9 +10,9 @@ import subprocess
 
 import torch
 
-from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels
+from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels, inverse_diagonal
 
-__all__ = ["ColumnBlock", "Kernels", "TorchKernels", "describe", "kernels"]
+__all__ = ["ColumnBlock", "Kernels", "TorchKernels", "describe", "inverse_diagonal", "kernels"]
 log = logging.getLogger(__name__)
 # What an import of Triton, its compiler, a driver or a wrong answer of the trial raises.
 UNUSABLE = (ImportError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError, ArithmeticError,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.core.levels import Table, level_tensors
 from quant.core.stacks import add_times_
-from quant.kernels.columns.reference import ColumnBlock, inverse_diagonal
+from quant.kernels.columns.reference import ColumnBlock
 from quant.kernels.threads import share_threads
 
 TILE = 64
@@ -133,7 +133,7 @@ def _propagate(correlation, change, gram):  # type: ignore[no-untyped-def]  # no
 class NumbaKernels:
     """float32 tensors on the CPU."""
 
-    name = "numba"
+    name, reach = "numba", 0
 
     def coordinate_descent_(self, block: ColumnBlock) -> Tensor:
         """In tiles of rows; see `Kernels`."""
@@ -141,7 +141,7 @@ class NumbaKernels:
         change = torch.empty(block.target.shape)
         _coordinate_descent(
             block.residual.numpy(), block.incoming.numpy(), block.target.numpy(),
-            _stack(block.matrix), _stack(inverse_diagonal(block.matrix), 2), *_grid(block),
+            _stack(block.matrix), _stack(block.inverses(), 2), *_grid(block),
             block.codes.numpy() if block.rounding else NO_CODES,
             NO_FLAGS if block.free is None else block.free.numpy(),
             change.numpy(),

@@ -7,6 +7,8 @@ Tiles are as wide as the next power of two, the rest is masked. Without a GPU th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -15,9 +17,10 @@ from torch import Tensor
 from quant.core.levels import level_tensors
 from quant.core.rounding import NumberFormat
 from quant.core.stacks import add_times_, parts_of
-from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels, inverse_diagonal
+from quant.kernels.columns.reference import ColumnBlock, Kernels, TorchKernels
 
 ROWS, TRIAL_COLUMNS = 16, 128
+MOST_COLUMNS, PART_COLUMNS = 256, 128  # that registers hold: from 512 on kilobytes of a thread's are spilled
 FUSED = (
     True  # a product and a sum are rounded once; said, as the default of Triton changes and codes on an edge with it
 )
@@ -66,14 +69,15 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
     residual, correlation, weight, gram, inverse, scale, zero, group, levels, middles, codes, free, change,  # noqa: ANN001
     n_rows, tiles, n_columns, n_groups, qmax,  # noqa: ANN001
     residual_stride, correlation_stride, weight_stride, codes_stride, free_stride,  # noqa: ANN001
+    gram_stride, gram_layer, inverse_layer,  # noqa: ANN001
     rounding: tl.constexpr, has_free: tl.constexpr, one_group: tl.constexpr, n_middles: tl.constexpr, digits: tl.constexpr,
     rows_tile: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
     layer = tl.program_id(0) // tiles  # of a stack; n_rows are those of one
     inner = (tl.program_id(0) % tiles) * rows_tile + tl.arange(0, rows_tile)
     row, column = (layer * n_rows + inner).to(tl.int64), tl.arange(0, columns)
-    gram += layer.to(tl.int64) * n_columns * n_columns
-    inverse += layer * n_columns
+    gram += layer.to(tl.int64) * gram_layer
+    inverse += layer * inverse_layer
     inside_row, inside_column = inner < n_rows, column < n_columns
     inside = inside_row[:, None] & inside_column[None, :]
     target = tl.load(weight + row[:, None] * weight_stride + column[None, :], mask=inside, other=0.0)
@@ -100,7 +104,7 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
             else:
                 value = rounded
         current = tl.where(here, value[:, None], current)
-        factor = tl.load(gram + j * n_columns + column, mask=inside_column & (column > j), other=0.0)
+        factor = tl.load(gram + j * gram_stride + column, mask=inside_column & (column > j), other=0.0)
         c += (old - value)[:, None] * factor[None, :]
     after = target - current
     tl.store(residual + row[:, None] * residual_stride + column[None, :], after, mask=inside)
@@ -113,13 +117,14 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
 def _gptq(  # type: ignore[no-untyped-def]
     weight, target, feedback, scale, zero, group, levels, middles, codes, errors, outlier_above,  # noqa: ANN001
     n_rows, tiles, n_columns, n_groups, qmax, weight_stride, target_stride, codes_stride, errors_stride,  # noqa: ANN001
+    feedback_stride, feedback_layer,  # noqa: ANN001
     has_outliers: tl.constexpr, one_group: tl.constexpr, n_middles: tl.constexpr, digits: tl.constexpr,
     rows_tile: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
     layer = tl.program_id(0) // tiles
     inner = (tl.program_id(0) % tiles) * rows_tile + tl.arange(0, rows_tile)
     row, column = (layer * n_rows + inner).to(tl.int64), tl.arange(0, columns)
-    feedback += layer.to(tl.int64) * n_columns * n_columns
+    feedback += layer.to(tl.int64) * feedback_layer
     inside_row, inside_column = inner < n_rows, column < n_columns
     inside = inside_row[:, None] & inside_column[None, :]
     w = tl.load(weight + row[:, None] * weight_stride + column[None, :], mask=inside, other=0.0)
@@ -141,7 +146,7 @@ def _gptq(  # type: ignore[no-untyped-def]
             value = tl.where(distance * distance > tl.load(outlier_above + j), kept, value)
         error = tl.sum(tl.where(here, original, 0.0), axis=1) - value
         off_by = tl.where(here, error[:, None], off_by)
-        factor = tl.load(feedback + j * n_columns + column, mask=inside_column & (column > j), other=0.0)
+        factor = tl.load(feedback + j * feedback_stride + column, mask=inside_column & (column > j), other=0.0)
         w += error[:, None] * factor[None, :]
     tl.store(weight + row[:, None] * weight_stride + column[None, :], w, mask=inside)
     tl.store(codes + row[:, None] * codes_stride + column[None, :], chosen.to(tl.uint8), mask=inside)
@@ -184,10 +189,28 @@ def _sizes(block: ColumnBlock) -> dict[str, int]:
     return {"n_middles": middles, "digits": middles.bit_length()}
 
 
-class TritonKernels:
-    """float32 tensors on a CUDA device."""
+def _parts(n_columns: int) -> Iterator[tuple[slice, slice]]:
+    """Columns that are visited at once, and those behind them."""
+    for start in range(0, n_columns, PART_COLUMNS):
+        end = min(start + PART_COLUMNS, n_columns)
+        yield slice(start, end), slice(end, n_columns)
 
-    name = "triton"
+
+def _by_rows(matrix: Tensor) -> Tensor:
+    """The matrix as it lies in a larger one, if its rows are side by side (a factorization may leave columns so)."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def _of_layers(tensor: Tensor, dimensions: int) -> int:
+    """How far the next layer's is, of a stack."""
+    return tensor.stride(0) if tensor.dim() == dimensions else 0
+
+
+class TritonKernels:
+    """float32 tensors on a CUDA device. reach: C [out, in] is read and written by every product that updates it, which takes the
+    longer the fewer columns it is of."""
+
+    name, reach = "triton", 512
 
     def check(self, device: torch.device) -> TritonKernels:
         """Return self if both kernels compile as the solvers use them and agree with torch. Raises RuntimeError, or
@@ -204,21 +227,34 @@ class TritonKernels:
         return self
 
     def coordinate_descent_(self, block: ColumnBlock) -> Tensor:
-        """A program for a tile of rows; see `Kernels`."""
+        """A program for a tile of rows; see `Kernels`. Blocks of more columns than registers hold are visited in parts."""
+        n_columns = block.target.shape[1]
+        if n_columns <= MOST_COLUMNS:
+            return self._descend(block)
+        asked, changes = block.incoming.clone(), []
+        for part, later in _parts(n_columns):
+            change = self._descend(block._replace(incoming=asked).part(part))
+            changes.append(change)
+            add_times_(asked[:, later], change, block.matrix[..., part, later])
+        return torch.cat(changes, 1)
+
+    def _descend(self, block: ColumnBlock) -> Tensor:
         target, residual, incoming = block.target, block.residual, block.incoming
         change, n_columns = torch.empty(target.shape, device=target.device), target.shape[1]
         layers = parts_of(block.matrix)
         n_rows = target.shape[0] // layers
         tiles = triton.cdiv(n_rows, ROWS)
+        matrix, inverse = _by_rows(block.matrix), block.inverses()
         codes, free = (
             block.codes,
             target if block.free is None else block.free,
         )  # any tensor: has_free says it is not read
         _coordinate_descent[(layers * tiles,)](
-            residual, incoming, target, block.matrix.contiguous(), inverse_diagonal(block.matrix),
+            residual, incoming, target, matrix, inverse,
             block.scale, block.zero, block.group, *_levels(block), codes, free, change,
             n_rows, tiles, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             residual.stride(0), incoming.stride(0), target.stride(0), codes.stride(0), free.stride(0),
+            matrix.stride(-2), _of_layers(matrix, 3), _of_layers(inverse, 2),
             rounding=block.rounding, has_free=block.rounding and block.free is not None,
             one_group=block.scale.shape[1] == 1, **_sizes(block), rows_tile=ROWS,
             columns=triton.next_power_of_2(n_columns), enable_fp_fusion=FUSED,
@@ -226,16 +262,27 @@ class TritonKernels:
         return change
 
     def gptq_(self, block: ColumnBlock) -> None:
-        """A program for a tile of rows; see `Kernels`."""
+        """A program for a tile of rows; see `Kernels`. Wide blocks likewise in parts."""
+        n_columns = block.target.shape[1]
+        if n_columns <= MOST_COLUMNS:
+            self._round(block)
+            return
+        for part, later in _parts(n_columns):
+            self._round(block.part(part))
+            add_times_(block.incoming[:, later], block.residual[:, part], block.matrix[..., part, later])
+
+    def _round(self, block: ColumnBlock) -> None:
         target, residual, incoming, codes = block.target, block.residual, block.incoming, block.codes
         layers, n_columns = parts_of(block.matrix), target.shape[1]
         n_rows = target.shape[0] // layers
         tiles = triton.cdiv(n_rows, ROWS)
+        matrix = _by_rows(block.matrix)
         _gptq[(layers * tiles,)](
-            incoming, target, block.matrix.contiguous(), block.scale, block.zero, block.group, *_levels(block), codes, residual,
+            incoming, target, matrix, block.scale, block.zero, block.group, *_levels(block), codes, residual,
             target if block.outlier_above is None else block.outlier_above.contiguous(),
             n_rows, tiles, n_columns, block.scale.shape[1], float(block.numbers.qmax),
             incoming.stride(0), target.stride(0), codes.stride(0), residual.stride(0),
+            matrix.stride(-2), _of_layers(matrix, 3),
             has_outliers=block.outlier_above is not None, one_group=block.scale.shape[1] == 1, **_sizes(block),
             rows_tile=ROWS, columns=triton.next_power_of_2(n_columns), enable_fp_fusion=FUSED,
         )  # fmt: skip

@@ -29,6 +29,7 @@ class ColumnBlock(NamedTuple):
     scale, zero float32 [out, G]: of the whole layer; a zero may lie between two integers (a real minimum). group int64 [B]: the group of each column. numbers: what codes stand for.
     codes uint8 [out, B]: receives the codes. rounding: False for a relaxed pass of coordinate descent, which writes none.
     free bool [out, B]: entries that coordinate descent never rounds (outliers).
+    inverse float32 [B], of a stack [parts, B]: `inverse_diagonal` of the matrix, where it is known.
     outlier_above float32 [B]: GPTQ keeps an entry as it is where (incoming - Q(incoming))² is larger (SpQR, Alg. 1).
     """
 
@@ -44,6 +45,11 @@ class ColumnBlock(NamedTuple):
     rounding: bool = True
     free: Tensor | None = None
     outlier_above: Tensor | None = None
+    inverse: Tensor | None = None
+
+    def inverses(self) -> Tensor:
+        """1 / diagonal of the matrix."""
+        return inverse_diagonal(self.matrix) if self.inverse is None else self.inverse
 
     def part(self, columns: slice) -> ColumnBlock:
         """Some of the columns, as views: what is written to them is written to the whole."""
@@ -56,6 +62,7 @@ class ColumnBlock(NamedTuple):
             codes=self.codes[:, columns],
             free=None if self.free is None else self.free[:, columns],
             outlier_above=None if self.outlier_above is None else self.outlier_above[columns],
+            inverse=None if self.inverse is None else self.inverse[..., columns],
         )
 
     def layers(self) -> Iterator[ColumnBlock]:
@@ -65,6 +72,8 @@ class ColumnBlock(NamedTuple):
             own = slice(number * rows, (number + 1) * rows)
             by_row = ("target", "residual", "incoming", "scale", "zero", "codes", "free")
             given = {name: value[own] for name in by_row if (value := getattr(self, name)) is not None}
+            if self.inverse is not None:
+                given["inverse"] = self.inverse[number]
             yield self._replace(matrix=matrix, **given)
 
     def nearest(self, u: Tensor, column: int) -> tuple[Tensor, Tensor]:
@@ -80,9 +89,11 @@ class ColumnBlock(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What a backend implements."""
+    """What a backend implements. reach: how many columns coordinate descent visits before those outside of them hear of it; 0 where
+    they hear of every block."""
 
     name: str
+    reach: int
 
     def coordinate_descent_(self, block: ColumnBlock) -> Tensor:
         """One pass of exact coordinate minimization over the columns (QuantEase, Alg. 2). Returns the change [out, B] of
@@ -100,7 +111,7 @@ class Kernels(Protocol):
 class TorchKernels:
     """The reference: a loop over columns, vectorized over rows. instead: why it stands in for faster ones."""
 
-    name = "torch"
+    name, reach = "torch", 0
 
     def __init__(self, instead: str = "") -> None:
         self.instead = instead
@@ -110,7 +121,7 @@ class TorchKernels:
         if block.matrix.dim() == 3:
             return torch.cat([self.coordinate_descent_(layer) for layer in block.layers()])
         target, residual, gram = block.target, block.residual, block.matrix
-        inverse = inverse_diagonal(gram).tolist()
+        inverse = block.inverses().tolist()
         correlation, before = block.incoming.clone(), residual.clone()
         for j in range(target.shape[1]):
             # The current value W - R, moved to where the derivative C_j - Σ_jj (u - Ŵ_j) is zero.

@@ -2,23 +2,27 @@
 array each, whose bytes hold consecutive columns.
 
 A block of columns lies inside one group, so that its scale and zero point are one number a row. One token: a program for a
-few rows multiplies and adds in registers, and reads every byte once (memory bound). More tokens: tiles of codes less their
+few rows and a share of the columns multiplies and adds in registers, field by field, in words of 32 bits; groups that words do
+not fit are read byte by byte. More tokens: tiles of codes less their
 zero points are exact in the inputs' dtype and meet them on tensor cores, in float32 sums. Integer inputs are taken as the
 floats they stand for. Without a GPU the same code runs in Triton's interpreter, as the tests do.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.kernels.matmul.weight import PackedWeight, SmallInts, floats_of
+from quant.kernels.matmul.weight import WORD, PackedWeight, SmallInts, floats_of
 
 WIDTHS = (8, 4, 2, 1)
 COLUMNS = 128  # columns of a block, where groups are multiples of it
 ROWS_OF_ONE, ROWS_OF_MANY, TOKENS = 16, 64, 64  # rows of a program, and tokens
+WORDS, PROGRAMS = 32, 2048  # words of a row that a program takes at a time for one token, and programs that fill a GPU
 DOT = 16  # the least columns that tensor cores take
 FUSED = True  # as for the loops over columns
 STAGES, STAGES_OF_FLOATS = 3, 2  # tiles that are loaded ahead: as many as 99 KB of shared memory hold
@@ -58,12 +62,75 @@ def _zero(zeros, row, inside, g, n_rows, one_zero, zero_width: tl.constexpr):  #
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _field_product(  # type: ignore[no-untyped-def]
+    x, field, scale, zeros, row, inside, stride, n_rows, n_columns, one_zero, share, shares,  # noqa: ANN001
+    group: tl.constexpr, width: tl.constexpr, with_zero: tl.constexpr, zero_width: tl.constexpr,
+    rows: tl.constexpr, words: tl.constexpr,
+):  # noqa: ANN202  # fmt: skip
+    """Sums float32 [rows] of one field's integers, less the zero points if it is the one that has them, times the inputs and the
+    scales, over this share of the words."""
+    per: tl.constexpr = 32 // width
+    total = tl.zeros((rows, words), tl.float32)
+    for first in range(share * words, n_columns // per, shares * words):
+        place = first + tl.arange(0, words)
+        live = place < n_columns // per
+        word = tl.load(field + row[:, None] * stride + place[None, :], mask=inside[:, None] & live[None, :], other=0)
+        word = word.to(tl.uint32, bitcast=True)  # shifted to the right it drags no sign along
+        part, inputs = tl.zeros((rows, words), tl.float32), tl.zeros((words,), tl.float32)
+        for p in tl.static_range(per):
+            given = tl.load(x + place * per + p, mask=live, other=0.0).to(tl.float32)
+            # The integer as the lowest bits of 2^23: a conversion takes four times as long as the three operations of this one.
+            bits = ((word >> (p * width)) & ((1 << width) - 1)) | 0x4B000000
+            part += (bits.to(tl.float32, bitcast=True) - 8388608.0) * given[None, :]
+            inputs += given
+        g = tl.zeros_like(place) if group == 0 else place * per // group
+        at = g[None, :] * n_rows + row[:, None]
+        if with_zero:
+            if zero_width == 0:
+                part -= one_zero * inputs[None, :]
+            else:
+                bit = g * zero_width
+                at_zero = (bit // 8)[None, :] * n_rows + row[:, None]
+                byte = tl.load(zeros + at_zero, mask=inside[:, None] & live[None, :], other=0).to(tl.int32)
+                z = (byte >> (bit % 8)[None, :]) & ((1 << zero_width) - 1)
+                part -= z.to(tl.float32) * inputs[None, :]
+        total += part * tl.load(scale + at, mask=inside[:, None] & live[None, :], other=0.0).to(tl.float32)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _one_token(  # type: ignore[no-untyped-def]
+    x, f0, f1, f2, scale, zeros, y, n_rows, n_columns, used, one_zero, shares,  # noqa: ANN001
+    group: tl.constexpr, w0: tl.constexpr, w1: tl.constexpr, w2: tl.constexpr, zero_width: tl.constexpr,
+    rows: tl.constexpr, words: tl.constexpr,
+):  # noqa: ANN202  # fmt: skip
+    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+    inside, share = row < n_rows, tl.program_id(1)
+    total = _field_product(
+        x, f0, scale, zeros, row, inside, n_columns * w0 // 32, n_rows, used, one_zero, share, shares,
+        group, w0, True, zero_width, rows, words,
+    )  # fmt: skip
+    if w1 > 0:
+        total += (1 << w0) * _field_product(
+            x, f1, scale, zeros, row, inside, n_columns * w1 // 32, n_rows, used, one_zero, share, shares,
+            group, w1, False, 0, rows, words,
+        )  # fmt: skip
+    if w2 > 0:
+        total += (1 << (w0 + w1)) * _field_product(
+            x, f2, scale, zeros, row, inside, n_columns * w2 // 32, n_rows, used, one_zero, share, shares,
+            group, w2, False, 0, rows, words,
+        )  # fmt: skip
+    tl.store(y + share * n_rows + row, total, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _narrow_groups(  # type: ignore[no-untyped-def]
     x, f0, f1, f2, scale, zeros, y, n_rows, n_columns, group, n_groups, one_zero,  # noqa: ANN001
     w0: tl.constexpr, w1: tl.constexpr, w2: tl.constexpr, zero_width: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr,
 ):  # noqa: ANN202  # fmt: skip
     row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
     inside = row < n_rows
     total = tl.zeros((rows, columns), tl.float32)
     for start in range(0, n_groups * group, columns):
@@ -71,9 +138,9 @@ def _one_token(  # type: ignore[no-untyped-def]
         code = _codes(f0, f1, f2, row, inside, start, n_columns, w0, w1, w2, columns).to(tl.float32)
         s = tl.load(scale + g * n_rows + row, mask=inside, other=0.0).to(tl.float32)
         z = _zero(zeros, row, inside, g, n_rows, one_zero, zero_width)
-        part = tl.load(x + start + tl.arange(0, columns)).to(tl.float32)
+        part = tl.load(x + token * n_columns + start + tl.arange(0, columns)).to(tl.float32)
         total += (code - z[:, None]) * s[:, None] * part[None, :]
-    tl.store(y + row, tl.sum(total, axis=1), mask=inside)
+    tl.store(y + token * n_rows + row, tl.sum(total, axis=1), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -106,6 +173,28 @@ def widths_of(bits: int) -> tuple[int, ...]:
             widths.append(width)
             rest -= width
     return tuple(widths)
+
+
+def _of_one_token(
+    x: Tensor,
+    fields: list[Tensor],
+    scale: Tensor,
+    zeros: Tensor,
+    weight: PackedWeight,
+    one_zero: float,
+    fixed: dict[str, Any],
+) -> Tensor:
+    """Products float32 [1, rows] with x [columns]. Programs have a warp each and share rows and columns so that there are PROGRAMS
+    of them or more: what the columns' parts give is added here, always in one order."""
+    n_rows, used = fields[0].shape[0], weight.n_groups * weight.group
+    tiles, most = triton.cdiv(n_rows, ROWS_OF_ONE), triton.cdiv(used * fixed["w0"] // WORD, WORDS)
+    shares = max(1, min(most, PROGRAMS // tiles))
+    parts = torch.empty(shares, n_rows, device=x.device)
+    _one_token[(tiles, shares)](
+        x, *fields, scale, zeros, parts, n_rows, x.shape[0], used, one_zero, shares,
+        group=0 if weight.n_groups == 1 else weight.group, rows=ROWS_OF_ONE, words=WORDS, num_warps=1, **fixed,
+    )  # fmt: skip
+    return parts if shares == 1 else parts.sum(0, keepdim=True)
 
 
 class Fields:
@@ -146,18 +235,20 @@ class Fields:
         )
         y = torch.empty(x.shape[0], n_rows, device=x.device)
         common = (n_rows, n_columns, weight.group, weight.n_groups, float(one))
-        if x.shape[0] == 1 or columns < DOT:
-            for token, out in zip(x, y, strict=True):
-                _one_token[(triton.cdiv(n_rows, ROWS_OF_ONE),)](
-                    token, *fields, scale, stored, out, *common, w0=w0, w1=w1, w2=w2, zero_width=width,
-                    rows=ROWS_OF_ONE, columns=columns, enable_fp_fusion=FUSED,
-                )  # fmt: skip
+        fixed = {"w0": w0, "w1": w1, "w2": w2, "zero_width": width, "enable_fp_fusion": FUSED}
+        if x.shape[0] == 1 and columns >= WORD:
+            return _of_one_token(
+                x[0], [field.view(torch.int32) for field in fields], scale, stored, weight, float(one), fixed
+            )
+        if columns < DOT or x.shape[0] == 1:
+            _narrow_groups[(triton.cdiv(n_rows, ROWS_OF_ONE), x.shape[0])](
+                x, *fields, scale, stored, y, *common, rows=ROWS_OF_ONE, columns=columns, **fixed
+            )
             return y
         tokens = min(TOKENS, max(DOT, triton.next_power_of_2(x.shape[0])))
         _many_tokens[(triton.cdiv(n_rows, ROWS_OF_MANY), triton.cdiv(x.shape[0], tokens))](
-            x, *fields, scale, stored, y, x.shape[0], *common, w0=w0, w1=w1, w2=w2, zero_width=width,
-            tokens=tokens, rows=ROWS_OF_MANY, columns=columns, enable_fp_fusion=FUSED,
-            num_stages=STAGES_OF_FLOATS if x.dtype == torch.float32 else STAGES,
+            x, *fields, scale, stored, y, x.shape[0], *common, tokens=tokens, rows=ROWS_OF_MANY, columns=columns,
+            num_stages=STAGES_OF_FLOATS if x.dtype == torch.float32 else STAGES, **fixed,
         )  # fmt: skip
         return y
 

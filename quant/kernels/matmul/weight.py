@@ -10,6 +10,7 @@ the bits that `QuantizedWeight.storage_bits` counts, but for zero points of 3 bi
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -138,9 +139,20 @@ class SparseRows:
         row = torch.repeat_interleave(torch.arange(weight.shape[0], device=weight.device), self.rows.long().diff())
         return weight.index_put_((row, self.column_numbers()), self.values.to(weight.dtype), accumulate=True)
 
+    def sparse(self, n_in: int) -> Tensor:
+        """The outliers as torch's own matrix in compressed rows, float32 [out, in]."""
+        size = (self.rows.numel() - 1, n_in)
+        with warnings.catch_warnings():  # that such matrices are new
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.sparse_csr_tensor(
+                self.rows, self.column_numbers().int(), self.values.float(), size=size, check_invariants=False
+            )
+
     def matmul(self, x: Tensor) -> Tensor:
-        """x float32 [n, in] times the outliers: float32 [n, out]; products of so many tokens at a time as fit in
-        PRODUCTS bytes."""
+        """x float32 [n, in] times the outliers: float32 [n, out]; by the library on CUDA, else products of so many tokens at a
+        time as fit in PRODUCTS bytes."""
+        if _by_library(x):
+            return (self.sparse(x.shape[1]) @ x.T).T
         columns, values, rows = self.column_numbers(), self.values.float()[:, None], self.rows.long()
         step = max(1, PRODUCTS // (4 * max(1, columns.numel())))
         out = x.new_empty(x.shape[0], rows.numel() - 1)
@@ -148,6 +160,12 @@ class SparseRows:
             products = x[own].T[columns].mul_(values)
             out[own] = torch.segment_reduce(products, "sum", offsets=rows, axis=0).T
         return out
+
+
+def _by_library(x: Tensor) -> bool:
+    """Whether sparse products are the library's: on CUDA, whose stretches for a cache would be hundreds of launches; where only
+    deterministic algorithms are wanted its sums may be in another order every time."""
+    return x.is_cuda and not torch.are_deterministic_algorithms_enabled()
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from models.load import LazyModel, load_model
-from quant.blocks.stream import BlockStream
+from quant.blocks.stream import Activations, BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.gram import GramStats
@@ -72,6 +73,66 @@ def test_store_and_batch_do_not_change_the_result(store, batch, model_dir, tmp_p
     logits = streamed(model, ids, store=store, batch=batch, directory=tmp_path / "store")
     torch.testing.assert_close(logits, streamed(model, ids), rtol=1e-5, atol=1e-6)  # measured 0
     assert not list(tmp_path.glob("store/*")), "the file is gone once it is mapped"
+
+
+class Copies(TorchDispatchMode):
+    """Whether the host waited for each copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.waited.append(not (args[2] if len(args) > 2 else (kwargs or {}).get("non_blocking", False)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_host_waits_for_pinned_copies_when_it_reads_them_itself(pinned, tmp_path, monkeypatch):
+    """The memory of a CPU in the place of pinned memory: what is asked of the device, and when."""
+    waits, device = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    store = Activations("cpu", (4, 3, 2), torch.float32, CPU, tmp_path)
+    store._pinned, store.device = pinned, device
+    with Copies() as copies:
+        for i in range(4):
+            store[i : i + 1] = torch.full((1, 3, 2), float(i))
+    assert copies.waited == [not pinned] * 4 and not waits
+    assert torch.equal(store.data[:, 0, 0], torch.arange(4.0)) and waits == [device] * pinned
+
+
+def test_only_what_a_cuda_device_takes_from_the_host_is_pinned(tmp_path, monkeypatch):
+    asked = []
+
+    def empty(shape, dtype, device, pin_memory):
+        asked.append((str(device), pin_memory))
+        return torch.zeros(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for kind, device in (("cpu", "cuda"), ("device", "cuda"), ("cpu", "cpu"), ("device", "cpu")):
+        store = Activations(kind, (1, 2, 3), torch.float32, torch.device(device), tmp_path)
+        assert store._pinned == asked[-1][1]
+    assert asked == [("cpu", True), ("cuda", False), ("cpu", False), ("cpu", False)]
+
+
+def test_a_pass_asks_once_whether_its_outputs_are_finite(model_dir, tmp_path, monkeypatch):
+    """A question for every batch would make the host wait for every batch."""
+    model = opened(model_dir("llama"), tmp_path)
+    stream = BlockStream(model, torch.randint(1, VOCABULARY, (6, 8)), device=CPU, batch=2)
+    stream.capture(model.outside_weights(CPU))
+    weights, asked, check = BlockWeights.read(model, 0, CPU), [], BlockStream._check
+
+    def counted(self, index, finite):
+        asked.append(len(finite))
+        check(self, index, finite)
+
+    monkeypatch.setattr(BlockStream, "_check", counted)
+    stream.run(0, weights, advance=True)
+    stream.hidden[slice(2, 4)] = torch.full_like(stream.hidden[slice(2, 4)], torch.nan)
+    with pytest.raises(InputError, match="block 1 gives NaN or infinite activations"):
+        stream.run(1, BlockWeights.read(model, 1, CPU), advance=True)
+    assert asked == [3, 3]
 
 
 def test_observed_inputs_are_those_of_the_model(model_dir, tmp_path):

@@ -30,8 +30,15 @@ def test_kernels_are_chosen_for_every_device(monkeypatch):
     assert tried == ["cuda", "cuda:1", "cpu"] and chosen[0] is chosen[1] and chosen[2] is chosen[3]
 
 
-def test_versions_are_of_everything_that_moves_numbers(monkeypatch):
-    assert env.versions()["numba"] != "missing"
+SAID = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)  Tue Sep 23 09:55:41"
+
+
+def test_versions_are_of_everything_that_moves_numbers(monkeypatch, tmp_path):
+    assert env.versions()["numba"] != "missing" and "driver" not in env.versions()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(env, "version", lambda package: f"{package} 1")
-    assert {"cuda": "13.0", "triton": "triton 1", "torch": "torch 1"}.items() <= env.versions().items()
+    monkeypatch.setattr(env, "DRIVER", tmp_path / "version")
+    expected = {"cuda": "13.0", "triton": "triton 1", "torch": "torch 1"}
+    assert expected.items() <= env.versions().items() and "driver" not in env.versions(), "a machine without one"
+    (tmp_path / "version").write_text(f"{SAID}\nGCC version: gcc version 13.3.0\n")
+    assert (expected | {"driver": "580.95.05"}).items() <= env.versions().items()

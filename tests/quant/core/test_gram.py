@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant.core.errors import InputError
-from quant.core.gram import BLOCK, CHUNK, GramStats, InputSample
+from quant.core.gram import BLOCK, CHUNK, GramStats, InputSample, _by_tensor_cores
 from quant.core.linalg import (
     objective,
     output_energy,
@@ -35,6 +37,65 @@ def test_sums_are_float32_whatever_comes_in(dtype):
     stats = GramStats(8)
     stats.update(x)
     torch.testing.assert_close(stats.gram, x.float().T @ x.float(), rtol=1e-5, atol=1e-2)
+
+
+class Products(TorchDispatchMode):
+    """Dtypes of the second factor and of the result of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.seen.append(tuple(t.dtype for t in (args[-2] if args[-1] is torch.float32 else args[-1], result)))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensor_cores_take_halves_as_they_are(dtype, monkeypatch):
+    """What torch is asked for, on tensors without numbers; where it is done is the next test's matter."""
+    monkeypatch.setattr("quant.core.gram._by_tensor_cores", lambda rows: rows.dtype == dtype)
+    n_in, halves, floats = BLOCK + 8, (dtype, torch.float32), (torch.float32, torch.float32)
+    x, other = (torch.empty(2, CHUNK, n_in, dtype=dtype, device="meta") for _ in range(2))
+
+    def products(*given):
+        with Products() as mode:
+            GramStats(n_in, "meta").update(*given)
+        return mode.seen
+
+    assert products(x) == [halves] * 2 * 2, "two parts of tokens in two blocks of columns"
+    assert products(x, other) == [halves] * (2 * 2 + 2)
+    assert products(x.float()) == [floats] * 2 * 2
+    assert products(x, other.float()) == [halves] * 2 * 2 + [floats] * 2
+    assert products(x, None, other.float()) == [halves] * 2 * 2 + [floats] * 2
+
+
+def test_tensor_cores_are_those_of_a_cuda_device():
+    with FakeTensorMode():
+        for device, dtype, said in (
+            ("cuda", torch.float16, True), ("cuda:1", torch.bfloat16, True), ("cuda", torch.float32, False), ("cpu", torch.float16, False)
+        ):  # fmt: skip
+            assert _by_tensor_cores(torch.empty(4, 4, dtype=dtype, device=device)) is said
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_halves_are_those_of_their_float32_values(dtype, monkeypatch):
+    """What tensor cores do, by a product in float64 in their place: parts and blocks come together as others do."""
+
+    def product(left, right, out_dtype):
+        assert left.dtype == right.dtype == dtype and out_dtype == torch.float32
+        return (left.double() @ right.double()).float()
+
+    x, other = torch.randn(2, CHUNK + 70, BLOCK + 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    plain, halves = GramStats(x.shape[1]), GramStats(x.shape[1])
+    plain.update(x, other)
+    monkeypatch.setattr("quant.core.gram._by_tensor_cores", lambda rows: True)
+    monkeypatch.setattr(torch, "mm", product)
+    halves.update(x, other)
+    for ours, expected in ((halves.gram, plain.gram), (halves.cross, plain.cross)):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-2)  # measured 3e-3
 
 
 def test_a_known_gram_matrix_is_copied():

@@ -106,6 +106,51 @@ def test_coordinate_descent(shape, dead, groups, mode, name):
         assert float(on_grid[free].float().mean()) < 0.1, "free entries are not rounded"  # measured 0
 
 
+@pytest.mark.parametrize("loop", ["coordinate_descent_", "gptq_"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_triton_visits_wide_blocks_in_parts(layers, loop, monkeypatch):
+    """As torch visits the whole block; parts are slices of a matrix, and the last one is narrower."""
+    kernels, device = backend("triton")
+    from quant.kernels.columns import cuda
+
+    monkeypatch.setattr(cuda, "MOST_COLUMNS", 10)
+    monkeypatch.setattr(cuda, "PART_COLUMNS", 8)
+    given = block(20, 20, 4, True, device)
+    if loop == "gptq_":
+        given = given._replace(matrix=(given.matrix / given.matrix.diagonal().clamp(min=1)[:, None]).triu(1) / 4)
+        given.matrix.diagonal().fill_(1)
+    if layers == 2:
+        given = given._replace(matrix=torch.stack([given.matrix, given.matrix * 0.5]))
+    answers = []
+    for implementation in (TorchKernels(), kernels):
+        own = given._replace(**{
+            name: getattr(given, name).clone(memory_format=torch.contiguous_format) for name in ("residual", "incoming", "codes")
+        })  # fmt: skip
+        change = getattr(implementation, loop)(own)
+        answers.append((own.codes, own.residual, *([] if change is None else [change]), own.incoming))
+    for expected, got in zip(*answers, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(answers[0][1], given.residual)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", ["numba", "triton"])
+def test_a_known_inverse_and_a_part_of_a_matrix_change_nothing(name, layers):
+    """Bit for bit: the part of a layer's matrix as it lies in the layer's, and its diagonal's inverse known of all columns."""
+    kernels, device = backend(name)
+    given, columns = block(20, 24, 2, True, device), slice(8, 20)
+    if layers == 2:
+        given = given._replace(matrix=torch.stack([given.matrix, given.matrix * 3]))
+    answers = []
+    for known in (False, True):
+        whole = given._replace(residual=given.residual.clone(), codes=given.codes.clone())
+        part = (whole._replace(inverse=blocks.inverse_diagonal(whole.matrix)) if known else whole).part(columns)
+        if not known:
+            part = part._replace(matrix=part.matrix.contiguous())
+        answers.append((kernels.coordinate_descent_(part), whole.residual, whole.codes))
+    assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+
+
 STACKS = [("numba", (35, 33)), ("numba", (130, 40)), ("triton", (19, 16))]
 
 

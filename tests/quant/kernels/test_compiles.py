@@ -18,7 +18,7 @@ def compiled(*words: str) -> subprocess.CompletedProcess:
 def test_every_kernel_compiles_and_fits(target):
     done = compiled("--targets", str(target))
     assert done.returncode == 0, done.stderr
-    for kernel in ("_coordinate_descent", "_gptq", "_one_token", "_many_tokens"):
+    for kernel in ("_coordinate_descent", "_gptq", "_one_token", "_narrow_groups", "_many_tokens"):
         assert f"{kernel} |" in done.stdout
     assert done.stdout.count(f"sm_{target}") >= 20
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quant.blocks.fake_quant import ActSpec, integer_inputs, quantize_activations
 from quant.core.errors import InputError
@@ -208,6 +209,32 @@ def test_products_with_outliers_are_the_same_in_stretches(tokens, monkeypatch):
     assert distance(whole, x.double() @ sparse.add_to(torch.zeros(16, 64)).double().T) < 1e-6  # measured 6e-8
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_library_adds_the_same_outliers(dtype, tokens, monkeypatch, recwarn):
+    """What CUDA takes, on a CPU; the last columns, rows without outliers, and no outliers at all."""
+    for index in (torch.tensor([3, 9, 64 * 2, 64 * 2 + 63, 64 * 15 + 1]), torch.empty(0, dtype=torch.long)):
+        sparse = pack._pack_outliers(Outliers(index, torch.randn(len(index)).to(dtype)), 16, 64)
+        x = torch.randn(tokens, 64)
+        with monkeypatch.context() as patch:
+            own = sparse.matmul(x)
+            patch.setattr(packed, "_by_library", lambda x: True)
+            patch.setattr(torch, "segment_reduce", None)
+            torch.testing.assert_close(sparse.matmul(x), own, rtol=1e-6, atol=1e-6)
+    assert not [warning for warning in recwarn if "CSR" in str(warning.message)]
+
+
+def test_sparse_products_of_the_library_are_for_cuda_without_a_promise_of_order():
+    with FakeTensorMode():
+        on_cuda, on_cpu = torch.empty(1, 4, device="cuda"), torch.empty(1, 4)
+    assert packed._by_library(on_cuda) and not packed._by_library(on_cpu)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not packed._by_library(on_cuda)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_outliers_behind_column_32767_keep_their_places():
     weight = random_weight(2, 65536, QuantSpec(1))
     weight = replace(
@@ -258,6 +285,30 @@ def test_triton_every_group(group, triton_device):
     n_in = {4: 16, 12: 48}.get(group, 256)
     for tokens in (1, 2 if group in (4, 12) else 17):
         check(random_weight(70, n_in, QuantSpec(3, group, symmetric=group == 16)), tokens, device=triton_device)
+
+
+@pytest.mark.parametrize("bits", [3, *long(1, 4, 7, 8)])
+def test_triton_one_token_in_shares_of_the_columns(bits, triton_device, monkeypatch):
+    """More programs than rows fill: sums of the shares, with several groups a program and with one, words and rows ragged."""
+    from quant.kernels.matmul import cuda
+
+    monkeypatch.setattr(cuda, "WORDS", 4)
+    for group in (32, -1):
+        for symmetric in (False, True):
+            check(random_weight(37, 160, QuantSpec(bits, group, symmetric)), device=triton_device)
+
+
+def test_triton_takes_all_tokens_of_narrow_groups_at_once(triton_device, monkeypatch):
+    from quant.kernels.matmul import cuda
+
+    grids, launch = [], type(cuda._narrow_groups).__getitem__
+    monkeypatch.setattr(
+        type(cuda._narrow_groups), "__getitem__", lambda self, grid: grids.append(grid) or launch(self, grid)
+    )
+    weight = random_weight(20, 24, QuantSpec(3, 4))
+    packed_, x = pack_weight(weight, triton_device), torch.randn(3, 24)
+    assert distance(packed_.matmul(x.to(triton_device)).cpu(), *product(x, weight)) < 1e-6
+    assert grids == [(2, 3)], "two tiles of rows, three tokens"
 
 
 def test_triton_outliers_order_and_two_level_scales(triton_device):

@@ -26,9 +26,23 @@ def equal(weight, gram, own, expected):
     assert abs(ours / reference - 1) < 1e-6
 
 
+class FarKernels(TorchKernels):
+    """Those of the reference, as ones with a reach; widths of what hears of each change."""
+
+    def __init__(self, reach):
+        super().__init__()
+        self.reach, self.heard = reach, []
+
+    def propagate_(self, correlation, change, gram):
+        self.heard.append((change.shape[1], correlation.shape[1]))
+        super().propagate_(correlation, change, gram)
+
+
+@pytest.mark.parametrize("reach", [0, 40, 1000])
 @pytest.mark.parametrize("order", ["plain", "act-order", "static, act-order"])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_descent(spec, order):
+def test_descent(spec, order, reach):
+    """Also where columns far away hear of several blocks at once; 40 columns are two blocks of 16."""
     options = ORDERS[order]
     weight, stats = weights(10, N_IN), make_stats(inputs(N_IN, 300))
     visit = (
@@ -39,9 +53,13 @@ def test_descent(spec, order):
     wide = Grid(grid.scale.double(), grid.zero, grid.g_idx[visit], grid.qmax)
     gram = stats.gram.double()
     descent = Descent(weight.double()[:, visit].contiguous(), gram[visit][:, visit].contiguous(), wide, 16)
-    descent.kernels = TorchKernels()
+    descent.kernels = FarKernels(reach)
     for rounding in schedule:
         descent.sweep(rounding)
+    near, far = [(16, 32)] * 2, [(32, 32)]
+    sweep = {0: [(16, N_IN)] * 4, 40: 2 * (near + far), 1000: [(16, N_IN)] * 4}[reach]
+    assert descent.kernels.heard == sweep * len(schedule)
+    torch.testing.assert_close(descent.correlation, descent.residual @ descent.gram, rtol=1e-9, atol=1e-9)
     codes = naive_coordinate_descent(weight, gram, grid, visit, schedule)
     in_order = descent.codes[:, torch.argsort(visit)]
     equal(weight, gram, (in_order, grid.dequantize(in_order)), (codes, grid.dequantize(codes)))
