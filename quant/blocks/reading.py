@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -75,36 +76,32 @@ class _Reading:
     def __init__(self, model: LazyModel, index: int, keys: Collection[str], device: torch.device) -> None:
         self._index, self._keys, self._read, self._device = index, keys, model.checkpoint.read, device
         self._tensors: dict[str, Tensor] = {}
-        self._error: BaseException | None = None
         self._stopped = threading.Event()
         # Threads begin on the first CUDA device, whatever the others use.
         self._place = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
-        self._thread = threading.Thread(target=self._work, name=f"block {index}", daemon=True)
-        self._thread.start()
+        pool = ThreadPoolExecutor(1, f"block {index}")
+        self._work = pool.submit(self._all)
+        pool.shutdown(wait=False)
 
     def ended(self, index: int) -> tuple[dict[str, Tensor], BaseException | None]:
         """What was read, by names in the checkpoint, and what reading on raised; nothing if it is not of that block. Waits."""
         if index != self._index:
             self.stop()
             return {}, None
-        self._thread.join()
-        return self._tensors, self._error
+        return self._tensors, self._work.exception()
 
     def stop(self) -> None:
         """Read no further; ends when the tensor at hand is there."""
         self._stopped.set()
-        self._thread.join()
+        wait([self._work])
 
-    def _work(self) -> None:
-        try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._place)  # of this thread
-            for key in self._keys:
-                if self._stopped.is_set():
-                    return
-                self._tensors[key] = self._held(self._read(key))
-        except BaseException as error:  # noqa: BLE001 (raised where the tensor is asked for)
-            self._error = error
+    def _all(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._place)  # of this thread
+        for key in self._keys:
+            if self._stopped.is_set():
+                return
+            self._tensors[key] = self._held(self._read(key))
 
     def _held(self, tensor: Tensor) -> Tensor:
         """In memory, where a device takes it from without the host's help."""
