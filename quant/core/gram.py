@@ -194,10 +194,10 @@ def _by_tensor_cores(rows: Tensor) -> bool:
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total float32 [n, k] += leftᵀ right for left [tokens, n] and right [tokens, k], both float32 or both as
     `_by_tensor_cores` allows."""
-    if left.dtype == torch.float32:
-        total.addmm_(left.T, right)
-    else:
+    if left.dtype in HALVES:
         total += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.T, right)
 
 
 class InputSample:

@@ -61,8 +61,8 @@ class InFloat64(GramStats):
         return self
 
 
-def chunks_in_float64(rows, root):
-    yield rows.double() if root is None else rows.double() * root.double()
+def chunks_in_float64(root, *inputs):
+    yield tuple(rows.double() if root is None else rows.double() * root.double() for rows in inputs)
 
 
 def in_float64(requests):
