@@ -20,7 +20,7 @@ from quant.core.errors import InputError
 from quant.core.recording import NotRecordedError, record
 from quant.run.packed_model import Resident
 
-ROUNDED = 2e-2  # of the largest logit: what a sum in another order moves where it turns the rounding of an input
+ROUNDED = 0.1  # of the largest logit: what a sum in another order moves where it turns the rounding of an input
 RECORDED = 2  # the piece of text that is recorded
 
 
