@@ -1,6 +1,7 @@
-"""Run by the Python of another environment: weights rounded to a type of blocks by llama.cpp's own quantizer.
+"""Run by the Python of another environment: weights rounded to types of blocks by llama.cpp's own quantizer.
 
-python benchmarks/ggml_rounding.py TYPE WEIGHTS IMPORTANCE OUT    (npz of float32: [out, in] by name, [in] by name, and what came)
+python benchmarks/ggml_rounding.py TYPES WEIGHTS IMPORTANCE OUT    (JSON of types by name; npz of float32: [out, in] by name, [in]
+by name, and what came)
 
 The library of xllamacpp exports ggml's functions. IMPORTANCE "-": none is given, which the types here do not ask for.
 """
@@ -44,12 +45,13 @@ def rounded(ggml: ctypes.CDLL, kind: int, weight: np.ndarray, importance: np.nda
     return out
 
 
-def main(kind: str, weights: str, importance: str, out: str) -> None:
+def main(types: str, weights: str, importance: str, out: str) -> None:
     """Round everything."""
     ggml, given = library(), None if importance == "-" else np.load(importance)
+    kinds = json.loads(Path(types).read_bytes())
     started = time.perf_counter()
     answers = {
-        name: rounded(ggml, int(kind), weight, None if given is None else given[name])
+        name: rounded(ggml, kinds[name], weight, None if given is None else given[name])
         for name, weight in np.load(weights).items()
     }
     said = {"seconds": time.perf_counter() - started, "version": version("xllamacpp")}

@@ -3,7 +3,8 @@
     python -m benchmarks.superblocks --models text/llama-7m --text text/brown.txt --evaluate text/wikitext2-test.txt \\
         text/ptb-test.txt --llama-cpp .venv-llama/bin/python [--grids q2_k q3_k q4_k] [--out FILE]
 
-Every linear of the blocks has the type, everything else stays, and all rows take the same bits. llama.cpp's rows are its own
+Every linear of the blocks has the type (where its rows are no whole super-blocks the one that llama.cpp's quantizer takes instead),
+everything else stays, and all rows take the same bits. llama.cpp's rows are its own
 quantizer (ggml, through xllamacpp): without data, and with an importance matrix, the mean squares of the inputs on the same
 windows that our rows calibrate on. All are evaluated by the same code. Ratios are to full precision, with the 95% interval of a paired bootstrap
 over windows; one seed. Seconds are those of solving (of llama.cpp: of rounding), on the threads that the line below says.
@@ -22,18 +23,20 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measuring import about, flags, machine_line, report
 from benchmarks.quality import cells
 from model_quantizer import request_from
 from quant.blocks.weights import BlockWeights
+from quant.cli.presets import own_sizes
 from quant.core import env
 from quant.core.names import ACT_GRIDS, LEVEL_GRIDS, SUPER_GRIDS
+from quant.core.types import QuantSpec
 from quant.evaluate.passes import Variant
 from quant.evaluate.perplexity import evaluate
 from quant.evaluate.perplexity import report as entries
+from quant.export.gguf_types import type_for
 from quant.run.request import Request
 from quant.run.scoring import FullPrecision
 from quant.run.session import Session, open_session
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="calibration")
     parser.add_argument("--evaluate", nargs="+", required=True)
     parser.add_argument("--grids", nargs="+", default=list(SUPER_GRIDS), choices=GRIDS)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="of ours")
     parser.add_argument("--inputs", action="store_true", help="also with the inputs of linears in the same floats")
     parser.add_argument("--windows", type=int, default=128, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens of a window")
@@ -92,9 +96,9 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
             if args.llama_cpp and grid not in ACT_GRIDS:
                 yield start | peer_row(args, session, grid, PEER, None)
                 yield start | peer_row(args, session, grid, PEER_WITH_DATA, importance)
-            rows = dict(ROWS)
+            rows = {label: words for label, words in ROWS.items() if label in args.rows}
             if args.inputs and grid in ACT_GRIDS:
-                rows |= {f"{label}, inputs too": f"{words} --act-grid {grid}" for label, words in ROWS.items()}
+                rows |= {f"{label}, inputs too": f"{words} --act-grid {grid}" for label, words in rows.items()}
             for label, words in rows.items():
                 request = request_of(args, model, grid, words)
                 results = session.run_all([(request.run, request.output)], kept=full)[0]
@@ -128,22 +132,29 @@ def peer_row(
     args: argparse.Namespace, session: Session, grid: str, label: str, importance: dict[str, np.ndarray] | None
 ) -> dict[str, str]:
     """llama.cpp's weights on our evaluation."""
-    kind, model = GGMLQuantizationType[grid.upper()], session.model
-    linears, weights = tuple(model.linear_shapes()), {}
+    model, bits, part = session.model, *own_sizes(grid)
+    asked = QuantSpec(bits, part, kind=grid)
+    linears, weights, kinds = tuple(model.linear_shapes()), {}, {}
     for index in range(len(model.blocks)):
         own = model.block_weights(index, torch.device("cpu"))
         for name in linears:
-            weights[f"{model.family.blocks}.{index}.{name}"] = own[f"{name}.weight"].float().numpy()
+            weight = own[f"{name}.weight"].float().numpy()
+            found = type_for(asked.for_inputs(weight.shape[1]), weight.shape[1])
+            weights[f"{model.family.blocks}.{index}.{name}"], kinds[f"{model.family.blocks}.{index}.{name}"] = (
+                weight,
+                found.type,
+            )
     with tempfile.TemporaryDirectory() as folder:
-        given, data, out = (Path(folder) / name for name in ("weights.npz", "importance.npz", "out.npz"))
+        types, given, data, out = (Path(folder) / n for n in ("types.json", "weights.npz", "importance.npz", "out.npz"))
+        types.write_text(json.dumps({name: kind.value for name, kind in kinds.items()}))
         np.savez(given, **weights)
         if importance is not None:
             np.savez(data, **{name: importance[name] for name in weights})
-        words = [str(kind.value), given, "-" if importance is None else data, out]
+        words = [types, given, "-" if importance is None else data, out]
         script = Path(__file__).with_name("ggml_rounding.py")
         done = subprocess.run([args.llama_cpp, script, *words], capture_output=True, text=True, check=True)
         blocks = dict(np.load(out))
-    values = {name: torch.from_numpy(gguf.dequantize(data, kind)) for name, data in blocks.items()}
+    values = {name: torch.from_numpy(gguf.dequantize(data, kinds[name])) for name, data in blocks.items()}
 
     def deployed(index: int, own: BlockWeights) -> BlockWeights:
         prefix = f"{model.family.blocks}.{index}."

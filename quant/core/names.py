@@ -33,6 +33,24 @@ SUPER_GRIDS = {  # kinds of grids that are a type of GGUF's blocks, scales and a
     "q5_k": SuperKind(5, 32, 63, True, 176),
     "q6_k": SuperKind(6, 16, 127, False, 210),
 }
+NARROW_COLUMNS = 32  # of a block of the types below
+
+
+class NarrowKind(NamedTuple):
+    """The grid of a type of GGUF's blocks of 32 columns: bits of a code, whether it is symmetric, its kind."""
+
+    bits: int
+    symmetric: bool
+    kind: str
+
+
+NARROW_GRIDS = {  # what llama.cpp's quantizer gives linears whose rows are no whole super-blocks (iq4_nl, q5_0, q5_1, q8_0)
+    "q2_k": NarrowKind(4, False, "iq4_nl"),
+    "q3_k": NarrowKind(4, False, "iq4_nl"),
+    "q4_k": NarrowKind(5, True, "integer"),
+    "q5_k": NarrowKind(5, False, "real"),
+    "q6_k": NarrowKind(8, True, "integer"),
+}
 
 
 class LevelKind(NamedTuple):

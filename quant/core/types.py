@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from quant.core.levels import TABLES, Table, levels_of
-from quant.core.names import ALL_GRIDS, LEVEL_GRIDS, SCALE_BITS, SUPER_COLUMNS, SUPER_GRIDS, LevelKind, SuperKind
+from quant.core.names import (
+    ALL_GRIDS,
+    LEVEL_GRIDS,
+    NARROW_COLUMNS,
+    NARROW_GRIDS,
+    SCALE_BITS,
+    SUPER_COLUMNS,
+    SUPER_GRIDS,
+    LevelKind,
+    SuperKind,
+)
 from quant.core.rounding import NumberFormat
 
 RANGES = ("minmax", "mse")
@@ -92,6 +102,14 @@ class QuantSpec:
     def super_kind(self) -> SuperKind | None:
         """The layout of its super-blocks; None where it has none."""
         return SUPER_GRIDS.get(self.kind)
+
+    def for_inputs(self, n_in: int) -> QuantSpec:
+        """The grid of a layer of so many inputs: itself, but where rows are no whole super-blocks that of the smaller blocks
+        which llama.cpp's quantizer takes in their place."""
+        if self.super_kind is None or n_in % SUPER_COLUMNS == 0:
+            return self
+        bits, symmetric, kind = NARROW_GRIDS[self.kind]
+        return replace(self, bits=bits, group_size=NARROW_COLUMNS, symmetric=symmetric, kind=kind)
 
     @property
     def level_kind(self) -> LevelKind | None:

@@ -66,6 +66,13 @@ class Content:
         assert self.spec is not None
         return tuple(replace(self.spec, bits=bits) for bits in self.widths) if self.mixed else (self.spec,)
 
+    @property
+    def grids(self) -> Iterator[tuple[str, int, QuantSpec]]:
+        """Linears with their inputs and the grids that they may have."""
+        for spec in self.specs:
+            for linear, (_, n_in) in self.shapes.items():
+                yield linear, n_in, spec.for_inputs(n_in)
+
     def of(self, linear: str) -> Content:
         """The content as it is for one linear, by its full name: head and embedding have bits of their own."""
         matrix = self.outside.get(linear)

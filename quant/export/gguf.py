@@ -31,18 +31,17 @@ class Gguf:
         return self._no_blocks(content) or misfit_linear(content, self.name)
 
     def _no_blocks(self, content: Content) -> str | None:
-        for spec in content.specs:
-            for linear, (_, n_in) in content.shapes.items():
-                if type_for(spec, n_in) is None:
-                    near = nearest(spec, [inputs for _, inputs in content.shapes.values()])
-                    hint = f" (the nearest that it holds: {near})" if near else ""
-                    return (
-                        f"{self.name} has no blocks for {spec.described()} on {n_in} inputs of {linear}{hint}: "
-                        "use format bitplane"
-                    )
+        for linear, n_in, spec in content.grids:
+            if type_for(spec, n_in) is None:
+                near = nearest(spec, [inputs for _, inputs in content.shapes.values()])
+                hint = f" (the nearest that it holds: {near})" if near else ""
+                return (
+                    f"{self.name} has no blocks for {spec.described()} on {n_in} inputs of {linear}{hint}: "
+                    "use format bitplane"
+                )
         return None
 
     def bits(self, content: Content) -> float:
         """Bits of a weight, with scales and minima, in the largest of the types that linears have."""
-        types = (type_for(spec, n_in) for spec in content.specs for _, n_in in content.shapes.values())
+        types = (type_for(spec, n_in) for _, n_in, spec in content.grids)
         return max((one.bits_per_weight for one in types if one is not None), default=0.0)

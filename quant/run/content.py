@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from models.vocabulary import Vocabulary
 from quant.core.errors import InputError
-from quant.core.names import FULL_BITS, SUPER_COLUMNS, SUPER_GRIDS
+from quant.core.names import FULL_BITS, LEVEL_GRIDS, NARROW_COLUMNS, NARROW_GRIDS, SUPER_COLUMNS, SUPER_GRIDS
 from quant.core.types import QuantSpec
 from quant.export import refusal
 from quant.export.formats import Content, OutsideMatrix
@@ -24,11 +24,8 @@ def spec_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec 
         return None
     for name, (_, n_in) in shapes.items():
         if run.grid_kind in SUPER_GRIDS and n_in % SUPER_COLUMNS:
-            raise InputError(
-                f"{name}: --grid {run.grid_kind} has super-blocks of {SUPER_COLUMNS} columns, and it has {n_in}: use --grid real "
-                "or --sym with --group-size 32, which --format gguf holds in blocks of 32"
-            )
-        if run.group_size > 0 and n_in % run.group_size:
+            _check_narrow(run, name, n_in)
+        elif run.group_size > 0 and n_in % run.group_size:
             sizes = group_sizes([inputs for _, inputs in shapes.values()])
             auto = ", or auto" if any(size % 2 == 0 for size in sizes) else ""
             raise InputError(
@@ -39,6 +36,26 @@ def spec_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec 
         return QuantSpec(run.wbits, run.group_size, run.symmetric, run.range, run.levels, run.grid_kind)
     except ValueError as error:
         raise InputError(f"the grid: {error}") from error
+
+
+def _check_narrow(run: RunConfig, name: str, n_in: int) -> None:
+    """Raise InputError for a linear whose rows are no whole super-blocks, where smaller ones do not serve either."""
+    kind = NARROW_GRIDS[run.grid_kind].kind
+    if n_in % NARROW_COLUMNS:
+        raise InputError(
+            f"{name}: --grid {run.grid_kind} has super-blocks of {SUPER_COLUMNS} columns, in narrow linears blocks of "
+            f"{NARROW_COLUMNS}, and it has {n_in}: no type of GGUF's blocks fits; use another --grid and format bitplane"
+        )
+    if run.tuning is not None and kind in LEVEL_GRIDS:
+        raise InputError(
+            f"{name}: its {n_in} columns are no super-blocks of --grid {run.grid_kind}, and --tune does not move codes of "
+            f"{kind}, which it has instead: drop --tune"
+        )
+    if run.rotation is not None and run.rotation.steps:
+        raise InputError(
+            f"{name}: its {n_in} columns are no super-blocks of --grid {run.grid_kind}, and --rotate-steps learns for one "
+            "kind of grid: drop it"
+        )
 
 
 def group_sizes(inputs: Iterable[int]) -> list[int]:
@@ -56,15 +73,19 @@ def expected_bits(run: RunConfig, shapes: Mapping[str, tuple[int, int]], bits: i
     outliers where their number is asked for. bits: of codes, where not the run's own."""
     spec = QuantSpec(bits or run.wbits, run.group_size, run.symmetric, levels=run.levels, kind=run.grid_kind)
     weights = sum(out * n_in for out, n_in in shapes.values())
+    outliers = declaration_of(run.solver).outlier_bits(with_defaults(run.solver, run.options))
+    return weights * outliers + sum(_bits_of_codes(spec.for_inputs(n_in), out, n_in) for out, n_in in shapes.values())
+
+
+def _bits_of_codes(spec: QuantSpec, n_out: int, n_in: int) -> float:
+    """Codes, scales and zero points or minima of one linear."""
+    weights = n_out * n_in
     if spec.super_kind is not None:
         return weights * 8 * spec.super_kind.size / SUPER_COLUMNS
     if spec.level_kind is not None:
-        side = sum(spec.level_scale_bits(n_out, spec.n_groups(n_in)) for n_out, n_in in shapes.values())
-        return weights * spec.bits + side
+        return weights * spec.bits + spec.level_scale_bits(n_out, spec.n_groups(n_in))
     group_bits = 16 + (16 if spec.kind == "real" else 0 if spec.symmetric else spec.code_bits)  # fractional as integer
-    side = sum(out * spec.n_groups(n_in) * group_bits for out, n_in in shapes.values())
-    outliers = declaration_of(run.solver).outlier_bits(with_defaults(run.solver, run.options))
-    return weights * (spec.code_bits + outliers) + side
+    return weights * spec.code_bits + n_out * spec.n_groups(n_in) * group_bits
 
 
 def candidate_widths(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from dataclasses import replace
@@ -25,7 +26,7 @@ from quant.core.errors import InputError
 from quant.core.grid import largest_of, misfit_float16
 from quant.core.names import GGUF
 from quant.core.places import check_places
-from quant.core.types import LARGEST
+from quant.core.types import LARGEST, QuantSpec
 from quant.evaluate.tasks import Tasks, check_tasks, open_tasks
 from quant.export.formats import Content
 from quant.export.gguf_model import check_model
@@ -45,6 +46,8 @@ from quant.run.solving import Recipe, check_options
 from quant.run.writing import author_of
 from quant.solvers import declaration_for, get_solver
 from quant.tune.limits import check_tuning, recomputes
+
+log = logging.getLogger(__name__)
 
 
 class Inputs:
@@ -151,6 +154,15 @@ class Inputs:
             self.load_seconds += time.perf_counter() - started
         return self._calibration[key]
 
+    def _tell_of_narrow(self, spec: QuantSpec) -> None:
+        """Say which linears have another grid than the one asked for."""
+        shapes = self.model.linear_shapes()
+        narrow = [name for name, (_, n_in) in shapes.items() if spec.for_inputs(n_in) != spec]
+        if narrow:
+            own = spec.for_inputs(shapes[narrow[0]][1]).described()
+            said = "--grid %s: the rows of %d of %d linears (%s, ...) are no whole super-blocks: these have %s, as in llama.cpp's files"
+            log.warning(said, spec.kind, len(narrow), len(shapes), narrow[0], own)
+
     def recipe(self, run: RunConfig) -> Recipe:
         """The recipe of a run, checked against what was opened and against the model's shapes."""
         turned, wanted = (self.config.rotated, self.config.rotated_for), (run.rotation, run.of_rotation)
@@ -172,6 +184,7 @@ class Inputs:
             dtypes = {self.model.storage_of(f"{name}.weight", i) for i, own in blocks for name in own}
             dtypes.add(self.model.dtype)
             spec = replace(spec, largest=min(LARGEST, *(torch.finfo(dtype).max for dtype in dtypes)))
+            self._tell_of_narrow(spec)
         recipe = Recipe(
             run.method,
             get_solver(run.solver),

@@ -84,7 +84,7 @@ def _recipe(job: Job, matrix: OutsideMatrix) -> Recipe:
     """How one matrix is solved: as the run's linears but for what belongs to blocks, or rounded with a searched range."""
     assert job.recipe is not None and job.recipe.spec is not None
     largest = job.recipe.spec.largest
-    spec = replace(spec_outside(job.run, matrix.bits), largest=largest)
+    spec = replace(spec_outside(job.run, matrix.bits).for_inputs(matrix.shape[1]), largest=largest)
     plain = replace(job.recipe, spec=spec, learning=None, saliency=0, widths=None, bias_correction=False)
     if matrix.multiplied:
         return plain

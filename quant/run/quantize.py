@@ -150,7 +150,8 @@ def solve_stage(
         weight, grid = weights.weight(name), None
         if learned is not None:
             weight, grid = learned.targets[name], learned.grids.get(name)
-        return with_peak(*solve_linear(index, name, weight, inputs, recipe.of(index, name), grid, alone), stream.device)
+        own = recipe.of(index, name, weight.shape[1])
+        return with_peak(*solve_linear(index, name, weight, inputs, own, grid, alone), stream.device)
 
     units = [(name, group[0]) for group in stage for name in group]
     if ranks.size() == 1:
@@ -249,8 +250,9 @@ def compare_block(
     same = Original(stream, weights) if any(recipe.asks_for_original for recipe in recipes) else None
     stats = observe(stream, index, weights, groups, original=same)
     return [
-        solve_linear(index, name, weights.weight(name), stats[group[0]], recipe)[1]
+        solve_linear(index, name, weight, stats[group[0]], recipe.of(index, name, weight.shape[1]))[1]
         for group in groups
         for name in group
+        for weight in [weights.weight(name)]
         for recipe in recipes
     ]

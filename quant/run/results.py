@@ -143,8 +143,10 @@ def _online(model: LazyModel, n_blocks: int) -> dict[str, int]:
 
 def _entropy(run: RunConfig, records: Sequence[LinearRecord]) -> float | None:
     """Bits of a code if all were equally likely, on average over the weights; None where nothing was solved."""
-    if not records or run.avg_bits is None:
-        return math.log2(run.levels or 2**run.wbits) if records else None
+    if not records:
+        return None
+    if {r.bits for r in records} == {run.wbits}:
+        return math.log2(run.levels or 2**run.wbits)
     return sum(r.bits * r.n_weights for r in records) / sum(r.n_weights for r in records)
 
 

@@ -110,7 +110,7 @@ def dealt(
     answers = all_answers({name: answer for name, (answer, _) in mine.items()}, device)
     records = ranks.all_told({name: record.to_json() for name, (_, record) in mine.items()})
     return {
-        name: (replace(answer, spec=spec), LinearRecord.from_json(own[name]))
+        name: (replace(answer, spec=spec.for_inputs(answer.codes.shape[1])), LinearRecord.from_json(own[name]))
         for given, own in zip(answers, records, strict=True)
         for name, answer in given.items()
     }

@@ -68,9 +68,10 @@ class Recipe:
         assert self.spec is not None
         return replace(self, spec=replace(self.spec, bits=bits))
 
-    def of(self, block: int, linear: str) -> Recipe:
-        """The recipe of one linear."""
-        return self if self.widths is None else self.with_bits(self.widths[block, linear])
+    def of(self, block: int, linear: str, n_in: int) -> Recipe:
+        """The recipe of one linear of so many inputs."""
+        own = self if self.widths is None else self.with_bits(self.widths[block, linear])
+        return own if own.spec is None else replace(own, spec=own.spec.for_inputs(n_in))
 
     @property
     def asks_for_original(self) -> bool:

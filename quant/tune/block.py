@@ -52,7 +52,7 @@ class TunedBlock:
             name: form(
                 f"block {index} {name}",
                 start,
-                replace(spec, bits=start.spec.bits),
+                replace(spec.for_inputs(start.codes.shape[1]), bits=start.spec.bits),
                 targets[name] if name in targets else weights.weight(name),
             )
             for name, start in solved.items()

@@ -23,6 +23,7 @@ from quant.export import refusal
 from quant.export.formats import Content
 from quant.export.gguf_model import check_model
 from quant.export.write import entries, form_of, layers_of, save_checkpoint
+from quant.run.content import expected_bits
 from quant.run.convert import convert
 from quant.tune.config import Tuning
 from tests.conftest import CONFIGS, MIXTURES, build
@@ -255,6 +256,46 @@ def test_a_run_on_the_grid_of_super_blocks_is_its_file(kind, text, tmp_path):
     assert again["codes_sha256"] == results["codes_sha256"]
 
 
+NARROW = {"q2_k": "IQ4_NL", "q3_k": "IQ4_NL", "q4_k": "Q5_0", "q5_k": "Q5_1", "q6_k": "Q8_0"}  # llama-quant.cpp
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_rows_that_are_no_whole_super_blocks_have_the_blocks_that_llama_cpp_gives_them(kind, text, tmp_path, caplog):
+    """Solved, tuned where its codes move, and written: each linear is of its type, and the file holds what the run says."""
+    own = SUPER_GRIDS[kind]
+    options = CONFIGS["llama gqa, tied"][1] | {"hidden_size": 96, "intermediate_size": 256, "head_dim": 24}
+    made("llama", **options | {"num_hidden_layers": 1}).half().save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    tuned = {"tuning": Tuning("block", 2, rate=0.05)} if NARROW[kind] != "IQ4_NL" else {}
+    tuned |= {"head_bits": own.bits} if kind in ("q3_k", "q5_k") else {}  # of a head that the embedding is tied to
+    config = config_for(tmp_path / "model", text, tmp_path, wbits=own.bits, group_size=own.part, grid_kind=kind, range="mse",
+                        options={"num_iter": 3, "search_grid": True, "refit_grid": True}, save=tmp_path / "saved",
+                        format="gguf", nsamples=8, limit=4, **tuned)  # fmt: skip
+    results = perform(config)
+    assert "6 of 7 linears" in caplog.text
+    reader = PackageReader(tmp_path / "saved" / FILE)
+    linears = {t.name: t for t in reader.tensors if t.name.startswith("blk.0.") and len(t.shape) == 2}
+    types = {name.split(".")[2]: tensor.tensor_type.name for name, tensor in linears.items()}
+    assert types == dict.fromkeys(types, NARROW[kind]) | {"ffn_down": kind.upper()} and len(types) == 7
+    embedding = next(t.tensor_type.name for t in reader.tensors if t.name == "token_embd.weight")
+    assert embedding == (NARROW[kind] if "head_bits" in tuned else "F16")
+    stored = sum(8 * t.data.nbytes for t in linears.values()) / sum(int(t.n_elements) for t in linears.values())
+    assert results["bits_per_weight"] == pytest.approx(stored, abs=1e-12)
+    assert expected_bits(config.run, {"a": (64, 96), "b": (64, 256)}) == 64 * 96 * NARROW_BITS[kind] + 64 * own.size * 8
+    convert(tmp_path / "run", "dequantized", tmp_path / "plain", cache_dir=tmp_path / "cache")
+    lazy, right = (load_model(str(tmp_path / d), dtype=None, cache_dir=tmp_path / "cache") for d in ("saved", "plain"))
+    for name, _ in right.module.named_parameters():
+        assert torch.equal(lazy.checkpoint.read(name).half(), right.checkpoint.read(name))
+    if NARROW[kind] == "IQ4_NL":
+        with pytest.raises(
+            InputError, match="96 columns are no super-blocks.*--tune does not move codes of iq4_nl.*drop --tune"
+        ):
+            perform(replace_in(config, run_dir=tmp_path / "second", save=None, format=None, tuning=Tuning("block", 2)))
+
+
+NARROW_BITS = {"q2_k": 4.5, "q3_k": 4.5, "q4_k": 5.5, "q5_k": 6.0, "q6_k": 8.5}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_iq4_nl_is_what_the_reader_of_gguf_says(tied, text, tmp_path):
     options = CONFIGS["llama gqa, tied"][1] | {"num_hidden_layers": 1, "tie_word_embeddings": tied}
@@ -275,7 +316,8 @@ def test_iq4_nl_is_what_the_reader_of_gguf_says(tied, text, tmp_path):
 
 REFUSED = {
     "floats": ({"spec": QuantSpec(4, 16, kind="nvfp4")}, "cannot hold the levels of --grid nvfp4: use format compressed-tensors"),
-    "super-blocks": ({"spec": QuantSpec(4, 32, kind="q4_k")}, "nearest that it holds: --wbits 4 --group-size 32 --grid real)"),
+    "super-blocks": ({"spec": QuantSpec(4, 32, kind="q4_k"), "shapes": {"a": (64, 48)}},
+                     "no blocks for symmetric grids of 32 levels in groups of 32 on 48 inputs of a: use format bitplane"),
     "no architecture": ({"model_type": "opt"}, "no architecture for opt models"),
     "no blocks": ({"spec": QuantSpec(8, 32)}, "asymmetric grids of 256 levels in groups of 32 on 128 inputs of a "
                   "(the nearest that it holds: --wbits 8 --group-size 32 --sym): use format bitplane"),
