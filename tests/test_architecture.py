@@ -38,8 +38,12 @@ ONLY_IN = {
         "quant/kernels/matmul/cpu.py",
         "quant/kernels/matmul/cpu_fields.py",
         "quant/kernels/matmul/cpu_bytes.py",
+        "quant/kernels/matmul/one_token.py",
+        "quant/kernels/steps/loops.py",
     },
-    "llvmlite": {f"quant/kernels/matmul/{name}.py" for name in ("cpu", "cpu_bytes", "cpu_fields")},
+    "llvmlite": {
+        f"quant/kernels/{name}.py" for name in ("matmul/cpu", "matmul/cpu_bytes", "matmul/cpu_fields", "steps/loops")
+    },
     "triton": {"quant/kernels/columns/cuda.py", "quant/kernels/matmul/cuda.py"},
     "jinja2": {"quant/report/page.py", "quant/evaluate/tasks.py"},  # there: templates of tasks are filled in a sandbox
     "matplotlib": {"quant/report/plots.py"},

@@ -31,7 +31,9 @@ class NotRecordedError(Exception):
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """One operation of a step; writes: to an argument."""
+
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -44,7 +46,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.within = 0  # functions that are one
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -57,7 +59,7 @@ class _Recorder(TorchDispatchMode):
             return result
         if _decides_by_values(func, args, kwargs) or not all(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             raise NotRecordedError(str(func))
-        self.calls.append(_Call(func, args, kwargs, result, func._schema.is_mutable))
+        self.calls.append(Call(func, args, kwargs, result, func._schema.is_mutable))
         return result
 
 
@@ -101,54 +103,78 @@ def as_one(function: Callable[..., Any], *args: Any) -> Any:
     finally:
         recorder.within -= 1
     if not recorder.within:
-        recorder.calls.append(_Call(function, args, {}, result, False))
+        recorder.calls.append(Call(function, args, {}, result, False))
     return result
 
 
-def record(step: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """step(given), and what does the same for another tensor of its shape.
+@dataclass(frozen=True)
+class Recording:
+    """What a step did for one input, and what it gave. Every tensor of it is kept, as it was then."""
 
-    Tensors that the step writes to are written to again by every replay; what it counts in Python stays as it is. Raises
-    NotRecordedError where the step reads a tensor's value, or gives a result whose shape depends on one; it has run in
-    part then.
-    """
+    calls: list[Call]
+    given: Tensor
+    result: Tensor
+
+    def replay(self) -> Callable[[Tensor], Tensor]:
+        """The same for another tensor of the input's shape, as one plain function.
+
+        Tensors that the step writes to are written to again by every replay; what it counts in Python stays as it is.
+        """
+        return _replay(self.varying(), self.given, self.result)
+
+    def varying(self) -> list[Call]:
+        """The operations whose result is another one the next time."""
+        return _varying(self.calls, self.given)
+
+
+def recorded(step: Callable[[Tensor], Tensor], given: Tensor) -> Recording:
+    """What step(given) does. Raises NotRecordedError where the step reads a tensor's value, or gives a result whose shape
+    depends on one; it has run in part then."""
     recorder = _active.recorder = _Recorder()
     try:
         with recorder, _Reading(recorder):
             result = step(given)
     finally:
         _active.recorder = None
-    return result, _replay(recorder.calls, given, result)
+    return Recording(recorder.calls, given, result)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def record(step: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """step(given), and what replays it; raises what `recorded` does."""
+    recording = recorded(step, given)
+    return recording.result, recording.replay()
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves of a tree."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """Where the memory begins that a tensor is in."""
     return tensor.untyped_storage().data_ptr()
 
 
-def _varying(calls: Sequence[_Call], given: Tensor) -> list[_Call]:
+def _varying(calls: Sequence[Call], given: Tensor) -> list[Call]:
     """Those whose result is another one the next time: of the input, or in memory that is written to."""
-    written = {_storage(t) for call in calls if call.writes for t in _tensors((_written(call), call.result))}
+    written = {storage_of(t) for call in calls if call.writes for t in tensors_in((written_by(call), call.result))}
     varying, kept = {id(given)}, []
     for call in calls:
-        read, made = _tensors((call.args, call.kwargs)), _tensors(call.result)
-        if call.writes or any(id(t) in varying or _storage(t) in written for t in (*read, *made)):
+        read, made = tensors_in((call.args, call.kwargs)), tensors_in(call.result)
+        if call.writes or any(id(t) in varying or storage_of(t) in written for t in (*read, *made)):
             varying |= {id(t) for t in made}
             kept.append(call)
     return kept
 
 
-def _written(call: _Call) -> list[Any]:
+def written_by(call: Call) -> list[Any]:
     """The arguments that an operation writes to."""
     declared = call.function._schema.arguments  # type: ignore[attr-defined]
     by_name = dict(zip((argument.name for argument in declared), call.args, strict=False)) | call.kwargs
     return [by_name.get(a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
 
 
-def _replay(calls: Sequence[_Call], given: Tensor, result: Tensor) -> Callable[[Tensor], Tensor]:
+def _replay(calls: Sequence[Call], given: Tensor, result: Tensor) -> Callable[[Tensor], Tensor]:
     """The operations that have to be repeated, as one plain function."""
     graph, constants = fx.Graph(), torch.nn.Module()
     nodes: dict[int, fx.Node] = {id(given): graph.placeholder("given")}
@@ -164,8 +190,8 @@ def _replay(calls: Sequence[_Call], given: Tensor, result: Tensor) -> Callable[[
 
     plain: dict[Any, Callable[..., Any]] = {}
     writing: set[fx.Node] = set()  # whatever becomes of their results
-    for call in _varying(calls, given):
-        if not call.writes and any(call.result is t for t in _tensors(call.args)):
+    for call in calls:
+        if not call.writes and any(call.result is t for t in tensors_in(call.args)):
             continue  # a cast to what it is
         if call.function is torch.ops.aten.slice.Tensor and (piece := _narrowed(call)):
             nodes[id(call.result)] = graph.call_function(torch.narrow, (node_of(call.args[0]), *piece))
@@ -188,7 +214,7 @@ def _replay(calls: Sequence[_Call], given: Tensor, result: Tensor) -> Callable[[
     return replayed
 
 
-def _plain(call: _Call) -> Callable[..., Any]:
+def _plain(call: Call) -> Callable[..., Any]:
     """The function of torch's own Python interface that gives the very same: calls of operators by name take three times as long."""
     if not isinstance(call.function, torch._ops.OpOverload):
         return call.function
@@ -208,7 +234,7 @@ def _plain(call: _Call) -> Callable[..., Any]:
     return call.function
 
 
-def _narrowed(call: _Call) -> tuple[int, int, int] | None:
+def _narrowed(call: Call) -> tuple[int, int, int] | None:
     """Dimension, start and length of a slice of consecutive entries; None where it has another step."""
     given = [*call.args, *[None, 0, None, None, 1][len(call.args) :]]
     source, dim, start, _, step = given

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from models.cache import fixed_cache
 from quant.blocks.instrument import instrument
 from quant.core.errors import InputError
-from quant.core.recording import NotRecordedError, record
+from quant.core.recording import NotRecordedError, Recording, recorded
 from quant.run.packed_model import Resident
+
+if TYPE_CHECKING:
+    from quant.kernels.steps.program import Program
 
 ROUNDED = 0.1  # of the largest logit: what a sum in another order moves where it turns the rounding of an input
 RECORDED = 2  # the piece of text that is recorded
@@ -88,7 +91,8 @@ class Steps:
     The prompt goes through the modules; so does the first token behind it, while what they do is recorded, with a cache of fixed
     size, and again with the cache that they have of themselves, which must say the same but for rounding. The second goes
     through the record and, on a copy of the cache, once more through the modules; where both give the same to the last bit, the
-    record answers from there on. apart: how far the two caches' logits may be apart, of the largest; None: as far as float
+    record answers from there on, in float32 on a CPU by compiled loops (`quant.kernels.steps`), which the third token checks one
+    by one. apart: how far the two caches' logits may be apart, of the largest; None: as far as float
     sums are. by_modules: why it does not.
     """
 
@@ -97,11 +101,17 @@ class Steps:
         self.argument = "cache" if "cache" in takes else "past_key_values"  # transformers before 5.24
         self.module, self.length, self.apart, self.cache = module, length, apart, cast(Any, None)
         self.replay: Callable[[Tensor], Tensor] | None = None
+        self.recording: Recording | None = None
+        self.program: Program | None = None
         self.is_sure, self.by_modules, self.pieces = False, "", 0
 
     def __call__(self, given: Tensor) -> Tensor:
         """What the modules, or their record, say of the next piece [1, T]."""
         self.pieces += 1
+        if self.program is not None:
+            return self.program(given)
+        if self.is_sure and self.recording is not None:
+            return self._compiled(self.recording, given)
         if self.is_sure and self.replay is not None:
             return self.replay(given)
         if self.pieces == RECORDED:
@@ -121,7 +131,8 @@ class Steps:
         try:
             if self.cache is None:
                 raise NotRecordedError("its cache is not one of plain keys and values")
-            logits, self.replay = record(self._ask, given)
+            self.recording = recorded(self._ask, given.clone())  # which a program writes to
+            logits, self.replay = self.recording.result.clone(), self.recording.replay()
         except NotRecordedError as reason:
             self.cache, self.by_modules = before, str(reason)
             return self._ask(given)
@@ -133,6 +144,14 @@ class Steps:
             return logits
         self.replay, self.by_modules = None, "a cache of fixed size gives something else"
         return own
+
+    def _compiled(self, recording: Recording, given: Tensor) -> Tensor:
+        """The next step, by compiled loops where there are some, each of them checked; the record answers else."""
+        from quant.kernels.steps.program import Program  # numba, which takes a second, is for this alone
+
+        assert self.replay is not None
+        self.recording, self.program = None, Program.of(recording)
+        return self.replay(given) if self.program is None else self.program.checked(given)
 
     def _compared(self, replay: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
         mine, self.cache = self.cache, copy.deepcopy(self.cache)

@@ -100,7 +100,9 @@ def load(work: Callable[[], object]) -> None:
     for module in COMMANDS.values():
         importlib.import_module(module)
     for name in in_child(lambda: (work(), list(sys.modules))[1]):
-        compiled = name.startswith("quant.kernels") and name.endswith((".cpu", ".cpu_fields", ".cpu_bytes", ".threads"))
+        compiled = name.startswith("quant.kernels") and name.endswith(
+            (".cpu", ".cpu_fields", ".cpu_bytes", ".one_token", ".loops", ".threads")
+        )
         if not compiled and name not in sys.modules:
             importlib.import_module(name)
 

@@ -17,11 +17,15 @@ from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
 from quant.cli import generate as command
 from quant.core.errors import InputError
+from quant.core.recording import Recording
+from quant.kernels.matmul.cpu_bytes import ByteTiles
+from quant.kernels.matmul.cpu_fields import FieldTiles
+from quant.kernels.matmul.pack import layout_of
 from quant.kernels.matmul.weight import PackedWeight
 from quant.run import generate as generating
 from quant.run.generate import Steps, _pick
 from quant.run.packed_model import load_resident, open_quantized
-from tests.helpers import DEMO, called, demo_config, perform
+from tests.helpers import DEMO, called, config_for, demo_config, perform
 
 FULL_STOP, EOS = 7, 1
 RECORDED_DEMOS = {"llama", "bloom", "falcon"}  # OPT reads its mask, Mistral keeps a window, mixtures choose experts
@@ -126,11 +130,15 @@ def test_logits_that_are_no_numbers_are_one_line() -> None:
                 _pick(torch.tensor([1.0, bad]), temperature, None)
 
 
-def steps_of(name: str, n: int, forget: bool = False) -> tuple[list[torch.Tensor], Steps]:
+def steps_of(
+    name: str, n: int, forget: bool = False, dtype: torch.dtype | None = None, rounded: bool = False
+) -> tuple[list[torch.Tensor], Steps]:
     """Logits of a demo model's own continuation of three tokens, and what gave them; forget: the record is never taken."""
-    resident = load_resident(open_quantized(str(DEMO / name), Path("unused")), torch.device("cpu"))
-    step, given, logits = Steps(resident.module, 3 + n), torch.tensor([[5, 6, 7]]), []
-    with torch.inference_mode():
+    opened = open_quantized(str(DEMO / name), Path("unused"), dtype)
+    resident = load_resident(opened, torch.device("cpu"), round_inputs=rounded)
+    step = Steps(resident.module, 3 + n, generating.ROUNDED if rounded else None)
+    given, logits = torch.tensor([[5, 6, 7]]), []
+    with torch.inference_mode(), instrument(resident.blocks, resident.weights, resident.act):
         for _ in range(n):
             logits.append(step(given)[0, -1])
             if forget:
@@ -143,18 +151,43 @@ def steps_of(name: str, n: int, forget: bool = False) -> tuple[list[torch.Tensor
 def test_recorded_steps_are_the_modules(name: str) -> None:
     own, step = steps_of(name, 12)
     expected, _ = steps_of(name, 12, forget=True)
-    assert step.is_sure == (name in RECORDED_DEMOS) and bool(step.by_modules) != step.is_sure
+    assert step.is_sure == (name in RECORDED_DEMOS) and bool(step.by_modules) != step.is_sure and step.program is None
     for a, b in zip(own, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "falcon"])
+def test_in_float32_compiled_loops_are_the_modules_but_for_rounding(name: str) -> None:
+    own, step = steps_of(name, 12, dtype=torch.float32)
+    expected, _ = steps_of(name, 12, forget=True, dtype=torch.float32)
+    assert step.program is not None and step.program.compiled > 0.6 * len(step.program.operations)
+    for a, b in zip(own, expected, strict=True):
+        assert float((a - b).abs().max()) < 2e-6 * float(b.abs().max())
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_packed_products_are_compiled_too(rounded: bool, tmp_path: Path) -> None:
+    """Of a run in groups, with a head of its own bits: nothing of a block is left to torch, and the numbers are those of the
+    modules, whose products round their inputs by the same loops."""
+    if rounded and not ByteTiles.runs_here():
+        pytest.skip("this CPU has no products of bytes")
+    request = config_for(DEMO / "llama", "demo", tmp_path, solver="rtn", wbits=4, group_size=32, head_bits=8, options={},
+                         dtype="float32", limit=2)  # fmt: skip
+    perform(request)
+    own, step = steps_of(str(tmp_path / "run"), 10, dtype=torch.float32, rounded=rounded)
+    expected, _ = steps_of(str(tmp_path / "run"), 10, forget=True, dtype=torch.float32, rounded=rounded)
+    assert step.program is not None
+    left = [str(operation.call.function) for operation in step.program.operations if operation.rows is None]
+    if rounded or isinstance(layout_of(torch.device("cpu")), FieldTiles):  # bit planes have no loops of this kind
+        assert len(left) < 8, left
+    for a, b in zip(own, expected, strict=True):
+        assert float((a - b).abs().max()) < (0.02 if rounded else 2e-6) * float(b.abs().max())
 
 
 def test_a_record_that_gives_something_else_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = steps_of("llama", 6, forget=True)
 
-    def wrong(step: Any, given: torch.Tensor) -> Any:
-        return step(given), lambda x: expected[0][None, None] * 2
-
-    monkeypatch.setattr(generating, "record", wrong)
+    monkeypatch.setattr(Recording, "replay", lambda self: lambda x: expected[0][None, None] * 2)
     own, step = steps_of("llama", 6)
     assert step.replay is None and "something else" in step.by_modules
     assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))

@@ -1,0 +1,1 @@
+"""Recorded steps as programs of compiled loops: numba."""
