@@ -146,8 +146,14 @@ def record(step: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Tensor, Cal
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors among the leaves of a tree."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors among the leaves of tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        return []
+    return [tensor for part in tree if part is not None for tensor in tensors_in(part)]
 
 
 def storage_of(tensor: Tensor) -> int:

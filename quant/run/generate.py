@@ -91,8 +91,8 @@ class Steps:
     The prompt goes through the modules; so does the first token behind it, while what they do is recorded, with a cache of fixed
     size, and again with the cache that they have of themselves, which must say the same but for rounding. The second goes
     through the record and, on a copy of the cache, once more through the modules; where both give the same to the last bit, the
-    record answers from there on, in float32 on a CPU by compiled loops (`quant.kernels.steps`), which the third token checks one
-    by one. apart: how far the two caches' logits may be apart, of the largest; None: as far as float
+    record answers from there on, in float32 on a CPU by compiled loops (`quant.kernels.steps`), each of which was tried beside
+    the record by then. apart: how far the two caches' logits may be apart, of the largest; None: as far as float
     sums are. by_modules: why it does not.
     """
 
@@ -108,16 +108,14 @@ class Steps:
     def __call__(self, given: Tensor) -> Tensor:
         """What the modules, or their record, say of the next piece [1, T]."""
         self.pieces += 1
-        if self.program is not None:
+        if self.is_sure and self.program is not None:
             return self.program(given)
-        if self.is_sure and self.recording is not None:
-            return self._compiled(self.recording, given)
         if self.is_sure and self.replay is not None:
             return self.replay(given)
         if self.pieces == RECORDED:
             return self._record(given)
-        if self.replay is not None:
-            return self._compared(self.replay, given)
+        if self.recording is not None:
+            return self._compared(self.recording, given)
         return self._ask(given)
 
     def _ask(self, given: Tensor) -> Tensor:
@@ -132,7 +130,7 @@ class Steps:
             if self.cache is None:
                 raise NotRecordedError("its cache is not one of plain keys and values")
             self.recording = recorded(self._ask, given.clone())  # which a program writes to
-            logits, self.replay = self.recording.result.clone(), self.recording.replay()
+            logits = self.recording.result.clone()
         except NotRecordedError as reason:
             self.cache, self.by_modules = before, str(reason)
             return self._ask(given)
@@ -142,25 +140,23 @@ class Steps:
         if float((own - logits).abs().max()) <= apart * float(own.abs().max()):
             self.cache = fixed
             return logits
-        self.replay, self.by_modules = None, "a cache of fixed size gives something else"
+        self.recording, self.by_modules = None, "a cache of fixed size gives something else"
         return own
 
-    def _compiled(self, recording: Recording, given: Tensor) -> Tensor:
-        """The next step, by compiled loops where there are some, each of them checked; the record answers else."""
+    def _compared(self, recording: Recording, given: Tensor) -> Tensor:
         from quant.kernels.steps.program import Program  # numba, which takes a second, is for this alone
 
-        assert self.replay is not None
-        self.recording, self.program = None, Program.of(recording)
-        return self.replay(given) if self.program is None else self.program.checked(given)
-
-    def _compared(self, replay: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
-        mine, self.cache = self.cache, copy.deepcopy(self.cache)
+        mine, self.cache, self.recording = self.cache, copy.deepcopy(self.cache), None
         expected = self._ask(given)
-        self.is_sure = torch.equal(replay(given), expected)
+        self.program = Program.of(recording)
+        self.replay = recording.replay() if self.program is None else None
+        again = self.program.checked if self.program is not None else self.replay
+        assert again is not None
+        self.is_sure = torch.equal(again(given), expected)
         if self.is_sure:
             self.cache = mine
         else:
-            self.replay, self.by_modules = None, "a recorded step gives something else"
+            self.program, self.replay, self.by_modules = None, None, "a recorded step gives something else"
         return expected
 
 

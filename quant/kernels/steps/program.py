@@ -1,8 +1,8 @@
 """A recorded step as a program of compiled loops: its small operations follow each other without Python.
 
 Every tensor of the recording keeps its place in memory, and the program fills them again in the same order. What there are no
-loops for stays torch's. The first step is taken operation by operation, each one beside torch's on the very same inputs: one
-that gives something else stays torch's, too.
+loops for stays torch's. The first step is taken by torch, operation by operation, and the loops of each are tried beside it on the very same
+inputs: one that gives something else stays torch's, too.
 """
 
 from __future__ import annotations
@@ -38,21 +38,19 @@ class _Operation:
                 place.copy_(tensor)
 
     def checked(self) -> None:
-        """Fill the results, by torch and by the loops, which are given up where they differ."""
+        """Fill the results by torch; give up the loops where they fill them with something else."""
         if self.rows is None:
             self.by_torch()
             return
         filled = tensors_in(written_by(self.call) if self.call.writes else self.call.result)
         before = [tensor.clone() for tensor in filled]
+        right = int(loops.run(np.array(self.rows.rows, np.uint64))) < 0
+        own = [tensor.clone() for tensor in filled]
+        for tensor, kept in zip(filled, before, strict=True):
+            tensor.copy_(kept)
         self.by_torch()
-        expected = [tensor.clone() for tensor in filled]
-        for tensor, own in zip(filled, before, strict=True):
-            tensor.copy_(own)
-        right = _run(self.rows.rows) < 0
-        if not right or not all(_is_near(own, other) for own, other in zip(filled, expected, strict=True)):
+        if not right or not all(map(_is_near, own, filled)):
             self.rows = None
-            for tensor, own in zip(filled, expected, strict=True):
-                tensor.copy_(own)
 
 
 @dataclass
@@ -72,7 +70,7 @@ class Program:
         return cls(recording, operations) if any(own.rows for own in operations) else None
 
     def checked(self, given: Tensor) -> Tensor:
-        """The result for an input, every operation beside torch's. Results stay what they are when the next comes."""
+        """The result for an input, to the last bit torch's, while the loops of every operation are tried on the same numbers."""
         share_threads()
         self.recording.given.copy_(given)
         for operation in self.operations:
@@ -101,10 +99,6 @@ class Program:
     def compiled(self) -> int:
         """How many operations are compiled loops."""
         return sum(operation.rows is not None for operation in self.operations)
-
-
-def _run(rows: list[list[int]]) -> int:
-    return int(loops.run(np.array(rows, np.uint64)))
 
 
 def _is_view(call: Call) -> bool:

@@ -142,7 +142,7 @@ def steps_of(
         for _ in range(n):
             logits.append(step(given)[0, -1])
             if forget:
-                step.replay = None
+                step.recording = None
             given = logits[-1].argmax()[None, None]
     return logits, step
 
