@@ -90,7 +90,8 @@ def planned(words: list[str], model: str) -> dict[str, float]:
     config, _ = load_config(session.model, session.cache_dir, with_weights=False)
     dtype = env.pick_dtype(session.dtype, device) or config.dtype
     shapes = shapes_of(config)
-    plan = estimate(request, shapes, dtype.itemsize, machine_rates(device, dtype), solver_cost(device, request.run))
+    rates = machine_rates(device, dtype)
+    plan = estimate(request, shapes, dtype.itemsize, rates, solver_cost(device, request.run, rates))
     return with_process(plan, shapes, config.dtype.itemsize, env.resident_bytes())
 
 

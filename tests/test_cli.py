@@ -268,14 +268,14 @@ def test_dry_run_sizes_are_right(tmp_path):
     """LLaMA-2-7B: one block has 202 million parameters; 32 blocks of codes at 3 bits are 2.43 GB."""
     from models.load import load_config
     from quant.run.plan import estimate
-    from quant.run.rates import Rates
+    from quant.run.rates import Rates, SolverCost
     from quant.run.request import Request
     from quant.run.shapes import shapes_of
 
     config, _ = load_config("benchmarks/configs/llama-2-7b", tmp_path, with_weights=False)
     shapes = shapes_of(config)
     assert shapes.block == 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 and shapes.n_blocks == 32
-    plan = estimate(Request.of("x", wbits=3, num_layers=32), shapes, 2, Rates(1e12, 1e12), (0.0, 1e-9))
+    plan = estimate(Request.of("x", wbits=3, num_layers=32), shapes, 2, Rates(1e12, 1e12), SolverCost(square=1e-9))
     weights = 4 * 4096**2 + 3 * 4096 * 11008
     assert plan["device bytes: block"] == 2 * shapes.block
     assert plan["device bytes: statistics"] == 4 * (3 * 4096**2 + 11008**2)
@@ -292,7 +292,7 @@ def test_dry_run_sizes_are_right(tmp_path):
         "wbits": 3,
         "calib_batch": 1,
     }
-    limited = estimate(Request.of("x", **evaluated), shapes, 2, Rates(1e12, 1e12), (0.0, 1e-9))
+    limited = estimate(Request.of("x", **evaluated), shapes, 2, Rates(1e12, 1e12), SolverCost(square=1e-9))
     attention = 32 * 4 * 2048 * 4096
     expected = 5 * 2048 * 2 * (2 * (shapes.outside + 32 * shapes.block) + attention) / 1e12
     assert limited["seconds: evaluate"] == pytest.approx(expected)
@@ -308,7 +308,7 @@ def test_a_plan_knows_the_size_of_a_file_and_of_the_process(tmp_path):
     from models.load import load_config
     from quant.run import plan as plans
     from quant.run import plan_calibration
-    from quant.run.rates import Rates
+    from quant.run.rates import Rates, SolverCost
     from quant.run.request import Request
     from quant.run.shapes import shapes_of
 
@@ -317,7 +317,7 @@ def test_a_plan_knows_the_size_of_a_file_and_of_the_process(tmp_path):
     file.write_text("x" * 4000)
     asked = {"wbits": 3, "seqlen": 128, "num_layers": 32, "nsamples": 8, "true_sequential": True}
     made = plans.estimate(
-        Request.of("x", eval_datasets=(str(file),), **asked), shapes, 4, Rates(1e12, 1e12), (0.0, 0.0)
+        Request.of("x", eval_datasets=(str(file),), **asked), shapes, 4, Rates(1e12, 1e12), SolverCost()
     )
     both = 2 * 1000
     attention = 4 * 128 * 4096
@@ -328,7 +328,7 @@ def test_a_plan_knows_the_size_of_a_file_and_of_the_process(tmp_path):
     assert whole["host bytes: process"] == 10**9 + parts
     assert {key: value for key, value in whole.items() if key != "host bytes: process"} == made
     assert made["seconds: forward"] == pytest.approx(32 * 1024 * (2 * shapes.block + 2 * attention) / 1e12)
-    slow = plans.estimate(Request.of("x", **asked), shapes, 4, Rates(1e12, 1e12, 1e9), (0.0, 0.0))
+    slow = plans.estimate(Request.of("x", **asked), shapes, 4, Rates(1e12, 1e12, 1e9), SolverCost())
     between = 4 * (plan_calibration.OF_HIDDEN * 4096 + plan_calibration.OF_WIDEST * 11008) / 1e9
     assert slow["seconds: forward"] - made["seconds: forward"] == pytest.approx(32 * 1024 * 4 * between)
 

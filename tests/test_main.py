@@ -21,7 +21,7 @@ from quant.blocks.fake_quant import ActSpec
 from quant.core import env
 from quant.learn.config import Learning, TransformSpec
 from quant.run.plan import estimate
-from quant.run.rates import Rates
+from quant.run.rates import Rates, SolverCost
 from quant.run.shapes import shapes_of
 from quant.solvers import get_solver, solver_options, solvers
 from tests.helpers import called
@@ -476,7 +476,7 @@ def test_planned_bits_of_online_matrices(command, small, model_dir, abits, tmp_p
     assert command(*words, "--epochs", "0")[0] == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
-    plan = estimate(main_command.request_from(words), shapes, 4, Rates(1e12, 1e12), (0.0, 0.0))
+    plan = estimate(main_command.request_from(words), shapes, 4, Rates(1e12, 1e12), SolverCost())
     assert plan["bits per weight"] == pytest.approx(results["bits_per_weight"])
     assert all(log["online_parameters"] and log["online_flops"] for log in results["learning"])
 
@@ -489,7 +489,7 @@ def test_planned_bits_are_the_bits_of_the_run(command, small, model_dir, wbits, 
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     config = main_command.request_from(words)
     shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
-    plan = estimate(config, shapes, 4, Rates(1e12, 1e12), (0.0, 0.0))
+    plan = estimate(config, shapes, 4, Rates(1e12, 1e12), SolverCost())
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
     online = 16 * 2 * 32**2 / weights
     if wbits == 16:
@@ -510,7 +510,7 @@ def test_planned_bits_count_the_outliers_of_the_solver(command, small, model_dir
     assert command(*words)[0] == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
-    plan = estimate(main_command.request_from(words), shapes, 4, Rates(1e12, 1e12), (0.0, 0.0))
+    plan = estimate(main_command.request_from(words), shapes, 4, Rates(1e12, 1e12), SolverCost())
     weights = sum(out * n_in for _, out, n_in in shapes.linears)
     rows = 32 * sum(out + 1 for _, out, _ in shapes.linears)  # pointers of sparse rows: much where rows are this short
     assert plan["bits per weight"] + rows / weights == pytest.approx(results["bits_per_weight"], rel=0.005)
@@ -519,7 +519,7 @@ def test_planned_bits_count_the_outliers_of_the_solver(command, small, model_dir
 def test_weights_that_stay_have_no_outliers_in_the_plan(model_dir, tmp_path):
     words = [*shlex.split("--model x --wbits 16 --abits 8 --let --solver quantease --solver-option outlier=0.05")]
     shapes = shapes_of(load_config(str(model_dir("llama")), tmp_path, with_weights=False)[0])
-    plan = estimate(main_command.request_from(words), shapes, 4, Rates(1e12, 1e12), (0.0, 0.0))
+    plan = estimate(main_command.request_from(words), shapes, 4, Rates(1e12, 1e12), SolverCost())
     assert plan["bits per weight"] == 16
 
 

@@ -40,7 +40,7 @@ def show_plan(requests: Sequence[Request], console: Console, processes: int | No
     contents = check_contents(requests, shapes, model_config)
     rates = machine_rates(device, dtype)
     quantizing = [request for request in requests if request.run.quantizes]
-    plans = [estimate(r, shapes, dtype.itemsize, rates, solver_cost(device, r.run)) for r in quantizing]
+    plans = [estimate(r, shapes, dtype.itemsize, rates, solver_cost(device, r.run, rates)) for r in quantizing]
     if device.type == "cpu":
         stored = getattr(model_config, "dtype", None) or torch.float16
         resident = env.resident_bytes()  # behind the solvers' trials, which load what a run loads

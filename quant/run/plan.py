@@ -42,7 +42,8 @@ Time (seconds)
               Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate; with the
               original model's inputs beside (--target-correction, gptaq, qronos) 2·in² more, every pass twice, and
               twice the statistics and hidden states
-  solve       out·(a·in + b·in²), a and b from the solver itself timed on two small layers
+  solve       the products that the solver declares, at the float32 rate, and a·in² + b·out·in, both from the solver itself timed
+              on two small layers
   learn       4·2·parameters flops a token and epoch (forward, backward, the loss at the end of the epoch), 5 with an
               attention loss, and one pass for the targets; the steps of --whole_model and --rotate-steps as those of tune
   saliency    2·parameters flops a token forward, again in the backward pass, and for every draw; the R Gram matrices of
@@ -81,7 +82,7 @@ from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
 from quant.run.content import PART, candidate_widths, check_format, content_of, expected_bits, outside_matrices
 from quant.run.experts import check_mixture
 from quant.run.plan_calibration import between, calibration_cost, gram_flops, uses_cross
-from quant.run.rates import Rates
+from quant.run.rates import Rates, SolverCost
 from quant.run.request import Request
 from quant.run.shapes import Kind, Shapes
 from quant.solvers import declaration_of, with_defaults
@@ -94,9 +95,7 @@ LOGIT_PASSES = 12  # over the logits: their logarithms of both models, the loss 
 BYTES_A_TOKEN = 4.0  # of English, by vocabularies of 30 thousand words and more
 
 
-def estimate(
-    request: Request, shapes: Shapes, itemsize: int, rates: Rates, cost: tuple[float, float]
-) -> dict[str, float]:
+def estimate(request: Request, shapes: Shapes, itemsize: int, rates: Rates, cost: SolverCost) -> dict[str, float]:
     """Bytes and seconds of a run; see the module's text for the formulas."""
     run, session = request.run, request.session
     seqlen = session.seqlen or min(shapes.max_length, DEFAULT_MAX_SEQLEN)
@@ -195,9 +194,9 @@ def _stored_bits(run: RunConfig, shapes: Shapes, n_blocks: int) -> tuple[float, 
     return stored + 16 * n_blocks * _online_numbers(run, shapes), times
 
 
-def _solving(kind: Kind, cost: tuple[float, float]) -> float:
+def _solving(kind: Kind, cost: SolverCost) -> float:
     """Seconds of the solver for the linears of one block."""
-    return sum(out * (cost[0] * n_in + cost[1] * n_in**2) for _, out, n_in in kind.linears)
+    return sum(cost.seconds(out, n_in) for _, out, n_in in kind.linears)
 
 
 def _logits(vocabulary: int, seqlen: int, tokens: int) -> int:
@@ -211,7 +210,7 @@ def _logits(vocabulary: int, seqlen: int, tokens: int) -> int:
 
 
 def outside_cost(
-    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: Rates, cost: tuple[float, float]
+    run: RunConfig, shapes: Shapes, tokens: int, beside: int, rates: Rates, cost: SolverCost
 ) -> tuple[float, float]:
     """Bytes on the device, and seconds, that head and embedding take to be quantized; see the module's text."""
     most = seconds = 0.0
@@ -222,7 +221,9 @@ def outside_cost(
         if matrix.multiplied:
             seconds += beside * tokens * 2 * sum(kind.active for kind in shapes.kinds) / rates.products
             seconds += tokens * (gram_flops(n_in) + 2 * (beside - 1) * n_in**2) / rates.float32
-            seconds += rows * (cost[0] * n_in + cost[1] * n_in**2)
+            seconds += cost.seconds(rows, n_in) + (-(-rows // part) - 1) * cost.seconds(
+                0, n_in
+            )  # factors of every part
     return most, seconds
 
 

@@ -30,7 +30,8 @@ class Declaration(NamedTuple):
     that rounding to nearest has, so that it may be given that one. uses_cross: whether it asks for statistics with the
     inputs of the original model (`GramStats.cross`). outlier_bits: of a weight, for outliers, where known beforehand.
     stacks: whether, with these options, it solves layers of one shape at once (`quant.core.stacks.StackedStats`).
-    label: what tables say of the options behind the solver's name.
+    label: what tables say of the options behind the solver's name. flops: of its matrix products and factors for (out, in,
+    options); 0 where they are not what it takes.
     """
 
     outliers: Callable[[Options], bool] = lambda options: False
@@ -41,6 +42,7 @@ class Declaration(NamedTuple):
     outlier_bits: Callable[[Options], float] = lambda options: 0.0
     stacks: Callable[[Options], bool] = lambda options: False
     label: Callable[[Options], str] = lambda options: ""
+    flops: Callable[[int, int, Options], float] = lambda n_out, n_in, options: 0.0
 
 
 SUPPLIED = ("grid", "init")  # keyword arguments that a run gives, not a person

@@ -40,7 +40,12 @@ def in_given_order(options: Options) -> bool:
     return not (options["act_order"] or options.get("group_aware"))
 
 
-@solver("gptq", workspace=gptq_bytes, starts_at_nearest=keeps_first_grid, stacks=in_given_order)
+def gptq_flops(n_out: int, n_in: int, options: Options) -> float:
+    """One factorization, and the products by which blocks of columns reach those behind them."""
+    return n_in**3 / 3 + float(n_out) * n_in**2
+
+
+@solver("gptq", workspace=gptq_bytes, starts_at_nearest=keeps_first_grid, stacks=in_given_order, flops=gptq_flops)
 def gptq(
     weight: Tensor,
     stats: GramStats | StackedStats,

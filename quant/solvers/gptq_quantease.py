@@ -8,8 +8,8 @@ from quant.core.gram import GramStats
 from quant.core.linalg import objective
 from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import Options, solver
-from quant.solvers.gptq import gptq, gptq_bytes, keeps_first_grid
-from quant.solvers.quantease import damped_gram, quantease
+from quant.solvers.gptq import gptq, gptq_bytes, gptq_flops, keeps_first_grid
+from quant.solvers.quantease import damped_gram, quantease, quantease_flops
 
 
 def both_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
@@ -20,7 +20,12 @@ def both_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> floa
     return max(gptq_bytes(n_out, n_in, options, group_size), descent)
 
 
-@solver("gptq_quantease", workspace=both_bytes, starts_at_nearest=keeps_first_grid)
+def both_flops(n_out: int, n_in: int, options: Options) -> float:
+    """Of both."""
+    return gptq_flops(n_out, n_in, options) + quantease_flops(n_out, n_in, options)
+
+
+@solver("gptq_quantease", workspace=both_bytes, starts_at_nearest=keeps_first_grid, flops=both_flops)
 def gptq_quantease(
     weight: Tensor,
     stats: GramStats,

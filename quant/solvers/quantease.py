@@ -292,8 +292,14 @@ def stacks(options: Options) -> bool:
     return not (options["act_order"] or keeps_outliers(options))
 
 
+def quantease_flops(n_out: int, n_in: int, options: Options) -> float:
+    """Of every sweep."""
+    return 2.0 * options["num_iter"] * n_out * n_in**2
+
+
 @solver(
     "quantease",
+    flops=quantease_flops,
     stacks=stacks,
     outliers=keeps_outliers,
     workspace=quantease_bytes,

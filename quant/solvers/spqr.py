@@ -15,7 +15,7 @@ from quant.core.outliers import kept_outliers
 from quant.core.stored import largest_scales, multiple_of_finest
 from quant.core.types import BilevelScales, Grid, QuantizedWeight, QuantSpec
 from quant.solvers import Options, solver
-from quant.solvers.gptq import feedback_rounding, gptq_bytes, visiting_order
+from quant.solvers.gptq import feedback_rounding, gptq_bytes, gptq_flops, visiting_order
 
 
 def spqr_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> float:
@@ -24,7 +24,7 @@ def spqr_bytes(n_out: int, n_in: int, options: Options, group_size: int) -> floa
 
 
 # Scales of two levels are more than most formats hold, also without outliers.
-@solver("spqr", outliers=lambda options: True, workspace=spqr_bytes, rows_coupled=True)
+@solver("spqr", outliers=lambda options: True, workspace=spqr_bytes, rows_coupled=True, flops=gptq_flops)
 def spqr(
     weight: Tensor,
     stats: GramStats,

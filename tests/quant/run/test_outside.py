@@ -24,7 +24,7 @@ from quant.run.convert import convert
 from quant.run.directory import OUTSIDE, RunDirectory
 from quant.run.packed_model import load_resident, open_quantized
 from quant.run.plan import estimate, outside_cost, solver_bytes
-from quant.run.rates import Rates
+from quant.run.rates import Rates, SolverCost
 from quant.run.repeat import repeat
 from quant.run.request import Request
 from quant.run.session import open_session
@@ -379,13 +379,17 @@ def test_a_plan_solves_a_vocabulary_in_parts():
     ends = Vocabulary("embedding", "head", (128_256, 4096), (128_256, 4096), tied=False)
     kinds = (Kind(10**8, ((("a", 4096, 4096),),)),) * 2
     shapes = Shapes(kinds, 2 * 128_256 * 4096, 4096, 2048, vocabulary=128_256, ends=ends)
-    rates, cost, tokens = Rates(1e12, 1e12), (1e-12, 1e-15), 128 * 2048
+    rates, cost, tokens = (
+        Rates(1e12, 1e12),
+        SolverCost(lambda n_out, n_in: n_in**3, 1e-13, 0.0, 1e-12, 1e-15),
+        128 * 2048,
+    )
     run = RunConfig(solver="gptq", wbits=4, head_bits=8)
     most, seconds = outside_cost(run, shapes, tokens, 1, rates, cost)
     part = PART // 4096
     assert most == 4 * 4096**2 + solver_bytes(run, part, 4096) < 2e9
     passes_and_gram = tokens * 2 * 10**8 * 2 / 1e12 + tokens * 4096**2 * 1.25 / 1e12
-    solving = 128_256 * (4096e-12 + 4096**2 * 1e-15)
+    solving = 128_256 * (4096e-12 + 4096**2 * 1e-15) + -(-128_256 // part) * 4096**3 * 1e-13
     assert seconds == pytest.approx(passes_and_gram + solving, rel=0.1)
     whole, _ = outside_cost(replace(run, solver="spqr"), shapes, tokens, 1, rates, cost)
     assert whole > 128_256 * 4096 * 4
