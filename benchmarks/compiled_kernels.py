@@ -1,11 +1,13 @@
-"""Every Triton kernel compiled for real GPUs, on a machine that has none: registers, stack and shared memory of each.
+"""Every Triton kernel compiled for real GPUs, on a machine that has none: registers, stack, shared memory and instructions of each.
 
     python -m benchmarks.compiled_kernels [--targets 80 90] [--quick] [--max-stack 1536] [--out benchmarks/results/kernels.md]
 
 The launchers themselves run, on CPU tensors, under a driver that only names a target, so that every kernel is specialized as on
 such a GPU (dtypes, alignment, arguments that are 1); nothing is launched. What a kernel takes is read from its binary by NVIDIA's
 cuobjdump, which Triton carries. Exit code 1 where something does not compile, takes more shared memory than 99 KB (what the
-smaller of today's GPUs give a program), or a larger stack than --max-stack bytes (registers that were spilled). No speed is measured here.
+smaller of today's GPUs give a program), or a larger stack than --max-stack bytes (registers that were spilled). loops: instructions of
+a thread in each innermost loop, from the binary's disassembly. per code: of one-token products, those instructions over the codes that a
+thread takes in an iteration, added up over the fields of a code. No speed is measured here.
 """
 
 from __future__ import annotations
@@ -37,17 +39,18 @@ from quant.kernels.columns import ColumnBlock
 from quant.kernels.columns.cuda import TritonKernels
 from quant.kernels.matmul.cuda import Fields
 from quant.kernels.matmul.pack import pack_weight
-from quant.kernels.matmul.weight import PackedWeight
+from quant.kernels.matmul.weight import WORD, PackedWeight
 from quant.solvers.rtn import rtn
 
-MOST_SHARED, MOST_STACK = 99 << 10, 1536
+MOST_SHARED, MOST_STACK, THREADS = 99 << 10, 1536, 32
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 Case = tuple[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one target. stack, shared: in bytes; error: why it does not compile."""
+    """One kernel for one target. stack, shared: in bytes; loops: instructions of innermost loops; per_code: of a one-token
+    product, else 0; error: why it does not compile."""
 
     name: str
     case: str
@@ -55,6 +58,8 @@ class Compiled:
     registers: int = 0
     stack: int = 0
     shared: int = 0
+    loops: tuple[int, ...] = ()
+    per_code: float = 0.0
     error: str = ""
 
     def fault(self, most_stack: int) -> str:
@@ -103,21 +108,51 @@ class Compiler:
             return None
         if kernel.hash not in self._known:
             self._known.add(kernel.hash)
-            registers, stack = usage(kernel.asm["cubin"])
-            self.compiled.append(Compiled(name, self.case, self.number, registers, stack, kernel.metadata.shared))
+            binary = kernel.asm["cubin"]
+            registers, stack = usage(binary)
+            loops = innermost(said_by(binary, "-sass"))
+            self.compiled.append(Compiled(name, self.case, self.number, registers, stack, kernel.metadata.shared,
+                                          loops, per_code(name, loops, options)))  # fmt: skip
         return kernel
+
+
+def said_by(binary: bytes, what: str) -> str:
+    """What cuobjdump says of a binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        done = subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=False)
+    return done.stdout or done.stderr
 
 
 def usage(binary: bytes) -> tuple[int, int]:
     """Registers of a thread and bytes of its stack. Raises RuntimeError where cuobjdump does not say them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        done = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=False)
-    said = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    text = said_by(binary, "-res-usage")
+    said = re.findall(r"REG:(\d+) STACK:(\d+)", text)
     if not said:
-        raise RuntimeError(f"cuobjdump says nothing of a kernel: {done.stderr or done.stdout}")
+        raise RuntimeError(f"cuobjdump says nothing of a kernel: {text}")
     return max(int(registers) for registers, _ in said), max(int(stack) for _, stack in said)
+
+
+def innermost(disassembly: str) -> tuple[int, ...]:
+    """Instructions of every loop that has no loop within, in their order: what lies between a branch back and where it goes.
+
+    A branch to itself fills up the end of a kernel.
+    """
+    lines = [int(place, 16) for place in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", disassembly, re.MULTILINE)]
+    branches = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/.*\bBRA\S* (?:\S+, )?0x([0-9a-f]+)", disassembly, re.MULTILINE)
+    back = sorted((int(to, 16), int(place, 16)) for place, to in branches if int(to, 16) < int(place, 16))
+    inner = [(a, b) for a, b in back if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in back)]
+    return tuple(sum(a <= place <= b for place in lines) for a, b in inner)
+
+
+def per_code(name: str, loops: tuple[int, ...], options: dict[str, Any]) -> float:
+    """Instructions of a thread for a code of a one-token product; 0 for other kernels, and where loops are not one a field."""
+    widths = [options[width] for width in ("w0", "w1", "w2") if options.get(width)]
+    if name != "_one_token" or len(loops) != len(widths):
+        return 0.0
+    taken = [options["rows"] * options["words"] * (WORD // width) / THREADS for width in widths]
+    return sum(count / codes for count, codes in zip(loops, taken, strict=True))
 
 
 def compile_all(target: int, quick: bool) -> list[Compiled]:
@@ -203,7 +238,8 @@ def main() -> None:
     head = ["# Triton kernels, compiled", "", about(__doc__), "", f"{software}.", ""]
     report(head, ({
         "kernel": one.name, "case": one.case, "target": f"sm_{one.target}", "registers": str(one.registers),
-        "stack": str(one.stack), "shared": str(one.shared),
+        "stack": str(one.stack), "shared": str(one.shared), "loops": ", ".join(map(str, one.loops)),
+        "per code": f"{one.per_code:.1f}" if one.per_code else "",
     } for one in everything), args.out)  # fmt: skip
     faults = [
         f"{one.name}, {one.case}, sm_{one.target}: {said}" for one in everything if (said := one.fault(args.max_stack))

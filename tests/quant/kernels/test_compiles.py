@@ -21,6 +21,14 @@ def test_every_kernel_compiles_and_fits(target):
     for kernel in ("_coordinate_descent", "_gptq", "_one_token", "_narrow_groups", "_many_tokens"):
         assert f"{kernel} |" in done.stdout
     assert done.stdout.count(f"sm_{target}") >= 20
+    rows = [
+        [cell.strip() for cell in line.split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("| _one_token")
+    ]
+    per_code = {row[2]: float(row[-2]) for row in rows}
+    assert len(per_code) == 4 and all(1 < count < 12 for count in per_code.values()), per_code
+    assert all(count <= 8 for case, count in per_code.items() if case.startswith("4 bits")), per_code
 
 
 def test_spills_beyond_the_bound_are_named():
