@@ -1,9 +1,9 @@
 """Draw the figures of the README and the docs from the tables in benchmarks/results; nothing is measured.
 
-    python -m scripts.figures            writes docs/bits-against-perplexity.svg and docs/superblocks.svg
+    python -m scripts.figures            writes docs/bits-against-perplexity.svg, superblocks.svg and smollm2-gguf.svg
 
 In the first a line joins the geometric means over the models of a table, a dot is one model. Rows with one scale a row of the
-weight matrix are taken, and the first data set of a table. The second has one model on the grids of GGUF's blocks.
+weight matrix are taken, and the first data set of a table. The others have one model each on the grids of GGUF's blocks.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FIGURE = ROOT / "docs" / "bits-against-perplexity.svg"
-SUPER_FIGURE = ROOT / "docs" / "superblocks.svg"
 COLOURS = {"rtn": "#7d838c", "gptq": "#c8690f", "quantease": "#1d6fb8"}
 WIDTH, HEIGHT, TOP, BOTTOM = 820, 360, 76, 296  # of the picture, and of the panels in it; pixels
 INK, PALE = "#24292f", "#d8dde3"
@@ -132,56 +131,89 @@ def picture() -> str:
 SUPER_ROWS = {
     "llama.cpp": "#7d838c",
     "llama.cpp, importance matrix": "#c8690f",
+    "quantease, searched": "#9b59b6",
     "preset fast": "#6aa3d5",
     "preset balanced": "#1d6fb8",
 }
-SUPER_PANELS = (("wikitext2-test", "WikiText-2", 70, 400), ("ptb-test", "Penn Treebank", 480, 810))
-LEAST, MOST, DECADES = 2e-4, 4e-2, (0.001, 0.01)  # of divergences, and lines across
 
 
-def super_rows() -> list[dict[str, str]]:
-    """The rows of superblocks.md by the names of its columns."""
-    table = (ROOT / "benchmarks" / "results" / "superblocks.md").read_text(encoding="utf-8")
+@dataclass(frozen=True)
+class SuperPanel:
+    """One column of a table of GGUF's grids as a panel: its title, where it stands, the ends of both axes, lines across, and the
+    methods that are drawn. before: whether the column says a value of full precision in front, which is a line across too."""
+
+    table: str
+    column: str
+    title: str
+    left: int
+    right: int
+    bits: tuple[float, float]
+    heights: tuple[float, float]
+    ticks: tuple[float, ...]
+    methods: tuple[str, ...]
+    before: bool = False
+
+
+DIVERGENCES = (2e-4, 4e-2), (0.001, 0.01), tuple(name for name in SUPER_ROWS if name != "quantease, searched")
+SUPER_PANELS = (
+    SuperPanel("superblocks.md", "wikitext2-test: KL", "WikiText-2", 70, 400, (2.3, 4.8), *DIVERGENCES),
+    SuperPanel("superblocks.md", "ptb-test: KL", "Penn Treebank", 480, 810, (2.3, 4.8), *DIVERGENCES),
+)
+SMOLLM2_PANELS = (
+    SuperPanel("superblocks-smollm2.md", "wikitext2-test: ppl", "perplexity, WikiText-2", 70, 400, (3.9, 4.7),
+               (29.0, 48.0), (30, 35, 40, 45), tuple(name for name in SUPER_ROWS if name != "preset fast"), before=True),
+    SuperPanel("superblocks-smollm2.md", "wikitext2-test: KL", "KL divergence, WikiText-2", 480, 810, (3.9, 4.7),
+               (0.04, 0.8), (0.05, 0.1, 0.2, 0.4), tuple(name for name in SUPER_ROWS if name != "preset fast")),
+)  # fmt: skip
+
+
+def super_rows(name: str) -> list[dict[str, str]]:
+    """The rows of a table by the names of its columns."""
+    table = (ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line[:1] == "|"]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
-def super_panel(data: str, title: str, left: int, right: int) -> list[str]:
-    """Divergence against stored bits on one text."""
+def super_panel(panel: SuperPanel) -> list[str]:
+    """A column against stored bits."""
+    (fewest, most), (least, highest) = panel.bits, panel.heights
 
     def x(bits: float) -> float:
-        return left + (bits - 2.3) / 2.5 * (right - left)
+        return panel.left + (bits - fewest) / (most - fewest) * (panel.right - panel.left)
 
-    def y(divergence: float) -> float:
-        return BOTTOM - math.log(divergence / LEAST) / math.log(MOST / LEAST) * (BOTTOM - TOP)
+    def y(value: float) -> float:
+        return BOTTOM - math.log(value / least) / math.log(highest / least) * (BOTTOM - TOP)
 
-    lines = [text((left + right) / 2, TOP - 12, title)]
-    for tick in DECADES:
-        lines.append(f'<path d="M{left} {y(tick):.1f}H{right}" stroke="{PALE}"/>')
-        lines.append(text(left - 6, y(tick) + 4, f"{tick:g}", "end", size=12))
-    lines.append(f'<path d="M{left} {BOTTOM}H{right}" stroke="{INK}"/>')
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in SUPER_ROWS}
-    for row in super_rows():
-        bits = float(row["stored"])
+    lines = [text((panel.left + panel.right) / 2, TOP - 12, panel.title)]
+    for tick in panel.ticks:
+        lines.append(f'<path d="M{panel.left} {y(tick):.1f}H{panel.right}" stroke="{PALE}"/>')
+        lines.append(text(panel.left - 6, y(tick) + 4, f"{tick:g}", "end", size=12))
+    lines.append(f'<path d="M{panel.left} {BOTTOM}H{panel.right}" stroke="{INK}"/>')
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in panel.methods}
+    for row in super_rows(panel.table):
+        bits, value = float(row["stored"]), row[panel.column].rpartition("→ ")[2]
         if row["method"] in points:
-            points[row["method"]].append((bits, float(row[f"{data}: KL"])))
-        if row["method"] == next(iter(points)):
+            points[row["method"]].append((bits, float(value)))
+        if row["method"] == panel.methods[0]:
             lines.append(f'<path d="M{x(bits):.1f} {BOTTOM}v5" stroke="{INK}"/>')
-            lines.append(text(x(bits), BOTTOM + 19, f"{row['grid'].upper()} {bits:g}", size=12))
+            lines.append(text(x(bits), BOTTOM + 19, f"{row['grid'].upper()} {bits:.4g}", size=12))
+    if panel.before:
+        height = y(float(super_rows(panel.table)[0][panel.column].split(" →")[0]))
+        lines.append(f'<path d="M{panel.left} {height:.1f}H{panel.right}" stroke="{INK}" stroke-dasharray="4 4"/>')
+        lines.append(text(panel.right, height + 14, "full precision", "end", size=12))
     for name, own in points.items():
-        path = "L".join(f"{x(bits):.1f} {y(divergence):.1f}" for bits, divergence in own)
+        path = "L".join(f"{x(bits):.1f} {y(value):.1f}" for bits, value in sorted(own))
         lines.append(f'<path d="M{path}" fill="none" stroke="{SUPER_ROWS[name]}" stroke-width="2.5"/>')
-        lines += [f'<circle cx="{x(b):.1f}" cy="{y(d):.1f}" r="3" fill="{SUPER_ROWS[name]}"/>' for b, d in own]
+        lines += [f'<circle cx="{x(b):.1f}" cy="{y(v):.1f}" r="3" fill="{SUPER_ROWS[name]}"/>' for b, v in own]
     return lines
 
 
-def super_picture() -> str:
-    """The figure of super-blocks as SVG."""
-    about = "KL divergence to full precision on the grids of llama.cpp's K types, against stored bits per weight"
+def super_picture(panels: Sequence[SuperPanel], about: str) -> str:
+    """A figure of grids of GGUF's blocks as SVG."""
     legend, place = [], 16
-    for name, colour in SUPER_ROWS.items():
-        legend.append(f'<circle cx="{place + 5}" cy="{HEIGHT - 12}" r="5" fill="{colour}"/>')
-        legend.append(text(place + 15, HEIGHT - 8, name, "start", colour))
+    for name in panels[0].methods:
+        legend.append(f'<circle cx="{place + 5}" cy="{HEIGHT - 12}" r="5" fill="{SUPER_ROWS[name]}"/>')
+        legend.append(text(place + 15, HEIGHT - 8, name, "start", SUPER_ROWS[name]))
         place += 45 + 7 * len(name)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
@@ -189,13 +221,26 @@ def super_picture() -> str:
         f"<title>{about}</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         text(16, 28, about, "start", size=15),
-        *(line for panel in SUPER_PANELS for line in super_panel(*panel)),
+        *(line for panel in panels for line in super_panel(panel)),
         *legend,
         "</svg>",
     ]
     return "\n".join(lines) + "\n"
 
 
+def pictures() -> dict[str, str]:
+    """Every figure by the name of its file in docs."""
+    return {
+        "bits-against-perplexity.svg": picture(),
+        "superblocks.svg": super_picture(
+            SUPER_PANELS, "KL divergence to full precision on the grids of llama.cpp's K types, against stored bits per weight"
+        ),
+        "smollm2-gguf.svg": super_picture(
+            SMOLLM2_PANELS, "SmolLM2-135M as GGUF: llama.cpp's own rounding and solvers on the same types of blocks"
+        ),
+    }
+
+
 if __name__ == "__main__":
-    FIGURE.write_text(picture())
-    SUPER_FIGURE.write_text(super_picture())
+    for file, drawing in pictures().items():
+        (ROOT / "docs" / file).write_text(drawing)

@@ -234,7 +234,7 @@ QUANTIZED_FLAGS = (
          "what a code of 0 stands for: an integer number of steps below 0; real: a 16-bit minimum of its own, finer at few "
          "bits; fractional: a number of 1/32 steps, in the bits of an integer one (the scale has fewer digits). These two are "
          "held by --format bitplane and dequantized. q2_k to q6_k and iq4_nl: a type of llama.cpp's blocks, scales and all, "
-         "solved on as --format gguf then holds it; nvfp4, mxfp4, fp8 (a scale a row, or with --groupsize 128 for 128x128 "
+         "solved on as --format gguf then holds it (linears of narrow rows get the type that llama.cpp gives them); nvfp4, mxfp4, fp8 (a scale a row, or with --groupsize 128 for 128x128 "
          "weights): floats, as --format compressed-tensors holds them. All of these set --wbits and --groupsize", WHAT,
          "integer", choices=ALL_GRIDS),
     Flag(None, {QUANTIZER: "--act-grid"},
