@@ -233,7 +233,8 @@ def pictures() -> dict[str, str]:
     return {
         "bits-against-perplexity.svg": picture(),
         "superblocks.svg": super_picture(
-            SUPER_PANELS, "KL divergence to full precision on the grids of llama.cpp's K types, against stored bits per weight"
+            SUPER_PANELS,
+            "KL divergence to full precision on the grids of llama.cpp's K types, against stored bits per weight",
         ),
         "smollm2-gguf.svg": super_picture(
             SMOLLM2_PANELS, "SmolLM2-135M as GGUF: llama.cpp's own rounding and solvers on the same types of blocks"

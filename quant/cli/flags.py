@@ -468,7 +468,7 @@ TALK_FLAGS = (
     Flag(None, {GENERATE: "--temperature"}, "0: the most likely token (default: 0)", None, 0.0, float,
          Valid(lambda t: 0 <= t < math.inf, ": use 0 or more, a finite number")),
     Flag(None, {GENERATE: "--seed"}, "of --temperature above 0 (default: 0)", None, 0, int, AT_LEAST_0, most=2**64 - 1),
-    Flag(None, {GENERATE: "--round-inputs"}, "round what packed linears read of a token to 8 bits, a scale for 32 inputs, as "
+    Flag(None, {GENERATE: "--round-inputs"}, "round what packed linears read to 8 bits, a scale for 32 inputs, as "
          "llama.cpp does: faster, on CPUs with AVX2 and for groups of whole 32s (others stay as they are)", type=bool),
 )  # fmt: skip
 

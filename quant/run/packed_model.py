@@ -165,7 +165,8 @@ class Resident:
 
 def load_resident(quantized: Quantized, device: torch.device, round_inputs: bool = False) -> Resident:
     """Bring a model into memory, block by block, with its linears packed (those of fp8 are written out), and embedding and head
-    where they are quantized. round_inputs: packed products round what they read of a few tokens to 8 bits.
+    where they are quantized. round_inputs: packed products round what they read to 8 bits
+    (codes of several fields that of a few tokens).
 
     Raises InputError where inputs cannot be rounded: on a device without such products, or where they are quantized already.
     """

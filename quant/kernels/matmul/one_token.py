@@ -89,7 +89,7 @@ def of_fields(n_bits: int, n_steps: int, half: bool, has_zeros: bool) -> Any:
 @cache
 def of_bytes(n_bits: int, half: bool, has_zeros: bool) -> Any:
     """As `ByteTiles.matmul`."""
-    bits, has, parts = (0,) * n_bits, (0,) * has_zeros, len(orders_of(n_bits))
+    bits, has, tokens, parts = (0,) * n_bits, (0,) * has_zeros, (0,), len(orders_of(n_bits))
     kind = np.uint16 if half else np.float32
 
     def product(a):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
@@ -100,6 +100,8 @@ def of_bytes(n_bits: int, half: bool, has_zeros: bool) -> Any:
         scale = carray(at(a[SCALE]), (a[GROUPS], a[TILES] * TILE), kind)
         zeros, one = _zeros_of(a, has), carray(at(a[ONE]), 1, np.float32)[0]
         y[:] = 0
-        multiply_rounded(words, x, orders, a[GROUPS], scale, zeros, a[ZERO_WIDTH], one, a[GROUP] // BLOCK, y, bits)
+        multiply_rounded(
+            words, x, orders, a[GROUPS], scale, zeros, a[ZERO_WIDTH], one, a[GROUP] // BLOCK, y, bits, tokens
+        )
 
     return cfunc(ARGUMENTS, cache=True, error_model="numpy")(product)

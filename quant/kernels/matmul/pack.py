@@ -54,7 +54,7 @@ def layout_of(device: torch.device) -> Layout:
 
 
 def rounding_layout(device: torch.device) -> Layout:
-    """The layout whose products round the inputs of a few tokens to 8 bits. Raises InputError where there is none."""
+    """The layout whose products round inputs to 8 bits. Raises InputError where there is none."""
     if device.type == "cpu":
         from quant.kernels.matmul.cpu_bytes import ByteTiles
 
