@@ -181,7 +181,7 @@ def _multiply(stored, given, orders, n_groups, scale, zeros, width, one_zero, bl
             for g in range(sums.shape[1]):
                 for half in range(1 if per == 1 else 2):
                     _byte_sums(stored, tile, half, x, scales, first, g * blocks, blocks, out, bits, tokens)  # type: ignore[call-arg]
-                _add_group(scale, zeros, width, one_zero, g, tile, sums, first, out, y, tokens)
+                _add_group(scale, zeros, width, one_zero, g, tile, sums, first, out, y, tokens)  # type: ignore[call-arg]
 
 
 class ByteTiles(FieldTiles):
