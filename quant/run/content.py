@@ -38,18 +38,19 @@ def spec_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec 
         raise InputError(f"the grid: {error}") from error
 
 
-def _check_narrow(run: RunConfig, name: str, n_in: int) -> None:
-    """Raise InputError for a linear whose rows are no whole super-blocks, where smaller ones do not serve either."""
+def _check_narrow(run: RunConfig, name: str, n_in: int, tuned: bool = True) -> None:
+    """Raise InputError for a linear whose rows are no whole super-blocks, where smaller ones do not serve either. tuned: whether
+    it is one that --tune moves."""
     kind = NARROW_GRIDS[run.grid_kind].kind
     if n_in % NARROW_COLUMNS:
         raise InputError(
             f"{name}: --grid {run.grid_kind} has super-blocks of {SUPER_COLUMNS} columns, in narrow linears blocks of "
             f"{NARROW_COLUMNS}, and it has {n_in}: no type of GGUF's blocks fits; use another --grid and format bitplane"
         )
-    if run.tuning is not None and kind in LEVEL_GRIDS:
+    if tuned and run.tuning is not None and kind in LEVEL_GRIDS:
         raise InputError(
             f"{name}: its {n_in} columns are no super-blocks of --grid {run.grid_kind}, and --tune does not move codes of "
-            f"{kind}, which it has instead: drop --tune"
+            f"{kind}, which it has instead: drop --tune (--preset balanced has none)"
         )
     if run.rotation is not None and run.rotation.steps:
         raise InputError(
@@ -131,11 +132,13 @@ def outside_matrices(run: RunConfig, vocabulary: Vocabulary | None) -> dict[str,
             if bits is not None
         }
     for name, matrix in asked.items():
-        if run.group_size > 0 and matrix.shape[1] % run.group_size:
+        if run.group_size > 0 and matrix.shape[1] % run.group_size and run.grid_kind not in SUPER_GRIDS:
             raise InputError(
                 f"{name}: group_size={run.group_size} does not divide its {matrix.shape[1]} columns: use another "
                 "--group-size, or drop --head-bits and --embedding-bits"
             )
+        if run.grid_kind in SUPER_GRIDS and matrix.shape[1] % SUPER_COLUMNS:
+            _check_narrow(run, name, matrix.shape[1], tuned=False)
         spec_outside(run, matrix.bits)
     return asked
 

@@ -55,7 +55,8 @@ def generate(
     clock = Clock() if clock is None else clock
     given = ids
     with instrument(resident.blocks, resident.weights, resident.act), _collected_before():
-        step = Steps(resident.module, ids.shape[1] + n, ROUNDED if resident.round_inputs else None)
+        apart = ROUNDED if resident.round_inputs else None
+        step = Steps(resident.module, ids.shape[1] + n, apart, compiled=not resident.act.active)
         for _ in range(n):
             started = time.perf_counter()
             token = _pick(step(given)[0, -1].float(), temperature, generator)
@@ -93,13 +94,15 @@ class Steps:
     through the record and, on a copy of the cache, once more through the modules; where both give the same to the last bit, the
     record answers from there on, in float32 on a CPU by compiled loops (`quant.kernels.steps`), each of which was tried beside
     the record by then. apart: how far the two caches' logits may be apart, of the largest; None: as far as float
-    sums are. by_modules: why it does not.
+    sums are. by_modules: why it does not. compiled: whether loops may take part; where activations are quantized a sum in another order
+    turns roundings, and what that gives stays among the keys and values.
     """
 
-    def __init__(self, module: nn.Module, length: int, apart: float | None = None) -> None:
+    def __init__(self, module: nn.Module, length: int, apart: float | None = None, compiled: bool = True) -> None:
         takes = inspect.signature(module.forward).parameters
         self.argument = "cache" if "cache" in takes else "past_key_values"  # transformers before 5.24
         self.module, self.length, self.apart, self.cache = module, length, apart, cast(Any, None)
+        self.compiled = compiled
         self.replay: Callable[[Tensor], Tensor] | None = None
         self.recording: Recording | None = None
         self.program: Program | None = None
@@ -148,7 +151,7 @@ class Steps:
 
         mine, self.cache, self.recording = self.cache, copy.deepcopy(self.cache), None
         expected = self._ask(given)
-        self.program = Program.of(recording)
+        self.program = Program.of(recording) if self.compiled else None
         self.replay = recording.replay() if self.program is None else None
         again = self.program.checked if self.program is not None else self.replay
         assert again is not None

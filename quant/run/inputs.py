@@ -258,7 +258,8 @@ class Inputs:
         does, also where weights stay as they are."""
         for index, largest in enumerate(self._largest[: self.n_blocks(run)]):
             for name, weight in largest.items():
-                why = None if content.spec is None else misfit_float16(weight, content.spec.qmax)
+                spec = None if content.spec is None else content.spec.for_inputs(content.shapes[name][1])
+                why = None if spec is None else misfit_float16(weight, spec.qmax)
                 if why is not None:
                     return f"block {index} {name}: {why}"
         for name, _, own in content.of_outside():

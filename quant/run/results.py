@@ -142,11 +142,13 @@ def _online(model: LazyModel, n_blocks: int) -> dict[str, int]:
 
 
 def _entropy(run: RunConfig, records: Sequence[LinearRecord]) -> float | None:
-    """Bits of a code if all were equally likely, on average over the weights; None where nothing was solved."""
+    """Bits of a code if all were equally likely, on average over the weights; None where nothing was solved, and where linears
+    have grids of other bits than asked for."""
+    widths = {r.bits for r in records}
     if not records:
         return None
-    if {r.bits for r in records} == {run.wbits}:
-        return math.log2(run.levels or 2**run.wbits)
+    if run.avg_bits is None:
+        return math.log2(run.levels or 2**run.wbits) if widths == {run.wbits} else None
     return sum(r.bits * r.n_weights for r in records) / sum(r.n_weights for r in records)
 
 

@@ -154,13 +154,13 @@ def _layer_norm(a):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     weight, bias = carray(at(a[Y]), n, np.float32), carray(at(a[Y + 1]), n, np.float32)
     eps = carray(at(a[Y + 2]), 1, np.float32)[0]
     for row in range(rows):
-        total = np.float32(0)
+        total, squares = 0.0, 0.0
         for j in range(n):
             total += x[row, j]
-        mean, squares = total / np.float32(n), np.float32(0)
+        mean = total / n
         for j in range(n):
             squares += (x[row, j] - mean) * (x[row, j] - mean)
-        factor = np.float32(1) / math.sqrt(squares / np.float32(n) + eps)
+        factor = 1.0 / math.sqrt(squares / n + eps)
         for j in range(n):
             out[row, j] = (x[row, j] - mean) * factor * weight[j] + bias[j]
 
@@ -219,7 +219,7 @@ def _attention(a):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
                         _add_times(answer, p, v, iv + i * a[20])
                 io = b * a[22] + h * a[23] + t * a[24]
                 for j in range(deep):
-                    out[io + j] = answer[j] / whole
+                    out[io + j] = answer[j] / whole if largest > -np.inf else np.float32(0)  # where all is masked
 
 
 @njit(**OPTIONS)

@@ -52,7 +52,7 @@ class Rows:
             self._pair(BINARY[name], result, given["self"], given["other"])
         elif name == "add_" and given.get("alpha", 1) == 1:
             self._pair(loops.ADD, given["self"], given["self"], given["other"])
-        elif name == "pow" and given.get("exponent") == 2:
+        elif name == "pow" and isinstance(given["exponent"], int | float) and given["exponent"] == 2:
             self._pair(loops.MUL, result, given["self"], given["self"])
         elif name == "gelu":
             self._element(loops.GELU_TANH if given.get("approximate") == "tanh" else loops.GELU, result, given["self"])
@@ -119,6 +119,7 @@ class Rows:
     def _mean(self, out: Tensor, given: dict[str, Any]) -> None:
         x, dims = given["self"], given.get("dim")
         _floats(out, x)
+        _check(x.dim() > 0)
         _check(dims is not None and [d % x.dim() for d in dims] == [x.dim() - 1], given.get("dtype") is None)
         kept = out if given.get("keepdim") else out.unsqueeze(-1)
         self._add(loops.MEAN, x.shape, (kept, x))
@@ -194,8 +195,8 @@ def _floats(*tensors: Tensor) -> None:
 
 
 def rows_of(call: Call) -> Rows | None:
-    """The rows of an operation; None where there are no loops for it."""
+    """The rows of an operation; None where there are no loops for it, or for arguments in a form that nobody thought of."""
     try:
         return Rows(call)
-    except UnknownError:
+    except (UnknownError, TypeError, KeyError, AttributeError, RuntimeError):
         return None

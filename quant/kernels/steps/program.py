@@ -111,7 +111,7 @@ def _is_view(call: Call) -> bool:
 
 def _is_near(own: Tensor, other: Tensor) -> bool:
     """Whether numbers are the same but for rounding; what is not finite never is."""
-    if not own.is_floating_point():
+    if not own.is_floating_point() or not own.numel():
         return torch.equal(own, other)
     apart, most = float((own - other).abs().max()), float(other.abs().max())
     return apart <= TOLERANCE * most

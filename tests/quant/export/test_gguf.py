@@ -15,6 +15,7 @@ from models.gguf_architectures import ARCHITECTURES, MODEL_TYPES, stored_rows
 from models.gguf_tokens import vocabulary
 from models.gguf_writer import FILE
 from models.load import load_model, load_tokenizer
+from models.vocabulary import Vocabulary
 from quant.core.errors import InputError
 from quant.core.grid import fit_grid
 from quant.core.names import SUPER_GRIDS
@@ -23,7 +24,8 @@ from quant.export import refusal
 from quant.export.formats import Content
 from quant.export.gguf_model import check_model
 from quant.export.write import entries, form_of, layers_of, save_checkpoint
-from quant.run.content import expected_bits
+from quant.run.config import RunConfig
+from quant.run.content import expected_bits, outside_matrices
 from quant.run.convert import convert
 from quant.tune.config import Tuning
 from tests.conftest import CONFIGS, MIXTURES, build
@@ -286,11 +288,20 @@ def test_rows_that_are_no_whole_super_blocks_have_the_blocks_that_llama_cpp_give
     lazy, right = (load_model(str(tmp_path / d), dtype=None, cache_dir=tmp_path / "cache") for d in ("saved", "plain"))
     for name, _ in right.module.named_parameters():
         assert torch.equal(lazy.checkpoint.read(name).half(), right.checkpoint.read(name))
+    assert results["entropy_bits"] == (5.0 if kind == "q5_k" else None), "of no one number of levels"
     if NARROW[kind] == "IQ4_NL":
         with pytest.raises(
             InputError, match="96 columns are no super-blocks.*--tune does not move codes of iq4_nl.*drop --tune"
         ):
             perform(replace_in(config, run_dir=tmp_path / "second", save=None, format=None, tuning=Tuning("block", 2)))
+
+
+@pytest.mark.parametrize("flags", [{"head_bits": 3, "grid_kind": "q3_k"}, {"embedding_bits": 6, "grid_kind": "q6_k"}])
+def test_a_head_that_no_blocks_fit_is_refused_before_work(flags):
+    own = SUPER_GRIDS[flags["grid_kind"]]
+    vocabulary = Vocabulary("embed", "head", (100, 48), (100, 48), tied=False)
+    with pytest.raises(InputError, match="and it has 48: no type of GGUF's blocks fits"):
+        outside_matrices(RunConfig(wbits=own.bits, group_size=own.part, **flags), vocabulary)
 
 
 NARROW_BITS = {"q2_k": 4.5, "q3_k": 4.5, "q4_k": 5.5, "q5_k": 6.0, "q6_k": 8.5}

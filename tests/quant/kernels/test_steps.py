@@ -239,3 +239,39 @@ def test_products_that_are_more_than_codes_are_left() -> None:
             assert [operations.rows_of(call) for call in recording.calls if isinstance(call, Call)] == [None]
             two = PackedLinear(packed(FieldTiles(), 4, False, 40))
             assert Program.of(recorded(two, random(2, 96))) is None  # of two tokens
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: (
+            torch.pow(x.abs() + 0.5, x.amax(-1, keepdim=True)[0, 0]) * 2
+        ),  # an exponent that another input changes
+        lambda x: torch.pow(3.0, x.amax(-1, keepdim=True)) * 2,
+        lambda x: torch.pow(x.abs(), x) * 2,
+        lambda x: torch.cat([x, x[..., :0] * 2.0], -1) * 1.0,
+        lambda x: x.sum().mean(-1) + x,
+    ],
+)
+def test_forms_that_are_not_known_are_torch_s(step: Callable[[Tensor], Tensor]) -> None:
+    first, then = torch.full((2, 3), 2.0), random(2, 3) + 3
+    with torch.inference_mode():
+        program = Program.of(recorded(step, first.clone()))
+        assert program is not None
+        assert torch.equal(program.checked(first), step(first))
+        assert torch.allclose(program(then), step(then), rtol=1e-5)
+
+
+def test_attention_to_nothing_is_zero() -> None:
+    k, v, q = random(1, 1, 4, 8, seed=1), random(1, 1, 4, 8, seed=2), random(1, 1, 1, 8)
+
+    def step(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=x > 0)
+
+    with torch.inference_mode():
+        program = Program.of(recorded(step, torch.ones(1, 1, 1, 4)))
+        assert program is not None
+        program.checked(torch.ones(1, 1, 1, 4))
+        assert program.compiled == 1
+        nothing = torch.zeros(1, 1, 1, 4)
+        assert torch.equal(program(nothing), step(nothing)) and not program(nothing).any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,22 @@ def test_packed_products_are_compiled_too(rounded: bool, tmp_path: Path) -> None
         assert len(left) < 8, left
     for a, b in zip(own, expected, strict=True):
         assert float((a - b).abs().max()) < (0.02 if rounded else 2e-6) * float(b.abs().max())
+
+
+def test_quantized_activations_have_no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum in another order turns their roundings."""
+    opened = open_quantized(str(DEMO / "llama"), Path("unused"), torch.float32)
+    resident = replace(load_resident(opened, torch.device("cpu")), act=ActSpec(8, 16))
+    made: list[Steps] = []
+
+    class Kept(Steps):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            made.append(self)
+
+    monkeypatch.setattr(generating, "Steps", Kept)
+    list(generating.generate(resident, torch.tensor([[5, 6, 7]]), 6))
+    assert made[0].is_sure and made[0].program is None and made[0].replay is not None
 
 
 def test_a_record_that_gives_something_else_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
