@@ -161,9 +161,9 @@ SUPER_PANELS = (
 )
 SMOLLM2_PANELS = (
     SuperPanel("superblocks-smollm2.md", "wikitext2-test: ppl", "perplexity, WikiText-2", 70, 400, (3.9, 4.7),
-               (29.0, 48.0), (30, 35, 40, 45), tuple(name for name in SUPER_ROWS if name != "preset fast"), before=True),
+               (22.0, 240.0), (30, 40, 60, 100, 200), tuple(name for name in SUPER_ROWS if name != "preset fast"), before=True),
     SuperPanel("superblocks-smollm2.md", "wikitext2-test: KL", "KL divergence, WikiText-2", 480, 810, (3.9, 4.7),
-               (0.04, 0.8), (0.05, 0.1, 0.2, 0.4), tuple(name for name in SUPER_ROWS if name != "preset fast")),
+               (0.04, 2.4), (0.05, 0.1, 0.2, 0.5, 1, 2), tuple(name for name in SUPER_ROWS if name != "preset fast")),
 )  # fmt: skip
 
 
