@@ -32,7 +32,7 @@ from quant.run.experts import drawn_others, stages
 from quant.run.observe import observe, original_beside
 from quant.run.packed_model import open_quantized
 from quant.run.plan import estimate
-from quant.run.rates import Rates
+from quant.run.rates import Rates, SolverCost
 from quant.run.request import Request
 from quant.run.shapes import shapes_of
 from quant.run.statistics import Original
@@ -327,7 +327,7 @@ def test_plans_of_large_mixtures_are_the_sums(name, billions, active, tmp_path):
     request = Request.of(
         "x", wbits=4, solver="gptq", group_size=32, num_layers=1, true_sequential=True, seqlen=2048, nsamples=8
     )
-    plan, tokens = estimate(request, shapes, 2, Rates(1e12, 1e12), (0.0, 1e-12)), 8 * 2048
+    plan, tokens = estimate(request, shapes, 2, Rates(1e12, 1e12), SolverCost(square=1e-12)), 8 * 2048
     assert plan["device bytes: statistics"] == 4 * (
         3 * max(hidden, inner) ** 2 + max(hidden, inner if inner > hidden else hidden) ** 2
     )
