@@ -138,12 +138,9 @@ def peer_row(
     for index in range(len(model.blocks)):
         own = model.block_weights(index, torch.device("cpu"))
         for name in linears:
-            weight = own[f"{name}.weight"].float().numpy()
-            found = type_for(asked.for_inputs(weight.shape[1]), weight.shape[1])
-            weights[f"{model.family.blocks}.{index}.{name}"], kinds[f"{model.family.blocks}.{index}.{name}"] = (
-                weight,
-                found.type,
-            )
+            full, weight = f"{model.family.blocks}.{index}.{name}", own[f"{name}.weight"].float().numpy()
+            weights[full] = weight
+            kinds[full] = type_for(asked.for_inputs(weight.shape[1]), weight.shape[1]).type
     with tempfile.TemporaryDirectory() as folder:
         types, given, data, out = (Path(folder) / n for n in ("types.json", "weights.npz", "importance.npz", "out.npz"))
         types.write_text(json.dumps({name: kind.value for name, kind in kinds.items()}))

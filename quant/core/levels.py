@@ -9,6 +9,7 @@ iq4_nl    the sixteen levels of llama.cpp's IQ4_NL, a float16 scale for 32 colum
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,12 +49,11 @@ def level_tensors(table: Table, device: torch.device, dtype: torch.dtype) -> tup
 
 def level_codes(ratio: Tensor, table: Table) -> Tensor:
     """Nearest codes of weights over their scales, int64; half way between two levels the lower one is taken."""
-    middles = level_tensors(table, ratio.device, ratio.dtype)[1]
     if len(table) > FEW:
-        return torch.bucketize(ratio.contiguous(), middles)
+        return torch.bucketize(ratio.contiguous(), level_tensors(table, ratio.device, ratio.dtype)[1])
     codes = torch.zeros(ratio.shape, dtype=torch.uint8, device=ratio.device)
-    for middle in middles:  # torch's search takes eight times as long
-        codes += ratio > middle
+    for low, high in pairwise(table):  # in two thirds of the time of torch's search
+        codes += ratio > (low + high) / 2
     return codes.long()
 
 

@@ -139,12 +139,6 @@ def recorded(step: Callable[[Tensor], Tensor], given: Tensor) -> Recording:
     return Recording(recorder.calls, given, result)
 
 
-def record(step: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """step(given), and what replays it; raises what `recorded` does."""
-    recording = recorded(step, given)
-    return recording.result, recording.replay()
-
-
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors among the leaves of tuples, lists and dicts."""
     if isinstance(tree, Tensor):

@@ -61,15 +61,11 @@ class Content:
     outside: Mapping[str, OutsideMatrix] = field(default_factory=dict)
 
     @property
-    def specs(self) -> tuple[QuantSpec, ...]:
-        """The grids that linears may have."""
-        assert self.spec is not None
-        return tuple(replace(self.spec, bits=bits) for bits in self.widths) if self.mixed else (self.spec,)
-
-    @property
     def grids(self) -> Iterator[tuple[str, int, QuantSpec]]:
         """Linears with their inputs and the grids that they may have."""
-        for spec in self.specs:
+        assert self.spec is not None
+        for bits in self.widths if self.mixed else (self.spec.bits,):
+            spec = replace(self.spec, bits=bits)
             for linear, (_, n_in) in self.shapes.items():
                 yield linear, n_in, spec.for_inputs(n_in)
 

@@ -49,6 +49,8 @@ class Mlx:
         """Groups that are no multiples of 32 columns, act-order, sparse parts, activations, models that mlx-lm has not."""
         if against := refuses_codes(replace(content, mixed=False), self.name):
             return against
+        if against := self._no_groups(content):
+            return against
         if content.outside:
             return f"{self.name} is written without quantized head and embedding: use format bitplane or dequantized"
         if content.act.active:
@@ -59,15 +61,17 @@ class Mlx:
             return (
                 f"{self.name} is written for {', '.join(MODELS)} models, not {content.model_type}: use format bitplane"
             )
-        assert content.spec is not None
-        if content.spec.level_kind is not None:
-            return refuses_grid(content, self.name)
-        for linear, (_, n_in) in content.shapes.items():
-            if group_of(content.spec, n_in) is None:
-                return (
-                    f"{self.name} has groups of 32, 64 or 128 columns, which do not divide {content.spec.described()} on "
-                    f"{n_in} inputs of {linear} (--group-size 32 does where 32 divides the inputs): use format bitplane"
-                )
+        return None
+
+    def _no_groups(self, content: Content) -> str | None:
+        """Why a grid does not fit; None where all do."""
+        for linear, n_in, spec in content.grids:
+            if spec.level_kind is None and group_of(spec, n_in) is not None:
+                continue
+            return refuses_grid(content, self.name, "real", "fractional") or (
+                f"{self.name} has groups of 32, 64 or 128 columns, which do not divide {spec.described()} on "
+                f"{n_in} inputs of {linear} (--group-size 32 does where 32 divides the inputs): use format bitplane"
+            )
         return None
 
     def encode(self, weight: QuantizedWeight) -> tuple[dict[str, Tensor], Json]:

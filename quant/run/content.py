@@ -23,9 +23,8 @@ def spec_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec 
     if run.wbits == FULL_BITS:
         return None
     for name, (_, n_in) in shapes.items():
-        if run.grid_kind in SUPER_GRIDS and n_in % SUPER_COLUMNS:
-            _check_narrow(run, name, n_in)
-        elif run.group_size > 0 and n_in % run.group_size:
+        _check_narrow(run, name, n_in)
+        if run.group_size > 0 and n_in % run.group_size and run.grid_kind not in SUPER_GRIDS:
             sizes = group_sizes([inputs for _, inputs in shapes.values()])
             auto = ", or auto" if any(size % 2 == 0 for size in sizes) else ""
             raise InputError(
@@ -39,8 +38,10 @@ def spec_of(run: RunConfig, shapes: Mapping[str, tuple[int, int]]) -> QuantSpec 
 
 
 def _check_narrow(run: RunConfig, name: str, n_in: int, tuned: bool = True) -> None:
-    """Raise InputError for a linear whose rows are no whole super-blocks, where smaller ones do not serve either. tuned: whether
-    it is one that --tune moves."""
+    """Raise InputError where rows are no whole super-blocks of a grid that has them, and smaller ones do not serve either. tuned:
+    whether --tune moves this matrix."""
+    if run.grid_kind not in SUPER_GRIDS or n_in % SUPER_COLUMNS == 0:
+        return
     kind = NARROW_GRIDS[run.grid_kind].kind
     if n_in % NARROW_COLUMNS:
         raise InputError(
@@ -137,8 +138,7 @@ def outside_matrices(run: RunConfig, vocabulary: Vocabulary | None) -> dict[str,
                 f"{name}: group_size={run.group_size} does not divide its {matrix.shape[1]} columns: use another "
                 "--group-size, or drop --head-bits and --embedding-bits"
             )
-        if run.grid_kind in SUPER_GRIDS and matrix.shape[1] % SUPER_COLUMNS:
-            _check_narrow(run, name, matrix.shape[1], tuned=False)
+        _check_narrow(run, name, matrix.shape[1], tuned=False)
         spec_outside(run, matrix.bits)
     return asked
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from quant.blocks.instrument import instrument
 from quant.core.errors import InputError
 from quant.core.recording import NotRecordedError, Recording, recorded
 from quant.run.packed_model import Resident
-
-if TYPE_CHECKING:
-    from quant.kernels.steps.program import Program
 
 ROUNDED = 0.1  # of the largest logit: what a sum in another order moves where it turns the rounding of an input
 RECORDED = 2  # the piece of text that is recorded
@@ -102,18 +99,14 @@ class Steps:
         takes = inspect.signature(module.forward).parameters
         self.argument = "cache" if "cache" in takes else "past_key_values"  # transformers before 5.24
         self.module, self.length, self.apart, self.cache = module, length, apart, cast(Any, None)
-        self.compiled = compiled
-        self.replay: Callable[[Tensor], Tensor] | None = None
-        self.recording: Recording | None = None
-        self.program: Program | None = None
-        self.is_sure, self.by_modules, self.pieces = False, "", 0
+        self.compiled, self.by_modules, self.pieces = compiled, "", 0
+        self.recording: Recording | None = None  # until it is compared
+        self.replay: Callable[[Tensor], Tensor] | None = None  # once it gave the same
 
     def __call__(self, given: Tensor) -> Tensor:
         """What the modules, or their record, say of the next piece [1, T]."""
         self.pieces += 1
-        if self.is_sure and self.program is not None:
-            return self.program(given)
-        if self.is_sure and self.replay is not None:
+        if self.replay is not None:
             return self.replay(given)
         if self.pieces == RECORDED:
             return self._record(given)
@@ -151,15 +144,13 @@ class Steps:
 
         mine, self.cache, self.recording = self.cache, copy.deepcopy(self.cache), None
         expected = self._ask(given)
-        self.program = Program.of(recording) if self.compiled else None
-        self.replay = recording.replay() if self.program is None else None
-        again = self.program.checked if self.program is not None else self.replay
-        assert again is not None
-        self.is_sure = torch.equal(again(given), expected)
-        if self.is_sure:
-            self.cache = mine
+        program = Program.of(recording) if self.compiled else None
+        replay = program or recording.replay()
+        again = replay(given) if program is None else program.checked(given)
+        if torch.equal(again, expected):
+            self.cache, self.replay = mine, replay
         else:
-            self.program, self.replay, self.by_modules = None, None, "a recorded step gives something else"
+            self.by_modules = "a recorded step gives something else"
         return expected
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, types  # type: ignore[attr-defined]
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import overload
 from torch import Tensor
 
@@ -54,32 +54,40 @@ def one_token(weight: PackedWeight, x: Tensor, y: Tensor) -> tuple[int, list[int
     return function.address, arguments, [*kept, orders, x, y]
 
 
-def _zeros_of(a, has):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Zero points, or () where all have the same."""
+@njit(cache=True)
+def _ends(a, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Words, x, and y, which is made zero."""
+    y = carray(at(a[OUTPUT]), (1, a[TILES] * TILE), np.float32)
+    y[:] = 0
+    words = carray(at(a[WORDS]), (a[TILES], a[BLOCKS], len(bits), TILE), np.uint32)
+    return words, carray(at(a[INPUT]), (1, a[BLOCKS] * WORD), np.float32), y
+
+
+def _grid(a, half, zeros):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Scales, and zero points, or () where all have the same."""
     raise NotImplementedError  # compiled code alone calls it
 
 
-@overload(_zeros_of)
-def _compiled_zeros_of(a, has):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    if not has.count:
-        return lambda a, has: ()
-    return lambda a, has: carray(at(a[ZEROS]), (a[ZERO_ROWS], a[TILES] * TILE), np.uint8)
+@overload(_grid)
+def _compiled_grid(a, half, zeros):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    kind = np.uint16 if half.count else np.float32
+    if not zeros.count:
+        return lambda a, half, zeros: (carray(at(a[SCALE]), (a[GROUPS], a[TILES] * TILE), kind), ())
+    return lambda a, half, zeros: (
+        carray(at(a[SCALE]), (a[GROUPS], a[TILES] * TILE), kind),
+        carray(at(a[ZEROS]), (a[ZERO_ROWS], a[TILES] * TILE), np.uint8),
+    )
 
 
 @cache
-def of_fields(n_bits: int, n_steps: int, half: bool, has_zeros: bool) -> Any:
+def of_fields(n_bits: int, n_steps: int, is_half: bool, has_zeros: bool) -> Any:
     """As `FieldTiles.matmul` for one token."""
-    bits, steps, tokens, has = (0,) * n_bits, (0,) * n_steps, (0,), (0,) * has_zeros
-    kind = np.uint16 if half else np.float32
+    bits, steps, tokens, half, some = (0,) * n_bits, (0,) * n_steps, (0,), (0,) * is_half, (0,) * has_zeros
 
     def product(a):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        words = carray(at(a[WORDS]), (a[TILES], a[BLOCKS], n_bits, TILE), np.uint32)
-        x = carray(at(a[INPUT]), (1, a[BLOCKS] * WORD), np.float32)
-        y = carray(at(a[OUTPUT]), (1, a[TILES] * TILE), np.float32)
-        scale = carray(at(a[SCALE]), (a[GROUPS], a[TILES] * TILE), kind)
-        zeros, one = _zeros_of(a, has), carray(at(a[ONE]), 1, np.float32)[0]
-        sums = np.empty((1, a[GROUPS]), np.float32)
-        y[:] = 0
+        words, x, y = _ends(a, bits)
+        scale, zeros = _grid(a, half, some)
+        one, sums = carray(at(a[ONE]), 1, np.float32)[0], np.empty((1, a[GROUPS]), np.float32)
         group_sums(x, a[GROUP], sums)
         multiply(words, x, sums, scale, zeros, a[ZERO_WIDTH], one, a[GROUP], y, bits, steps, tokens)
 
@@ -87,21 +95,16 @@ def of_fields(n_bits: int, n_steps: int, half: bool, has_zeros: bool) -> Any:
 
 
 @cache
-def of_bytes(n_bits: int, half: bool, has_zeros: bool) -> Any:
+def of_bytes(n_bits: int, is_half: bool, has_zeros: bool) -> Any:
     """As `ByteTiles.matmul`."""
-    bits, has, tokens, parts = (0,) * n_bits, (0,) * has_zeros, (0,), len(orders_of(n_bits))
-    kind = np.uint16 if half else np.float32
+    bits, tokens, half, some = (0,) * n_bits, (0,), (0,) * is_half, (0,) * has_zeros
+    parts = len(orders_of(n_bits))
 
     def product(a):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        words = carray(at(a[WORDS]), (a[TILES], a[BLOCKS], n_bits, TILE), np.uint32)
-        x = carray(at(a[INPUT]), (1, a[BLOCKS] * WORD), np.float32)
-        y = carray(at(a[OUTPUT]), (1, a[TILES] * TILE), np.float32)
-        orders = carray(at(a[ORDERS]), (parts, BLOCK), np.int64)
-        scale = carray(at(a[SCALE]), (a[GROUPS], a[TILES] * TILE), kind)
-        zeros, one = _zeros_of(a, has), carray(at(a[ONE]), 1, np.float32)[0]
-        y[:] = 0
-        multiply_rounded(
-            words, x, orders, a[GROUPS], scale, zeros, a[ZERO_WIDTH], one, a[GROUP] // BLOCK, y, bits, tokens
-        )
+        words, x, y = _ends(a, bits)
+        scale, zeros = _grid(a, half, some)
+        one, orders = carray(at(a[ONE]), 1, np.float32)[0], carray(at(a[ORDERS]), (parts, BLOCK), np.int64)
+        blocks = a[GROUP] // BLOCK
+        multiply_rounded(words, x, orders, a[GROUPS], scale, zeros, a[ZERO_WIDTH], one, blocks, y, bits, tokens)
 
     return cfunc(ARGUMENTS, cache=True, error_model="numpy")(product)

@@ -34,6 +34,7 @@ SHAPE, OUT, X, Y = (
     3 + 3 * DIMS,
 )  # where sizes are; where an address is, with its strides behind it
 MORE = Y + 1 + DIMS
+Q, K, V, ANSWER, SCALE, MASK = 9, 13, 17, 21, 25, 26  # likewise of an attention, behind its kind and eight sizes
 ROOT_HALF, ROOT_2_PI, CUBIC = math.sqrt(0.5), math.sqrt(2 / math.pi), 0.044715  # of GELU
 HUGE = 1 << 40  # elements: arrays of addresses end where they are told to, and are told nothing
 
@@ -188,27 +189,27 @@ def _attention(a):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     batches, heads, queries, length, width = a[1], a[2], a[3], a[4], a[5]
     deep, repeat, kind = a[6], a[7], a[8]
     q, k, v = (
-        carray(at(a[9]), HUGE, np.float32),
-        carray(at(a[13]), HUGE, np.float32),
-        carray(at(a[17]), HUGE, np.float32),
+        carray(at(a[Q]), HUGE, np.float32),
+        carray(at(a[K]), HUGE, np.float32),
+        carray(at(a[V]), HUGE, np.float32),
     )
-    out, scale = carray(at(a[21]), HUGE, np.float32), carray(at(a[25]), 1, np.float32)[0]
-    flags, added = carray(at(a[26]), HUGE, np.uint8), carray(at(a[26]), HUGE, np.float32)
+    out, scale = carray(at(a[ANSWER]), HUGE, np.float32), carray(at(a[SCALE]), 1, np.float32)[0]
+    flags, added = carray(at(a[MASK]), HUGE, np.uint8), carray(at(a[MASK]), HUGE, np.float32)
     scores, answer = np.empty(length, np.float32), np.empty(deep, np.float32)
     for b in range(batches):
         for h in range(heads):
             for t in range(queries):
-                iq = b * a[10] + h * a[11] + t * a[12]
-                ik, iv = b * a[14] + h // repeat * a[15], b * a[18] + h // repeat * a[19]
-                im = b * a[27] + h * a[28] + t * a[29]
+                iq = b * a[Q + 1] + h * a[Q + 2] + t * a[Q + 3]
+                ik, iv = b * a[K + 1] + h // repeat * a[K + 2], b * a[V + 1] + h // repeat * a[V + 2]
+                im = b * a[MASK + 1] + h * a[MASK + 2] + t * a[MASK + 3]
                 largest = np.float32(-np.inf)
                 for i in range(length):
                     scores[i] = -np.inf
-                    if kind == BOOL_MASK and flags[im + i * a[30]] == 0:
+                    if kind == BOOL_MASK and flags[im + i * a[MASK + 4]] == 0:
                         continue
-                    total = scale * _dot(q, iq, k, ik + i * a[16], width)
+                    total = scale * _dot(q, iq, k, ik + i * a[K + 3], width)
                     if kind == FLOAT_MASK:
-                        total += added[im + i * a[30]]
+                        total += added[im + i * a[MASK + 4]]
                     scores[i] = total
                     largest = max(largest, total)
                 whole, answer[:] = np.float32(0), 0
@@ -216,8 +217,8 @@ def _attention(a):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
                     if scores[i] != -np.inf:
                         p = math.exp(scores[i] - largest)
                         whole += p
-                        _add_times(answer, p, v, iv + i * a[20])
-                io = b * a[22] + h * a[23] + t * a[24]
+                        _add_times(answer, p, v, iv + i * a[V + 3])
+                io = b * a[ANSWER + 1] + h * a[ANSWER + 2] + t * a[ANSWER + 3]
                 for j in range(deep):
                     out[io + j] = answer[j] / whole if largest > -np.inf else np.float32(0)  # where all is masked
 

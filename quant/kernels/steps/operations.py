@@ -91,16 +91,13 @@ class Rows:
         self._add(kind, out.shape, (out, x))
 
     def _pair(self, kind: int, out: Tensor, x: Any, y: Any) -> None:
-        whole = out.dtype == torch.int64 and kind == loops.ADD
-        x, y = (
-            t if isinstance(t, Tensor) else self._number(t, out.dtype)
-            for t in (x, y)
-            if isinstance(t, Tensor | int) or not whole
-        )
-        _check(
-            whole or out.dtype == torch.float32, *(t.dtype == out.dtype and t.device.type == "cpu" for t in (out, x, y))
-        )
-        self._add(loops.INT_ADD if whole else kind, out.shape, (out, x, y))
+        x, y = (t if isinstance(t, Tensor) else self._number(t, out.dtype) for t in (x, y))
+        if out.dtype == torch.int64:
+            _check(kind == loops.ADD, *(t.dtype == torch.int64 and t.device.type == "cpu" for t in (out, x, y)))
+            kind = loops.INT_ADD
+        else:
+            _floats(out, x, y)
+        self._add(kind, out.shape, (out, x, y))
 
     def _copy(self, out: Tensor, x: Tensor) -> None:
         _floats(out, x)
@@ -119,8 +116,10 @@ class Rows:
     def _mean(self, out: Tensor, given: dict[str, Any]) -> None:
         x, dims = given["self"], given.get("dim")
         _floats(out, x)
-        _check(x.dim() > 0)
-        _check(dims is not None and [d % x.dim() for d in dims] == [x.dim() - 1], given.get("dtype") is None)
+        _check(
+            x.dim() > 0 and dims is not None and [d % x.dim() for d in dims] == [x.dim() - 1],
+            given.get("dtype") is None,
+        )
         kept = out if given.get("keepdim") else out.unsqueeze(-1)
         self._add(loops.MEAN, x.shape, (kept, x))
 
@@ -152,7 +151,10 @@ class Rows:
         _check(
             all(t.dim() == 4 and t.stride(3) == 1 for t in (out, q, k, v)),
             not given.get("dropout_p") and not given.get("is_causal"),
-            q.shape[1] % k.shape[1] == 0,
+            k.shape[:3] == v.shape[:3]
+            and k.shape[0] == q.shape[0]
+            and q.shape[1] % k.shape[1] == 0,  # all that is read is there
+            out.shape == (*q.shape[:3], v.shape[3]) and k.shape[3] == q.shape[3],
         )
         (batches, heads, queries, width), length = q.shape, k.shape[2]
         row = [loops.ATTENTION, batches, heads, queries, length, width, v.shape[3], heads // k.shape[1], loops.NO_MASK]

@@ -95,11 +95,6 @@ class Program:
                 raise IndexError("a recorded step writes to a place that its memory does not have")
         return self.recording.result.clone()
 
-    @property
-    def compiled(self) -> int:
-        """How many operations are compiled loops."""
-        return sum(operation.rows is not None for operation in self.operations)
-
 
 def _is_view(call: Call) -> bool:
     """Whether an operation gives its arguments' memory in another form: that is where it was."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quant.core.recording import NotRecordedError, as_one, record
+from quant.core.recording import NotRecordedError, as_one, recorded
 
 
 class Counter:
@@ -37,8 +37,9 @@ def inputs(n: int) -> list[Tensor]:
 
 def test_every_replay_is_the_step_with_its_state() -> None:
     own, other, given = Counter(), Counter(), inputs(6)
-    first, replay = record(own, given[0])
-    assert torch.equal(first, other(given[0])) and own.asked == 1
+    recording = recorded(own, given[0])
+    replay = recording.replay()
+    assert torch.equal(recording.result, other(given[0])) and own.asked == 1
     for x in given[1:]:
         assert torch.equal(replay(x), other(x))
     assert torch.equal(own.memory, other.memory) and own.asked == 1 and int(own.place) == 6
@@ -47,7 +48,7 @@ def test_every_replay_is_the_step_with_its_state() -> None:
 
 def test_what_depends_on_nothing_is_not_repeated() -> None:
     own = Counter()
-    _, replay = record(own, inputs(1)[0])
+    replay = recorded(own, inputs(1)[0]).replay()
     names = {getattr(node.target, "__name__", str(node.target)) for node in replay.__self__.graph.nodes}
     assert not any("exp" in name or "sqrt" in name for name in names), names
     assert any("silu" in name for name in names)
@@ -66,7 +67,7 @@ def test_functions_that_are_one_are_called_with_the_new_input() -> None:
     def step(x: Tensor) -> Tensor:
         return as_one(inner, x + 1) - 1
 
-    _, replay = record(step, torch.ones(2))
+    replay = recorded(step, torch.ones(2)).replay()
     for x in (torch.tensor([3.0, 4.0]), torch.tensor([-3.0, -4.0])):
         assert torch.equal(replay(x), step(x))
     assert len(seen) == 5 and as_one(inner, torch.ones(1)) == 2
@@ -76,7 +77,7 @@ def test_one_within_one() -> None:
     def outer(x: Tensor) -> Tensor:
         return as_one(torch.neg, x) + 1
 
-    _, replay = record(lambda x: as_one(outer, x) * 2, torch.ones(2))
+    replay = recorded(lambda x: as_one(outer, x) * 2, torch.ones(2)).replay()
     assert torch.equal(replay(torch.tensor([1.0, 5.0])), torch.tensor([0.0, -8.0]))
 
 
@@ -105,7 +106,7 @@ def test_one_within_one() -> None:
 def test_what_decides_by_values_or_draws_is_refused(step: Any) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode(), pytest.raises(NotRecordedError):
-            record(step, torch.tensor([1.0, -2.0, 3.0]))
+            recorded(step, torch.tensor([1.0, -2.0, 3.0]))
     assert torch.equal(as_one(torch.neg, torch.ones(1)), -torch.ones(1)), "nothing is left recording"
 
 
@@ -123,7 +124,7 @@ def test_what_decides_by_values_or_draws_is_refused(step: Any) -> None:
 )
 def test_what_does_not_is_replayed(step: Any) -> None:
     with torch.inference_mode():
-        _, replay = record(step, torch.tensor([1.0, -2.0, 3.0]))
+        replay = recorded(step, torch.tensor([1.0, -2.0, 3.0])).replay()
         for x in [3 * x for x in inputs(6)]:
             assert torch.equal(replay(x), step(x))
 
@@ -131,7 +132,7 @@ def test_what_does_not_is_replayed(step: Any) -> None:
 def test_a_split_at_places_that_are_given_is_refused() -> None:
     """Seen under inference mode alone, which generation is in."""
     with torch.inference_mode(), pytest.raises(NotRecordedError):
-        record(lambda x: x.tensor_split(x[:1].long())[0], torch.tensor([1.0, -2.0, 3.0]))
+        recorded(lambda x: x.tensor_split(x[:1].long())[0], torch.tensor([1.0, -2.0, 3.0]))
 
 
 def test_other_threads_are_not_recorded() -> None:
@@ -152,7 +153,7 @@ def test_other_threads_are_not_recorded() -> None:
         other.join()
         return y + 1
 
-    _, replay = record(step, torch.tensor([1.0]))
+    replay = recorded(step, torch.tensor([1.0])).replay()
     assert torch.equal(replay(torch.tensor([4.0])), torch.tensor([9.0]))
 
 
@@ -168,7 +169,7 @@ def test_slices_of_every_kind_are_replayed() -> None:
         return torch.cat([part.flatten() for part in parts])
 
     given = [torch.randn(7, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    _, replay = record(step, given[0])
+    replay = recorded(step, given[0]).replay()
     for x in given[1:]:
         own = replay(x)
         assert torch.equal(own, step(x))

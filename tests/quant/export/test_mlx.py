@@ -13,7 +13,7 @@ from quant.blocks.fake_quant import ActSpec
 from quant.core.errors import InputError
 from quant.core.types import Outliers, QuantSpec
 from quant.export import refusal
-from quant.export.formats import Content
+from quant.export.formats import Content, OutsideMatrix
 from quant.export.mlx import Mlx, group_of, mlx_tensors
 from quant.run.convert import convert
 from tests.helpers import config_for, perform, random_weight
@@ -107,6 +107,14 @@ REFUSED = {
     "outliers": ({"outliers": True}, "sparse outliers"),
     "activations": ({"act": ActSpec(8)}, "weight-only"),
     "model": ({"model_type": "opt"}, "not opt"),
+    "super-blocks, narrow, with a head": (
+        {
+            "spec": QuantSpec(3, 16, kind="q3_k"),
+            "shapes": {"a": (64, 96)},
+            "outside": {"h": OutsideMatrix((9, 96), 3, True, True)},
+        },
+        "cannot hold the super-blocks of --grid q3_k: use format gguf",
+    ),
 }
 
 

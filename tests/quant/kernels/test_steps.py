@@ -43,6 +43,10 @@ def programmed(step: Callable[[Tensor], Tensor], given: Tensor) -> Program:
     return program
 
 
+def compiled(program: Program) -> int:
+    return sum(operation.rows is not None for operation in program.operations)
+
+
 ELEMENTS = {
     "neg": torch.neg, "rsqrt": lambda x: torch.rsqrt(x.square() + 1), "sqrt": lambda x: torch.sqrt(x * x), "exp": torch.exp,
     "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu, "relu": F.relu, "gelu": F.gelu,
@@ -86,7 +90,7 @@ def test_what_moves_numbers() -> None:
 @pytest.mark.parametrize("keepdim", [True, False])
 def test_means_and_norms(keepdim: bool) -> None:
     weight, bias = random(8, seed=5), random(8, seed=6)
-    for x in (random(3, 5, 8), random(8, 3, 5).permute(1, 2, 0), random(1, 1, 8) * 1e4 + 3):
+    for x in (random(3, 5, 8), random(8, 3, 5).permute(1, 2, 0), random(1, 1, 8) * 1e4 + 3, random(3, 5, 8) + 50):
         with torch.inference_mode():
             program = programmed(lambda x: x.mean(-1, keepdim=keepdim), x)
             assert torch.allclose(program(x).double(), x.double().mean(-1, keepdim=keepdim), rtol=1e-6, atol=1e-6)
@@ -168,8 +172,8 @@ def test_loops_that_give_something_else_are_left(monkeypatch: pytest.MonkeyPatch
     x = random(5)
     with torch.inference_mode():
         program = Program.of(recorded(lambda x: F.silu(x.neg()), random(5, seed=1)))
-        assert program is not None and program.compiled == 2
-        assert torch.equal(program.checked(x), F.silu(-x)) and program.compiled == 1
+        assert program is not None and compiled(program) == 2
+        assert torch.equal(program.checked(x), F.silu(-x)) and compiled(program) == 1
         assert torch.equal(program(x * 2), F.silu(-x * 2))
         assert torch.isnan(program(x * torch.nan)).all()
 
@@ -182,7 +186,7 @@ def test_what_has_no_loops_is_torch_s(step: Callable[[Tensor], Tensor]) -> None:
         x = random(2, 4, seed=1)
         assert torch.allclose(program.checked(x), step(x) * 2)
         assert torch.allclose(program(x * 3), step(x * 3) * 2)
-        assert 0 < program.compiled < len(program.operations)
+        assert 0 < compiled(program) < len(program.operations)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -272,6 +276,6 @@ def test_attention_to_nothing_is_zero() -> None:
         program = Program.of(recorded(step, torch.ones(1, 1, 1, 4)))
         assert program is not None
         program.checked(torch.ones(1, 1, 1, 4))
-        assert program.compiled == 1
+        assert compiled(program) == 1
         nothing = torch.zeros(1, 1, 1, 4)
         assert torch.equal(program(nothing), step(nothing)) and not program(nothing).any()
