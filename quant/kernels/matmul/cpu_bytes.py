@@ -24,13 +24,12 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from quant.kernels.matmul.cpu import _OPTIONS, AHEAD, Emitter, vector_level
-from quant.kernels.matmul.cpu_fields import TOKENS, WIDTHS, FieldTiles, _add_group, fields_of
+from quant.kernels.matmul.cpu_fields import MULTIPLIED, TOKENS, WIDTHS, FieldTiles, _add_group, fields_of
 from quant.kernels.matmul.weight import TILE, WORD, PackedWeight
 from quant.kernels.threads import share_threads
 
 BLOCK = 32  # inputs of one scale
 TOP = 127  # of a rounded input
-FEW = 48  # tokens for which codes of several fields are taken apart
 NIBBLE = 4  # widest part of a code whose products with 32 inputs fit in 16 bits
 LINE = 64  # bytes of a cache line
 LANES = 8  # rows of a register: AVX2, also where there is more
@@ -45,7 +44,7 @@ def rounded_up_to(bits: int) -> int:
     """Tokens up to which inputs are rounded: above, floats are faster (benchmarks/results/packed.md)."""
     if len(parts_of(bits)) == 1:
         return sys.maxsize
-    return 2 if bits == WIDTHS[0] else FEW
+    return 2 if bits == WIDTHS[0] else MULTIPLIED[len(fields_of(bits)) - 1]
 
 
 @cache
