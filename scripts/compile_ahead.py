@@ -11,18 +11,15 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from quant.kernels.ahead import WIDTHS, of_columns, of_products, of_steps
+from quant.kernels.ahead import WIDTHS, of_columns, of_products, of_rounding, of_steps
 
 
 def main() -> None:
     """Everything, by as many processes as there are cores."""
     started = time.perf_counter()
-    with ProcessPoolExecutor(min(len(WIDTHS) + 2, os.cpu_count() or 1), get_context("spawn")) as pool:
-        for work in [
-            pool.submit(of_columns),
-            pool.submit(of_steps),
-            *(pool.submit(of_products, bits) for bits in WIDTHS),
-        ]:
+    with ProcessPoolExecutor(min(len(WIDTHS) + 3, os.cpu_count() or 1), get_context("spawn")) as pool:
+        works = [pool.submit(loops) for loops in (of_columns, of_steps, of_rounding)]
+        for work in [*works, *(pool.submit(of_products, bits) for bits in WIDTHS)]:
             work.result()
     sys.stdout.write(f"compiled for this CPU in {time.perf_counter() - started:.0f} s\n")
 

@@ -39,6 +39,7 @@ ONLY_IN = {
         "quant/kernels/matmul/cpu_fields.py",
         "quant/kernels/matmul/cpu_bytes.py",
         "quant/kernels/matmul/one_token.py",
+        "quant/kernels/rounding/cpu.py",
         "quant/kernels/steps/loops.py",
     },
     "llvmlite": {

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from quant.core.levels import E2M1, E4M3_LARGEST, E4M3_SMALLEST, level_tensors
 from quant.core.names import FULL_BITS, LEVEL_GRIDS
-from quant.core.rounding import FakeQuantize, NumberFormat
+from quant.core.rounding import NumberFormat
 from quant.kernels.matmul.weight import IntegerInputs
+from quant.kernels.rounding import FakeQuantize, Span
 
 METHODS = ("per_token", "per_tensor", "static")
 SMALLEST_STEP = 1e-5  # of a token whose entries are all equal
@@ -119,7 +120,7 @@ def _grid(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point [..., 1] of rows [..., n], over the range of each or over ``span``."""
     if span is None:
-        low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+        low, high = Span.apply(rows)
     else:
         low, high = span.to(rows.dtype).view(2, 1, 1)
     if clip is not None:

@@ -54,33 +54,6 @@ class NumberFormat:
         return (codes.sub_(zero) if self.table is None else levels_of(codes, self.table, x.dtype)).mul_(scale)
 
 
-class FakeQuantize(torch.autograd.Function):
-    """`NumberFormat.values` with the straight-through estimate of round: (clamp(round(x / scale) + zero, 0, qmax) - zero) · scale.
-
-    x [..., n]; scale, zero broadcastable with one entry along n. Gradient of x: passes where the code is not
-    clamped. Of scale: the code's distance to zero, less x / scale where not clamped. Of zero: none.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:
-        """Quantize and take back; keeps two tensors for the backward pass."""
-        ratio = x / scale  # divided once: the gradient needs it, and codes before they are clamped
-        rounded = torch.round(ratio).add_(zero)
-        codes = rounded.clamp(0, qmax)
-        inside = codes == rounded
-        codes.sub_(zero)
-        out = codes * scale
-        # d out / d scale with round treated as the identity where it is not clamped
-        ctx.save_for_backward(codes.sub_(ratio.mul_(inside)), inside)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Gradients of x and scale."""
-        slope, inside = ctx.saved_tensors
-        return gradient * inside, (gradient * slope).sum(-1, keepdim=True), None, None
-
-
 class RoundTo(torch.autograd.Function):
     """Values as a checkpoint of another dtype holds them; the gradient passes."""
 

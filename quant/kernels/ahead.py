@@ -10,6 +10,7 @@ from quant.kernels.matmul.cpu_bytes import ByteTiles
 from quant.kernels.matmul.cpu_fields import MULTIPLIED, FieldTiles
 from quant.kernels.matmul.one_token import one_token
 from quant.kernels.matmul.pack import pack_weight
+from quant.kernels.rounding import FakeQuantize, Span
 from quant.kernels.steps import loops
 
 WIDTHS = (4, 3, 2, 8)  # others compile at their first product
@@ -32,6 +33,13 @@ def of_products(bits: int) -> None:
     layouts: tuple[FieldTiles, ...] = (FieldTiles(), ByteTiles()) if ByteTiles.runs_here() else (FieldTiles(),)
     for layout in layouts:  # as steps of a text take them
         one_token(pack_weight(answer, layout=layout), torch.ones(64), torch.empty(32))
+
+
+def of_rounding() -> None:
+    """Fake quantization, forward and backward."""
+    x = torch.ones(2, 8, requires_grad=True)
+    low, high = Span.apply(x)
+    FakeQuantize.apply(x, low + high, low, 15).sum().backward()
 
 
 def of_steps() -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.core.rounding import FakeQuantize
 from quant.core.types import Grid, QuantSpec
+from quant.kernels.rounding import FakeQuantize, Span
 
 
 def group_range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Lowest and highest entry, or 0, of every group: [out, G] each, of weight float [out, in]."""
     grouped = weight.view(weight.shape[0], spec.n_groups(weight.shape[1]), -1)  # [out, G, columns]
-    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    low, high = Span.apply(grouped)
+    return low.squeeze(-1).clamp(max=0), high.squeeze(-1).clamp(min=0)
 
 
 def grid_of(scale: Tensor, zero: Tensor, n_in: int, qmax: int) -> Grid:

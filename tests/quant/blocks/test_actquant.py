@@ -15,7 +15,7 @@ from quant.blocks.weights import BlockWeights
 from quant.core.errors import InputError
 from quant.core.levels import TABLES
 from quant.core.names import ACT_GRIDS
-from quant.core.rounding import FakeQuantize
+from quant.kernels.rounding import FakeQuantize
 from quant.learn.abq import symmetric_kl
 from tests.conftest import CONFIGS, VOCABULARY
 
