@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.end_to_end import random_stream, write_random
 from benchmarks.measuring import about, best_seconds, flags, machine_line, peak_of, report, show
@@ -106,8 +107,17 @@ def measure(
     step = best_seconds(epoch, device, 2, warm_up=True) / args.nsamples
     hours = whole * args.epochs * 128 * (step + plain) / 3600  # the loss at the end of an epoch is a forward pass
     figures = {"forward ms": plain * 1e3, "step ms": step * 1e3, "step / 3 forward": step / (3 * plain),
+               "products / 3 forward": flops_of(epoch) / (3 * flops_of(forward)),
                "peak GB": peak_of(device) / 1e9, "all blocks, hours": hours}  # fmt: skip
     return {name: f"{figure:.{1 if name.endswith('ms') else 2}f}" for name, figure in figures.items()}
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    """Floating-point operations of its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    total: int = counter.get_total_flops()
+    return total
 
 
 if __name__ == "__main__":

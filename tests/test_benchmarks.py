@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import clock, end_to_end, floors, loaders, measuring, runtimes, tables
+from benchmarks import clock, end_to_end, floors, loaders, measuring, runtimes, solver_shapes, tables, training
 from benchmarks.loaders import Case
 from benchmarks.solvers import column_loop, measure, problem
 from quant.blocks.fake_quant import ActSpec
@@ -52,6 +52,27 @@ def test_rows_of_one_shape(monkeypatch):
     assert ends[0] > 0 and ends[1] == pytest.approx(ends[0], rel=1e-4) and ends[3] == pytest.approx(ends[2], rel=1e-7)
     weight, x = problem(8, 32, "cpu")
     assert weight.shape == (8, 32) and x.shape == (64, 32)
+
+
+def test_solvers_at_shapes_are_held_against_the_products_that_they_declare(monkeypatch):
+    monkeypatch.setattr(solver_shapes, "RATE_SIZE", 8)
+    monkeypatch.setattr(solver_shapes, "best_seconds", lambda work, device, repeats=3: (work(), 0.01)[1])
+    args = argparse.Namespace(
+        device="cpu", shapes=["32x256"], groups=[-1, 64], methods=["gptq", "quantease"], wbits=3, sweeps=2
+    )
+    rows = list(solver_shapes.records(args))
+    assert [(row["group"], row["method"]) for row in rows] == [
+        ("row", "gptq"), ("row", "quantease"), ("64", "gptq"), ("64", "quantease")
+    ]  # fmt: skip
+    rate = 2 * 8**3 / 0.01  # flop/s, of a product that took as long as everything does here
+    for row, flops in zip(rows, 2 * [256**3 / 3 + 32 * 256**2, 2 * 2 * 32 * 256**2], strict=True):
+        assert row["products, s"] == f"{flops / rate:.1f}" and row["times"] == f"{0.01 / (flops / rate):.2f}"
+
+
+def test_products_of_a_step_are_counted():
+    a, b = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7)
+    assert training.flops_of(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert training.flops_of(lambda: (a @ b).sum().backward()) == 2 * 2 * 3 * 5 * 7  # of b no gradient is asked
 
 
 def test_tables_of_a_sweep(model_dir, text, tmp_path):
