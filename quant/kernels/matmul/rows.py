@@ -24,7 +24,8 @@ class PackedRows:
     """A matrix [rows, n] that is read row by row.
 
     codes: of columns first, [n, rows]. scale, minimum: float16 or float32 [rows, G]; zero: uint8 [rows, G]; of zero and
-    minimum one is None. table: the levels where they are not evenly spaced. g_idx: int64 [n], the group of every column. outliers: their positions are ascending.
+    minimum one is None. table: the levels where they are not evenly spaced. g_idx: int64 [n], the group of every column. outliers: their positions are ascending; most:
+    how many of them a row has at most.
     """
 
     codes: SmallInts
@@ -34,6 +35,7 @@ class PackedRows:
     g_idx: Tensor
     outliers: Outliers | None = None
     table: Table | None = None
+    most: int = 0
 
     @classmethod
     def of(cls, weight: QuantizedWeight, device: torch.device) -> PackedRows:
@@ -45,7 +47,10 @@ class PackedRows:
         if minimum is not None and grid.minimum_bits == 16:
             minimum = minimum.half()
         codes = pack_small(weight.codes.T, weight.spec.code_bits)
-        return cls(codes, scale, zero, minimum, grid.g_idx, weight.outliers, grid.table)
+        most = 0
+        if weight.outliers is not None and weight.outliers.index.numel():
+            most = int(torch.bincount(weight.outliers.index // weight.codes.shape[1]).max())
+        return cls(codes, scale, zero, minimum, grid.g_idx, weight.outliers, grid.table, most)
 
     def nbytes(self) -> int:
         """Memory of all of it."""
@@ -68,15 +73,15 @@ class PackedRows:
         return values if self.outliers is None else self._with_outliers(values, numbers, self.outliers)
 
     def _with_outliers(self, values: Tensor, numbers: Tensor, outliers: Outliers) -> Tensor:
-        """The rows with the outliers that are in them added in place."""
+        """The rows with the outliers that are in them added in place: ``most`` a row, those it lacks as zeros, so that the host
+        need not know how many there are."""
         n = values.shape[1]
-        bounds = torch.searchsorted(outliers.index, torch.stack([numbers, numbers + 1]) * n)
-        counts = bounds[1] - bounds[0]
-        row = torch.repeat_interleave(torch.arange(len(numbers), device=values.device), counts)
-        within = torch.arange(len(row), device=values.device) - (counts.cumsum(0) - counts)[row]
-        which = bounds[0][row] + within
-        place = outliers.index[which] % n + row * n
-        values.view(-1).index_add_(0, place, outliers.value[which].float())
+        first, last = torch.searchsorted(outliers.index, torch.stack([numbers, numbers + 1]) * n)
+        which = first[:, None] + torch.arange(self.most, device=values.device)
+        inside = which < last[:, None]
+        which = which.clamp(max=outliers.index.numel() - 1)
+        place = outliers.index[which] % n + torch.arange(len(numbers), device=values.device)[:, None] * n
+        values.view(-1).index_add_(0, place.flatten(), (outliers.value[which].float() * inside).flatten())
         return values
 
 
@@ -101,7 +106,10 @@ class PackedEmbedding(nn.Module):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """As `forward`."""
-        numbers, places = torch.unique(ids, return_inverse=True)
+        if ids.numel() == 1:  # else the host asks the device how many different ones there are, which no CUDA graph can
+            numbers, places = ids.flatten(), torch.zeros_like(ids)
+        else:
+            numbers, places = torch.unique(ids, return_inverse=True)
         rows = self.packed.rows(numbers).to(self.dtype)
         found: Tensor = functional_call(self._own[0], {"weight": rows}, (places,))
         return found
