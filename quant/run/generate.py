@@ -18,6 +18,7 @@ from models.cache import fixed_cache
 from quant.blocks.instrument import instrument
 from quant.core.errors import InputError
 from quant.core.recording import NotRecordedError, Recording, recorded
+from quant.kernels.steps.graph import Graph
 from quant.run.packed_model import Resident
 
 ROUNDED = 0.1  # of the largest logit: what a sum in another order moves where it turns the rounding of an input
@@ -26,12 +27,14 @@ RECORDED = 2  # the piece of text that is recorded
 
 @dataclass
 class Clock:
-    """Seconds of the prompt, and of the tokens after the first. by_modules: why steps are not replayed, where they are not."""
+    """Seconds of the prompt, and of the tokens after the first. by_modules: why steps are not replayed, where they are not;
+    by_operations: why they are replayed on CUDA, but not as a graph."""
 
     prompt: float = 0.0
     decode: float = 0.0
     tokens: int = 0
     by_modules: str = ""
+    by_operations: str = ""
 
 
 @torch.inference_mode()
@@ -62,7 +65,7 @@ def generate(
                 clock.decode += spent
             else:
                 clock.prompt = spent
-            clock.by_modules = step.by_modules
+            clock.by_modules, clock.by_operations = step.by_modules, step.by_operations
             given, clock.tokens = ids.new_tensor([[token]]), clock.tokens + 1
             yield token
             if token in stop:
@@ -90,8 +93,9 @@ class Steps:
     size, and again with the cache that they have of themselves, which must say the same but for rounding. The second goes
     through the record and, on a copy of the cache, once more through the modules; where both give the same to the last bit, the
     record answers from there on, in float32 on a CPU by compiled loops (`quant.kernels.steps`), each of which was tried beside
-    the record by then. apart: how far the two caches' logits may be apart, of the largest; None: as far as float
-    sums are. by_modules: why it does not. compiled: whether loops may take part; where activations are quantized a sum in another order
+    the record by then, on CUDA as one graph that gave the same to the last bit. apart: how far the two caches' logits may be
+    apart, of the largest; None: as far as float sums are. by_modules, by_operations: why it does not, and why without a graph.
+    compiled: whether loops may take part; where activations are quantized a sum in another order
     turns roundings, and what that gives stays among the keys and values.
     """
 
@@ -99,7 +103,7 @@ class Steps:
         takes = inspect.signature(module.forward).parameters
         self.argument = "cache" if "cache" in takes else "past_key_values"  # transformers before 5.24
         self.module, self.length, self.apart, self.cache = module, length, apart, cast(Any, None)
-        self.compiled, self.by_modules, self.pieces = compiled, "", 0
+        self.compiled, self.by_modules, self.by_operations, self.pieces = compiled, "", "", 0
         self.recording: Recording | None = None  # until it is compared
         self.replay: Callable[[Tensor], Tensor] | None = None  # once it gave the same
 
@@ -144,11 +148,12 @@ class Steps:
 
         mine, self.cache, self.recording = self.cache, copy.deepcopy(self.cache), None
         expected = self._ask(given)
-        program = Program.of(recording) if self.compiled else None
-        replay = program or recording.replay()
-        again = replay(given) if program is None else program.checked(given)
+        tried = (Program.of(recording) if self.compiled else None) or Graph.of(recording)
+        replay = tried or recording.replay()
+        again = replay(given) if tried is None else tried.checked(given)
         if torch.equal(again, expected):
             self.cache, self.replay = mine, replay
+            self.by_operations = tried.instead if isinstance(tried, Graph) else ""
         else:
             self.by_modules = "a recorded step gives something else"
         return expected
@@ -181,6 +186,8 @@ def summary(resident: Resident, clock: Clock, prompt_tokens: int) -> str:
     rate = f"{(clock.tokens - 1) / clock.decode:.1f} tokens a second" if clock.tokens > 1 else "one token"
     if clock.by_modules:
         rate += f" (step by step through the modules: {clock.by_modules})"
+    elif clock.by_operations:
+        rate += f" (replayed operation by operation: {clock.by_operations})"
     return (
         f"{clock.tokens} tokens, {rate} after {prompt_tokens} tokens of prompt in {clock.prompt:.2f} s; "
         f"weights {full / 1e6:.2f} MB in memory: linears {resident.packed_bytes / 1e6:.2f} packed "

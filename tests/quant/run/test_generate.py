@@ -23,10 +23,12 @@ from quant.kernels.matmul.cpu_bytes import ByteTiles
 from quant.kernels.matmul.cpu_fields import FieldTiles
 from quant.kernels.matmul.pack import layout_of
 from quant.kernels.matmul.weight import PackedWeight
+from quant.kernels.steps.graph import Graph
 from quant.kernels.steps.program import Program
 from quant.run import generate as generating
 from quant.run.generate import Steps, _pick
 from quant.run.packed_model import load_resident, open_quantized
+from tests.graphs import Stand
 from tests.helpers import DEMO, called, config_for, demo_config, perform
 
 FULL_STOP, EOS = 7, 1
@@ -206,6 +208,23 @@ def test_quantized_activations_have_no_loops(monkeypatch: pytest.MonkeyPatch) ->
     assert made[0].replay is not None and not isinstance(made[0].replay, Program)
 
 
+def test_captured_steps_are_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the graph answers, its capture fails behind some writes, or it says something else."""
+    expected, _ = steps_of("llama", 9, forget=True)
+    for options, says in (
+        ({}, ""),
+        ({"fails_at": 60}, "not captured: operation not"),
+        ({"off": 1.0}, "something else"),
+    ):
+        with monkeypatch.context() as patch:
+            stand = Stand(patch, **options)
+            own, step = steps_of("llama", 9)
+        assert isinstance(step.replay, Graph) and not step.by_modules and stand.undone
+        assert says in step.by_operations and bool(says) == bool(step.by_operations)
+        assert stand.happened.count("replay") == {"": 7, "something else": 1}.get(says, 0)
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
 def test_a_record_that_gives_something_else_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = steps_of("llama", 6, forget=True)
 
@@ -246,6 +265,19 @@ def test_why_steps_are_not_recorded_is_said(monkeypatch: pytest.MonkeyPatch, cap
         _, out, _ = called(command, monkeypatch, capsys, *words)
         line = out.splitlines()[-1]
         assert "tokens a second" in line and says in line and ("modules" in line) == bool(says)
+
+
+def test_why_a_step_is_no_graph_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    words = ("--model", DEMO / "llama", "--prompt", "the river", "--max-new-tokens", 5, "--dtype", "float16")
+    for options, says in (
+        ({}, ""),
+        ({"fails_at": 1}, "(replayed operation by operation: a step is not captured: oper"),
+    ):
+        with monkeypatch.context() as patch:
+            Stand(patch, **options)
+            _, out, _ = called(command, patch, capsys, *words)
+        line = out.splitlines()[-1]
+        assert "tokens a second" in line and says in line and ("operation" in line) == bool(says)
 
 
 def test_rounded_inputs_say_nearly_the_same(tmp_path: Path, talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
