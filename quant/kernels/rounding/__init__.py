@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.core.recording import as_one
 from quant.kernels.rounding import reference
 
 __all__ = ["FakeQuantize", "Span"]
@@ -38,7 +39,8 @@ class FakeQuantize(torch.autograd.Function):
         """Quantize and take back; keeps what it was given."""
         ctx.save_for_backward(x, scale, zero)
         ctx.qmax = qmax
-        return _loops(x).quantize(x, scale, zero, qmax)
+        values: Tensor = as_one(_loops(x).quantize, x, scale, zero, qmax)
+        return values
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
