@@ -499,7 +499,7 @@ MACHINE_FLAGS = (
         **dict.fromkeys((QUANTIZER, EVALUATE, REPEAT, GENERATE, CONVERT), DEFAULT_CACHE),
     }, Path, NOT_HOME, metavar="DIR"),
     Flag("deterministic", same_name("--deterministic", SESSIONS),
-         "CUDA: only deterministic algorithms (a CPU always is)", WHERE, type=bool),
+         "only deterministic algorithms on CUDA (a CPU always is); packed products by constants, not by what was measured", WHERE, type=bool),
     Flag("trust_remote_code", same_name("--trust-remote-code", (*SESSIONS, REPEAT, GENERATE, CONVERT)), {
         **dict.fromkeys(SESSIONS, "run code that comes with the model (off by default)"),
         REPEAT: "run code that comes with the model, if the run did",

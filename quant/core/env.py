@@ -113,7 +113,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def be_deterministic() -> None:
-    """Only deterministic algorithms on CUDA, before it is first used (a CPU always is, with one number of threads)."""
+    """Only deterministic algorithms on CUDA, before it is first used (a CPU always is, with one number of threads, and takes packed
+    products by constants then)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 

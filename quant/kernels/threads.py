@@ -19,6 +19,12 @@ def share_threads() -> None:
         _told.threads = n
 
 
+def thread_counts() -> tuple[int, int]:
+    """Threads of torch's products, and of compiled loops."""
+    share_threads()
+    return torch.get_num_threads(), numba.get_num_threads()
+
+
 # The first call starts numba's threads, and numba then tells OpenMP, which torch shares, to use all cores: torch would compute
 # with as many from here on, whatever it was told.
 share_threads()

@@ -24,10 +24,11 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic
 from torch import Tensor
 
+from quant.kernels.matmul.choice import is_multiplied
 from quant.kernels.matmul.weight import QUAD, TILE, WORD, PackedGrid, PackedWeight, SmallInts, floats_of
 from quant.kernels.threads import share_threads
 
-LOOKED_UP = 128  # tokens times bits up to which float inputs are looked up; above, rows are expanded and multiplied
+LOOKED_UP = 128  # tokens times bits up to which float inputs are looked up where nothing is measured (`choice`)
 EXPANDED = 1 << 22  # weights expanded at a time: 16 MB of float32
 AHEAD = 2048  # bytes of planes that are asked for before they are read
 TOKENS = (2, 9)  # rows of int8 inputs, one of them ones, that meet a spread weight: compiled variants
@@ -410,6 +411,16 @@ def _expand(planes, grid, group, first, weight, bits):  # type: ignore[no-untype
 class BitPlanes:
     """int32 [tiles, words, bits, 32 rows]: bit k of a word is that of column k of its 32."""
 
+    name = "planes"
+
+    def instructions(self) -> str:
+        """See `vector_level`."""
+        return vector_level()
+
+    def usual(self, bits: int) -> int:
+        """See `TwoWays`."""
+        return LOOKED_UP // bits
+
     def pack(self, codes: Tensor, bits: int) -> tuple[Tensor, ...]:
         """Codes uint8 [rows, columns], both filled up."""
         share_threads()
@@ -435,11 +446,22 @@ class BitPlanes:
 
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """See `Layout`: looked up for few tokens, expanded tile by tile for many."""
+        by_codes = is_multiplied(self, weight.bits, x.shape[0])
+        return self.multiplied(x, weight) if by_codes else self.expanded(x, weight)
+
+    def expanded(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """See `TwoWays`."""
+        share_threads()
+        words, grid, _, bits = weight.once(self.arguments)
+        return by_expansion(
+            x.float(), words.shape, lambda first, out: _expand(words, grid, weight.group, first, out, bits)
+        )
+
+    def multiplied(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """See `TwoWays`: sums of subsets of inputs are looked up."""
         share_threads()
         x = x.float()
         words, grid, quads, bits = weight.once(self.arguments)
-        if x.shape[0] * weight.bits > LOOKED_UP:
-            return by_expansion(x, words.shape, lambda first, out: _expand(words, grid, weight.group, first, out, bits))
         y = torch.empty(x.shape[0], words.shape[0] * TILE)
         tables = np.empty((x.shape[0], x.shape[1] // QUAD, 16), np.float32)
         _tables(x.numpy(), tables)

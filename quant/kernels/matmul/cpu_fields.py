@@ -20,13 +20,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from quant.kernels.matmul.cpu import _OPTIONS, Emitter, as_float, by_expansion, grid_arrays
+from quant.kernels.matmul.choice import is_multiplied
+from quant.kernels.matmul.cpu import _OPTIONS, Emitter, as_float, by_expansion, grid_arrays, vector_level
 from quant.kernels.matmul.weight import TILE, WORD, PackedWeight, floats_of
 from quant.kernels.threads import share_threads
 
 WIDTHS = (8, 4, 2, 1)
-# Tokens up to which codes of one, two or three fields are multiplied as they are; above, rows are expanded for the library's
-# product (benchmarks/results/packed.md).
+# Tokens up to which codes of one, two or three fields are multiplied as they are where nothing is measured (`choice`); above, rows
+# are expanded for the library's product (benchmarks/results/packed.md).
 MULTIPLIED = (1024, 96, 48)
 TOKENS = 4  # that share the codes, half a tile at a time
 STEPS = (8, 4)  # columns taken at a time: compiled variants
@@ -240,8 +241,27 @@ def _expand(stored, scale, zeros, width, one_zero, group, first, weight, bits, c
             )
 
 
+def _scales(weight: PackedWeight, grid: tuple) -> np.ndarray:
+    """Scales [G, rows] as both kernels take them, those in few bits written out."""
+    if weight.grid.codes is None:
+        return grid[0]
+    scale = np.empty((weight.n_groups, weight.stored[0].shape[0] * TILE), np.float32)
+    _two_level_scales(grid, scale)
+    return scale
+
+
 class FieldTiles:
     """int32 [tiles, blocks of 32 columns, bits, 32 rows]: of every block, ``width`` words a row of each field."""
+
+    name = "fields"
+
+    def instructions(self) -> str:
+        """See `vector_level`."""
+        return vector_level()
+
+    def usual(self, bits: int) -> int:
+        """See `TwoWays`."""
+        return MULTIPLIED[len(fields_of(bits)) - 1]
 
     def pack(self, codes: Tensor, bits: int) -> tuple[Tensor, ...]:
         """Codes uint8 [rows, columns], both filled up."""
@@ -274,20 +294,26 @@ class FieldTiles:
 
     def matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """See `Layout`: as they are for few tokens, expanded tile by tile for many."""
+        by_codes = is_multiplied(self, weight.bits, x.shape[0])
+        return self.multiplied(x, weight) if by_codes else self.expanded(x, weight)
+
+    def expanded(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """See `TwoWays`."""
+        share_threads()
+        words, grid, zeros, group, bits, steps = weight.once(self.arguments)
+        scale = _scales(weight, grid)
+
+        def expand(first: int, values: np.ndarray) -> None:
+            _expand(words, scale, *zeros, group, first, values, bits, steps)
+            values[weight.n_groups * group :] = 0
+
+        return by_expansion(x.float(), words.shape, expand)
+
+    def multiplied(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """See `TwoWays`."""
         share_threads()
         n, (words, grid, zeros, group, bits, steps) = x.shape[0], weight.once(self.arguments)
-        x = x if x.dtype == torch.float32 else x.float()
-        scale = grid[0]
-        if weight.grid.codes is not None:
-            scale = np.empty((weight.n_groups, words.shape[0] * TILE), np.float32)
-            _two_level_scales(grid, scale)
-        if n > MULTIPLIED[len(fields_of(weight.bits)) - 1]:
-
-            def expand(first: int, values: np.ndarray) -> None:
-                _expand(words, scale, *zeros, group, first, values, bits, steps)
-                values[weight.n_groups * group :] = 0
-
-            return by_expansion(x, words.shape, expand)
+        x, scale = x if x.dtype == torch.float32 else x.float(), _scales(weight, grid)
         tokens = (0,) * (1 if n < TOKENS - 1 else TOKENS)
         if n % len(tokens):
             x = F.pad(x, (0, 0, 0, -n % TOKENS))

@@ -14,8 +14,8 @@ from quant.core.errors import InputError
 from quant.core.gram import GramStats
 from quant.core.grid import fit_grid
 from quant.core.types import Outliers, QuantizedWeight, QuantSpec
+from quant.kernels.matmul import choice, pack
 from quant.kernels.matmul import cpu as packed_cpu
-from quant.kernels.matmul import pack
 from quant.kernels.matmul import weight as packed
 from quant.kernels.matmul.cpu_bytes import ByteTiles, rounded_up_to
 from quant.kernels.matmul.cpu_fields import FieldTiles
@@ -128,6 +128,22 @@ def test_many_tokens_are_expanded(layout, monkeypatch):
     monkeypatch.setattr(packed_cpu, "EXPANDED", 96 * packed_cpu.TILE * 3)  # several stretches of tiles, the last short
     check(random_weight(300, 96, QuantSpec(3, 32)), 120)
     check(random_weight(300, 90, QuantSpec(3, -1)), 120)  # columns that fill up
+
+
+@pytest.mark.parametrize("layout", [FieldTiles, *long(packed_cpu.BitPlanes)])
+@pytest.mark.parametrize("group", [-1, 32, 12])
+def test_both_ways_are_the_same_sums(group, layout, monkeypatch):
+    taken = []
+    for way in ("multiplied", "expanded"):
+        kept = getattr(layout, way)
+        monkeypatch.setattr(layout, way, lambda *given, kept=kept, way=way: taken.append(way) or kept(*given))
+    monkeypatch.setattr(pack, "layout_of", lambda device: layout())
+    for most, way in ((1024, "multiplied"), (8, "expanded")):
+        taken.clear()
+        monkeypatch.setattr(choice, "up_to", lambda layout, bits, most=most: most)
+        for tokens in (9, 40):
+            check(random_weight(40, 96, QuantSpec(3, group)), tokens)
+        assert set(taken) == {way}
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (5, 7), (33, 257), (64, 8), (31, 4096)])
