@@ -161,6 +161,10 @@ class RunDirectory:
             )
         return others
 
+    def add_to_manifest(self, entries: Record) -> None:
+        """Say in the manifest what was not known at the start. Raises InputError where it is damaged."""
+        write_json(self.path / "manifest.json", (self.read("manifest.json") or {}) | entries)
+
     def _contents(self) -> tuple[list[Path], list[Path]]:
         """The files here that a run writes, and what else lies here, from one look: a process may be writing."""
         record = read_record(self.path)

@@ -50,6 +50,7 @@ class Manifest(TypedDict):
     request: dict[str, Any]
     versions: dict[str, Any]
     hardware: HardwareEntry
+    products: dict[str, Any]
 
 
 class Perplexity(TypedDict):

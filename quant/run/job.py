@@ -18,6 +18,7 @@ from quant.core.places import check_places
 from quant.core.types import QuantizedWeight
 from quant.export.carried import names_written
 from quant.export.target import check_names, check_target, settle
+from quant.kernels.matmul.choice import described
 from quant.run.config import Output, RunConfig
 from quant.run.directory import OUTSIDE, ROTATION, BlockSummary, Record, RunDirectory, Which
 from quant.run.finished import read_results
@@ -170,7 +171,8 @@ def measure(device: torch.device, jobs: Sequence[Job], stage: str) -> Iterator[d
 
 
 def write_results(inputs: Inputs, job: Job) -> None:
-    """results.json, with the seconds and the peak memory of all stages so far."""
+    """results.json, with the seconds and the peak memory of all stages so far; in the manifest, how packed products were taken,
+    which is known after them alone."""
     assert job.results is not None
     seconds = job.results["seconds"] | {"load": inputs.load_seconds}
     blocks = sum(seconds[k] for k in ("forward", "gram", "solve", "learn"))  # of earlier processes too
@@ -181,3 +183,5 @@ def write_results(inputs: Inputs, job: Job) -> None:
     job.results |= {"seconds": seconds, "peak_bytes": highest, "peak_bytes_by_stage": stages}
     if ranks.is_first():
         write_json(job.target.path / "results.json", job.results)
+        if job.output.packed and (products := described()):
+            job.target.add_to_manifest({"products": products})

@@ -63,12 +63,14 @@ def _codes(run: RunDirectory, index: Which) -> str:
 
 
 def versions_that_differ(run: Path, into: Path) -> list[str]:
-    """Packages, threads and hardware that are not those of the first run: where to look if results differ."""
+    """Packages, threads, hardware and ways of packed products that are not those of the first run: where to look if results
+    differ."""
     first, second = (read_manifest(RunDirectory(path)) for path in (run, into))
     assert first is not None and second is not None
     parts: list[tuple[Mapping[str, Any], ...]] = [
         (first["versions"], second["versions"]),
         (first["hardware"], second["hardware"]),
+        (first["products"], second["products"]),
     ]
     return [
         f"{key} {value} -> {now.get(key)}"

@@ -17,7 +17,10 @@ from quant.kernels.matmul.choice import CANDIDATES, best_of, crossover, is_multi
 from quant.kernels.matmul.cpu import BitPlanes
 from quant.kernels.matmul.cpu_fields import FieldTiles
 from quant.kernels.matmul.pack import pack_weight
-from tests.helpers import random_weight
+from quant.run.directory import RunDirectory
+from quant.run.finished import read_manifest
+from quant.run.repeat import versions_that_differ
+from tests.helpers import config_for, perform, random_weight
 
 ENTRY = "fields, 4 bits"
 
@@ -254,3 +257,22 @@ def test_it_is_measured_ahead(measured, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert measured == [("fields", bits) for bits in ahead.WIDTHS] * 2  # for one thread and for two
+
+
+def test_the_manifest_says_it(measured, model_dir, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "layout_of", lambda device: FieldTiles())
+    config = config_for(model_dir("llama"), text, tmp_path, wbits=4, solver="rtn", options={}, nsamples=4, limit=4)
+    perform(config)
+    assert read_manifest(RunDirectory(config.output.run_dir))["products"] == {} and measured == []
+    packed = config.but(packed=True, run_dir=tmp_path / "packed")
+    perform(packed)
+    manifest = RunDirectory(tmp_path / "packed").read("manifest.json")
+    ((name, said),) = manifest["products"].items()
+    assert name.startswith("fields, ") and " 4 bits, " in name
+    assert said == {"multiplied_up_to": 64, "by": "measurement"} and measured == [("fields", 4)]
+    assert manifest["hardware"]["device"] == "cpu"  # what it said before is still there
+    other = tmp_path / "other"
+    other.mkdir()
+    changed = {name: {"multiplied_up_to": 96, "by": "constant"}}
+    write_json(other / "manifest.json", manifest | {"products": changed})
+    assert versions_that_differ(tmp_path / "packed", other) == [f"{name} {said} -> {changed[name]}"]
