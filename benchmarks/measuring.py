@@ -30,25 +30,32 @@ def synchronize(device: torch.device) -> None:
 
 
 def best_seconds(
-    work: Callable[[], object], device: torch.device, repeats: int = 3, warm_up: bool = False, budget: float = 0.0
+    work: Callable[[], object],
+    device: torch.device,
+    repeats: int = 3,
+    warm_up: bool = False,
+    budget: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Seconds of the fastest of ``repeats`` runs, and of more until ``budget`` seconds are spent. warm_up: a first run is
     not counted."""
     times: list[float] = []
     while len(times) < repeats + warm_up or sum(times) < budget:
         synchronize(device)
-        started = time.perf_counter()
+        started = clock()
         work()
         synchronize(device)
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return min(times[warm_up:])
 
 
-def kernel_seconds(work: Callable[[], object], device: torch.device, budget: float) -> float:
+def kernel_seconds(
+    work: Callable[[], object], device: torch.device, budget: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Seconds of the fastest run after a first one, of four at least and until ``budget`` seconds are spent. On CUDA of the device
     alone, between two events around a graph of what ``work`` launches: the host takes longer to launch a small kernel than it runs."""
     if device.type != "cuda":
-        return best_seconds(work, device, warm_up=True, budget=budget)
+        return best_seconds(work, device, warm_up=True, budget=budget, clock=clock)
     run, times = _as_graph(work, device), list[float]()
     while len(times) < 4 or sum(times) < budget:
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
