@@ -41,7 +41,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE = Path("cache/real")  # where scripts/sweeps/real.yaml has the model
 TABLE = ROOT / "scripts" / "sweeps" / "real.yaml"
-PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+PROMPT = "The capital of France is"  # text to continue: no chat is among the stories that 3 bits are calibrated on
 TOKENS = 40
 FEWEST_BITS = 3
 

@@ -70,7 +70,7 @@ def versions_that_differ(run: Path, into: Path) -> list[str]:
     parts: list[tuple[Mapping[str, Any], ...]] = [
         (first["versions"], second["versions"]),
         (first["hardware"], second["hardware"]),
-        (first["products"], second["products"]),
+        ({key: way for key, way in first["products"].items() if key in second["products"]}, second["products"]),
     ]
     return [
         f"{key} {value} -> {now.get(key)}"

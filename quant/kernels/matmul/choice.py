@@ -3,7 +3,8 @@ measured at the first product that hangs on it, and kept on disk.
 
 Both ways give the same sums but for the order they are added in, so a clock may decide. What was measured is used only once it is
 kept: a second run on the same machine takes the same way, to the same bits. Where it cannot be kept, where LLM_QUANTIZER_MEASURE is
-0, and where only deterministic algorithms are wanted, layouts take the constants of their source.
+0, where only deterministic algorithms are wanted, and where several processes share a job, whose parts must be of one way whatever
+machines they are on, layouts take the constants of their source.
 
 No third way rounds rows to bfloat16 for the library's product of bfloat16 inputs: a clock would then decide how weights are rounded.
 """
@@ -24,6 +25,7 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
+from quant.core import ranks
 from quant.core.errors import InputError
 from quant.core.files import check_plain_file, hold_lock, json_sha256, read_json, write_json
 from quant.core.names import DEFAULT_CACHE
@@ -40,6 +42,7 @@ ROUNDS = (2, 7)  # of both ways in turn: at least, and at most
 BUDGET = 0.06  # seconds of rounds, of one number of tokens, after which the least is enough
 # Of the weight that is measured, tiles a thread. Expanded, it leaves the caches, as rows of a model do: a smaller one said less.
 TILES, COLUMNS, GROUP = 16, 4096, 128
+MOST_SHARES = 16  # of rows, of more threads: 33 million codes
 CPU_INFO = Path("/proc/cpuinfo")
 Way = Callable[[int], object]  # does a product of so many tokens
 
@@ -85,17 +88,18 @@ def up_to(layout: TwoWays, bits: int) -> int:
 
 def is_fixed() -> bool:
     """Whether constants decide, whatever was measured."""
-    return os.environ.get(SWITCH) == "0" or torch.are_deterministic_algorithms_enabled()
+    return os.environ.get(SWITCH) == "0" or torch.are_deterministic_algorithms_enabled() or ranks.size() > 1
 
 
 def described() -> dict[str, dict[str, Any]]:
-    """What this process has chosen, for a manifest: by layout, bits and threads, the most tokens and what said so."""
+    """What this process has chosen, for a manifest: by layout, bits and threads (of the library and of compiled loops), the most
+    tokens. Several runs of one process have the same list."""
     return {
-        f"{name}, {instructions}, {bits} bits, {threads} threads": {
+        f"{name}, {instructions}, {bits} bits, {threads}/{loops} threads": {
             "multiplied_up_to": most,
             "by": "measurement" if measured else "constant",
         }
-        for (name, instructions, bits, threads, *_), (most, measured) in _chosen.items()
+        for (name, instructions, bits, threads, loops, _), (most, measured) in _chosen.items()
     }
 
 
@@ -121,23 +125,29 @@ def _cpu_name() -> str:
 
 def _kept_or_measured(layout: TwoWays, bits: int) -> int | None:
     """The number from the file of this machine, measured and written if it is not there; None where it cannot be kept."""
-    here, entry, usual = machine(layout.instructions()), f"{layout.name}, {bits} bits", layout.usual(bits)
-    file = FOLDER / f"{json_sha256(here)[:32]}.json"
-    if not file.is_absolute():  # nobody has a home
+    entry, usual = f"{layout.name}, {bits} bits", layout.usual(bits)
+    if not FOLDER.is_absolute():  # nobody has a home
         return None
     try:
+        here = machine(layout.instructions())
+        file = FOLDER / f"{json_sha256(here)[:32]}.json"
         if _is_valid(kept := _read(file, here).get(entry), usual):
             return kept
         check_plain_file(file)
         FOLDER.mkdir(parents=True, exist_ok=True)
-        with hold_lock(file.with_suffix(".lock"), str(file), patience=20):
+        _compile(layout, bits)  # which may take a minute on a busy machine: nobody waits for the lock that long
+        with hold_lock(file.with_suffix(".lock"), str(file), patience=60):
             others = _read(file, here)  # another process may have measured meanwhile: the first one decides
             if _is_valid(kept := others.get(entry), usual):
                 return kept
             most = _measured(layout, bits)
             write_json(file, {"schema": SCHEMA, "machine": here, "multiplied_up_to": others | {entry: most}})
             return most
-    except (OSError, InputError) as error:  # a run goes on without it, as it would with constants
+    except (
+        OSError,
+        InputError,
+        ImportError,
+    ) as error:  # the last: a package without a version; a run goes on without it, as it would with constants
         log.info("products with packed weights go by constants, as no measurement can be kept: %s", error)
         return None
 
@@ -165,7 +175,7 @@ def _measured(layout: TwoWays, bits: int) -> int:
     """By products with a weight of a few hundred rows. With one thread, seconds are those of this process alone: other programs do
     not lengthen them."""
     threads = _threads()[0]
-    weight = _weight(layout, bits, TILES * threads * TILE)
+    weight = _weight(layout, bits, TILES * min(threads, MOST_SHARES) * TILE)
     inputs = torch.linspace(-1, 1, CANDIDATES[-1] * COLUMNS).view(-1, COLUMNS)
     return crossover(
         lambda n: layout.multiplied(inputs[:n], weight),
@@ -175,9 +185,16 @@ def _measured(layout: TwoWays, bits: int) -> int:
     )
 
 
+def _compile(layout: TwoWays, bits: int) -> None:
+    """Both ways, for a few rows."""
+    few, x = _weight(layout, bits, TILE), torch.ones(CANDIDATES[0], COLUMNS)
+    layout.multiplied(x, few)
+    layout.expanded(x, few)
+
+
 def _weight(layout: TwoWays, bits: int, rows: int) -> PackedWeight:
     """Any codes, with scales and zero points as most checkpoints have them; the state of random numbers stays as it is."""
-    codes = (torch.arange(rows * COLUMNS) * 7 % 2**bits).to(torch.uint8).view(rows, COLUMNS)
+    codes = (torch.arange(COLUMNS) * 7 % 2**bits).to(torch.uint8).expand(rows, -1).contiguous()
     groups = torch.ones(COLUMNS // GROUP, rows)
     grid = PackedGrid(groups.half(), pack_small(groups, bits))
     return PackedWeight(layout, bits, rows, COLUMNS, GROUP, layout.pack(codes, bits), grid)

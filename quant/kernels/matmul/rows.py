@@ -73,15 +73,20 @@ class PackedRows:
         return values if self.outliers is None else self._with_outliers(values, numbers, self.outliers)
 
     def _with_outliers(self, values: Tensor, numbers: Tensor, outliers: Outliers) -> Tensor:
-        """The rows with the outliers that are in them added in place: ``most`` a row, those it lacks as zeros, so that the host
-        need not know how many there are."""
+        """The rows with the outliers that are in them added in place. Of one row ``most`` are taken, those it lacks as zeros, so that
+        the host need not know how many there are; of several, as many as there are."""
         n = values.shape[1]
         first, last = torch.searchsorted(outliers.index, torch.stack([numbers, numbers + 1]) * n)
-        which = first[:, None] + torch.arange(self.most, device=values.device)
-        inside = which < last[:, None]
-        which = which.clamp(max=outliers.index.numel() - 1)
-        place = outliers.index[which] % n + torch.arange(len(numbers), device=values.device)[:, None] * n
-        values.view(-1).index_add_(0, place.flatten(), (outliers.value[which].float() * inside).flatten())
+        if len(numbers) == 1:
+            which = first + torch.arange(self.most, device=values.device)
+            added = torch.where(which < last, outliers.value[which.clamp_(max=outliers.index.numel() - 1)].float(), 0)
+            row: Tensor | int = 0
+        else:
+            counts = last - first
+            row = torch.repeat_interleave(torch.arange(len(numbers), device=values.device), counts)
+            which = first[row] + torch.arange(len(row), device=values.device) - (counts.cumsum(0) - counts)[row]
+            added = outliers.value[which].float()
+        values.view(-1).index_add_(0, outliers.index[which] % n + row * n, added)
         return values
 
 

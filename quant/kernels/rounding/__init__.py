@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from quant.core.recording import as_one
 from quant.kernels.rounding import reference
@@ -43,6 +44,7 @@ class FakeQuantize(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Gradients of x and scale."""
         x, scale, zero = ctx.saved_tensors
@@ -60,6 +62,7 @@ class Span(torch.autograd.Function):
         return low, high
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, of_low: Tensor, of_high: Tensor) -> Tensor:
         """The gradient of x."""
         x, low, high = ctx.saved_tensors

@@ -1,6 +1,7 @@
 """The loops over rows compiled with numba: rows in parallel, float32, a row at a time in the nearest cache.
 
-The sums of a row are in an order of their own, whatever the number of threads.
+Rows longer than LONG are cut, so that threads share them and their sums stay exact; what is summed is in an order of its own, whatever
+the number of threads.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from quant.kernels.threads import share_threads
 
+LONG = 1024
 _OPTIONS: dict[str, Any] = {
     "cache": True,
     "parallel": True,
@@ -69,32 +71,42 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:
     """See the reference: the same numbers."""
     share_threads()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _quantize(_rows(x), _ends(scale, x), _ends(zero, x), np.float32(qmax), _rows(out))
+    parts = _parts(x)
+    _quantize(_rows(x, parts), *(_ends(end, x, parts) for end in (scale, zero)), np.float32(qmax), _rows(out, parts))
     return out
 
 
 def quantize_gradient(x: Tensor, scale: Tensor, zero: Tensor, qmax: int, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """See the reference."""
     share_threads()
-    of_x, of_scale = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty(*x.shape[:-1], 1)
+    of_x, parts = torch.empty_like(x, memory_format=torch.contiguous_format), _parts(x)
+    of_scale = torch.empty(x.shape[:-1].numel() * parts)
     _quantize_gradient(
-        _rows(x), _ends(scale, x), _ends(zero, x), np.float32(qmax), _rows(gradient), _rows(of_x), _ends(of_scale, x)
-    )
-    return of_x, of_scale.sum_to_size(scale.shape)
+        _rows(x, parts), *(_ends(end, x, parts) for end in (scale, zero)), np.float32(qmax), _rows(gradient, parts),
+        _rows(of_x, parts), of_scale.numpy(),
+    )  # fmt: skip
+    whole = of_scale.view(*x.shape[:-1], parts).sum(-1, keepdim=True, dtype=torch.float64)
+    return of_x, whole.sum_to_size(scale.shape).float()
 
 
 def span_gradient(x: Tensor, low: Tensor, high: Tensor, of_low: Tensor, of_high: Tensor) -> Tensor:
     """See the reference."""
     share_threads()
     of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _span_gradient(_rows(x), *(_ends(end, x) for end in (low, high, of_low, of_high)), _rows(of_x))
+    _span_gradient(_rows(x, 1), *(_ends(end, x, 1) for end in (low, high, of_low, of_high)), _rows(of_x, 1))
     return of_x
 
 
-def _rows(x: Tensor) -> np.ndarray:
-    return x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
+def _parts(x: Tensor) -> int:
+    """How many pieces of equal length a row is cut into: the fewest that are no longer than LONG; one where there are no such."""
+    n, fewest = x.shape[-1], -(-x.shape[-1] // LONG)
+    return next((parts for parts in range(fewest, 8 * fewest) if n % parts == 0), 1) if n > LONG else 1
 
 
-def _ends(numbers: Tensor, x: Tensor) -> np.ndarray:
-    """One number for every row of x."""
-    return numbers.detach().expand(*x.shape[:-1], 1).reshape(-1).contiguous().numpy()
+def _rows(x: Tensor, parts: int) -> np.ndarray:
+    return x.detach().reshape(x.shape[:-1].numel() * parts, x.shape[-1] // parts).contiguous().numpy()
+
+
+def _ends(numbers: Tensor, x: Tensor, parts: int) -> np.ndarray:
+    """One number for every piece of a row of x."""
+    return numbers.detach().expand(*x.shape[:-1], parts).reshape(-1).contiguous().numpy()

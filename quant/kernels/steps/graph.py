@@ -46,7 +46,12 @@ class Graph:
         ends, what the step writes to is one step further."""
         if self.instead:
             return self.replay(given)
-        before, device = [tensor.clone() for tensor in self.state], self.given.device
+        device = self.given.device
+        try:
+            before = [tensor.clone() for tensor in self.state]
+        except RuntimeError as error:  # no memory for a second cache
+            self.instead = f"a step is not captured: {_first_line(error)}"
+            return self.replay(given)
         # Captures are not for the default stream; kernels of Triton start on the current device, whatever tensors they are given.
         here, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         beside.wait_stream(here)
@@ -79,13 +84,17 @@ class Graph:
                 self.result = self.replay(self.given)
         except RuntimeError as error:  # of CUDA: something waits for the device, or its memory is full
             first = error.__context__ or error  # where an operation fails, so does the end of the capture
-            self.result, self.instead = None, f"a step is not captured: {(str(first).splitlines() or [''])[0]}"
+            self.result, self.instead = None, f"a step is not captured: {_first_line(first)}"
             return
         self.graph = graph
 
     def _put_back(self, before: list[Tensor]) -> None:
         for tensor, kept in zip(self.state, before, strict=True):
             tensor.copy_(kept)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _written(call: Call) -> list[Tensor]:

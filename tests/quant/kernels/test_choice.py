@@ -238,7 +238,35 @@ def test_constants_can_be_asked_for(measured, monkeypatch):
         assert up_to(FieldTiles(), 4) == FieldTiles().usual(4) and up_to(FieldTiles(), 8) == FieldTiles().usual(8)
     finally:
         torch.use_deterministic_algorithms(False)
+    with monkeypatch.context() as patch:  # processes of one job, perhaps on several machines, take one way
+        patch.setattr(choice.ranks, "size", lambda: 2)
+        assert up_to(FieldTiles(), 4) == FieldTiles().usual(4) and up_to(FieldTiles(), 2) == FieldTiles().usual(2)
     assert up_to(FieldTiles(), 4) == 64 and len(measured) == 1
+
+
+def test_nobody_waits_for_a_lock_while_loops_compile(measured, monkeypatch):
+    held, ways = [], []
+    layout, lock = FieldTiles(), choice.hold_lock
+
+    @contextmanager
+    def watched(*given, **options):
+        with lock(*given, **options):
+            held.append(True)
+            yield
+            held.pop()
+
+    monkeypatch.setattr(choice, "hold_lock", watched)
+    for way in ("multiplied", "expanded"):
+        own = getattr(layout, way)
+        monkeypatch.setattr(layout, way, lambda x, w, way=way, own=own: (ways.append((way, bool(held))), own(x, w))[1])
+    assert up_to(layout, 4) == 64 and ways == [("multiplied", False), ("expanded", False)]
+
+
+def test_the_weight_that_is_measured_stays_small():
+    """Whatever the number of threads."""
+    assert choice.TILES * choice.MOST_SHARES * choice.TILE * choice.COLUMNS < 1 << 26
+    codes = choice._weight(FieldTiles(), 3, choice.TILE).codes()
+    assert codes.shape == (choice.TILE, choice.COLUMNS) and codes.unique().tolist() == list(range(8))
 
 
 def test_a_real_measurement_says_a_candidate_and_moves_nothing():

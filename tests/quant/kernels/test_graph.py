@@ -131,3 +131,18 @@ def test_only_what_is_on_cuda_is_a_graph() -> None:
         on_cuda, on_cpu = torch.empty(1, device="cuda"), torch.empty(1)
     assert Graph.of(Recording([], on_cuda, on_cuda)) is not None
     assert Graph.of(Recording([], on_cpu, on_cpu)) is None
+
+
+def test_without_memory_for_a_second_state_operations_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def clone(self) -> Tensor:
+            raise RuntimeError("CUDA out of memory\nand more")
+
+    stand, own, given = Stand(monkeypatch), Memory(), inputs(5)
+    recording = recorded(own, given[0].clone())
+    graph = Graph.of(recording)
+    assert graph is not None
+    graph.state = [Full()]  # type: ignore[list-item]
+    answers = [recording.result.clone(), graph.checked(given[1]), *(graph(x) for x in given[2:])]
+    check(own, given, answers)
+    assert graph.instead == "a step is not captured: CUDA out of memory" and stand.happened == []

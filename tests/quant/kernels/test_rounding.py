@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ def awkward() -> dict[str, Tensor]:
         "holes": base[1:5:2, :, ::3],
         "one number": base[:, :, :1],
         "one row": base.reshape(1, -1),
+        "long": 3 * random(2, 3 * 4096 + 12, seed=6),
+        "long, of a prime number": 3 * random(1, 8209, seed=7),
+        "no rows": base[:0],
         "equal": torch.full((4, 9), 1.5),
         "zeros": torch.zeros(3, 17),
         "halves": torch.arange(-20, 20).view(2, 20) / 4,
@@ -122,6 +126,7 @@ def test_what_is_no_number_stays_so(strange):
         torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread alone")
 def test_any_number_of_threads_gives_the_same_bits():
     x, upstream = random(301, 77), random(301, 77, seed=3)
     scale, zero = grid_of(x)
@@ -133,3 +138,11 @@ def test_any_number_of_threads_gives_the_same_bits():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+
+
+def test_sums_of_a_long_row_are_exact():
+    """A range of the whole calibration data has one row of millions of entries."""
+    x, upstream = torch.full((1, 1 << 21), 9.0), torch.full((1, 1 << 21), 0.1)
+    scale, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    _, own = cpu.quantize_gradient(x, scale, zero, 7, upstream)  # all clamped: the sum of 7 times the gradient
+    torch.testing.assert_close(own.double(), (upstream.double() * 7).sum(-1, keepdim=True), rtol=1e-6, atol=0)

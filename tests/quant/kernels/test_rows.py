@@ -101,3 +101,14 @@ def test_an_embedding_of_packed_rows_does_what_its_class_does():
     ids = torch.tensor([[44, 0, 0, 7], [1, 44, 2, 7]])
     assert torch.equal(packed(ids), plain(ids))
     assert on_meta.padding_idx == 44 and not list(packed.parameters())
+
+
+def test_an_outlier_that_is_no_number_stays_in_its_row():
+    """One row takes as many places behind its own as the fullest has."""
+    places = torch.tensor([0, 32, 33, 34])
+    plain = random_weight(45, 32, QuantSpec(4, 16))
+    given = replace(plain, outliers=Outliers(places, torch.tensor([1.0, float("inf"), 2.0, 3.0]).half()))
+    packed = PackedRows.of(given, CPU)
+    alone, together = packed.rows(torch.tensor([0])), packed.rows(torch.tensor([0, 1]))
+    assert packed.most == 3 and torch.equal(alone[0], together[0]) and bool(alone.isfinite().all())
+    assert torch.equal(packed.rows(torch.tensor([1]))[0], together[1]) and bool(together[1, 0].isinf())
