@@ -91,16 +91,22 @@ def run_table(out: Path, flags: Mapping[str, str], console: Any) -> list[dict[st
         run_group(cells, len(cells), board.moved, board.watch)
     if failed := [cell for cell in cells if cell.status != DONE]:
         raise RunError(*(f"{cell.label}: {cell.message}" for cell in failed))
-    page = write_report([open_run(Path(cell.results["run_dir"])) for cell in cells], out)
+    runs = [replace(open_run(Path(cell.results["run_dir"])), beside=preset_of(cell)) for cell in cells]
+    page = write_report(runs, out)
     console.print(f"report: {page}", soft_wrap=True)
     return [cell.results | {"method": name_of(cell)} for cell in cells]
 
 
 def name_of(cell: Cell) -> str:
     """What the table calls a row: the preset whose flags it has, or its method."""
+    return preset_of(cell) or str(cell.results["method"])
+
+
+def preset_of(cell: Cell) -> str:
+    """The preset whose flags a row has; nothing where there is none."""
     given = {flag.replace("-", "_") for flag in cell.flags}
     presets = [name for name, flags in PRESETS.items() if given.issuperset(flags)]
-    return f"preset {presets[-1]}" if presets else str(cell.results["method"])
+    return f"preset {presets[-1]}" if presets else ""
 
 
 def talk(run_dir: str, prompt: str) -> None:

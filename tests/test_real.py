@@ -63,6 +63,7 @@ def test_the_table_asks_for_one_session(tmp_path):
     methods = ("rtn", "gptq", "quantease", "preset balanced")
     named = [replace(cell, results={"method": cell.request.run.method}) for cell in cells]
     assert [(c.request.run.wbits, real.name_of(c)) for c in named] == [(b, m) for b in (4, 3) for m in methods]
+    assert [real.preset_of(c) for c in named] == 2 * ["", "", "", "preset balanced"]
     assert [c.request.run.target_correction > 0 for c in cells] == 2 * [False, False, False, True]
     assert {c.request.run.group_size for c in cells} == {64}
     assert {c.request.session.model for c in cells} == {str(real.CACHE / real.FILE)}

@@ -28,7 +28,7 @@ from quant.core.text import csv_cell, printable
 from quant.report import plots
 from quant.report.experts import experts_plot
 from quant.report.published import published_figures
-from quant.report.runs import Run, by_line, open_run, score_of
+from quant.report.runs import Run, by_line, open_run, score_of, told_apart
 from quant.run.finished import JournalLine
 from quant.run.linear import LOOK_ABOVE
 
@@ -153,7 +153,7 @@ def page(runs: Sequence[Run], title: str, out: Path) -> tuple[str, dict[str, byt
 def write_report(runs: Sequence[Run], out: Path) -> Path:
     """report.html, report.csv and a PNG for every plot in ``out``. Returns the page's path. Raises InputError where others
     have files of these names there."""
-    models = list(dict.fromkeys(run.model for run in runs))
+    runs, models = told_apart(runs), list(dict.fromkeys(run.model for run in runs))
     title = f"{runs[0].model}: {runs[0].label}" if len(runs) == 1 else f"{len(runs)} runs of {', '.join(models[:6])}"
     html, pictures = page(runs, title, out)
     contents = {f"{_file_name(name)}.png": png for name, png in pictures.items()}
@@ -196,7 +196,7 @@ def _csv(runs: Sequence[Run]) -> str:
         r, answered = run.results, run.results["zero_shot"]
         for name in r["perplexity"] or ["-"]:
             scores, fidelity = r["perplexity"].get(name), r["fidelity"].get(name)
-            row = [run.model, r["method"], r["wbits"], r["abits"] or 16, r["group_size"], run.manifest["seed"],
+            row = [run.model, run.method, r["wbits"], r["abits"] or 16, r["group_size"], run.manifest["seed"],
                    r["bits_per_weight"], r["model_bits_per_weight"], name, scores and scores["fp"], scores and scores["quantized"],
                    fidelity and fidelity["kl_divergence"], r["mean_relative_error"],
                    *(score_of(answered[task]) if task in answered else None for task in tasks),

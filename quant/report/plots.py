@@ -12,7 +12,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 from quant.core.text import brief, printable
-from quant.report.published import method_of
 from quant.report.runs import Run, by_line, mean_of, score_of
 from quant.run.finished import JournalLine
 
@@ -99,7 +98,7 @@ def scores_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
 
 def _looks(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     """Marker and colour of every method, the same in all pictures of a page."""
-    methods = dict.fromkeys(method_of(run.results) for run in runs)
+    methods = dict.fromkeys(run.method for run in runs)
     return {method: (MARKERS[i % 8], COLOURS[i % 8]) for i, method in enumerate(methods)}
 
 
@@ -114,7 +113,7 @@ def _against_bits(
     for run in runs:
         number = value(run)
         if number is not None and math.isfinite(number):
-            of_method = points.setdefault(run.model, {}).setdefault(method_of(run.results), {})
+            of_method = points.setdefault(run.model, {}).setdefault(run.method, {})
             of_method.setdefault(run.label, []).append((run.results["bits_per_weight"], number))
     looks = _looks(runs)
     if sum(len(labels) for own in points.values() for labels in own.values()) < 2:
@@ -174,7 +173,7 @@ def accuracy_plot(runs: Sequence[Run]) -> tuple[str, bytes] | None:
             entries = [(run, run.results["zero_shot"][task]) for run in shown if task in run.results["zero_shot"]]
             full = entries[0][1]["fp"]
             for run, entry in entries:
-                marker, colour = looks[method_of(run.results)]
+                marker, colour = looks[run.method]
                 if (score := score_of(entry)) is not None:
                     error = 1.96 * abs(entry["stderr"] or 0.0)
                     axes.errorbar(score, rows, xerr=error, fmt=marker, color=colour, capsize=3)

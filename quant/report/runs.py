@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from quant.core.errors import InputError
+from quant.core.text import brief
 from quant.report.published import method_of
 from quant.run.directory import RunDirectory
 from quant.run.finished import JournalLine, Manifest, Results, Score, read_journal, read_manifest, read_results
 
+# What a request may ask for besides a method, widths, groups and data; of runs of one method, what differs is named.
+ASKED = ("symmetric", "range", "levels", "grid_kind", "true_sequential", "target_correction", "residual_correction", "saliency",
+         "bias_correction", "column_scales", "rotation", "tuning", "learning", "head_bits", "embedding_bits")  # fmt: skip
 EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")  # the number of an expert in the name of one of its linears
 
 
@@ -30,17 +36,24 @@ def by_line(records: Sequence[JournalLine]) -> dict[tuple[int, str], list[Journa
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run as it lies on disk."""
+    """A finished run as it lies on disk. beside: what sets it apart from others of its method."""
 
     path: Path
     manifest: Manifest
     results: Results
     records: list[JournalLine]
+    beside: str = ""
 
     @property
     def model(self) -> str:
         """Last part of the model's name."""
         return Path(self.manifest["model"]["id"]).name
+
+    @property
+    def method(self) -> str:
+        """The method, and what sets the run apart from others of it."""
+        own = method_of(self.results)
+        return f"{own}, {self.beside}" if self.beside else own
 
     @property
     def label(self) -> str:
@@ -49,13 +62,40 @@ class Run:
         acts = f"A{r['abits']}" if (r["abits"] or 16) < 16 else ""
         group = f" g{r['group_size']}" if r["group_size"] > 0 else ""
         width = f"{r['avg_bits']:g} mixed" if r["avg_bits"] else r["wbits"]
-        return f"{method_of(r)} W{width}{acts}{group}"
+        return f"{self.method} W{width}{acts}{group}"
 
     @property
     def peak_bytes(self) -> int | None:
         """The most memory that was held, on the host or on a device."""
         peak = self.results["peak_bytes"]
         return max((held for held in (peak["host"], peak["device"]) if held is not None), default=None)
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The same runs. Those of one method that were asked for differently say how, where nobody has said it: a picture has one line
+    and a table one name for what is of one name."""
+    if any(run.beside for run in runs):
+        return list(runs)
+    asked = {id(run): _asked(run.manifest["request"]) for run in runs}
+    named = []
+    for run in runs:
+        others = [asked[id(other)] for other in runs if other.method == run.method]
+        own = [word for key, word in asked[id(run)].items() if word and any(other.get(key) != word for other in others)]
+        named.append(replace(run, beside=", ".join(own)))
+    return named
+
+
+def _asked(request: Mapping[str, Any]) -> dict[str, str]:
+    """A request's flags in words; those that are off have none."""
+    options = request.get("options")
+    flags = {key: request.get(key) for key in ASKED} | (options if isinstance(options, dict) else {})
+    words = {}
+    for key, value in flags.items():
+        name = brief(str(key).replace("_", "-"), 30)
+        number = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+        plain = value is True or isinstance(value, dict | list)
+        words[key] = "" if not value else name if plain else f"{name} {brief(str(number), 20)}"
+    return words
 
 
 def open_run(path: Path) -> Run:

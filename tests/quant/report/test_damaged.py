@@ -152,9 +152,9 @@ def test_commands_on_damaged_runs(finished, call, tmp_path):
 
 
 def as_written(read, own):
-    """What was read without the entries that the file has not and that readers get as None."""
+    """What was read without the entries that the file has not and that readers get as None, or as empty."""
     if isinstance(read, dict):
-        kept = {key: value for key, value in read.items() if value is not None or key in own}
+        kept = {key: value for key, value in read.items() if value not in (None, {}) or key in own}
         return {key: as_written(value, own[key]) if key in own else value for key, value in kept.items()}
     if isinstance(read, list):
         return [as_written(value, its) for value, its in zip(read, own, strict=True)]
