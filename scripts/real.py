@@ -91,7 +91,7 @@ def run_table(out: Path, flags: Mapping[str, str], console: Any) -> list[dict[st
         run_group(cells, len(cells), board.moved, board.watch)
     if failed := [cell for cell in cells if cell.status != DONE]:
         raise RunError(*(f"{cell.label}: {cell.message}" for cell in failed))
-    runs = [replace(open_run(Path(cell.results["run_dir"])), beside=preset_of(cell)) for cell in cells]
+    runs = [replace(open_run(Path(cell.results["run_dir"])), named=preset_of(cell)) for cell in cells]
     page = write_report(runs, out)
     console.print(f"report: {page}", soft_wrap=True)
     return [cell.results | {"method": name_of(cell)} for cell in cells]

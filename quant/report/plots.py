@@ -22,6 +22,7 @@ MARKERS = "osD^vPX*"
 STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "tasks", "export")
 BARS, SCORED = 24, 12  # runs that one plot of seconds, and one of scores, can show
 LONGEST, IN_LEGEND = 40, 18  # letters of a name in a plot, and in its legend
+LEGEND_LINE = 88  # letters of names side by side
 
 
 @contextmanager
@@ -120,6 +121,8 @@ def _against_bits(
         return None
     columns = min(3, len(points))
     rows = -(-len(points) // columns)
+    lines: dict[str, Any] = {}  # by method: names that are cut may be the same
+    letters = max(IN_LEGEND, LEGEND_LINE // min(5, len(looks)))
     with new_figure(7.2 if columns < 3 else 9.6, 3.6 * rows + 0.4) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, (model, own) in zip(panels, points.items(), strict=False):
@@ -129,9 +132,8 @@ def _against_bits(
                 )
                 if means:
                     x, y = zip(*means, strict=True)
-                    axes.plot(
-                        x, y, marker=marker, color=colour, label=_name(method, IN_LEGEND), linewidth=1.2, markersize=5
-                    )
+                    (line,) = axes.plot(x, y, marker=marker, color=colour, linewidth=1.2, markersize=5)
+                    lines.setdefault(method, line)
             axes.axhline(full, color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(_name(model) if len(points) > 1 else "")
             axes.set_xlabel("stored bits per weight")
@@ -143,18 +145,9 @@ def _against_bits(
             axes.set_visible(False)
         for axes in panels[::columns]:
             axes.set_ylabel(name)
-        handles = {
-            label: h
-            for axes in panels[: len(points)]
-            for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
+        names = [_name(method, letters) for method in lines]
         figure.legend(
-            handles.values(),
-            handles.keys(),
-            frameon=False,
-            fontsize=9,
-            ncols=min(5, len(handles)),
-            loc="outside upper left",
+            lines.values(), names, frameon=False, fontsize=9, ncols=min(5, len(lines)), loc="outside upper left"
         )
         return draw(figure, about)
 
@@ -206,7 +199,7 @@ def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
         axes.set_yticks(range(len(shown)), [_name(run.label if len({r.model for r in shown}) == 1 else f"{run.model} {run.label}") for run in shown])  # fmt: skip
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
-        axes.legend(frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+        figure.legend(frameon=False, fontsize=9, ncols=7, loc="outside upper left")
         return draw(figure, "Seconds by stage")
 
 

@@ -36,13 +36,13 @@ def by_line(records: Sequence[JournalLine]) -> dict[tuple[int, str], list[Journa
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run as it lies on disk. beside: what sets it apart from others of its method."""
+    """A finished run as it lies on disk. named: what tables call it, if not by its method."""
 
     path: Path
     manifest: Manifest
     results: Results
     records: list[JournalLine]
-    beside: str = ""
+    named: str = ""
 
     @property
     def model(self) -> str:
@@ -51,9 +51,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method, and what sets the run apart from others of it."""
-        own = method_of(self.results)
-        return f"{own}, {self.beside}" if self.beside else own
+        """The method, with what sets the run apart from others of it."""
+        return self.named or method_of(self.results)
 
     @property
     def label(self) -> str:
@@ -74,14 +73,14 @@ class Run:
 def told_apart(runs: Sequence[Run]) -> list[Run]:
     """The same runs. Those of one method that were asked for differently say how, where nobody has said it: a picture has one line
     and a table one name for what is of one name."""
-    if any(run.beside for run in runs):
+    if any(run.named for run in runs):
         return list(runs)
     asked = {id(run): _asked(run.manifest["request"]) for run in runs}
     named = []
     for run in runs:
         others = [asked[id(other)] for other in runs if other.method == run.method]
         own = [word for key, word in asked[id(run)].items() if word and any(other.get(key) != word for other in others)]
-        named.append(replace(run, beside=", ".join(own)))
+        named.append(replace(run, named=", ".join([run.method, *own])))
     return named
 
 

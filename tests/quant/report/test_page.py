@@ -181,15 +181,15 @@ def test_runs_of_one_method_that_were_asked_for_differently_are_told_apart(finis
     assert [run.method for run in told[::2]] == [ours, ours] and told[3].method == "gptq"
     assert sorted(told[1].method.split(", ")) == sorted(theirs.split(", "))
     assert told_apart([plain, again])[0].method == told_apart([plain])[0].method == "quantease"
-    named = [plain, replace(searched, beside="preset balanced")]
+    named = [plain, replace(searched, named="preset balanced")]
     assert [run.label for run in told_apart(named)] == [
         plain.label,
-        plain.label.replace("ease", "ease, preset balanced"),
+        plain.label.replace("quantease", "preset balanced"),
     ]
     html = report.write_report([plain, searched, again, wide], tmp_path).read_text()
     assert [row[1] for row in Page(html).check().tables["runs"][1:]] == [run.label for run in told]
     (picture,) = re.findall(r"<svg.*?</svg>", html.split("Quality against size")[1].split("</section>")[0], re.DOTALL)
-    assert picture.count("quantease, ") >= 2 and picture.count("gptq") >= 1, "a name for each line"
+    assert picture.count("quantease, r") >= 2 and picture.count("gptq") >= 1, "a name for each line"
 
 
 def test_scores_and_memory_are_on_the_page(finished, tmp_path):
