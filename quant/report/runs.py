@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,8 @@ from quant.report.published import method_of
 from quant.run.directory import RunDirectory
 from quant.run.finished import JournalLine, Manifest, Results, Score, read_journal, read_manifest, read_results
 
-# What a request may ask for besides a method, widths, groups and data; of runs of one method, what differs is named.
-ASKED = ("symmetric", "range", "levels", "grid_kind", "true_sequential", "target_correction", "residual_correction", "saliency",
+# What a request may ask for besides a method, widths and groups; of runs of one method, what differs is named.
+ASKED = ("dataset", "nsamples", "seqlen", "symmetric", "range", "levels", "grid_kind", "true_sequential", "target_correction", "residual_correction", "saliency",
          "bias_correction", "column_scales", "rotation", "tuning", "learning", "head_bits", "embedding_bits")  # fmt: skip
 EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")  # the number of an expert in the name of one of its linears
 
@@ -86,15 +85,23 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
 
 def _asked(request: Mapping[str, Any]) -> dict[str, str]:
     """A request's flags in words; those that are off have none."""
-    options = request.get("options")
-    flags = {key: request.get(key) for key in ASKED} | (options if isinstance(options, dict) else {})
+    flags = _flat({key: request.get(key) for key in ASKED}) | _flat(
+        request["options"] if isinstance(request.get("options"), dict) else {}
+    )
     words = {}
     for key, value in flags.items():
-        name = brief(str(key).replace("_", "-"), 30)
-        number = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-        plain = value is True or isinstance(value, dict | list)
-        words[key] = "" if not value else name if plain else f"{name} {brief(str(number), 20)}"
+        name = brief(key.replace("_", "-"), 30)
+        said = f"{value:g}" if isinstance(value, float) else str(value)
+        words[key] = "" if not value else name if value is True else f"{name} {brief(said, 20)}"
     return words
+
+
+def _flat(flags: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Flags inside of flags under the names of both."""
+    flat: dict[str, Any] = {}
+    for key, value in flags.items():
+        flat |= _flat(value, f"{before}{key} ") if isinstance(value, dict) else {f"{before}{key}": value}
+    return flat
 
 
 def open_run(path: Path) -> Run:
