@@ -34,7 +34,8 @@ from model_quantizer import request_from
 from models.load import LazyModel
 from quant.blocks.stream import BlockStream
 from quant.core import env
-from quant.core.gram import GramStats, InputSample
+from quant.core.gram import GramStats
+from quant.core.sample import InputSample
 from quant.evaluate import perplexity
 from quant.run import loop, quantize, run, scoring, solving
 from quant.run.directory import RunDirectory
@@ -205,10 +206,10 @@ def of_solver(name: str, options: Mapping[str, Any], answer: Any, weight: Tensor
 
 
 def of_errors(answer: Any, problem: Any, *args: Any, **kwargs: Any) -> Done:
-    """Outputs of the weight, of the answer's error and of that of rounding to nearest: in the metric of calibration, and at
-    the inputs that were kept."""
+    """Outputs of the weight, of the answer's error and of that of rounding to nearest: in the metric of calibration, of whose
+    symmetric matrix half is needed, and at the inputs that were kept."""
     n_out, n_in = problem.weight.shape
-    done = [(Work("product", (n_out, n_in, n_in)), 3.0)]
+    done = [(Work("product", (n_out, n_in, n_in)), 1.5)]
     if problem.inputs.heldout is not None:
         done.append((Work("linear", (len(problem.inputs.heldout.inputs), n_out, n_in)), 3.0))
     return done

@@ -164,8 +164,8 @@ def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monk
     import quant.run.solving as recipe
 
     seen = []
-    measure = lambda *a: seen.append(torch.get_float32_matmul_precision()) or [0.1, 0.1]  # noqa: E731
-    monkeypatch.setattr(recipe, "relative_errors", measure)
+    measure = lambda *a: lambda value: seen.append(torch.get_float32_matmul_precision()) or 0.1  # noqa: E731
+    monkeypatch.setattr(recipe, "relative_to", measure)
     config = replace(config_for(model_dir("llama"), text, tmp_path, solver_precision="high"), eval_datasets=())
     inside = []
     session = open_session(config)

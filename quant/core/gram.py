@@ -198,27 +198,3 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         total.addmm_(left.T, right)
-
-
-class InputSample:
-    """Every n-th input of one layer, kept as it is: what errors are measured on besides, at less cost than another Gram
-    matrix."""
-
-    def __init__(self, every: int = 1) -> None:
-        self.every, self._parts, self._full = every, list[Tensor](), list[Tensor]()
-
-    def update(self, x: Tensor, full: Tensor | None = None) -> None:
-        """Add inputs x [..., in] of any floating dtype. full: those of the original model at the same tokens."""
-        for parts, tensor in ((self._parts, x), (self._full, full)):
-            if tensor is not None:
-                parts.append(tensor.reshape(-1, tensor.shape[-1])[:: self.every].float())
-
-    @property
-    def inputs(self) -> Tensor:
-        """What was kept, float32 [tokens, in]."""
-        return torch.cat(self._parts)
-
-    @property
-    def full(self) -> Tensor | None:
-        """What was kept of the original model's inputs, float32 [tokens, in]; None where they were not given."""
-        return torch.cat(self._full) if self._full else None

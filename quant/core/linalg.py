@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,6 +16,10 @@ DAMPING_STEP = 10.0
 MAX_DAMPING = 1.0
 STRIP = 1 << 22  # entries of an error matrix that are multiplied at a time, but at least ROWS rows
 ROWS = 512
+PARTS, NARROWEST = 8, 128  # blocks of columns of a Gram matrix, and columns that a block has at least
+
+
+Energy = Callable[[Tensor], float]  # ‖E X‖² of a matrix E [out, in]
 
 
 class SingularGramError(RunError):
@@ -78,14 +82,23 @@ def products_in(precision: str) -> Iterator[None]:
 
 
 def objective(error: Tensor, gram: Tensor) -> float:
-    """tr(E Σ Eᵀ) = ‖E X‖² for error [out, in]; products in the tensors' dtype, in full precision whatever a solver's own
-    products have, the sum in float64.
+    """tr(E Σ Eᵀ) = ‖E X‖² for error [out, in] and a symmetric gram [in, in], of which the upper triangle is read; products in
+    the tensors' dtype, in full precision whatever a solver's own products have, the sum in float64.
 
-    By strips of rows: the products and their float64 copies would be the largest tensors of a whole run.
+    By strips of rows: the products and their float64 copies would be the largest tensors of a whole run. By blocks of
+    columns: E_a Σ_ab E_bᵀ and E_b Σ_ba E_aᵀ have one trace, so that half of the blocks are multiplied.
     """
-    strips = error.split(max(ROWS, STRIP // error.shape[1]))
+    n_in = error.shape[1]
+    width = max(NARROWEST, -(-n_in // PARTS))
+    sums = []
     with products_in("highest"):
-        total = float(torch.stack([(rows @ gram).double().mul_(rows).sum() for rows in strips]).sum())
+        for rows in error.split(max(ROWS, STRIP // n_in)):
+            for start in range(0, n_in, width):
+                block = slice(start, start + width)
+                product = rows[:, block] @ gram[block, block]
+                product.addmm_(rows[:, :start], gram[:start, block], alpha=2)
+                sums.append(product.double().mul_(rows[:, block]).sum())
+    total = float(torch.stack(sums).sum())
     return max(total, 0.0)  # in this order, in which a total that is not a number stays one
 
 
@@ -97,39 +110,24 @@ def output_energy(error: Tensor, inputs: Tensor) -> float:
 
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     """‖(W-Ŵ)X‖² / ‖WX‖²; 0 where both vanish, inf where only the output does. For weights of any magnitude."""
-    return relative_errors(weight, [approximation], partial(objective, gram=gram))[0]
+    return relative_to(weight, partial(objective, gram=gram))(approximation)
 
 
-def relative_errors(weight: Tensor, approximations: Iterable[Tensor], energy: Callable[[Tensor], float]) -> list[float]:
-    """`relative_error` of each. energy: ‖E X‖² of a matrix E [out, in]; of the weight itself it is computed once."""
+def relative_to(weight: Tensor, energy: Energy) -> Callable[[Tensor], float]:
+    """What gives the `relative_error` of an approximation; what it is relative to is computed once, here."""
     factor = 2.0 ** -exponent_outside(weight)
-    weight = weight if factor == 1 else weight * factor
-    norm, errors = energy(weight), []
-    for approximation in approximations:
-        error = energy(weight - (approximation if factor == 1 else approximation * factor))
-        errors.append(error / norm if norm > 0 else (0.0 if error == 0 else float("inf")))
-    return errors
+    scaled = weight if factor == 1 else weight * factor
+    norm = energy(scaled)
+
+    def error(approximation: Tensor) -> float:
+        return share(energy(scaled - (approximation if factor == 1 else approximation * factor)), norm)
+
+    return error
 
 
-def output_errors(
-    weight: Tensor,
-    approximations: Iterable[Tensor],
-    inputs: Tensor,
-    full: Tensor | None = None,
-    measured: Callable[[Callable[[Tensor], float]], Callable[[Tensor], float]] = lambda energy: energy,
-) -> list[float]:
-    """‖WX - ŴX̂‖² / ‖WX‖² of each Ŵ at inputs X̂ [tokens, in]. full: X, where it is not the same; 0 where both vanish.
-    measured: how ‖E X‖² of a matrix E is found by what measures it of any rows."""
-    if full is None:
-        return relative_errors(weight, approximations, measured(partial(output_energy, inputs=inputs)))
-    factor = 2.0 ** -exponent_outside(weight)
-    both = torch.cat([full, inputs], 1)  # WX - ŴX̂ = [W, -Ŵ] of X above X̂
-    norm, errors = measured(partial(output_energy, inputs=full))(weight * factor), []
-    energy = measured(partial(output_energy, inputs=both))
-    for approximation in approximations:
-        error = energy(torch.cat([weight, -approximation], 1) * factor)
-        errors.append(error / norm if norm > 0 else (0.0 if error == 0 else float("inf")))
-    return errors
+def share(part: float, whole: float) -> float:
+    """part / whole; 0 where both vanish, inf where only the whole does."""
+    return part / whole if whole > 0 else (0.0 if part == 0 else float("inf"))
 
 
 def largest_eigenvalue(gram: Tensor, steps: int = 60) -> float:

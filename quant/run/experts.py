@@ -31,7 +31,8 @@ from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
 from quant.core import ranks
 from quant.core.errors import InputError
-from quant.core.gram import CHUNK, GramStats, InputSample, shrunk
+from quant.core.gram import CHUNK, GramStats, shrunk
+from quant.core.sample import InputSample
 from quant.run.config import RunConfig
 from quant.run.statistics import HELDOUT_TOKENS, InputStats, Original
 

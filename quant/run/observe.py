@@ -13,7 +13,8 @@ from quant.blocks.reading import BlockReader
 from quant.blocks.saliency import TokenWeights
 from quant.blocks.stream import BlockStream
 from quant.blocks.weights import BlockWeights
-from quant.core.gram import GramStats, InputSample
+from quant.core.gram import GramStats
+from quant.core.sample import InputSample
 from quant.run.experts import Calls, ExpertStats, is_experts
 from quant.run.statistics import HELDOUT_TOKENS, InputStats, Original
 

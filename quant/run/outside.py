@@ -25,10 +25,11 @@ from quant.blocks.weights import BlockWeights
 from quant.core.env import peak_bytes
 from quant.core.errors import RunError
 from quant.core.finite import all_finite
-from quant.core.gram import GramStats, InputSample
-from quant.core.linalg import objective, output_energy
+from quant.core.gram import GramStats
+from quant.core.linalg import objective
 from quant.core.names import UNPACKED
 from quant.core.parts import row_parts, stacked
+from quant.core.sample import InputSample
 from quant.core.types import QuantizedWeight
 from quant.export.formats import OutsideMatrix
 from quant.kernels.matmul.pack import pack_weight
@@ -184,10 +185,7 @@ def _solve(
 def _energies(weight: Tensor, stats: InputStats) -> tuple[float, float]:
     """‖WX‖² of a part over the tokens that are solved with, and over those that are held out: what errors are relative to."""
     sample = stats.heldout
-    if sample is None:
-        return objective(weight, stats.calibration.gram), 0.0
-    inputs = sample.inputs if sample.full is None else sample.full
-    return objective(weight, stats.calibration.gram), output_energy(weight, inputs)
+    return objective(weight, stats.calibration.gram), 0.0 if sample is None else sample.norm(weight)
 
 
 def _of_parts(

@@ -18,7 +18,7 @@ from quant.core import ranks
 from quant.core.errors import InputError, RunError
 from quant.core.gram import GramStats
 from quant.core.grid import in_float16
-from quant.core.linalg import SingularGramError, objective, output_errors, products_in, relative_errors
+from quant.core.linalg import SingularGramError, objective, products_in, relative_to
 from quant.core.names import SUPER_COLUMNS
 from quant.core.parts import row_parts, rows_of, stacked, stacked_grids
 from quant.core.stacks import StackedStats
@@ -168,12 +168,12 @@ def target_of(weight: Tensor, calibration: GramStats, recipe: Recipe) -> tuple[T
 
 def store_in_float16(answer: QuantizedWeight, weight: Tensor, energy: Callable[[Tensor], float]) -> QuantizedWeight:
     """The answer as checkpoints can hold it (see `in_float16`); what that costs the layer is in its ``info``. energy: as of
-    `relative_errors`."""
+    `relative_to`."""
     stored = in_float16(answer, weight)
     if stored is answer:
         return answer
-    values = (one.dequantize() for one in (answer, stored))
-    before, after = relative_errors(weight, values, energy)
+    error = relative_to(weight, energy)
+    before, after = (error(one.dequantize()) for one in (answer, stored))
     count = int((stored.grid.scale != answer.grid.scale).sum())
     return replace(stored, info={**answer.info, "rounded_scales": count, "rounded_scales_cost": after - before}).check()
 
@@ -248,13 +248,11 @@ def told(
     quantized = store_in_float16(quantized, target, energy)
     _tell_of_damping(problem.where, quantized, recipe)
 
-    def answers() -> Iterator[Tensor]:  # one matrix at a time
-        return (answer.dequantize() for answer in (quantized, rtn(weight, calibration, spec, grid=nearest)))
-
-    solved = relative_errors(target, answers(), energy)
     sample = stats.heldout
-    heldout = None if sample is None else output_errors(weight, answers(), sample.inputs, sample.full, in_rows)
-    judged = heldout or solved
+    measures = [relative_to(target, energy), *([] if sample is None else [sample.errors_of(weight, in_rows)])]
+    values = (answer.dequantize() for answer in (quantized, rtn(weight, calibration, spec, grid=nearest)))
+    solved, *heldout = zip(*([error(one) for error in measures] for one in values), strict=True)
+    judged = heldout[0] if heldout else solved
     takes_nothing = recipe.solver is rtn and recipe.correction is None
     rank = weight.shape[1] if takes_nothing else calibration.rank
     bits, is_short = quantized.bits_per_weight(), rank < weight.shape[1] or stats.routed == 0
@@ -267,8 +265,8 @@ def told(
         bits=spec.bits,
         relative_error=solved[0],
         relative_error_rtn=solved[1],
-        relative_error_heldout=None if heldout is None else heldout[0],
-        relative_error_rtn_heldout=None if heldout is None else heldout[1],
+        relative_error_heldout=judged[0] if heldout else None,
+        relative_error_rtn_heldout=judged[1] if heldout else None,
         bits_per_weight=bits,
         storage_bits=quantized.storage_bits(),
         scale_bits=quantized.grid.scale_bits,
