@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.load import LazyModel, Weights
+from quant.blocks.causal import CausalTiles
 from quant.blocks.fake_quant import ActSpec
 from quant.blocks.instrument import instrument
 from quant.blocks.kept import KeptOutputs
@@ -283,6 +284,7 @@ class BlockStream:
         current, finite = 0, list[Tensor]()
         with ExitStack() as stack:
             stack.enter_context(self.clock.spent("forward"))
+            stack.enter_context(CausalTiles())
             own = stack.enter_context(instrument(block, weights, act))
             if self.kept is not None:
                 places = [linear.name for linear in observed]
