@@ -80,16 +80,18 @@ def gptq(
     fits_groups = fits_on_the_way(spec, static_groups) and grid is None
     if grid is None:
         grid = fit_grid(weight, spec, stats.importance, order if act_order and not static_groups else None)
-    visited = replace(grid, g_idx=grid.g_idx[order])
+    visited = replace(grid, g_idx=grid.g_idx[order]) if ordered else grid
+    importance = stats.importance[..., order] if ordered else stats.importance
     target = weight[:, order] if ordered else weight
     minimum = None if grid.minimum is None else grid.minimum.clone()
-    fit = group_fit(spec, stats.importance[..., order], visited.g_idx, minimum) if fits_groups else None
+    fit = group_fit(spec, importance, visited.g_idx, minimum) if fits_groups else None
     layer = feedback_rounding(target, upper, visited, spec, fit, block_size)
     if minimum is not None:
         fitted = Grid.real(layer.scale, minimum, grid.g_idx, grid.qmax)
     else:
         fitted = replace(grid, scale=layer.scale, zero=layer.zero.to(torch.int32), bilevel=None)
-    return QuantizedWeight(layer.codes[:, torch.argsort(order)].contiguous(), fitted, spec, {"percdamp": used_damp})
+    codes = layer.codes[:, torch.argsort(order)].contiguous() if ordered else layer.codes
+    return QuantizedWeight(codes, fitted, spec, {"percdamp": used_damp})
 
 
 def fits_on_the_way(spec: QuantSpec, static_groups: bool) -> bool:
@@ -190,8 +192,8 @@ def compensate(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:
     ``work`` holds the weights plus the feedback of earlier columns alone; a column also takes up what the columns
     between change, and does so here as if they were not rounded: weight + (work - weight) · feedback⁻¹.
     """
-    pushed = work - weight
-    if feedback.dim() == 3:
-        pushed = pushed.unflatten(0, (len(feedback), -1))
-    pushed = torch.linalg.solve_triangular(feedback, pushed, upper=True, left=False, unitriangular=True)
-    return weight + pushed.reshape(weight.shape)
+    unit = torch.eye(feedback.shape[-1], device=feedback.device).expand_as(feedback)
+    inverse = torch.linalg.solve_triangular(feedback, unit, upper=True, unitriangular=True)  # small; its product is fast
+    best = weight.clone(memory_format=torch.contiguous_format)
+    add_times_(best, work - weight, inverse)
+    return best

@@ -19,6 +19,7 @@ from quant.kernels.columns.reference import ColumnBlock
 from quant.kernels.threads import share_threads
 
 TILE = 64
+TOGETHER = 4  # columns whose steps reach the later ones in one pass over these
 SPARSE_BELOW = 0.1  # share of changed entries below which they are propagated one by one
 NO_CODES, NO_FLAGS, NO_LIMITS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_), np.empty(0, np.float32)
 
@@ -26,25 +27,68 @@ NO_CODES, NO_FLAGS, NO_LIMITS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.
 _CD = "i8(f4[:,:],f4[:,:],f4[:,:],f4[:,:,::1],f4[:,::1],f4[:,:],f4[:,:],i8[::1],f4,f4[::1],f4[::1],u1[:,:],b1[:,:],f4[:,::1])"
 _GPTQ = "void(f4[:,:],f4[:,:],f4[:,:,::1],f4[:,:],f4[:,:],i8[::1],f4,f4[::1],f4[::1],u1[:,:],f4[:,:],f4[::1])"
 _PROPAGATE = "void(f4[:,::1],f4[:,::1],f4[:,:,::1])"
-_OPTIONS: dict[str, Any] = {"parallel": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+_INLINE: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+_OPTIONS: dict[str, Any] = {**_INLINE, "parallel": True}
 
 
-@njit(inline="always", **{k: v for k, v in _OPTIONS.items() if k != "parallel"})
-def _nearest(u, scale, zero, qmax, levels, middles):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Code and value of u: of whole steps from the zero, or the level next to u / scale."""
+@njit(inline="always", **_INLINE)
+def _tile(matrix, first, n):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """n rows of a matrix from the first, columns first, with zeros up to a whole tile."""
+    tile = np.zeros((matrix.shape[1], TILE), matrix.dtype)
+    for o in range(n):
+        for j in range(matrix.shape[1]):
+            tile[j, o] = matrix[first + o, j]
+    return tile
+
+
+@njit(inline="always", **_INLINE)
+def _put(matrix, tile, first, n):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The rows of a tile back into their matrix."""
+    for o in range(n):
+        for j in range(matrix.shape[1]):
+            matrix[first + o, j] = tile[j, o]
+
+
+@njit(inline="always", **_INLINE)
+def _round(u, scale, zero, qmax, levels, middles, codes, values, n):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Codes and values of n numbers u: of whole steps from the zero, or the level next to u / scale."""
     if levels.size:
-        ratio, low, high = u / scale, 0, middles.size
-        while low < high:
-            middle = (low + high) >> 1
-            if middles[middle] < ratio:
-                low = middle + 1
-            else:
-                high = middle
-        return np.float32(low), levels[low] * scale
-    whole = np.rint(zero)
-    code = np.rint(u / scale + (zero - whole)) + whole
-    code = min(max(code, np.float32(0)), qmax)
-    return code, (code - zero) * scale
+        for o in range(n):
+            ratio, low, high = u[o] / scale[o], 0, middles.size
+            while low < high:
+                middle = (low + high) >> 1
+                if middles[middle] < ratio:
+                    low = middle + 1
+                else:
+                    high = middle
+            codes[o], values[o] = np.uint8(low), levels[low] * scale[o]
+        return
+    for o in range(n):
+        whole = np.rint(zero[o])
+        code = np.rint(u[o] / scale[o] + (zero[o] - whole)) + whole
+        code = min(max(code, np.float32(0)), qmax)
+        codes[o], values[o] = np.uint8(code), (code - zero[o]) * scale[o]
+
+
+@njit(inline="always", **_INLINE)
+def _add_steps(to, steps, factors, first, last, n_columns):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """to[k] += factors[j, k] steps[j] for the columns j in [first, last), in this order, and every later k."""
+    j = first
+    while j < last:
+        if last - j >= TOGETHER:
+            for k in range(last, n_columns):
+                f0, f1, f2, f3 = factors[j, k], factors[j + 1, k], factors[j + 2, k], factors[j + 3, k]
+                for o in range(TILE):
+                    to[k, o] = (
+                        to[k, o] + f0 * steps[j, o] + f1 * steps[j + 1, o] + f2 * steps[j + 2, o] + f3 * steps[j + 3, o]
+                    )
+            j += TOGETHER
+        else:
+            for k in range(last, n_columns):
+                factor = factors[j, k]
+                for o in range(TILE):
+                    to[k, o] += factor * steps[j, o]
+            j += 1
 
 
 @njit(_CD, **_OPTIONS)
@@ -58,31 +102,39 @@ def _coordinate_descent(  # type: ignore[no-untyped-def]
         layer = tile // tiles
         first = layer * n_rows + (tile - layer * tiles) * TILE
         n = min(TILE, (layer + 1) * n_rows - first)
-        c, step = np.empty((n_columns, TILE), np.float32), np.zeros(TILE, np.float32)
-        for o in range(n):
-            for j in range(n_columns):
-                c[j, o] = correlation[first + o, j]
-        for j in range(n_columns):
-            g, inv, moved = group[j], inverse[layer, j], 0
-            for o in range(n):
-                row = first + o
-                u = weight[row, j] - residual[row, j] + c[j, o] * inv
+        c, w, r = _tile(correlation, first, n), _tile(weight, first, n), _tile(residual, first, n)
+        step, q = np.zeros((n_columns, TILE), np.float32), np.zeros((n_columns, TILE), np.uint8)
+        u, value, s, z = np.zeros((4, TILE), np.float32)
+        g = -1
+        for start in range(0, n_columns, TOGETHER):
+            end = min(start + TOGETHER, n_columns)
+            moved = 0
+            for j in range(start, end):
+                inv = inverse[layer, j]
+                for o in range(n):
+                    u[o] = w[j, o] - r[j, o] + c[j, o] * inv
                 if codes.size:
-                    code, value = _nearest(u, scale[row, g], zero[row, g], qmax, levels, middles)
-                    codes[row, j] = np.uint8(code)
-                    if not (free.size and free[row, j]):
-                        u = value
-                new = weight[row, j] - u
-                step[o] = new - residual[row, j]
-                moved += step[o] != 0
-                residual[row, j] = new
-                change[row, j] = step[o]
+                    if group[j] != g:
+                        g = group[j]
+                        for o in range(n):
+                            s[o], z[o] = scale[first + o, g], zero[first + o, g]
+                    _round(u, s, z, qmax, levels, middles, q[j], value, n)
+                    for o in range(n):
+                        u[o] = u[o] if free.size and free[first + o, j] else value[o]
+                for o in range(n):
+                    new = w[j, o] - u[o]
+                    step[j, o] = new - r[j, o]
+                    moved += step[j, o] != 0
+                    r[j, o] = new
+                if moved:
+                    _add_steps(c, step, gram[layer], j, j + 1, end)
             changed[tile] += moved
             if moved:
-                for k in range(j + 1, n_columns):
-                    factor = gram[layer, j, k]
-                    for o in range(TILE):
-                        c[k, o] += factor * step[o]
+                _add_steps(c, step, gram[layer], start, end, n_columns)
+        _put(residual, r, first, n)
+        _put(change, step, first, n)
+        if codes.size:
+            _put(codes, q, first, n)
     return changed.sum()
 
 
@@ -96,26 +148,29 @@ def _gptq(  # type: ignore[no-untyped-def]
         layer = tile // tiles
         first = layer * n_rows + (tile - layer * tiles) * TILE
         n = min(TILE, (layer + 1) * n_rows - first)
-        w, step = np.zeros((n_columns, TILE), np.float32), np.zeros(TILE, np.float32)
-        for o in range(n):
-            for j in range(n_columns):
-                w[j, o] = weight[first + o, j]
-        for j in range(n_columns):
-            g = group[j]
-            for o in range(n):
-                row, kept = first + o, w[j, o]
-                code, value = _nearest(kept, scale[row, g], zero[row, g], qmax, levels, middles)
-                off = kept - value
-                if not (outlier_above.size and off * off > outlier_above[j]):
-                    kept = value
-                codes[row, j] = np.uint8(code)
-                weight[row, j] = w[j, o]
-                step[o] = target[row, j] - kept
-                errors[row, j] = step[o]
-            for k in range(j + 1, n_columns):
-                factor = feedback[layer, j, k]
-                for o in range(TILE):
-                    w[k, o] += factor * step[o]
+        w, step = _tile(weight, first, n), _tile(target, first, n)
+        q = np.zeros((n_columns, TILE), np.uint8)
+        value, s, z = np.zeros((3, TILE), np.float32)
+        g = -1
+        for start in range(0, n_columns, TOGETHER):
+            end = min(start + TOGETHER, n_columns)
+            for j in range(start, end):
+                if group[j] != g:
+                    g = group[j]
+                    for o in range(n):
+                        s[o], z[o] = scale[first + o, g], zero[first + o, g]
+                _round(w[j], s, z, qmax, levels, middles, q[j], value, n)
+                if outlier_above.size:
+                    for o in range(n):
+                        off = w[j, o] - value[o]
+                        value[o] = w[j, o] if off * off > outlier_above[j] else value[o]
+                for o in range(n):
+                    step[j, o] -= value[o]
+                _add_steps(w, step, feedback[layer], j, j + 1, end)
+            _add_steps(w, step, feedback[layer], start, end, n_columns)
+        _put(weight, w, first, n)
+        _put(errors, step, first, n)
+        _put(codes, q, first, n)
 
 
 @njit(_PROPAGATE, **_OPTIONS)
