@@ -86,7 +86,7 @@ def quantize(directory: Path, method: str, args: argparse.Namespace, whole: int)
         weights = BlockWeights.read(model, index, device)
         times["read"] += time.perf_counter() - clock
         block = quantize_block(stream, index, weights, recipe)
-        times["solve"] += block.seconds
+        times["solve"] += block.seconds["solve"]
         if index + 1 < whole:  # also behind the last block that is done here: the whole model goes on
             stream.run(index, block.weights, advance=True)
     synchronize(device)

@@ -35,7 +35,13 @@ from quant.run.shapes import shapes_of
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "models" / "demo" / "llama"
-STAGES = {"calibrate": ("forward", "gram"), "solve": ("solve",), "tune": ("tune", "learn"), "evaluate": ("evaluate",)}
+STAGES = {
+    "calibrate": ("forward", "gram"),
+    "solve": ("solve",),
+    "measure": ("measure",),
+    "tune": ("tune", "learn"),
+    "evaluate": ("evaluate",),
+}
 
 
 def main() -> None:

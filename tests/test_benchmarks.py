@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import clock, end_to_end, floors, loaders, measuring, runtimes, solver_shapes, tables, training
+from benchmarks import clock, end_to_end, floors, loaders, measuring, runtimes, sharing, solver_shapes, tables, training
 from benchmarks.loaders import Case
 from benchmarks.solvers import column_loop, measure, problem
 from quant.blocks.fake_quant import ActSpec
@@ -67,6 +67,22 @@ def test_solvers_at_shapes_are_held_against_the_products_that_they_declare(monke
     rate = 2 * 8**3 / 0.01  # flop/s, of a product that took as long as everything does here
     for row, flops in zip(rows, 2 * [256**3 / 3 + 32 * 256**2, 2 * 2 * 32 * 256**2], strict=True):
         assert row["products, s"] == f"{flops / rate:.1f}" and row["times"] == f"{0.01 / (flops / rate):.2f}"
+
+
+def test_more_processes_take_less_and_send_more():
+    by_model = {}
+    for row in sharing.rows():
+        by_model.setdefault(row["model"], []).append(row)
+    assert len(by_model) == 3
+    for one, eight, many in by_model.values():
+        work = [float(row["s a block: work"]) for row in (one, eight, many)]
+        assert work[0] > work[1] > work[2] > 0
+        assert (
+            float(one["GB sent a block: sums"])
+            == 0
+            < float(eight["GB sent a block: sums"])
+            < float(many["GB sent a block: sums"])
+        )
 
 
 def test_products_of_a_step_are_counted():

@@ -267,6 +267,7 @@ def test_dry_run_needs_a_configuration_only(name, command, tmp_path, monkeypatch
 def test_dry_run_sizes_are_right(tmp_path):
     """LLaMA-2-7B: one block has 202 million parameters; 32 blocks of codes at 3 bits are 2.43 GB."""
     from models.load import load_config
+    from quant.run.calibration import HELDOUT
     from quant.run.plan import estimate
     from quant.run.rates import Rates, SolverCost
     from quant.run.request import Request
@@ -293,13 +294,18 @@ def test_dry_run_sizes_are_right(tmp_path):
         "calib_batch": 1,
     }
     limited = estimate(Request.of("x", **evaluated), shapes, 2, Rates(1e12, 1e12), SolverCost(square=1e-9))
-    attention = 32 * 4 * 2048 * 4096
+    seen = (2048 + 128) / 2  # keys that a token sees, by tiles of queries
+    attention = 32 * 4 * seen * 4096
     expected = 5 * 2048 * 2 * (2 * (shapes.outside + 32 * shapes.block) + attention) / 1e12
     assert limited["seconds: evaluate"] == pytest.approx(expected)
     assert limited["device bytes: peak"] >= 2 * shapes.outside + 5 * 4 * 2048 * 32000  # a window's logits, five times
     rows = {4096: 4 * 4096 + 2 * 11008, 11008: 4096}
-    assert plan["seconds: forward"] == pytest.approx(32 * 128 * 2048 * 2 * (2 * shapes.block + 4 * 2048 * 4096) / 1e12)
+    assert plan["seconds: forward"] == pytest.approx(
+        32 * (128 + HELDOUT) * 2048 * 2 * (2 * shapes.block + 4 * seen * 4096) / 1e12
+    )
     assert plan["seconds: solve"] == pytest.approx(32e-9 * sum(out * n**2 for n, out in rows.items()))
+    energies = sum(3 * out * n * (1.125 * n + 2 * 512) for n, out in rows.items())
+    assert plan["seconds: measure"] == pytest.approx(32 * energies / 1e12)
 
 
 def test_a_plan_knows_the_size_of_a_file_and_of_the_process(tmp_path):
@@ -308,6 +314,7 @@ def test_a_plan_knows_the_size_of_a_file_and_of_the_process(tmp_path):
     from models.load import load_config
     from quant.run import plan as plans
     from quant.run import plan_calibration
+    from quant.run.calibration import HELDOUT
     from quant.run.rates import Rates, SolverCost
     from quant.run.request import Request
     from quant.run.shapes import shapes_of
@@ -327,10 +334,11 @@ def test_a_plan_knows_the_size_of_a_file_and_of_the_process(tmp_path):
     parts = made["device bytes: peak"] + made["host bytes: hidden states"] + 2 * shapes.parameters
     assert whole["host bytes: process"] == 10**9 + parts
     assert {key: value for key, value in whole.items() if key != "host bytes: process"} == made
-    assert made["seconds: forward"] == pytest.approx(32 * 1024 * (2 * shapes.block + 2 * attention) / 1e12)
+    tokens = 1024 + 128 * HELDOUT
+    assert made["seconds: forward"] == pytest.approx(32 * tokens * (2 * shapes.block + 2 * attention) / 1e12)
     slow = plans.estimate(Request.of("x", **asked), shapes, 4, Rates(1e12, 1e12, 1e9), SolverCost())
     between = 4 * (plan_calibration.OF_HIDDEN * 4096 + plan_calibration.OF_WIDEST * 11008) / 1e9
-    assert slow["seconds: forward"] - made["seconds: forward"] == pytest.approx(32 * 1024 * 4 * between)
+    assert slow["seconds: forward"] - made["seconds: forward"] == pytest.approx(32 * tokens * 4 * between)
 
 
 def test_phases_of_a_solver_do_not_add_up():

@@ -18,7 +18,7 @@ from quant.core.errors import InputError
 from quant.core.text import printable
 from quant.report.published import published_figures
 
-STAGES = ("load", "forward", "gram", "learn", "solve", "evaluate", "tasks", "export")
+STAGES = ("load", "forward", "gram", "learn", "solve", "measure", "evaluate", "tasks", "export")
 
 
 def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:

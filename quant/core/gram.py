@@ -138,8 +138,15 @@ class GramStats:
         columns = live[:: max(1, -(-live.numel() // SAMPLE))]
         part = self.gram[columns][:, columns].double()
         root = part.diagonal().sqrt()
-        count = int((torch.linalg.eigvalsh(part / root / root[:, None]) > INDEPENDENT).sum())
-        return count if count * FAR_BELOW < columns.numel() else self._sum.shape[0]
+        correlations = part / root / root[:, None]
+        for every in (
+            2,
+            1,
+        ):  # no part of a matrix has more large eigenvalues than the whole, and is found out in an eighth of the time
+            count = int((torch.linalg.eigvalsh(correlations[::every, ::every]) > INDEPENDENT).sum())
+            if count * FAR_BELOW >= columns.numel():
+                return self._sum.shape[0]
+        return count
 
     def check(self, name: str = "the layer") -> GramStats:
         """Return self. Raises InputError where a calibration input was not finite (it shows on the diagonal), or where a

@@ -98,7 +98,7 @@ def _quantize_blocks(
                     learned = learner.learn(index, weights, learned)
                 learning = time.perf_counter() - started if learned else 0.0
                 block = quantize_block(stream, index, weights, recipe, learned, full, tokens)
-                solved = Solved(index, weights, block, learned, {"solve": block.seconds, "learn": learning})
+                solved = Solved(index, weights, block, learned, {**block.seconds, "learn": learning})
                 complete = [solved] if tuner is None else tuner.add(solved)
                 if tuner is None and index + 1 < n_blocks:
                     stream.run(index, block.weights, advance=True, act=act)

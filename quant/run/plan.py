@@ -34,9 +34,9 @@ Memory (bytes)
   process     on a CPU, all that the operating system counts: the libraries, device, host, and the pages of the checkpoint
               that were read, which it takes back when it needs room
 Time (seconds)
-  calibrate   2·parameters of a block flops a token for each pass (one observes, one advances; with --true-sequential one for
+  calibrate   of the windows, and of those that are held out, 2·parameters of a block flops a token for each pass (one observes, one advances; with --true-sequential one for
               every step, in which linears are multiplied once if there is room for what they write), at the measured
-              matrix-product rate of the dtype; in each pass attention (4·seqlen·heads·head_dim flops a token; twice, where
+              matrix-product rate of the dtype; in each pass attention (4·heads·head_dim flops for every key that a token sees, on average; twice, where
               what it writes is kept) and, at the measured rate of copies, OF_HIDDEN·hidden + OF_WIDEST·widest numbers read and
               written between the linears;
               Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate; with the
@@ -44,6 +44,8 @@ Time (seconds)
               twice the statistics and hidden states
   solve       the products that the solver declares, at the float32 rate, and a·in² + b·out·in, both from the solver itself timed
               on two small layers
+  measure     of every linear's answer, rounding to nearest and weight 1.1·out·in² flops in the metric of calibration and
+              2·out·in at every held-out token (at most HELDOUT_TOKENS), at the float32 rate
   learn       4·2·parameters flops a token and epoch (forward, backward, the loss at the end of the epoch), 5 with an
               attention loss, and one pass for the targets; the steps of --whole_model and --rotate-steps as those of tune
   saliency    2·parameters flops a token forward, again in the backward pass, and for every draw; the R Gram matrices of
@@ -81,7 +83,7 @@ from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
 from quant.run.content import PART, candidate_widths, check_format, content_of, expected_bits, outside_matrices
 from quant.run.experts import check_mixture
-from quant.run.plan_calibration import between, calibration_cost, gram_flops, uses_cross
+from quant.run.plan_calibration import between, calibration_cost, gram_flops, measuring_cost, uses_cross
 from quant.run.rates import Rates, SolverCost
 from quant.run.request import Request
 from quant.run.shapes import Kind, Shapes
@@ -110,6 +112,7 @@ def estimate(request: Request, shapes: Shapes, itemsize: int, rates: Rates, cost
     weights = sum(kind.weights * count for kind, count in blocks)
     stored, times = _stored_bits(run, shapes, n_blocks)
     solve = times * sum(count * _solving(kind, cost) for kind, count in blocks)
+    measure = sum(count * measuring_cost(run, kind, seqlen, beside, rates) for kind, count in blocks)
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
     tune, tuning = tuning_cost(run, shapes, seqlen, itemsize)
@@ -146,12 +149,19 @@ def estimate(request: Request, shapes: Shapes, itemsize: int, rates: Rates, cost
         "seconds: forward": forward,
         "seconds: gram": gram,
         "seconds: solve": solve,
+        "seconds: measure": measure,
         **({"seconds: learn": learn / rates.products} if learn else {}),
         **({"seconds: saliency": pass_flops / rates.products} if run.saliency else {}),
         **({"seconds: tune": tune / rates.products} if run.tuning else {}),
         **({"seconds: head and embedding": beyond} if run.beyond_blocks else {}),
         "seconds: evaluate": evaluate,
-        "seconds: total": forward + gram + solve + beyond + evaluate + (learn + pass_flops + tune) / rates.products,
+        "seconds: total": forward
+        + gram
+        + solve
+        + measure
+        + beyond
+        + evaluate
+        + (learn + pass_flops + tune) / rates.products,
     }
 
 

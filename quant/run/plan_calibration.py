@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from quant.blocks import kept
+from quant.blocks import causal, kept
 from quant.core.env import free_bytes
 from quant.core.gram import BLOCK
+from quant.core.linalg import PARTS
 from quant.core.names import FULL_BITS
+from quant.run.calibration import HELDOUT
 from quant.run.config import RunConfig
 from quant.run.experts import COPIES, experts_at_once, stages
 from quant.run.rates import Rates
 from quant.run.shapes import Kind, Shapes
+from quant.run.statistics import HELDOUT_TOKENS
 from quant.solvers import declaration_of
 
 # Numbers of a token that a block reads and writes between its linears, in these widths, with what new memory costs: of the
 # size that plans of SmolLM2 needed to agree with its runs (benchmarks/results/planned.md)
 OF_HIDDEN, OF_WIDEST = 150, 16
+OF_WEIGHTS = 40  # numbers read and written for one of a weight, where errors are measured
 
 
 def calibration_cost(
@@ -31,10 +35,11 @@ def calibration_cost(
     attended = sum(count * beside * _attended(run, kind, tokens, itemsize, beside, device) for kind, count in blocks)
     again = sum(count * beside * _inner_flops(kind, tokens) for kind, count in blocks)
     products = sum(count * _products(run, kind, tokens, beside) for kind, count in blocks)
+    apart = tokens + HELDOUT * seqlen  # windows that no solver sees go where the others go
     return (
         beside * max(_statistics(run, kind, device) for kind, _ in blocks),
-        (tokens * 2 * multiplied + again) / rates.products
-        + tokens * (attended * attention(shapes, seqlen, rates) + passes * copies(shapes, itemsize, rates)),
+        (apart * 2 * multiplied + again) / rates.products
+        + apart * (attended * attention(shapes, seqlen, rates) + passes * copies(shapes, itemsize, rates)),
         products / rates.float32,
     )
 
@@ -46,7 +51,8 @@ def between(shapes: Shapes, seqlen: int, itemsize: int, rates: Rates) -> float:
 
 def attention(shapes: Shapes, seqlen: int, rates: Rates) -> float:
     """Seconds of a token in the products of one block's attention."""
-    return 4.0 * seqlen * shapes.heads * (shapes.head_dim or shapes.hidden // shapes.heads) / rates.products
+    seen = seqlen if seqlen <= causal.TILE else (seqlen + causal.TILE) / 2
+    return 4.0 * seen * shapes.heads * (shapes.head_dim or shapes.hidden // shapes.heads) / rates.products
 
 
 def copies(shapes: Shapes, itemsize: int, rates: Rates) -> float:
@@ -137,6 +143,18 @@ def _products(run: RunConfig, kind: Kind, tokens: int, beside: int) -> float:
     routed = sum(kind.share * of_token(group[0][2]) for group in kind.routed)
     everyone = of_token(kind.routed[0][0][2]) if kind.routed else 0.0
     return tokens * (plain + routed + everyone)
+
+
+def measuring_cost(run: RunConfig, kind: Kind, seqlen: int, beside: int, rates: Rates) -> float:
+    """Seconds of one block's errors: three energies for a linear, in the metric of calibration and at held-out tokens, and what is
+    read and written for them."""
+    flops = numbers = 0.0
+    for group in kind.groups:
+        tokens = min(HELDOUT_TOKENS, HELDOUT * seqlen * (kind.share if kind.is_routed(group) else 1))
+        for _, out, n_in in group:
+            flops += out * n_in * (3 * (1 + 1 / PARTS) * n_in + 2 * (1 + 2 * beside) * tokens)
+            numbers += OF_WEIGHTS * out * n_in
+    return flops / rates.float32 + 4 * numbers / rates.copied if run.quantizes else 0.0
 
 
 def uses_cross(run: RunConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,13 +63,13 @@ def deploy(
 @dataclass(frozen=True)
 class SolvedBlock:
     """A block after its linears were solved: deployed weights, the answers by name, what else was changed, journal
-    records, solver seconds."""
+    records, seconds of solving and of measuring what came of it."""
 
     weights: BlockWeights
     solved: Mapping[str, QuantizedWeight]
     changed: BlockWeights
     records: list[LinearRecord]
-    seconds: float
+    seconds: Mapping[str, float]
 
 
 def quantize_block(
@@ -95,9 +96,12 @@ def quantize_block(
         keep_outputs(stream, index, original)
     solved: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
+    answered = 0.0
     for stage in steps:
         stats = observe(stream, index, weights, stage, recipe.act, original, tokens)
+        observed, started = stream.clock.seconds["observe"], time.perf_counter()
         answers = solve_stage(stream, index, stage, stats, weights, recipe, learned)
+        answered += time.perf_counter() - started - (stream.clock.seconds["observe"] - observed)
         new = {name: answer for name, (answer, _) in answers.items()}
         solved, records = solved | new, records + [record for _, record in answers.values()]
         if recipe.act.method != "static":  # which quantizes inputs by ranges that are known at the end alone
@@ -111,7 +115,9 @@ def quantize_block(
     if recipe.act.method == "static":
         changed = replace(changed, input_ranges=static_ranges(stream, index, weights, recipe.act))
     weights = deploy(weights, {}, stream.model, index, changed)
-    return SolvedBlock(weights, solved, changed, records, sum(record.seconds for record in records))
+    solving = sum(record.seconds for record in records)
+    seconds = {"solve": solving, "measure": max(0.0, answered - solving)}
+    return SolvedBlock(weights, solved, changed, records, seconds)
 
 
 def keep_outputs(stream: BlockStream, index: int, original: Original | None) -> None:

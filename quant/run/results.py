@@ -95,7 +95,9 @@ def results_of(
     whole_bits, whole_count = whole_storage(model, [*records, *beyond], online)
     parts = [*blocks, *([outside] if outside else [])]
     tuned = [block.tuning for block in blocks if block.tuning]
-    seconds = {k: sum(block.seconds.get(k, 0.0) for block in parts) for k in ("forward", "gram", "solve", "learn")}
+    seconds = {
+        k: sum(block.seconds.get(k, 0.0) for block in parts) for k in ("forward", "gram", "solve", "measure", "learn")
+    }
     digest = hashlib.sha256("".join(part.codes_sha256 for part in parts).encode()).hexdigest()
     return {
         "schema": 1,

@@ -13,7 +13,7 @@ Bytes that one of N processes sends for a block; a sum of e numbers of b bytes i
                 and outliers are not in it
 
 Time of a block: passes and sums of ceil(windows/N) windows, passes of the HELDOUT windows, which every process takes along;
-solving of 1/N of the rows (of experts the most that fall to one process); a factorization of in³/3 flops for every linear
+solving and measuring of 1/N of the rows (of experts the most that fall to one process); a factorization of in³/3 flops for every linear
 that a process solves rows of, whatever their number; and the bytes at LINK_INSIDE a second where N is at most MACHINE, else at LINK_OUTSIDE. These two are what makers say of
 NVLink and of a network of 400 Gbit/s for each device; neither is measured here.
 """
@@ -98,14 +98,13 @@ def shared_plan(
     n_blocks = sum(count for _, count in blocks)
     sums = sum(count * sums_sent(run, kind, processes) for kind, count in blocks)
     codes = sum(count * codes_sent(run, kind, processes) for kind, count in blocks)
-    windows = -(-run.windows // processes) / run.windows
-    heldout = 0.0 if processes == 1 else HELDOUT / run.windows
+    own = -(-run.windows // processes)
     factors = sum(count * _factor_flops(run, kind, processes) for kind, count in blocks) / float32_rate
     share = sum(count * _solved_share(run, kind, processes) for kind, count in blocks) / n_blocks
     work = (
-        (windows + heldout) * plan["seconds: forward"]
-        + windows * plan["seconds: gram"]
-        + share * plan["seconds: solve"]
+        (own + HELDOUT) / (run.windows + HELDOUT) * plan["seconds: forward"]
+        + own / run.windows * plan["seconds: gram"]
+        + share * (plan["seconds: solve"] + plan["seconds: measure"])
     )
     wire = (sums + codes) / (LINK_INSIDE if processes <= MACHINE else LINK_OUTSIDE)
     evaluate = plan["seconds: evaluate"] / processes

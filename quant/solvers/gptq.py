@@ -193,7 +193,7 @@ def compensate(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:
     between change, and does so here as if they were not rounded: weight + (work - weight) · feedback⁻¹.
     """
     unit = torch.eye(feedback.shape[-1], device=feedback.device).expand_as(feedback)
-    inverse = torch.linalg.solve_triangular(feedback, unit, upper=True, unitriangular=True)  # small; its product is fast
+    inverse = torch.linalg.solve_triangular(feedback, unit, upper=True, unitriangular=True)
     best = weight.clone(memory_format=torch.contiguous_format)
     add_times_(best, work - weight, inverse)
     return best

@@ -11,7 +11,8 @@ from quant.core.types import Grid, QuantizedWeight, QuantSpec
 from quant.solvers import solver
 
 
-@solver("rtn", starts_at_nearest=lambda options, group_size: True, stacks=lambda options: True)
+@solver("rtn", starts_at_nearest=lambda options, group_size: True, stacks=lambda options: True,
+        flops=lambda n_out, n_in, options: float(n_out) * n_in)  # fmt: skip
 def rtn(
     weight: Tensor, stats: GramStats | StackedStats | None, spec: QuantSpec, *, grid: Grid | None = None
 ) -> QuantizedWeight:

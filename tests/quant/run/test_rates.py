@@ -39,9 +39,14 @@ def test_products_that_are_faster_than_their_rate_keep_their_own(monkeypatch) ->
 
 
 def test_without_declared_products_rows_grow_with_the_square(monkeypatch) -> None:
-    assert declaration_of("rtn").flops(10, 10, {}) == 0
-    cost = of_machine(monkeypatch, lambda m, n: 2e-9 * m * n**2 + 1e-8 * n**2, "rtn")
+    assert declaration_of("gptaq").flops(10, 10, {}) == 0
+    cost = of_machine(monkeypatch, lambda m, n: 2e-9 * m * n**2 + 1e-8 * n**2, "gptaq")
     assert cost.seconds(300, 2048) == pytest.approx((2e-9 * 300 + 1e-8) * 2048**2)
+
+
+def test_rounding_takes_what_its_weights_do(monkeypatch) -> None:
+    cost = of_machine(monkeypatch, lambda m, n: 5e-9 * m * n, "rtn")
+    assert cost.seconds(14336, 4096) == pytest.approx(5e-9 * 14336 * 4096)
 
 
 def test_noise_makes_nothing_negative(monkeypatch) -> None:
