@@ -20,6 +20,7 @@ INK = "#010203"  # stands for the page's text colour in plots, which follows lig
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8860b")  # Okabe and Ito
 MARKERS = "osD^vPX*"
 STAGES = ("load", "forward", "gram", "learn", "solve", "measure", "evaluate", "tasks", "export")
+OF_STAGES = (*COLOURS, "#332288")
 BARS, SCORED = 24, 12  # runs that one plot of seconds, and one of scores, can show
 LONGEST, IN_LEGEND = 40, 18  # letters of a name in a plot, and in its legend
 LEGEND_LINE = 88  # letters of names side by side
@@ -194,7 +195,7 @@ def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
         for i, stage in enumerate(STAGES):
             seconds = [run.results["seconds"].get(stage, 0.0) for run in shown]
             if any(seconds):
-                axes.barh(range(len(shown)), seconds, left=left, color=COLOURS[i % 8], label=stage, height=0.7)
+                axes.barh(range(len(shown)), seconds, left=left, color=OF_STAGES[i], label=stage, height=0.7)
             left = [a + b for a, b in zip(left, seconds, strict=True)]
         axes.set_yticks(range(len(shown)), [_name(run.label if len({r.model for r in shown}) == 1 else f"{run.model} {run.label}") for run in shown])  # fmt: skip
         axes.invert_yaxis()
