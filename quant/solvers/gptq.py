@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -159,31 +159,43 @@ def feedback_rounding(
     layer = ColumnBlock(
         weight, errors, work, feedback, scale, zero, group, grid.numbers, codes, outlier_above=outlier_above
     )
-    # Parts of ``size`` columns are whole groups, so that a group's weights are fully compensated when its grid is fitted;
-    # blocks are as many parts as fit into block_size:
+    # A group's weights are fully compensated when its grid is fitted. Blocks are as many groups as fit into block_size, each a
+    # part, or of larger groups a piece, the only part of its block:
     #
     #     |<------- block ------->|<---------------- rest --------------->|
     #     | part | part |  part   |
     #        └─ its errors ──^ at once to the rest of the block
     #     └─ all errors of the block ──^ in one product to the rest of the layer
     size = n_in // grid.n_groups if fit is not None else block_size
-    block_size = size * max(1, block_size // size)
     groups = group.tolist() if fit is not None else []
-    for start in range(0, n_in, block_size):
-        end = min(start + block_size, n_in)
-        for first in range(start, end, size):
-            part = slice(first, min(first + size, end))
-            if fit is not None:
-                g = groups[first]
-                scale[:, g], zero[:, g] = fit(
-                    compensate(weight[:, part], work[:, part], feedback[..., part, part]), part
-                )
+    for parts in blocks_of(n_in, size, block_size):
+        start, end = parts[0].start, parts[-1].stop
+        for part in parts:
+            if fit is not None and part.start % size == 0:
+                own, g = slice(part.start, part.start + size), groups[part.start]
+                best = weight[:, own]
+                if own.start > 0:
+                    best = compensate(best, work[:, own], feedback[..., own, own])
+                scale[:, g], zero[:, g] = fit(best, own)
             kernel.gptq_(layer.part(part))  # writes codes and errors of the part
             if part.stop < end:
                 add_times_(work[:, part.stop : end], errors[:, part], feedback[..., part, part.stop : end])
         if end < n_in:
             add_times_(work[:, end:], errors[:, start:end], feedback[..., start:end, end:])
     return layer
+
+
+def blocks_of(n_in: int, size: int, block_size: int) -> Iterator[list[slice]]:
+    """The columns in blocks of at most block_size, each in parts: groups of ``size`` columns, or one piece of a larger group."""
+    if size > block_size:
+        for first in range(0, n_in, size):
+            stop = min(first + size, n_in)
+            yield from ([slice(start, min(start + block_size, stop))] for start in range(first, stop, block_size))
+        return
+    whole = size * (block_size // size)
+    for start in range(0, n_in, whole):
+        end = min(start + whole, n_in)
+        yield [slice(first, min(first + size, end)) for first in range(start, end, size)]
 
 
 def compensate(weight: Tensor, work: Tensor, feedback: Tensor) -> Tensor:

@@ -69,12 +69,13 @@ def spqr(
         fit = GroupFit(spec, sensitivity, left_out, scale_bits, scale_group)
     visited, target = replace(grid, g_idx=grid.g_idx[order]), weight[:, order].contiguous()
     layer = feedback_rounding(target, upper, visited, spec, fit, block_size, threshold / sensitivity)
-    back, columns = torch.argsort(order), visited.g_idx
-    coded = (layer.codes.float() - layer.zero[:, columns]) * layer.scale[:, columns]
+    back = torch.argsort(order) if act_order else slice(None)
+    step, zeros = (t[:, visited.g_idx] if t.shape[1] > 1 else t for t in (layer.scale, layer.zero))
+    coded = (layer.codes.float() - zeros) * step
     extra = layer.incoming - coded
     # An outlier is an entry that was left as it was, and the grid would have moved.
     kept = ((layer.residual == target - layer.incoming) & (extra != 0))[:, back]
-    extra, coded, step = (t[:, back][kept] for t in (extra, coded, layer.scale[:, columns]))
+    extra, coded, step = (t[:, back][kept] for t in (extra, coded, step.expand_as(extra)))
     outliers = kept_outliers(kept, extra, coded, step, spec.largest) if outlier > 0 else None
     if fit is not None:
         bilevel = fit.scales()

@@ -12,7 +12,7 @@ from quant.core.linalg import (
     upper_factor,
 )
 from quant.core.types import QuantSpec
-from quant.solvers.gptq import gptq
+from quant.solvers.gptq import blocks_of, gptq
 from tests.references import damped, inputs, make_stats, naive_gptq, objective64, weights
 
 CASES = {
@@ -138,3 +138,19 @@ def test_infinite_input_is_named() -> None:
     stats.update(torch.tensor([[1.0, torch.inf, 0, 0]]))
     with pytest.raises(InputError, match="block 3 fc1: calibration inputs are not finite"):
         stats.check("block 3 fc1")
+
+
+@pytest.mark.parametrize(
+    ("n_in", "size", "block_size"), [(20, 5, 12), (20, 10, 4), (21, 21, 8), (7, 3, 3), (9, 4, 1), (6, 8, 8)]
+)
+def test_blocks_are_groups_or_pieces_of_one(n_in, size, block_size):
+    blocks = list(blocks_of(n_in, size, block_size))
+    columns = [j for parts in blocks for part in parts for j in range(part.start, part.stop)]
+    assert columns == list(range(n_in)), "every column once, in order"
+    for parts in blocks:
+        assert parts[-1].stop - parts[0].start <= block_size
+        for part in parts:
+            assert part.start // size == (part.stop - 1) // size, "a part lies in one group"
+            assert size > block_size or part.start % size == 0
+    starts = {part.start for parts in blocks for part in parts}
+    assert starts >= set(range(0, n_in, size)), "the grid of every group is fitted at its first column"
