@@ -20,7 +20,7 @@ from quant.solvers import declaration_of
 # Numbers of a token that a block reads and writes between its linears, in these widths, with what new memory costs: of the
 # size that plans of SmolLM2 needed to agree with its runs (benchmarks/results/planned.md)
 OF_HIDDEN, OF_WIDEST = 150, 16
-OF_WEIGHTS = 40  # numbers read and written for one of a weight, where errors are measured
+OF_WEIGHTS = 150  # numbers read and written for one of a weight, where errors are measured
 
 
 def calibration_cost(
