@@ -310,10 +310,29 @@ class Grid:
 
     def values(self, codes: Tensor) -> Tensor:
         """Values of codes [out, in] that are float32 numbers, with gradients."""
-        scale, base = self.expand()
+        if self._side_by_side():
+            scale, base = self.scale[:, :, None], self.base.float()[:, :, None]
+            return self._of_steps(codes.reshape(len(scale), self.n_groups, -1), scale, base).flatten(1)
+        return self._of_steps(codes, *self.expand())
+
+    def _of_steps(self, codes: Tensor, scale: Tensor, base: Tensor) -> Tensor:
+        """Values of codes by scales, and zero points or minima, of their shape or one that is broadcast."""
         if self.table is not None:
             return levels_of(codes, self.table) * scale
         return (codes - base) * scale if self.minimum is None else codes * scale + base
+
+    def _side_by_side(self) -> bool:
+        """Whether nothing need be expanded: groups of one size side by side. Asked on a CPU alone (a device would be waited for),
+        and not where gradients are added up, in whose order it would show."""
+        learned = self.scale.requires_grad or self.base.requires_grad
+        if learned or self.g_idx.device.type != "cpu" or self.n_groups == 1 or self.g_idx.numel() % self.n_groups:
+            return False
+        return self.has_plain_groups()
+
+    def has_plain_groups(self) -> bool:
+        """Whether column i belongs to group i // group_size, as every checkpoint format can hold."""
+        n_in = self.g_idx.numel()
+        return bool(torch.equal(group_index(n_in, -(-n_in // self.n_groups), self.g_idx.device), self.g_idx))
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Nearest codes of weight [out, in], uint8."""
@@ -402,9 +421,8 @@ class QuantizedWeight:
         return self.storage_bits() / self.codes.numel()
 
     def has_plain_groups(self) -> bool:
-        """Whether column i belongs to group i // group_size, as every checkpoint format can hold."""
-        n_in, n_groups = self.codes.shape[1], self.grid.n_groups
-        return bool(torch.equal(group_index(n_in, -(-n_in // n_groups), self.grid.g_idx.device), self.grid.g_idx))
+        """As `Grid.has_plain_groups`."""
+        return self.grid.has_plain_groups()
 
     def check(self) -> QuantizedWeight:
         """Return self if every stored number is legal. Raises ValueError that says which is not."""

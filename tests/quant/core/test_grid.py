@@ -349,3 +349,23 @@ def test_ends_that_are_not_finite_give_no_scale_and_leave_the_others_alone(spec)
     scale, zero = range_to_grid(low, high, spec)
     alone = range_to_grid(low[:1], high[:1], spec)
     assert scale[:1] == alone[0] and zero[:1] == alone[1] and bool(scale[1].isnan())
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "size"), [("integer", 3, 8), ("real", 3, 8), ("fractional", 3, 8), ("iq4_nl", 4, 32)]
+)
+def test_values_of_groups_side_by_side_are_those_of_groups_by_column(kind, bits, size):
+    """Bit for bit; and where their columns are not side by side."""
+    weight = weights(6, 3 * size)
+    grid = fit_grid(weight, QuantSpec(bits, size, kind=kind))
+    codes = grid.quantize(weight)
+    order = torch.randperm(3 * size, generator=torch.Generator().manual_seed(0))
+    moved = replace(grid, g_idx=grid.g_idx[order])
+    assert grid.has_plain_groups() and not moved.has_plain_groups()
+    values = grid.dequantize(codes)
+    parts = [grid.of_group(g).dequantize(codes[:, g * size : (g + 1) * size]) for g in range(3)]
+    assert torch.equal(values, torch.cat(parts, 1))
+    assert torch.equal(moved.dequantize(codes[:, order]), values[:, order])
+    if kind == "integer":
+        expected = (codes.double() - grid.zero[:, grid.g_idx].double()) * grid.scale[:, grid.g_idx].double()
+        torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=0)
