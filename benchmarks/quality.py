@@ -160,7 +160,9 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
                 except InputError as error:  # a row that this model cannot have; the others are measured all the same
                     sys.stderr.write(f"{model} {row.label}: {error}\n")
                     continue
-                seconds = sum(results["seconds"][stage] for stage in ("forward", "gram", "solve", "measure", "learn"))
+                seconds = sum(
+                    results["seconds"].get(stage, 0.0) for stage in ("forward", "gram", "solve", "measure", "learn")
+                )
                 figures = cells(results["perplexity"], results["fidelity"])
                 stored = {"stored": f"{results['bits_per_weight']:.3f}"}
                 memory = f"{results['peak_bytes']['host'] / 1e9:.2f}"

@@ -102,7 +102,7 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
             for label, words in rows.items():
                 request = request_of(args, model, grid, words)
                 results = session.run_all([(request.run, request.output)], kept=full)[0]
-                seconds = sum(results["seconds"][stage] for stage in ("forward", "gram", "solve", "measure"))
+                seconds = sum(results["seconds"].get(stage, 0.0) for stage in ("forward", "gram", "solve", "measure"))
                 bits = {"method": label, "stored": f"{results['bits_per_weight']:.4g}"}
                 yield start | bits | cells(results["perplexity"], results["fidelity"]) | {"seconds": f"{seconds:.1f}"}
 

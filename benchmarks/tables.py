@@ -27,7 +27,7 @@ from quant.report.runs import Run, open_run
 
 BASES = ("rtn", "gptq", "omniquant")  # what a method is counted against, where the table has them
 NOT_IN_LABEL = ("model", "quantization-method", "method", "solver")
-STAGES = ("forward", "gram", "learn", "solve")
+STAGES = ("forward", "gram", "learn", "solve", "measure")
 
 
 @dataclass

@@ -160,6 +160,17 @@ def test_outliers_survive_the_disk_and_the_checkpoint(method, options, model_dir
     assert again["perplexity"] == results["perplexity"] and again["codes_sha256"] == results["codes_sha256"]
 
 
+def test_a_finished_run_of_before_measuring_was_a_stage_is_saved(model_dir, text, tmp_path):
+    config = replace(config_for(model_dir("llama"), text, tmp_path), eval_datasets=(), save=None)
+    run(config)
+    file = tmp_path / "run" / "results.json"
+    results = json.loads(file.read_text())
+    assert results["seconds"].pop("measure") > 0
+    file.write_text(json.dumps(results))
+    again = run(replace(config, save=tmp_path / "later"))
+    assert (tmp_path / "later" / "config.json").exists() and again["seconds"]["total"] > 0
+
+
 def test_lower_precision_is_for_the_solver_alone(model_dir, text, tmp_path, monkeypatch):
     import quant.run.solving as recipe
 

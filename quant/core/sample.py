@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,8 +14,12 @@ from quant.core.scaling import exponent_outside
 
 
 class InputSample:
-    """Every n-th input of one layer, kept as it is: what errors are measured on besides, at less cost than another Gram
-    matrix."""
+    """Inputs of one layer, one in ``every``, kept as they are: what errors are measured on besides, at less cost than another Gram
+    matrix.
+
+    The first token of every window is kept whatever comes of the others: many models have one large activation there, of which a
+    sample would have none or too many. The others' rows are weighted, so that squares add up to those of all on average.
+    """
 
     def __init__(self, every: int = 1) -> None:
         self.every, self._parts, self._full = every, list[Tensor](), list[Tensor]()
@@ -23,11 +28,23 @@ class InputSample:
         """Add inputs x [..., in] of any floating dtype. full: those of the original model at the same tokens."""
         for parts, tensor in ((self._parts, x), (self._full, full)):
             if tensor is not None:
-                parts.append(tensor.reshape(-1, tensor.shape[-1])[:: self.every].float())
+                parts.append(self._drawn(tensor.float()))
+
+    def _drawn(self, x: Tensor) -> Tensor:
+        """Rows [tokens, in] of inputs [windows, tokens, in], or of some that are in no windows."""
+        if self.every == 1:
+            return x.reshape(-1, x.shape[-1])
+        if x.dim() != 3:
+            rows = x.reshape(-1, x.shape[-1])
+            drawn = rows[self.every // 2 :: self.every]
+            return drawn * math.sqrt(len(rows) / max(1, len(drawn)))
+        first, drawn = x[:, 0], x[:, max(1, self.every // 2) :: self.every]
+        weighted = drawn * math.sqrt((x.shape[1] - 1) / max(1, drawn.shape[1]))
+        return torch.cat([first, weighted.reshape(-1, x.shape[-1])])
 
     @property
     def inputs(self) -> Tensor:
-        """What was kept, float32 [tokens, in]."""
+        """What was kept, times the root of its weight, float32 [tokens, in]."""
         return torch.cat(self._parts)
 
     @property

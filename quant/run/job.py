@@ -175,7 +175,9 @@ def write_results(inputs: Inputs, job: Job) -> None:
     which is known after them alone."""
     assert job.results is not None
     seconds = job.results["seconds"] | {"load": inputs.load_seconds}
-    blocks = sum(seconds[k] for k in ("forward", "gram", "solve", "measure", "learn"))  # of earlier processes too
+    blocks = sum(
+        seconds.get(k, 0.0) for k in ("forward", "gram", "solve", "measure", "learn")
+    )  # of earlier processes too
     after = sum(seconds.get(k, 0.0) for k in ("evaluate", "tasks", "export"))
     seconds["total"] = inputs.load_seconds + max(job.seconds, blocks) + after
     stages = job.results.get("peak_bytes_by_stage", {}) | {"load": inputs.load_peak} | job.peaks

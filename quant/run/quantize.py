@@ -96,12 +96,11 @@ def quantize_block(
         keep_outputs(stream, index, original)
     solved: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
-    answered = 0.0
+    measuring = 0.0
     for stage in steps:
         stats = observe(stream, index, weights, stage, recipe.act, original, tokens)
-        observed, started = stream.clock.seconds["observe"], time.perf_counter()
-        answers = solve_stage(stream, index, stage, stats, weights, recipe, learned)
-        answered += time.perf_counter() - started - (stream.clock.seconds["observe"] - observed)
+        answers, beside = solve_stage(stream, index, stage, stats, weights, recipe, learned)
+        measuring += beside
         new = {name: answer for name, (answer, _) in answers.items()}
         solved, records = solved | new, records + [record for _, record in answers.values()]
         if recipe.act.method != "static":  # which quantizes inputs by ranges that are known at the end alone
@@ -115,8 +114,7 @@ def quantize_block(
     if recipe.act.method == "static":
         changed = replace(changed, input_ranges=static_ranges(stream, index, weights, recipe.act))
     weights = deploy(weights, {}, stream.model, index, changed)
-    solving = sum(record.seconds for record in records)
-    seconds = {"solve": solving, "measure": max(0.0, answered - solving)}
+    seconds = {"solve": sum(record.seconds for record in records), "measure": measuring}
     return SolvedBlock(weights, solved, changed, records, seconds)
 
 
@@ -149,15 +147,21 @@ def solve_stage(
     weights: BlockWeights,
     recipe: Recipe,
     learned: LearnedBlock | None,
-) -> dict[str, Solution]:
-    """Answers and journal records, by linear, of groups whose inputs are known."""
+) -> tuple[dict[str, Solution], float]:
+    """Answers and journal records, by linear, of groups whose inputs are known; the seconds that this process took besides
+    solving, to measure its own answers."""
+    beside = 0.0
 
     def solve_one(name: str, inputs: InputStats, alone: bool = True) -> Solution:
+        nonlocal beside
         weight, grid = weights.weight(name), None
         if learned is not None:
             weight, grid = learned.targets[name], learned.grids.get(name)
         own = recipe.of(index, name, weight.shape[1])
-        return with_peak(*solve_linear(index, name, weight, inputs, own, grid, alone), stream.device)
+        started = time.perf_counter()
+        answer, record = solve_linear(index, name, weight, inputs, own, grid, alone)
+        beside += max(0.0, time.perf_counter() - started - record.seconds)
+        return with_peak(answer, record, stream.device)
 
     units = [(name, group[0]) for group in stage for name in group]
     if ranks.size() == 1:
@@ -168,9 +172,12 @@ def solve_stage(
                 answers[name] = solve_one(name, stats[first])
             else:
                 own = {name: weights.weight(name) for name, _ in bundle}
-                together = solve_together(index, own, {name: stats[first] for name, first in bundle}, recipe)
+                known, started = {name: stats[first] for name, first in bundle}, time.perf_counter()
+                together = solve_together(index, own, known, recipe)
+                took = time.perf_counter() - started
+                beside += max(0.0, took - sum(record.seconds for _, record in together.values()))
                 answers |= {name: with_peak(*solution, stream.device) for name, solution in together.items()}
-        return answers
+        return answers, beside
     assert recipe.spec is not None
     declared = declaration_for(recipe.solver)
     coupled = declared.rows_coupled or declared.outliers(solver_options(recipe.solver) | dict(recipe.options))
@@ -178,7 +185,7 @@ def solve_stage(
     whole = [unit for unit in units if coupled or is_experts(unit[0], stream.model.family)]
     answers = {name: solve_one(name, stats[first], False) for name, first in units if (name, first) not in whole}
     answers |= dealt(whole, stats, solve_one, recipe.spec, stream.device)
-    return {name: answers[name] for name, _ in units}
+    return {name: answers[name] for name, _ in units}, beside
 
 
 def with_peak(answer: QuantizedWeight, record: LinearRecord, device: torch.device) -> Solution:

@@ -15,15 +15,28 @@ def outputs64(weight, x):
     return x.double().reshape(-1, x.shape[-1]) @ weight.double().T
 
 
-def test_a_sample_is_every_nth_input_of_each_update():
-    x = torch.randn(3, 40, 24)
-    sample, third = InputSample(), InputSample(3)
-    for one in (sample, third):
+def test_a_sample_has_every_first_token_and_the_weight_of_the_others():
+    x = torch.randn(3, 41, 24)
+    x[:, 0] *= 1000  # as attention sinks are
+    sample, fifth, flat = InputSample(), InputSample(5), InputSample(5)
+    for one in (sample, fifth):
         one.update(x[:2])
-        one.update(x[2])
-    rows = x.view(-1, 24)
-    assert torch.equal(sample.inputs, rows) and sample.full is None
-    assert torch.equal(third.inputs, torch.cat([rows[:80:3], rows[80::3]]))
+        one.update(x[2:])
+    flat.update(x[:, 1:].reshape(-1, 24))
+    assert torch.equal(sample.inputs, x.view(-1, 24)) and sample.full is None
+    drawn = x[:, 2::5]
+    assert drawn.shape[1] == 8
+    root = (40 / 8) ** 0.5
+    parts = [x[:2, 0], root * drawn[:2].reshape(-1, 24), x[2:, 0], root * drawn[2:].reshape(-1, 24)]
+    assert torch.allclose(fifth.inputs, torch.cat(parts))
+    assert torch.allclose(flat.inputs, root * x[:, 1:].reshape(-1, 24)[2::5])
+    alike = torch.ones(2, 33, 4)
+    alike[:, 0] = 7
+    for every in (1, 2, 3, 16, 40):
+        one = InputSample(every)
+        one.update(alike)
+        if every <= 32:
+            assert float(one.inputs.square().sum()) == pytest.approx(float(alike.square().sum()), rel=1e-5), every
 
 
 def test_errors_are_those_of_outputs_at_inputs_and_in_their_gram_matrix():
