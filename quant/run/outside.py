@@ -10,6 +10,7 @@ on each other: a vocabulary is many times as long as any other linear.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,13 +68,15 @@ def quantize_outside(inputs: Inputs, job: Job, progress: Progress) -> BlockSumma
     progress(STAGE, 0, steps, "")
     solved: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
-    seconds = {"forward": 0.0, "gram": 0.0}
+    seconds = {"forward": 0.0, "gram": 0.0, "measure": 0.0}
     for done, (name, matrix) in enumerate(wanted.items(), 1):
         if matrix.multiplied:
             stats = _inputs_of_head(inputs, job, solved, _Passing(progress, done - 1, steps), seconds)
         else:
             stats = InputStats(GramStats.from_gram(torch.eye(matrix.shape[1], device=inputs.device)))
+        started = time.perf_counter()
         solved[name], record = _solve(inputs.model, name, stats, _recipe(job, matrix), inputs.device)
+        seconds["measure"] += max(0.0, time.perf_counter() - started - record.seconds)
         records.append(record)
         note = f"{name}: relative error {record.relative_error:.4f}"
         progress(STAGE, steps if done == len(wanted) else done, steps, note)
