@@ -80,7 +80,7 @@ from quant.export.formats import Content
 from quant.learn.flatquant import numbers_beside
 from quant.learn.rotation import check_rotation
 from quant.learn.transforms import check_seams
-from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig
+from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig, SessionConfig
 from quant.run.content import PART, candidate_widths, check_format, content_of, expected_bits, outside_matrices
 from quant.run.experts import check_mixture
 from quant.run.plan_calibration import between, calibration_cost, gram_flops, measuring_cost, uses_cross
@@ -116,12 +116,9 @@ def estimate(request: Request, shapes: Shapes, itemsize: int, rates: Rates, cost
     learn, learning = _learning(run, shapes, tokens, seqlen, itemsize)
     pass_flops, graph = _saliency(run, session.calib_batch, shapes, tokens, seqlen, itemsize)
     tune, tuning = tuning_cost(run, shapes, seqlen, itemsize)
-    texts = [_tokens_of(name, session.limit, seqlen) for name in session.eval_datasets]
-    evaluated = sum(texts) * (2 if session.full_precision_eval else 1)
     ends, beyond = outside_cost(run, shapes, tokens, beside, rates, cost)
-    evaluate = evaluated * (2 * shapes.active / rates.products + 4 * LOGIT_PASSES * shapes.vocabulary / rates.copied)
-    evaluate += evaluated * shapes.n_blocks * between(shapes, seqlen, itemsize, rates)
-    behind = _logits(shapes.vocabulary, seqlen, int(max(texts))) if evaluated else 0
+    behind, evaluate = _evaluating(session, shapes, seqlen, itemsize, rates)
+    trained = (learn + pass_flops + tune) / rates.products
     return {
         "device bytes: block": shapes.block * itemsize,
         "device bytes: statistics": statistics,
@@ -155,14 +152,17 @@ def estimate(request: Request, shapes: Shapes, itemsize: int, rates: Rates, cost
         **({"seconds: tune": tune / rates.products} if run.tuning else {}),
         **({"seconds: head and embedding": beyond} if run.beyond_blocks else {}),
         "seconds: evaluate": evaluate,
-        "seconds: total": forward
-        + gram
-        + solve
-        + measure
-        + beyond
-        + evaluate
-        + (learn + pass_flops + tune) / rates.products,
+        "seconds: total": forward + gram + solve + measure + beyond + evaluate + trained,
     }
+
+
+def _evaluating(session: SessionConfig, shapes: Shapes, seqlen: int, itemsize: int, rates: Rates) -> tuple[int, float]:
+    """Bytes behind the head, and seconds, of the passes that evaluate texts."""
+    texts = [_tokens_of(name, session.limit, seqlen) for name in session.eval_datasets]
+    tokens = sum(texts) * (2 if session.full_precision_eval else 1)
+    seconds = tokens * (2 * shapes.active / rates.products + 4 * LOGIT_PASSES * shapes.vocabulary / rates.copied)
+    seconds += tokens * shapes.n_blocks * between(shapes, seqlen, itemsize, rates)
+    return _logits(shapes.vocabulary, seqlen, int(max(texts))) if tokens else 0, seconds
 
 
 def with_process(plan: dict[str, float], shapes: Shapes, itemsize: int, resident: int) -> dict[str, float]:

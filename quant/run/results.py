@@ -27,6 +27,8 @@ from quant.run.request import Request
 from quant.run.rotating import LearnedRotation
 from quant.run.sizes import block_storage, plain_storage, whole_storage
 
+OF_BLOCKS = ("forward", "gram", "solve", "measure", "learn")  # stages whose seconds blocks have on disk
+
 
 def manifest_of(
     request: Request,
@@ -95,9 +97,7 @@ def results_of(
     whole_bits, whole_count = whole_storage(model, [*records, *beyond], online)
     parts = [*blocks, *([outside] if outside else [])]
     tuned = [block.tuning for block in blocks if block.tuning]
-    seconds = {
-        k: sum(block.seconds.get(k, 0.0) for block in parts) for k in ("forward", "gram", "solve", "measure", "learn")
-    }
+    seconds = {stage: sum(block.seconds.get(stage, 0.0) for block in parts) for stage in OF_BLOCKS}
     digest = hashlib.sha256("".join(part.codes_sha256 for part in parts).encode()).hexdigest()
     return {
         "schema": 1,
