@@ -31,6 +31,7 @@ from models.load import load_model
 from quant.blocks.weights import BlockWeights
 from quant.core import env
 from quant.core.errors import InputError
+from quant.core.names import BLOCK_STAGES
 from quant.evaluate.passes import Variant
 from quant.evaluate.perplexity import evaluate
 from quant.evaluate.perplexity import report as entries
@@ -160,9 +161,7 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
                 except InputError as error:  # a row that this model cannot have; the others are measured all the same
                     sys.stderr.write(f"{model} {row.label}: {error}\n")
                     continue
-                seconds = sum(
-                    results["seconds"].get(stage, 0.0) for stage in ("forward", "gram", "solve", "measure", "learn")
-                )
+                seconds = sum(results["seconds"].get(stage, 0.0) for stage in BLOCK_STAGES)
                 figures = cells(results["perplexity"], results["fidelity"])
                 stored = {"stored": f"{results['bits_per_weight']:.3f}"}
                 memory = f"{results['peak_bytes']['host'] / 1e9:.2f}"

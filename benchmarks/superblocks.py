@@ -31,7 +31,7 @@ from model_quantizer import request_from
 from quant.blocks.weights import BlockWeights
 from quant.cli.presets import own_sizes
 from quant.core import env
-from quant.core.names import ACT_GRIDS, LEVEL_GRIDS, SUPER_GRIDS
+from quant.core.names import ACT_GRIDS, BLOCK_STAGES, LEVEL_GRIDS, SUPER_GRIDS
 from quant.core.types import QuantSpec
 from quant.evaluate.passes import Variant
 from quant.evaluate.perplexity import evaluate
@@ -102,7 +102,7 @@ def records_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
             for label, words in rows.items():
                 request = request_of(args, model, grid, words)
                 results = session.run_all([(request.run, request.output)], kept=full)[0]
-                seconds = sum(results["seconds"].get(stage, 0.0) for stage in ("forward", "gram", "solve", "measure"))
+                seconds = sum(results["seconds"].get(stage, 0.0) for stage in BLOCK_STAGES)
                 bits = {"method": label, "stored": f"{results['bits_per_weight']:.4g}"}
                 yield start | bits | cells(results["perplexity"], results["fidelity"]) | {"seconds": f"{seconds:.1f}"}
 

@@ -22,12 +22,12 @@ from benchmarks.measuring import machine_line, show, table, version_line, write
 from quant.core import env
 from quant.core.errors import InputError
 from quant.core.files import read_json
+from quant.core.names import BLOCK_STAGES
 from quant.core.text import markdown_cell
 from quant.report.runs import Run, open_run
 
 BASES = ("rtn", "gptq", "omniquant")  # what a method is counted against, where the table has them
 NOT_IN_LABEL = ("model", "quantization-method", "method", "solver")
-STAGES = ("forward", "gram", "learn", "solve", "measure")
 
 
 @dataclass
@@ -111,8 +111,8 @@ def error_record(row: Row, rows: Sequence[Row], bases: Mapping[str, str]) -> dic
 def seconds_record(row: Row) -> dict[str, str]:
     """Seconds by stage with their shares of the quantization itself, and peak memory."""
     s, peak = row.results["seconds"], row.results["peak_bytes"]
-    whole = sum(s[stage] for stage in STAGES)
-    stages = {f"{stage} s": f"{s[stage]:.2f} ({s[stage] / whole:.0%})" for stage in STAGES}
+    whole = sum(s.get(stage, 0.0) for stage in BLOCK_STAGES)
+    stages = {f"{stage} s": f"{s.get(stage, 0.0):.2f} ({s.get(stage, 0.0) / whole:.0%})" for stage in BLOCK_STAGES}
     memory = {f"{place} GB": f"{peak[place] / 1e9:.2f}" for place in ("host", "device")}
     return row.start | {"load s": f"{s['load']:.1f}"} | stages | {"evaluate s": f"{s['evaluate']:.1f}"} | memory
 

@@ -15,10 +15,9 @@ from rich.text import Text
 
 from quant.cli.console import Console
 from quant.core.errors import InputError
+from quant.core.names import STAGES
 from quant.core.text import printable
 from quant.report.published import published_figures
-
-STAGES = ("load", "forward", "gram", "learn", "solve", "measure", "evaluate", "tasks", "export")
 
 
 def results_table(all_results: Sequence[dict[str, Any]], title: str) -> Table:

@@ -28,19 +28,17 @@ class InputSample:
         """Add inputs x [..., in] of any floating dtype. full: those of the original model at the same tokens."""
         for parts, tensor in ((self._parts, x), (self._full, full)):
             if tensor is not None:
-                parts.append(self._drawn(tensor.float()))
+                parts.append(self._drawn(tensor))
 
     def _drawn(self, x: Tensor) -> Tensor:
-        """Rows [tokens, in] of inputs [windows, tokens, in], or of some that are in no windows."""
+        """Rows, float32 [tokens, in], of inputs [windows, tokens, in], or of some that are in no windows."""
+        n_in = x.shape[-1]
         if self.every == 1:
-            return x.reshape(-1, x.shape[-1])
-        if x.dim() != 3:
-            rows = x.reshape(-1, x.shape[-1])
-            drawn = rows[self.every // 2 :: self.every]
-            return drawn * math.sqrt(len(rows) / max(1, len(drawn)))
-        first, drawn = x[:, 0], x[:, max(1, self.every // 2) :: self.every]
-        weighted = drawn * math.sqrt((x.shape[1] - 1) / max(1, drawn.shape[1]))
-        return torch.cat([first, weighted.reshape(-1, x.shape[-1])])
+            return x.reshape(-1, n_in).float()
+        windows, first = (x[:, 1:], x[:, 0]) if x.dim() == 3 else (x.reshape(1, -1, n_in), x.new_empty(0, n_in))
+        drawn = windows[:, self.every // 2 :: self.every].float()
+        drawn = drawn * math.sqrt(windows.shape[1] / max(1, drawn.shape[1]))
+        return torch.cat([first.float(), drawn.reshape(-1, n_in)])
 
     @property
     def inputs(self) -> Tensor:

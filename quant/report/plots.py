@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from xml.etree import ElementTree
 
+from quant.core.names import STAGES
 from quant.core.text import brief, printable
 from quant.report.runs import Run, by_line, mean_of, score_of
 from quant.run.finished import JournalLine
@@ -19,8 +20,7 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 INK = "#010203"  # stands for the page's text colour in plots, which follows light and dark
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8860b")  # Okabe and Ito
 MARKERS = "osD^vPX*"
-STAGES = ("load", "forward", "gram", "learn", "solve", "measure", "evaluate", "tasks", "export")
-OF_STAGES = (*COLOURS, "#332288")
+OF_STAGES = dict(zip(STAGES, (*COLOURS, "#332288"), strict=True))  # what the bars of each are filled with
 BARS, SCORED = 24, 12  # runs that one plot of seconds, and one of scores, can show
 LONGEST, IN_LEGEND = 40, 18  # letters of a name in a plot, and in its legend
 LEGEND_LINE = 88  # letters of names side by side
@@ -192,10 +192,10 @@ def stages_plot(runs: Sequence[Run]) -> tuple[str, bytes]:
     with new_figure(7.2, 0.9 + 0.36 * len(shown)) as figure:
         axes = figure.subplots()
         left = [0.0] * len(shown)
-        for i, stage in enumerate(STAGES):
+        for stage in STAGES:
             seconds = [run.results["seconds"].get(stage, 0.0) for run in shown]
             if any(seconds):
-                axes.barh(range(len(shown)), seconds, left=left, color=OF_STAGES[i], label=stage, height=0.7)
+                axes.barh(range(len(shown)), seconds, left=left, color=OF_STAGES[stage], label=stage, height=0.7)
             left = [a + b for a, b in zip(left, seconds, strict=True)]
         axes.set_yticks(range(len(shown)), [_name(run.label if len({r.model for r in shown}) == 1 else f"{run.model} {run.label}") for run in shown])  # fmt: skip
         axes.invert_yaxis()

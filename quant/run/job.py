@@ -14,6 +14,7 @@ import torch
 from quant.core import env, ranks
 from quant.core.errors import InputError
 from quant.core.files import check_space, json_sha256, write_json
+from quant.core.names import BLOCK_STAGES
 from quant.core.places import check_places
 from quant.core.types import QuantizedWeight
 from quant.export.carried import names_written
@@ -25,7 +26,7 @@ from quant.run.finished import read_results
 from quant.run.identity import configuration_of, evaluation_of, path_of
 from quant.run.inputs import Inputs
 from quant.run.request import Request, cache_place, places_read, places_written
-from quant.run.results import OF_BLOCKS, is_saved, manifest_of
+from quant.run.results import is_saved, manifest_of
 from quant.run.resume import check_ranges
 from quant.run.rotating import keep_rotation
 from quant.run.sharing import check_sharing
@@ -175,7 +176,7 @@ def write_results(inputs: Inputs, job: Job) -> None:
     which is known after them alone."""
     assert job.results is not None
     seconds = job.results["seconds"] | {"load": inputs.load_seconds}
-    blocks = sum(seconds.get(stage, 0.0) for stage in OF_BLOCKS)  # of earlier processes too
+    blocks = sum(seconds.get(stage, 0.0) for stage in BLOCK_STAGES)  # of earlier processes too
     after = sum(seconds.get(k, 0.0) for k in ("evaluate", "tasks", "export"))
     seconds["total"] = inputs.load_seconds + max(job.seconds, blocks) + after
     stages = job.results.get("peak_bytes_by_stage", {}) | {"load": inputs.load_peak} | job.peaks

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -69,6 +70,11 @@ class LinearRecord:
     def n_weights(self) -> int:
         """Entries of the weight."""
         return self.shape[0] * self.shape[1]
+
+
+def besides(started: float, records: Iterable[LinearRecord]) -> float:
+    """Seconds since ``started`` (of `time.perf_counter`) that were not those of solving: what measuring the answers took."""
+    return max(0.0, time.perf_counter() - started - sum(record.seconds for record in records))
 
 
 def verdict(error: float, error_rtn: float, bits: float, is_short: bool = False) -> str:

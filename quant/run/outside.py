@@ -41,7 +41,7 @@ from quant.run.content import PART, outside_matrices, spec_outside
 from quant.run.directory import OUTSIDE, BlockSummary
 from quant.run.inputs import Inputs
 from quant.run.job import Job, Progress
-from quant.run.linear import LinearRecord, verdict, weight_peak
+from quant.run.linear import LinearRecord, besides, verdict, weight_peak
 from quant.run.loop import read_block
 from quant.run.observe import original_beside
 from quant.run.solving import Recipe, solve_linear
@@ -76,7 +76,7 @@ def quantize_outside(inputs: Inputs, job: Job, progress: Progress) -> BlockSumma
             stats = InputStats(GramStats.from_gram(torch.eye(matrix.shape[1], device=inputs.device)))
         started = time.perf_counter()
         solved[name], record = _solve(inputs.model, name, stats, _recipe(job, matrix), inputs.device)
-        seconds["measure"] += max(0.0, time.perf_counter() - started - record.seconds)
+        seconds["measure"] += besides(started, [record])
         records.append(record)
         note = f"{name}: relative error {record.relative_error:.4f}"
         progress(STAGE, steps if done == len(wanted) else done, steps, note)

@@ -34,10 +34,11 @@ Memory (bytes)
   process     on a CPU, all that the operating system counts: the libraries, device, host, and the pages of the checkpoint
               that were read, which it takes back when it needs room
 Time (seconds)
-  calibrate   of the windows, and of those that are held out, 2·parameters of a block flops a token for each pass (one observes, one advances; with --true-sequential one for
-              every step, in which linears are multiplied once if there is room for what they write), at the measured
-              matrix-product rate of the dtype; in each pass attention (4·heads·head_dim flops for every key that a token sees, on average; twice, where
-              what it writes is kept) and, at the measured rate of copies, OF_HIDDEN·hidden + OF_WIDEST·widest numbers read and
+  calibrate   of the windows, and of those that are held out, 2·parameters of a block flops a token for each pass (one
+              observes, one advances; with --true-sequential one for every step, in which linears are multiplied once if there
+              is room for what they write), at the measured matrix-product rate of the dtype; in each pass attention
+              (4·heads·head_dim flops for every key that a token sees, on average, as if every mask were causal and left out
+              by tiles; twice, where what it writes is kept) and, at the measured rate of copies, OF_HIDDEN·hidden + OF_WIDEST·widest numbers read and
               written between the linears;
               Gram (1 + 1/b)·in² flops a token and group for in columns in b blocks, at the float32 rate; with the
               original model's inputs beside (--target-correction, gptaq, qronos) 2·in² more, every pass twice, and
@@ -52,7 +53,8 @@ Time (seconds)
               every linear are in gram
   tune        2·parameters flops a token forward and 4 backward in every step (2 more with --tune-recompute), 2 in every
               validation, times 2 for all that is no matrix product
-  head        with --head-bits one pass of the calibration windows through the blocks, its Gram matrix, and the solver's time
+  head        with --head-bits one pass of the calibration windows through the blocks, its Gram matrix, and the time of solving
+              and of measuring
   mixtures    the passes meet the parameters that a token is routed to; of experts all are solved, and their Gram matrices are
               summed over the tokens of each, besides one over all tokens; their inner values are computed once more
   evaluate    two passes (full precision and quantized) over EVAL_TOKENS a data set, of a file its bytes over BYTES_A_TOKEN,
@@ -83,10 +85,18 @@ from quant.learn.transforms import check_seams
 from quant.run.config import DEFAULT_MAX_SEQLEN, RunConfig, SessionConfig
 from quant.run.content import PART, candidate_widths, check_format, content_of, expected_bits, outside_matrices
 from quant.run.experts import check_mixture
-from quant.run.plan_calibration import between, calibration_cost, gram_flops, measuring_cost, uses_cross
+from quant.run.plan_calibration import (
+    between,
+    calibration_cost,
+    gram_flops,
+    measuring_cost,
+    measuring_seconds,
+    uses_cross,
+)
 from quant.run.rates import Rates, SolverCost
 from quant.run.request import Request
 from quant.run.shapes import Kind, Shapes
+from quant.run.statistics import HELDOUT_TOKENS
 from quant.solvers import declaration_of, with_defaults
 from quant.tune.config import Tuning, batch_of
 from quant.tune.limits import OVERHEAD, Sizes, learning_memory, memory
@@ -231,9 +241,9 @@ def outside_cost(
         if matrix.multiplied:
             seconds += beside * tokens * 2 * sum(kind.active for kind in shapes.kinds) / rates.products
             seconds += tokens * (gram_flops(n_in) + 2 * (beside - 1) * n_in**2) / rates.float32
-            seconds += cost.seconds(rows, n_in) + (-(-rows // part) - 1) * cost.seconds(
-                0, n_in
-            )  # factors of every part
+            more = -(-rows // part) - 1  # parts, with a factor each
+            seconds += cost.seconds(rows, n_in) + more * cost.seconds(0, n_in)
+            seconds += measuring_seconds(rows, n_in, HELDOUT_TOKENS, beside, rates)
     return most, seconds
 
 

@@ -148,13 +148,18 @@ def _products(run: RunConfig, kind: Kind, tokens: int, beside: int) -> float:
 def measuring_cost(run: RunConfig, kind: Kind, seqlen: int, beside: int, rates: Rates) -> float:
     """Seconds of one block's errors: three energies for a linear, in the metric of calibration and at held-out tokens, and what is
     read and written for them."""
-    flops = numbers = 0.0
+    seconds = 0.0
     for group in kind.groups:
         tokens = min(HELDOUT_TOKENS, HELDOUT * seqlen * (kind.share if kind.is_routed(group) else 1))
         for _, out, n_in in group:
-            flops += out * n_in * (3 * (1 + 1 / PARTS) * n_in + 2 * (1 + 2 * beside) * tokens)
-            numbers += OF_WEIGHTS * out * n_in
-    return flops / rates.float32 + 4 * numbers / rates.copied if run.quantizes else 0.0
+            seconds += measuring_seconds(out, n_in, tokens, beside, rates)
+    return seconds if run.quantizes else 0.0
+
+
+def measuring_seconds(n_out: int, n_in: int, tokens: float, beside: int, rates: Rates) -> float:
+    """Of one linear, with so many tokens held out."""
+    flops = 3 * (1 + 1 / PARTS) * n_in + 2 * (1 + 2 * beside) * tokens
+    return n_out * n_in * (flops / rates.float32 + 4 * OF_WEIGHTS / rates.copied)
 
 
 def uses_cross(run: RunConfig) -> bool:

@@ -25,7 +25,7 @@ from quant.core.types import QuantizedWeight
 from quant.learn.learner import LearnedBlock
 from quant.run.bias import corrected_biases
 from quant.run.experts import experts_at_once, is_experts, stages
-from quant.run.linear import LinearRecord
+from quant.run.linear import LinearRecord, besides
 from quant.run.observe import observe
 from quant.run.sharing import Solution, dealt
 from quant.run.solving import Recipe, solve_linear, solve_together
@@ -160,7 +160,7 @@ def solve_stage(
         own = recipe.of(index, name, weight.shape[1])
         started = time.perf_counter()
         answer, record = solve_linear(index, name, weight, inputs, own, grid, alone)
-        beside += max(0.0, time.perf_counter() - started - record.seconds)
+        beside += besides(started, [record])
         return with_peak(answer, record, stream.device)
 
     units = [(name, group[0]) for group in stage for name in group]
@@ -174,8 +174,7 @@ def solve_stage(
                 own = {name: weights.weight(name) for name, _ in bundle}
                 known, started = {name: stats[first] for name, first in bundle}, time.perf_counter()
                 together = solve_together(index, own, known, recipe)
-                took = time.perf_counter() - started
-                beside += max(0.0, took - sum(record.seconds for _, record in together.values()))
+                beside += besides(started, (record for _, record in together.values()))
                 answers |= {name: with_peak(*solution, stream.device) for name, solution in together.items()}
         return answers, beside
     assert recipe.spec is not None

@@ -17,6 +17,7 @@ from models.load import LazyModel
 from quant.blocks.weights import BlockWeights
 from quant.core import env
 from quant.core.files import read_json
+from quant.core.names import BLOCK_STAGES
 from quant.export.read import QuantizedCheckpoint
 from quant.export.target import OWN, is_complete
 from quant.kernels.columns import describe as describe_kernels
@@ -26,8 +27,6 @@ from quant.run.linear import LinearRecord
 from quant.run.request import Request
 from quant.run.rotating import LearnedRotation
 from quant.run.sizes import block_storage, plain_storage, whole_storage
-
-OF_BLOCKS = ("forward", "gram", "solve", "measure", "learn")  # stages whose seconds blocks have on disk
 
 
 def manifest_of(
@@ -97,7 +96,7 @@ def results_of(
     whole_bits, whole_count = whole_storage(model, [*records, *beyond], online)
     parts = [*blocks, *([outside] if outside else [])]
     tuned = [block.tuning for block in blocks if block.tuning]
-    seconds = {stage: sum(block.seconds.get(stage, 0.0) for block in parts) for stage in OF_BLOCKS}
+    seconds = {stage: sum(block.seconds.get(stage, 0.0) for block in parts) for stage in BLOCK_STAGES}
     digest = hashlib.sha256("".join(part.codes_sha256 for part in parts).encode()).hexdigest()
     return {
         "schema": 1,

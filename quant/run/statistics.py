@@ -11,7 +11,7 @@ from quant.core.gram import GramStats
 from quant.core.sample import InputSample
 
 HELDOUT_TOKENS = (
-    512  # that errors are measured on, spread over the windows kept out, which differ by more than such samples
+    512  # that errors are measured on, spread over the windows kept out (docs/performance.md says why not more)
 )
 
 

@@ -13,9 +13,10 @@ Bytes that one of N processes sends for a block; a sum of e numbers of b bytes i
                 and outliers are not in it
 
 Time of a block: passes and sums of ceil(windows/N) windows, passes of the HELDOUT windows, which every process takes along;
-solving and measuring of 1/N of the rows (of experts the most that fall to one process); a factorization of in³/3 flops for every linear
-that a process solves rows of, whatever their number; and the bytes at LINK_INSIDE a second where N is at most MACHINE, else at LINK_OUTSIDE. These two are what makers say of
-NVLink and of a network of 400 Gbit/s for each device; neither is measured here.
+solving and measuring of 1/N of the rows (of experts the most that fall to one process); a factorization of in³/3 flops for
+every linear that a process solves rows of, whatever their number; and the bytes at LINK_INSIDE a second where N is at most
+MACHINE, else at LINK_OUTSIDE. These two are what makers say of NVLink and of a network of 400 Gbit/s for each device; neither
+is measured here.
 """
 
 from __future__ import annotations

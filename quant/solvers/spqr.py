@@ -67,7 +67,7 @@ def spqr(
         grid = fit_grid(weight, replace(spec, range="minmax"), None, order if act_order else None)
         left_out = threshold if outlier > 0 and not simplified_outliers else None
         fit = GroupFit(spec, sensitivity, left_out, scale_bits, scale_group)
-    visited, target = replace(grid, g_idx=grid.g_idx[order]), weight[:, order].contiguous()
+    visited, target = (replace(grid, g_idx=grid.g_idx[order]), weight[:, order]) if act_order else (grid, weight)
     layer = feedback_rounding(target, upper, visited, spec, fit, block_size, threshold / sensitivity)
     back = torch.argsort(order) if act_order else slice(None)
     step, zeros = (t[:, visited.g_idx] if t.shape[1] > 1 else t for t in (layer.scale, layer.zero))

@@ -19,7 +19,7 @@ from quant.kernels.columns.reference import ColumnBlock
 from quant.kernels.threads import share_threads
 
 TILE = 64
-TOGETHER = 4  # columns whose steps reach the later ones in one pass over these
+TOGETHER = 4  # columns whose steps reach the later ones in one pass over these, as `_add_steps` writes it out
 SPARSE_BELOW = 0.1  # share of changed entries below which they are propagated one by one
 NO_CODES, NO_FLAGS, NO_LIMITS = np.empty((0, 0), np.uint8), np.empty((0, 0), np.bool_), np.empty(0, np.float32)
 
@@ -72,23 +72,19 @@ def _round(u, scale, zero, qmax, levels, middles, codes, values, n):  # type: ig
 
 @njit(inline="always", **_INLINE)
 def _add_steps(to, steps, factors, first, last, n_columns):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """to[k] += factors[j, k] steps[j] for the columns j in [first, last), in this order, and every later k."""
-    j = first
-    while j < last:
-        if last - j >= TOGETHER:
-            for k in range(last, n_columns):
-                f0, f1, f2, f3 = factors[j, k], factors[j + 1, k], factors[j + 2, k], factors[j + 3, k]
-                for o in range(TILE):
-                    to[k, o] = (
-                        to[k, o] + f0 * steps[j, o] + f1 * steps[j + 1, o] + f2 * steps[j + 2, o] + f3 * steps[j + 3, o]
-                    )
-            j += TOGETHER
-        else:
+    """to[k] += factors[j, k] steps[j] for at most TOGETHER columns j in [first, last), in this order, and every later k."""
+    if last - first < TOGETHER:
+        for j in range(first, last):
             for k in range(last, n_columns):
                 factor = factors[j, k]
                 for o in range(TILE):
                     to[k, o] += factor * steps[j, o]
-            j += 1
+        return
+    a, b, c, d = steps[first], steps[first + 1], steps[first + 2], steps[first + 3]
+    for k in range(last, n_columns):
+        fa, fb, fc, fd = factors[first, k], factors[first + 1, k], factors[first + 2, k], factors[first + 3, k]
+        for o in range(TILE):
+            to[k, o] = to[k, o] + fa * a[o] + fb * b[o] + fc * c[o] + fd * d[o]
 
 
 @njit(_CD, **_OPTIONS)
